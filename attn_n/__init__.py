@@ -1,0 +1,26 @@
+"""attn-n: attention with softmax_n, `exp(x_i) / (n + sum_j exp(x_j))`, exact and fast, forward and backward."""
+
+from attn_n.backends.base import Backend, Family
+from attn_n.call import AttentionCall, Options
+from attn_n.functional import backends, explain, flash_attention_n, flash_attention_n_varlen
+from attn_n.registry import Explanation, UnsupportedError, Verdict, register_backend, use_backend
+from attn_n.softmax import softmax_n
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "AttentionCall",
+    "Backend",
+    "Explanation",
+    "Family",
+    "Options",
+    "UnsupportedError",
+    "Verdict",
+    "backends",
+    "explain",
+    "flash_attention_n",
+    "flash_attention_n_varlen",
+    "register_backend",
+    "softmax_n",
+    "use_backend",
+]

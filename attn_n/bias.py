@@ -1,0 +1,55 @@
+"""Masks, windows and ALiBi as one dense additive bias, for backends that take nothing else."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from attn_n.call import Options
+
+
+def dense_bias(
+    options: Options,
+    len_q: int,
+    len_k: int,
+    rows: tuple[int, int],
+    keys: tuple[int, int],
+    dtype: torch.dtype,
+    device: torch.device,
+) -> Tensor | None:
+    """The bias of queries `rows[0]:rows[1]` and keys `keys[0]:keys[1]` out of `len_q` and `len_k`.
+
+    Returns `(B or 1, Hq or 1, rows or 1, keys or 1)` with -inf for what is hidden, or None where nothing is biased.
+    """
+    left, right, slopes = options.window_left, options.window_right, options.alibi_slopes
+    bias: Tensor | None = None
+    if options.mask is not None:
+        mask = _narrow(_narrow(options.mask, 2, rows), 3, keys)
+        if mask.dtype == torch.bool:
+            bias = torch.zeros(mask.shape, dtype=dtype, device=device).masked_fill_(~mask, -math.inf)
+        else:
+            bias = mask.to(dtype)
+    if slopes is None and left is None and right is None:
+        return bias
+    position = torch.arange(rows[0], rows[1], device=device)[:, None] + (len_k - len_q)
+    key = torch.arange(keys[0], keys[1], device=device)
+    distance = position - key
+    if slopes is not None:
+        alibi = -slopes.to(dtype)[:, :, None, None] * distance.abs()
+        bias = alibi if bias is None else bias + alibi
+    if left is None and right is None:
+        return bias
+    hidden = torch.zeros_like(distance, dtype=torch.bool)
+    if left is not None:
+        hidden |= distance > left
+    if right is not None:
+        hidden |= -distance > right
+    if bias is None:
+        bias = torch.zeros((1, 1, *distance.shape), dtype=dtype, device=device)
+    return bias.masked_fill(hidden, -math.inf)
+
+
+def _narrow(mask: Tensor, dim: int, span: tuple[int, int]) -> Tensor:
+    return mask if mask.shape[dim] == 1 else mask.narrow(dim, span[0], span[1] - span[0])

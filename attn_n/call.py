@@ -1,0 +1,115 @@
+"""What a call asks for: `AttentionCall` describes it without tensors, `Options` carries it to a backend."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+
+class Options(NamedTuple):
+    """Everything but q, k, v and n, as a backend's forward and backward receive it.
+
+    Query i of a sequence stands at position `p = i + S - L`, so that the last query meets the last key; it sees
+    the keys `p - window_left ... p + window_right`. None is unlimited, and `window_right = 0` is causal attention.
+    """
+
+    scale: float
+    window_left: int | None = None
+    window_right: int | None = None
+    softcap: float | None = None
+    dropout_p: float = 0.0
+    # (B or 1, Hq or 1, L or 1, S or 1), bool (True = attend) or floating (added to the logits)
+    mask: Tensor | None = None
+    # (B, Hq), float32 (float64 for float64 inputs); adds -slope * |p - j|
+    alibi_slopes: Tensor | None = None
+    # (B + 1,), int32: packed sequences; q, k and v are then (T, H, E)
+    cu_seqlens_q: Tensor | None = None
+    cu_seqlens_k: Tensor | None = None
+    max_seqlen_q: int = 0
+    max_seqlen_k: int = 0
+
+
+@dataclass(frozen=True)
+class AttentionCall:
+    """One call described by metadata alone, so that the choice of a backend can be tested on any machine.
+
+    Shapes and strides are those of the canonical tensors: `(B, H, L, E)`, or packed `(T, H, E)`.
+    """
+
+    device: str
+    capability: tuple[int, int] | None
+    dtype: torch.dtype
+    q_shape: tuple[int, ...]
+    k_shape: tuple[int, ...]
+    v_shape: tuple[int, ...]
+    q_stride: tuple[int, ...]
+    k_stride: tuple[int, ...]
+    v_stride: tuple[int, ...]
+    window_left: int | None = None
+    window_right: int | None = None
+    softcap: float | None = None
+    dropout_p: float = 0.0
+    mask_shape: tuple[int, ...] | None = None
+    mask_dtype: torch.dtype | None = None
+    alibi: bool = False
+    n_kind: str = "none"  # "none" (n = 0), "float", "scalar tensor" or "per head"
+    varlen: bool = False
+    return_lse: bool = False
+    needs_grad: bool = False
+    mask_needs_grad: bool = False
+    alibi_needs_grad: bool = False
+
+    @property
+    def heads_q(self) -> int:
+        return self.q_shape[1]
+
+    @property
+    def heads_kv(self) -> int:
+        return self.k_shape[1]
+
+    @property
+    def head_dim(self) -> int:
+        return self.q_shape[-1]
+
+    @property
+    def head_dim_v(self) -> int:
+        return self.v_shape[-1]
+
+    @property
+    def causal(self) -> bool:
+        """Whether the visible keys are exactly those of a causal mask."""
+        return self.window_left is None and self.window_right == 0
+
+    @property
+    def windowed(self) -> bool:
+        """Whether the visible keys are bounded in another way than causally."""
+        return self.window_left is not None or self.window_right not in (None, 0)
+
+    def __str__(self) -> str:
+        device = self.device if self.capability is None else f"{self.device} sm_{''.join(map(str, self.capability))}"
+        parts = [
+            f"{'packed ' if self.varlen else ''}q {self.q_shape}, k {self.k_shape}, v {self.v_shape}",
+            f"{str(self.dtype).removeprefix('torch.')} on {device}",
+        ]
+        if self.causal:
+            parts.append("causal")
+        elif self.windowed:
+            parts.append(f"window ({self.window_left}, {self.window_right})")
+        if self.softcap is not None:
+            parts.append(f"softcap {self.softcap:g}")
+        if self.mask_shape is not None:
+            parts.append(f"{str(self.mask_dtype).removeprefix('torch.')} mask {self.mask_shape}")
+        if self.alibi:
+            parts.append("ALiBi")
+        if self.dropout_p:
+            parts.append(f"dropout {self.dropout_p:g}")
+        if self.n_kind != "none":
+            parts.append(f"n: {self.n_kind}")
+        if self.return_lse:
+            parts.append("returns lse")
+        if self.needs_grad:
+            parts.append("needs gradients")
+        return ", ".join(parts)

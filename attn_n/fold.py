@@ -1,0 +1,67 @@
+"""n applied to the plain attention of any library: (out, lse) at n = 0 becomes (out, lse) at n, and n gets a gradient.
+
+With `lse_n = logaddexp(lse, log n)`, the logarithm of the whole denominator: `out_n = out * exp(lse - lse_n)`.
+All of it works in the dtype of lse: an lse in bfloat16 would cost up to 10 % in the factor.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+
+def fold_(out: Tensor, lse: Tensor, log_n: float | Tensor, packed: bool) -> Tensor:
+    """Scale `out` in place and return the lse with n inside; `log_n` is a number or `(Hq,)`."""
+    if isinstance(log_n, Tensor):
+        log_n = per_row(log_n, packed)
+        lse_n = torch.logaddexp(lse, log_n)
+    else:
+        lse_n = torch.logaddexp(lse, lse.new_full((), log_n))
+    # The same as exp(lse - lse_n), without the cancellation of two large numbers.
+    factor = torch.sigmoid(lse - log_n).masked_fill_(lse == -math.inf, 0.0)
+    out.mul_(factor.unsqueeze(-1))
+    return lse_n
+
+
+def per_row(per_head: Tensor, packed: bool) -> Tensor:
+    """`(Hq,)` shaped to broadcast with an lse `(B, Hq, L)`, or packed `(T, Hq)`."""
+    return per_head if packed else per_head[:, None]
+
+
+def gradient_of_n(
+    dout: Tensor, dlse: Tensor | None, out: Tensor, lse: Tensor, log_n: Tensor | None, packed: bool
+) -> Tensor:
+    """`-sum_rows exp(log n - lse) * delta` per head, with `delta = rowsum(dout * out) - dlse`: the gradient of log n.
+
+    `log_n` `(Hq,)`; None stands for zeros and gives the gradient of n itself, which is finite at n = 0 too.
+    """
+    delta = (dout.to(lse.dtype) * out.to(lse.dtype)).sum(-1)
+    if dlse is not None:
+        delta = delta - dlse
+    share = (-lse if log_n is None else per_row(log_n, packed) - lse).exp()
+    # A row without visible keys has lse = log n: at n = 0 that is -inf, and n does not reach its zero output.
+    rows = (share * delta).masked_fill(lse == -math.inf, 0.0)
+    return -rows.sum(0 if packed else (0, 2))
+
+
+def lse_for_backward(lse: Tensor, dlse: Tensor | None) -> tuple[Tensor, Tensor | None]:
+    """Rows without a denominator, whose lse is -inf, made to give zero gradients: `exp(S - inf) = 0`."""
+    empty = lse == -math.inf
+    return lse.masked_fill(empty, math.inf), None if dlse is None else dlse.masked_fill(empty, 0.0)
+
+
+def lse_as_value_column(dout: Tensor, dlse: Tensor, v: Tensor, out: Tensor, width: int) -> tuple[Tensor, Tensor, Tensor]:
+    """dout, v and out of `width` columns, with which a library that knows no dlse computes `delta - dlse`.
+
+    The library takes `delta = rowsum(dout * out)` and `dP = dout V^T`. One more column, 1 in dout, 0 in v and -dlse in
+    out, adds -dlse to the first and nothing to the second. The further columns are zero; those of dV are dropped.
+    """
+    size = v.shape[-1]
+    pad = width - size
+    wide_dout = torch.nn.functional.pad(dout, (0, pad))
+    wide_dout[..., size] = 1.0
+    wide_out = torch.nn.functional.pad(out, (0, pad))
+    wide_out[..., size] = -dlse
+    return wide_dout, torch.nn.functional.pad(v, (0, pad)), wide_out

@@ -1,0 +1,340 @@
+"""The public functions: validate, describe the call, choose a backend, run it."""
+
+from __future__ import annotations
+
+import inspect
+import math
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from attn_n import ops, registry, validate
+from attn_n.call import AttentionCall, Options
+
+
+def flash_attention_n(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    causal: bool = False,
+    sm_scale: float | None = None,
+    sm_n: float | Tensor | None = None,
+    *,
+    sinks: Tensor | None = None,
+    attn_mask: Tensor | None = None,
+    window: tuple[int | None, int | None] | None = None,
+    softcap: float | None = None,
+    alibi_slopes: Tensor | None = None,
+    dropout_p: float = 0.0,
+    return_lse: bool = False,
+    backend: str | None = None,
+) -> Tensor | tuple[Tensor, Tensor]:
+    """Attention with softmax_n: `out_i = sum_j exp(s_ij) v_j / (n + sum_j exp(s_ij))`, `s = sm_scale q k^T + masks`.
+
+    Query i stands at position `p = i + S - L`: the last query meets the last key.
+
+    Args:
+        q: `(N, ..., Hq, L, E)`, 2 to 6 dimensions, float16, bfloat16, float32 or float64, any strides. With two
+            dimensions there is one head.
+        k: `(N, ..., Hkv, S, E)`, with `Hq % Hkv == 0`: each key head serves `Hq / Hkv` query heads (GQA, MQA).
+        v: `(N, ..., Hkv, S, Ev)`.
+        causal: query i sees the keys `j <= p`.
+        sm_scale: factor of the logits; None is `1 / sqrt(E)`.
+        sm_n: n >= 0: None is 0, plain softmax; a number; or a differentiable tensor `()` or `(Hq,)`.
+        sinks: differentiable logits `(Hq,)` of attention sinks: `log n` a head. Excludes `sm_n`.
+        attn_mask: broadcastable to `(N, ..., Hq, L, S)`; bool (True = attend) or floating (added to the logits).
+        window: `(left, right)`: query i sees the keys `p - left <= j <= p + right`; None is unlimited on that side.
+        softcap: c > 0: logits become `c tanh(s / c)` before masks.
+        alibi_slopes: `(Hq,)` or `(N, Hq)`: adds `-slope |p - j|` to the logits.
+        dropout_p: in [0, 1): probability of dropping a weight; n is not dropped; follows `torch.manual_seed`.
+        return_lse: also return `log(n + sum_j exp(s_ij))`, natural logarithm, differentiable.
+        backend: the name of a backend, which then serves the call or says why not; None lets `use_backend`,
+            `ATTN_N_BACKEND` or the automatic order decide.
+
+    Returns:
+        `out` `(N, ..., Hq, L, Ev)` in the dtype of q; or `(out, lse)` with lse `(N, ..., Hq, L)` in float32
+        (float64 for float64 inputs). A row without visible keys has `out = 0`, `lse = log n` and zero gradients.
+
+    Raises:
+        TypeError, ValueError: a malformed call; the text names the argument, what was expected and what came.
+        UnsupportedError: no backend, or not the one that was named, serves the call; the text says why.
+
+    Under `torch.autocast`, q, k and v are cast as `torch.nn.functional.scaled_dot_product_attention` casts them.
+
+    Formulas: n is one more key with logit log n and value 0, as in "Attention Is Off By One" (E. Miller, 2023; n = 1)
+    and in the learned sinks of gpt-oss; the backward is that of FlashAttention-2 (T. Dao, 2023) with n in its lse.
+    """
+    request = _Request(
+        causal, sm_scale, sm_n, sinks, attn_mask, window, softcap, alibi_slopes, dropout_p, return_lse, backend
+    )
+    return _run(_prepare(q, k, v, request), request)
+
+
+def flash_attention_n_varlen(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    cu_seqlens_q: Tensor,
+    cu_seqlens_k: Tensor,
+    max_seqlen_q: int,
+    max_seqlen_k: int,
+    causal: bool = False,
+    sm_scale: float | None = None,
+    sm_n: float | Tensor | None = None,
+    *,
+    sinks: Tensor | None = None,
+    attn_mask: Tensor | None = None,
+    window: tuple[int | None, int | None] | None = None,
+    softcap: float | None = None,
+    alibi_slopes: Tensor | None = None,
+    dropout_p: float = 0.0,
+    return_lse: bool = False,
+    backend: str | None = None,
+) -> Tensor | tuple[Tensor, Tensor]:
+    """`flash_attention_n` of sequences of different lengths, packed one behind the other without padding.
+
+    Args:
+        q: `(Tq, Hq, E)`: the queries of all sequences.
+        k: `(Tk, Hkv, E)`; v: `(Tk, Hkv, Ev)`.
+        cu_seqlens_q: `(N + 1,)`, int32, on the device of q: sequence b holds the queries
+            `cu_seqlens_q[b] : cu_seqlens_q[b + 1]`; it starts at 0 and ends at Tq. The same for `cu_seqlens_k`.
+            The values are checked where they can be read without waiting for an accelerator.
+        max_seqlen_q: at least the length of the longest query sequence. The same for `max_seqlen_k`.
+        attn_mask: broadcastable to `(N, Hq, max_seqlen_q, max_seqlen_k)`; of sequence b its first rows and columns.
+        alibi_slopes: `(Hq,)` or `(N, Hq)`.
+
+    The other arguments are those of `flash_attention_n`, with L and S the lengths of each sequence.
+
+    Returns:
+        `out` `(Tq, Hq, Ev)`; or `(out, lse)` with lse `(Tq, Hq)`.
+
+    Raises:
+        TypeError, ValueError, UnsupportedError: as `flash_attention_n`.
+    """
+    request = _Request(
+        causal, sm_scale, sm_n, sinks, attn_mask, window, softcap, alibi_slopes, dropout_p, return_lse, backend
+    )
+    sequences = cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k
+    return _run(_prepare_varlen(q, k, v, *sequences, request), request)
+
+
+def backends() -> list[str]:
+    """The names of the known backends: built in, registered, and found by the entry points `attn_n.backends`."""
+    return registry.names()
+
+
+def explain(q: Tensor, k: Tensor, v: Tensor, *args: Any, **kwargs: Any) -> registry.Explanation:
+    """Print and return which backend would serve this call, with the reason or the rank of each of them.
+
+    Takes what `flash_attention_n` takes, or what `flash_attention_n_varlen` takes if that has `cu_seqlens_q`. The call
+    is validated and not run.
+    """
+    varlen = "cu_seqlens_q" in kwargs or bool(args and isinstance(args[0], Tensor))
+    function = flash_attention_n_varlen if varlen else flash_attention_n
+    bound = inspect.signature(function).bind(q, k, v, *args, **kwargs)
+    bound.apply_defaults()
+    request = _Request(*(bound.arguments.pop(name) for name in _Request._fields))
+    prepare = _prepare_varlen if varlen else _prepare
+    explanation = registry.explain(prepare(**bound.arguments, request=request).call, request.backend)
+    print(explanation)
+    return explanation
+
+
+class _Request(NamedTuple):
+    """The arguments that both public functions have, as they were passed."""
+
+    causal: bool
+    sm_scale: float | None
+    sm_n: float | Tensor | None
+    sinks: Tensor | None
+    attn_mask: Tensor | None
+    window: tuple[int | None, int | None] | None
+    softcap: float | None
+    alibi_slopes: Tensor | None
+    dropout_p: float
+    return_lse: bool
+    backend: str | None
+
+
+class _Prepared(NamedTuple):
+    """A valid call: canonical tensors, its options and its description."""
+
+    q: Tensor
+    k: Tensor
+    v: Tensor
+    n: float | Tensor | None
+    n_is_logit: bool
+    options: Options
+    call: AttentionCall
+    out_shape: Sequence[int]  # of out, but for its last dimension
+
+
+def _prepare(q: Tensor, k: Tensor, v: Tensor, request: _Request) -> _Prepared:
+    q, k, v = _autocast(q, k, v)
+    validate.qkv(q, k, v, packed=False)
+    shape, mask = q.shape[:-1], request.attn_mask
+    if mask is not None:
+        validate.mask(mask, q, (*shape, k.shape[-2]))
+        mask = _canonical_mask(mask, q.shape)
+    q, k, v = _canonical(q), _canonical(k), _canonical(v)
+    left, right = _window(request, q.shape[2], k.shape[2])
+    options = Options(validate.scale(request.sm_scale, q.shape[-1]), left, right, mask=mask)
+    return _describe(q, k, v, q.shape[0], request, options, shape)
+
+
+def _prepare_varlen(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    cu_seqlens_q: Tensor,
+    cu_seqlens_k: Tensor,
+    max_seqlen_q: int,
+    max_seqlen_k: int,
+    request: _Request,
+) -> _Prepared:
+    q, k, v = _autocast(q, k, v)
+    validate.qkv(q, k, v, packed=True)
+    validate.cu_seqlens("cu_seqlens_q", cu_seqlens_q, q)
+    validate.cu_seqlens("cu_seqlens_k", cu_seqlens_k, q)
+    if cu_seqlens_q.shape != cu_seqlens_k.shape:
+        expected, got = tuple(cu_seqlens_q.shape), tuple(cu_seqlens_k.shape)
+        raise ValueError(f"cu_seqlens_k: expected the shape of cu_seqlens_q, {expected}, got {got}")
+    max_seqlen_q = validate.length("max_seqlen_q", max_seqlen_q)
+    max_seqlen_k = validate.length("max_seqlen_k", max_seqlen_k)
+    if validate.readable(cu_seqlens_q) and validate.readable(cu_seqlens_k):
+        validate.boundaries("cu_seqlens_q", cu_seqlens_q, q.shape[0], max_seqlen_q)
+        validate.boundaries("cu_seqlens_k", cu_seqlens_k, k.shape[0], max_seqlen_k)
+    batch, mask = cu_seqlens_q.shape[0] - 1, request.attn_mask
+    if mask is not None:
+        validate.mask(mask, q, (batch, q.shape[1], max_seqlen_q, max_seqlen_k))
+        mask = mask[(None,) * (4 - mask.dim())]
+    left, right = _window(request)
+    options = Options(
+        validate.scale(request.sm_scale, q.shape[-1]),
+        left,
+        right,
+        mask=mask,
+        cu_seqlens_q=cu_seqlens_q,
+        cu_seqlens_k=cu_seqlens_k,
+        max_seqlen_q=max_seqlen_q,
+        max_seqlen_k=max_seqlen_k,
+    )
+    return _describe(q, k, v, batch, request, options, q.shape[:-1])
+
+
+def _describe(
+    q: Tensor, k: Tensor, v: Tensor, batch: int, request: _Request, options: Options, out_shape: Sequence[int]
+) -> _Prepared:
+    """The checks and the canonical form that batches and packed sequences share."""
+    heads, compute = q.shape[1], torch.promote_types(q.dtype, torch.float32)
+    sm_n, sinks, slopes = request.sm_n, request.sinks, request.alibi_slopes
+    if sinks is not None and sm_n is not None:
+        raise ValueError("sinks: expected None together with sm_n (a sink is log n), got both")
+    n: float | Tensor | None
+    if sinks is not None or isinstance(sm_n, Tensor):
+        n = validate.n_tensor(sm_n, sinks, q, heads)
+        n_kind = "per head" if n.dim() else "scalar tensor"
+    else:
+        n = validate.n_number("sm_n", 0.0 if sm_n is None else sm_n)
+        n, n_kind = (n, "float") if n > 0 else (None, "none")
+    if slopes is not None:
+        slopes = validate.alibi(slopes, q, batch, heads).to(compute).expand(batch, heads)
+    options = options._replace(
+        softcap=validate.softcap(request.softcap),
+        dropout_p=validate.dropout(request.dropout_p),
+        alibi_slopes=slopes,
+    )
+    mask, differentiates = options.mask, torch.is_grad_enabled()
+    mask_needs_grad = differentiates and mask is not None and mask.requires_grad
+    alibi_needs_grad = differentiates and slopes is not None and slopes.requires_grad
+    n_needs_grad = isinstance(n, Tensor) and n.requires_grad
+    call = AttentionCall(
+        device=q.device.type,
+        capability=_capability(q.device),
+        dtype=q.dtype,
+        q_shape=tuple(q.shape),
+        k_shape=tuple(k.shape),
+        v_shape=tuple(v.shape),
+        q_stride=q.stride(),
+        k_stride=k.stride(),
+        v_stride=v.stride(),
+        window_left=options.window_left,
+        window_right=options.window_right,
+        softcap=options.softcap,
+        dropout_p=options.dropout_p,
+        mask_shape=None if mask is None else tuple(mask.shape),
+        mask_dtype=None if mask is None else mask.dtype,
+        alibi=slopes is not None,
+        n_kind=n_kind,
+        varlen=options.cu_seqlens_q is not None,
+        return_lse=bool(request.return_lse),
+        needs_grad=differentiates
+        and (q.requires_grad or k.requires_grad or v.requires_grad or n_needs_grad or mask_needs_grad or alibi_needs_grad),
+        mask_needs_grad=mask_needs_grad,
+        alibi_needs_grad=alibi_needs_grad,
+    )
+    return _Prepared(q, k, v, n, sinks is not None, options, call, out_shape)
+
+
+def _run(prepared: _Prepared, request: _Request) -> Tensor | tuple[Tensor, Tensor]:
+    q, k, v, n, n_is_logit, options, call, out_shape = prepared
+    name, backend = registry.choose(call, request.backend)
+    lse: Tensor | None
+    if backend.differentiates:
+        out, lse = backend.attend(q, k, v, n, n_is_logit, options, call.return_lse)
+    else:
+        tensor_n = n if isinstance(n, Tensor) else None
+        log_n = None if n is None or isinstance(n, Tensor) else math.log(n)
+        out, lse = ops.attend(q, k, v, tensor_n, n_is_logit, log_n, name, options, call.needs_grad)
+    if out.dim() != len(out_shape) + 1:
+        out = out.reshape(*out_shape, out.shape[-1])
+        lse = None if lse is None else lse.reshape(out_shape)
+    return (out, lse) if call.return_lse and lse is not None else out
+
+
+def _autocast(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """q, k and v in the dtype of an enclosing autocast, which leaves float64 alone."""
+    tensors = q, k, v
+    if not all(isinstance(x, Tensor) for x in tensors) or not torch.is_autocast_enabled(q.device.type):
+        return tensors
+    dtype = torch.get_autocast_dtype(q.device.type)
+    cast = (torch.float16, torch.bfloat16, torch.float32)
+    q, k, v = (x.to(dtype) if x.dtype in cast else x for x in tensors)
+    return q, k, v
+
+
+def _canonical(x: Tensor) -> Tensor:
+    """(N, ..., H, L, E) as (B, H, L, E)."""
+    if x.dim() == 4:
+        return x
+    if x.dim() == 2:
+        return x[None, None]
+    return x.reshape(math.prod(x.shape[:-3]), *x.shape[-3:])
+
+
+def _canonical_mask(mask: Tensor, q_shape: Sequence[int]) -> Tensor:
+    """A mask that broadcasts to (N, ..., H, L, S) as one that broadcasts to (B, H, L, S)."""
+    dims = max(4, len(q_shape))
+    mask = mask[(None,) * (dims - mask.dim())]
+    if dims == 4:
+        return mask
+    leading = mask.shape[:-3] if all(size == 1 for size in mask.shape[:-3]) else q_shape[:-3]
+    return mask.expand(*leading, *mask.shape[-3:]).reshape(math.prod(leading), *mask.shape[-3:])
+
+
+def _window(request: _Request, len_q: int | None = None, len_k: int | None = None) -> tuple[int | None, int | None]:
+    """The window with `causal` in it; a side that bounds nothing at these lengths is None."""
+    left, right = validate.window(request.window)
+    if request.causal:
+        right = 0
+    if left is not None and len_k is not None and left >= len_k - 1:
+        left = None
+    if right is not None and len_q is not None and right >= len_q - 1:
+        right = None
+    return left, right
+
+
+def _capability(device: torch.device) -> tuple[int, int] | None:
+    return torch.cuda.get_device_capability(device) if device.type == "cuda" else None

@@ -1,0 +1,249 @@
+"""The torch operators attn_n::forward and attn_n::backward, and the autograd function over them.
+
+Operators of a `torch.library.Library` under a plain `autograd.Function` cost about 31 us a call with gradients on the
+host; `torch.library.custom_op` with `register_autograd` costs about 69 us. Hence the former.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from attn_n import fold, registry
+from attn_n.backends.base import empty_in_order, lies_in_order
+from attn_n.call import Options
+
+_OPTIONS = (
+    "float scale, SymInt? window_left, SymInt? window_right, float? softcap, float dropout_p, Tensor? mask,"
+    " Tensor? alibi_slopes, Tensor? cu_seqlens_q, Tensor? cu_seqlens_k, SymInt max_seqlen_q, SymInt max_seqlen_k"
+)
+
+_library = torch.library.Library("attn_n", "DEF")
+_library.define(
+    f"forward(Tensor q, Tensor k, Tensor v, Tensor? log_n_tensor, float? log_n, str backend, {_OPTIONS})"
+    " -> (Tensor out, Tensor lse, Tensor rng_state)",
+    tags=(torch.Tag.pt2_compliant_tag,),
+)
+_library.define(
+    "backward(Tensor dout, Tensor? dlse, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse, Tensor rng_state,"
+    f" Tensor? log_n_tensor, bool rows_may_be_empty, bool needs_n_grad, bool n_is_logit, str backend, {_OPTIONS})"
+    " -> (Tensor dq, Tensor dk, Tensor dv, Tensor dn)",
+    tags=(torch.Tag.pt2_compliant_tag,),
+)
+
+
+def attend(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    n: Tensor | None,
+    n_is_logit: bool,
+    log_n: float | None,
+    backend: str,
+    options: Options,
+    needs_grad: bool,
+) -> tuple[Tensor, Tensor]:
+    """(out, lse) of canonical tensors by a backend with a forward and a backward.
+
+    n is the tensor `n` `()` or `(Hq,)`, which holds log n if `n_is_logit`, or else the number `log_n`, or neither.
+    """
+    if needs_grad:
+        out, lse = _Attention.apply(q, k, v, n, n_is_logit, log_n, backend, *options)
+        return out, lse
+    out, lse, _ = torch.ops.attn_n.forward(q, k, v, _log_per_head(q, n, n_is_logit), log_n, backend, *options)
+    return out, lse
+
+
+class _Attention(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        n: Tensor | None,
+        n_is_logit: bool,
+        log_n: float | None,
+        backend: str,
+        *values: Any,
+    ) -> tuple[Tensor, Tensor]:
+        options = Options(*values)
+        log_n_tensor = _log_per_head(q, n, n_is_logit)
+        out, lse, rng_state = torch.ops.attn_n.forward(q, k, v, log_n_tensor, log_n, backend, *options)
+        ctx.save_for_backward(
+            q, k, v, out, lse, rng_state, log_n_tensor,
+            options.mask, options.alibi_slopes, options.cu_seqlens_q, options.cu_seqlens_k,
+        )  # fmt: skip
+        ctx.options = options._replace(mask=None, alibi_slopes=None, cu_seqlens_q=None, cu_seqlens_k=None)
+        ctx.n_is_logit = n_is_logit
+        ctx.n_shape = None if n is None else n.shape
+        ctx.n_positive = log_n is not None
+        ctx.backend = backend
+        ctx.set_materialize_grads(False)
+        return out, lse
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Any) -> Any:
+        dout, dlse = grads
+        if dout is None and dlse is None:
+            return (None,) * (7 + len(Options._fields))
+        q, k, v, out, lse, rng_state, log_n_tensor, mask, slopes, cu_seqlens_q, cu_seqlens_k = ctx.saved_tensors
+        options = ctx.options._replace(
+            mask=mask, alibi_slopes=slopes, cu_seqlens_q=cu_seqlens_q, cu_seqlens_k=cu_seqlens_k
+        )
+        if dout is None:
+            dout = torch.zeros_like(out)
+        needs_n_grad = ctx.needs_input_grad[3]
+        arguments = (
+            dout, dlse, q, k, v, out, lse, rng_state, log_n_tensor, not ctx.n_positive and _rows_may_be_empty(q, k, options),
+            needs_n_grad, ctx.n_is_logit, ctx.backend, *options,
+        )  # fmt: skip
+        if torch.is_grad_enabled():
+            dq, dk, dv, dn = _Backward.apply(ctx.backend, *arguments)
+        else:
+            dq, dk, dv, dn = torch.ops.attn_n.backward(*arguments)
+        if not needs_n_grad:
+            dn = None
+        elif len(ctx.n_shape) == 0:
+            dn = dn.sum()
+        needs_q, needs_k, needs_v = ctx.needs_input_grad[:3]
+        return (
+            dq if needs_q else None, dk if needs_k else None, dv if needs_v else None, dn,
+            *(None,) * (3 + len(Options._fields)),
+        )  # fmt: skip
+
+
+class _Backward(torch.autograd.Function):
+    """The backward of a call under create_graph=True: it can be computed, but not differentiated once more."""
+
+    @staticmethod
+    def forward(ctx: Any, backend: str, *arguments: Any) -> Any:
+        ctx.backend = backend
+        return torch.ops.attn_n.backward(*arguments)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Any) -> Any:
+        raise registry.UnsupportedError(
+            f"backend {ctx.backend!r} has no double backward: its gradients cannot be differentiated again.\n"
+            "To do: use backend='reference', which is differentiable any number of times."
+        )
+
+
+def _log_per_head(q: Tensor, n: Tensor | None, n_is_logit: bool) -> Tensor | None:
+    """log n as `(Hq,)` in the dtype of the lse."""
+    if n is None:
+        return None
+    n = n.detach().to(_lse_dtype(q))
+    return (n if n_is_logit else n.log()).expand(q.shape[1])
+
+
+def _lse_dtype(q: Tensor) -> torch.dtype:
+    return torch.float64 if q.dtype == torch.float64 else torch.float32
+
+
+def _rows_may_be_empty(q: Tensor, k: Tensor, options: Options) -> bool:
+    if options.mask is not None or options.cu_seqlens_q is not None:
+        return True
+    bounded = options.window_left is not None or options.window_right is not None
+    return k.shape[-2] == 0 or (bounded and q.shape[-2] > k.shape[-2])
+
+
+def _forward(
+    q: Tensor, k: Tensor, v: Tensor, log_n_tensor: Tensor | None, log_n: float | None, backend: str, *values: Any
+) -> tuple[Tensor, Tensor, Tensor]:
+    options = Options(*values)
+    chosen = registry.loaded(backend)
+    n = log_n if log_n_tensor is None else log_n_tensor
+    packed = options.cu_seqlens_q is not None
+    if q.numel() == 0 or k.numel() == 0:
+        out, lse, rng_state = *_nothing_to_see(q, v), None
+    else:
+        out, lse, rng_state = chosen.forward(q, k, v, n if chosen.applies_n else None, options)
+        if chosen.applies_n:
+            n = None
+    if n is not None:
+        lse = fold.fold_(out, lse, n, packed)
+    if rng_state is None:
+        rng_state = torch.empty(2 if options.dropout_p else 0, dtype=torch.int64, device=q.device)
+    return _in_order(out, chosen.out_order(q)), lse.contiguous(), rng_state
+
+
+def _backward(
+    dout: Tensor,
+    dlse: Tensor | None,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    rng_state: Tensor,
+    log_n_tensor: Tensor | None,
+    rows_may_be_empty: bool,
+    needs_n_grad: bool,
+    n_is_logit: bool,
+    backend: str,
+    *values: Any,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    options = Options(*values)
+    chosen = registry.loaded(backend)
+    packed = options.cu_seqlens_q is not None
+    if needs_n_grad:
+        dn = fold.gradient_of_n(dout, dlse, out, lse, log_n_tensor if n_is_logit else None, packed)
+    else:
+        dn = lse.new_empty(0)
+    if q.numel() == 0 or k.numel() == 0:
+        dq, dk, dv = torch.zeros_like(q), torch.zeros_like(k), torch.zeros_like(v)
+    else:
+        if rows_may_be_empty:
+            lse, dlse = fold.lse_for_backward(lse, dlse)
+        state = rng_state if options.dropout_p else None
+        dq, dk, dv = chosen.backward(dout, dlse, q, k, v, out, lse, state, options)
+    dk, dv = _sum_groups(dk, k.shape[1]), _sum_groups(dv, k.shape[1])
+    dq, dk, dv = (_in_order(d, chosen.gradient_order(x)) for d, x in ((dq, q), (dk, k), (dv, v)))
+    return dq, dk, dv, dn
+
+
+def _nothing_to_see(q: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+    """Attention without queries or without keys."""
+    lse = torch.full(q.shape[:-1], -math.inf, dtype=_lse_dtype(q), device=q.device)
+    return q.new_zeros((*q.shape[:-1], v.shape[-1])), lse
+
+
+def _sum_groups(dx: Tensor, heads_kv: int) -> Tensor:
+    """The gradient of k or v per key head, where the backend returned it per query head."""
+    if dx.shape[1] == heads_kv:
+        return dx
+    return dx.unflatten(1, (heads_kv, dx.shape[1] // heads_kv)).sum(2)
+
+
+def _in_order(x: Tensor, order: tuple[int, ...]) -> Tensor:
+    """x with the strides that the fake promised to torch.compile; a copy where the backend returned others."""
+    return x if lies_in_order(x, order) else empty_in_order(x, x.shape, order).copy_(x)
+
+
+def _fake_forward(
+    q: Tensor, k: Tensor, v: Tensor, log_n_tensor: Tensor | None, log_n: float | None, backend: str, *values: Any
+) -> tuple[Tensor, Tensor, Tensor]:
+    options = Options(*values)
+    out = empty_in_order(q, (*q.shape[:-1], v.shape[-1]), registry.loaded(backend).out_order(q))
+    lse = q.new_empty(q.shape[:-1], dtype=_lse_dtype(q))
+    return out, lse, q.new_empty(2 if options.dropout_p else 0, dtype=torch.int64)
+
+
+def _fake_backward(
+    dout: Tensor, dlse: Tensor | None, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, rng_state: Tensor,
+    log_n_tensor: Tensor | None, rows_may_be_empty: bool, needs_n_grad: bool, n_is_logit: bool, backend: str,
+    *values: Any,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    chosen = registry.loaded(backend)
+    dq, dk, dv = (empty_in_order(x, x.shape, chosen.gradient_order(x)) for x in (q, k, v))
+    return dq, dk, dv, lse.new_empty(q.shape[1] if needs_n_grad else 0)
+
+
+_library.impl("forward", _forward, "CompositeExplicitAutograd")
+_library.impl("backward", _backward, "CompositeExplicitAutograd")
+torch.library.register_fake("attn_n::forward", _fake_forward, lib=_library)
+torch.library.register_fake("attn_n::backward", _fake_backward, lib=_library)

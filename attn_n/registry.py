@@ -1,0 +1,266 @@
+"""Which backends there are, which of them serves a call, and why the others do not."""
+
+from __future__ import annotations
+
+import contextlib
+import importlib
+import importlib.metadata
+import os
+from collections.abc import Callable, Iterator
+from contextvars import ContextVar
+from dataclasses import dataclass
+
+from attn_n.backends.base import Backend, Family
+from attn_n.call import AttentionCall
+
+ENVIRONMENT_VARIABLE = "ATTN_N_BACKEND"
+ENTRY_POINT_GROUP = "attn_n.backends"
+
+# Where each built-in backend lives. A module may import its library at its top: it is imported when first asked for.
+BUILT_IN = {
+    "sdpa": "attn_n.backends.sdpa",
+    "reference": "attn_n.backends.reference",
+}
+
+# What is tried, in this order, when nobody names a backend.
+AUTOMATIC = {
+    "cpu": ("sdpa", "reference"),
+    "cuda": ("sdpa", "reference"),
+}
+AUTOMATIC_ELSEWHERE = ("reference",)
+
+
+class UnsupportedError(NotImplementedError):
+    """No backend, or not the one that was named, serves this call; the text says why and what to do."""
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """What one backend says of one call: `reason` is None if it serves it; `rank` counts the automatic order from 1."""
+
+    name: str
+    reason: str | None
+    rank: int | None
+
+
+@dataclass(frozen=True)
+class Explanation:
+    """Which backend serves a call and why, as `explain` returns and prints it."""
+
+    call: AttentionCall
+    chosen: str | None
+    asked_by: str
+    verdicts: tuple[Verdict, ...]
+
+    def __str__(self) -> str:
+        width = max(len(verdict.name) for verdict in self.verdicts)
+        lines = [f"call: {self.call}"]
+        for verdict in self.verdicts:
+            mark = "->" if self.chosen in (verdict.name, f"{verdict.name}:{(self.chosen or '').partition(':')[2]}") else "  "
+            if verdict.reason is not None:
+                said = f"no: {verdict.reason}"
+            elif verdict.rank is None:
+                said = "serves it, when asked for by name"
+            else:
+                said = f"serves it, number {verdict.rank} in the automatic order"
+            lines.append(f"{mark} {verdict.name:{width}}  {said}")
+        return "\n".join([*lines, f"chosen: {self.chosen or 'none'} ({self.asked_by})"])
+
+
+class _Entry:
+    """A backend that is loaded when first asked for; `problem` says why it could not be."""
+
+    def __init__(self, load: Callable[[], Backend]) -> None:
+        self._load = load
+        self._backend: Backend | None = None
+        self._problem: str | None = None
+
+    def get(self) -> tuple[Backend | None, str | None]:
+        if self._backend is None and self._problem is None:
+            try:
+                self._backend = self._load()
+            except ModuleNotFoundError as error:
+                self._problem = f"needs {error.name}, which is not installed"
+            except Exception as error:  # a broken install can raise anything; its own words are the explanation
+                self._problem = f"is installed but cannot be imported: {type(error).__name__}: {error}"
+        return self._backend, self._problem
+
+
+_entries: dict[str, _Entry] = {}
+_entry_points_read = False
+_innermost: ContextVar[str | None] = ContextVar("attn_n_backend", default=None)
+
+
+def register_backend(backend: Backend) -> None:
+    """Make `backend` known by its name, in place of an earlier one of that name.
+
+    It is used when named (`backend=`, `use_backend`, `ATTN_N_BACKEND`); the automatic order stays as it is. A package
+    can register without being imported, by an entry point of the group `attn_n.backends` that loads to a `Backend`.
+
+    Raises:
+        TypeError: `backend` is not an instance of `attn_n.Backend`.
+        ValueError: its name is empty or has a colon, which separates a family from its member.
+    """
+    if not isinstance(backend, Backend):
+        raise TypeError(f"backend: expected an instance of attn_n.Backend, got {type(backend).__name__}")
+    if not backend.name or ":" in backend.name:
+        raise ValueError(f"backend: expected a name without a colon, got {backend.name!r}")
+    _entries[backend.name] = _Entry(lambda: backend)
+
+
+def names() -> list[str]:
+    """The known backends, the built-in ones first."""
+    _read_entry_points()
+    return list(_entries)
+
+
+def find(name: str) -> tuple[Backend | None, str | None]:
+    """The backend called `name`, or the reason why it cannot be loaded.
+
+    Raises:
+        ValueError: nobody has registered that name.
+    """
+    base, _, member = name.partition(":")
+    entry = _entries.get(base)
+    if entry is None:
+        if base not in names():
+            raise ValueError(f"backend: expected one of {', '.join(names())}, got {name!r}")
+        entry = _entries[base]
+    backend, problem = entry.get()
+    if backend is None or not member:
+        return backend, problem
+    members = backend.members if isinstance(backend, Family) else {}
+    if member not in members:
+        expected = ", ".join([base, *(f"{base}:{known}" for known in members)])
+        raise ValueError(f"backend: expected one of {expected}, got {name!r}")
+    return members[member], None
+
+
+def loaded(name: str) -> Backend:
+    """The backend called `name`, which has been chosen before and is therefore there."""
+    backend, problem = find(name)
+    if backend is None:
+        raise UnsupportedError(f"backend {name}: {problem}")
+    return backend
+
+
+@contextlib.contextmanager
+def use_backend(name: str | None) -> Iterator[None]:
+    """Within `with use_backend(name):`, calls that pass no `backend=` use that one; None means automatic.
+
+    It holds for this thread or task, the innermost one wins, and it wins over `ATTN_N_BACKEND`.
+
+    Raises:
+        ValueError: the name is unknown.
+    """
+    if name is not None:
+        find(name)
+    token = _innermost.set(name or "")
+    try:
+        yield
+    finally:
+        _innermost.reset(token)
+
+
+def forced(backend: str | None) -> tuple[str | None, str]:
+    """The backend that is asked for by name, if any, and who asks."""
+    if backend is not None:
+        if not isinstance(backend, str):
+            raise TypeError(f"backend: expected None or a name, got {type(backend).__name__}")
+        return backend, "backend="
+    named = _innermost.get()
+    if named is not None:
+        return named or None, "use_backend" if named else "automatic"
+    named = os.environ.get(ENVIRONMENT_VARIABLE)
+    return (named, ENVIRONMENT_VARIABLE) if named else (None, "automatic")
+
+
+def choose(call: AttentionCall, backend: str | None) -> tuple[str, Backend]:
+    """The backend that serves `call`: the one that is asked for, else the first of the automatic order.
+
+    Raises:
+        ValueError: an unknown name.
+        UnsupportedError: the forced backend, or none at all, serves the call.
+    """
+    name, asked_by = forced(backend)
+    candidates = automatic_order(call.device) if name is None else (name,)
+    for candidate in candidates:
+        try:
+            found, problem = find(candidate)
+        except ValueError as error:
+            raise ValueError(f"{asked_by}: {str(error).removeprefix('backend: ')}") from None
+        if isinstance(found, Family):
+            member = found.serving(call)
+            if member is not None:
+                return f"{candidate}:{member}", found.members[member]
+        elif found is not None and found.why_not(call) is None:
+            return candidate, found
+    raise UnsupportedError(_refusal(call, name, asked_by))
+
+
+def explain(call: AttentionCall, backend: str | None) -> Explanation:
+    """What each backend says of `call`, and which one serves it."""
+    name, asked_by = forced(backend)
+    order = automatic_order(call.device)
+    listed = [*order, *(known for known in names() if known not in order)]
+    if name is not None and name not in listed:
+        find(name)
+        listed.append(name)
+    verdicts = tuple(
+        Verdict(known, why_not(known, call), order.index(known) + 1 if known in order else None) for known in listed
+    )
+    wanted = order if name is None else (name,)
+    serving = next((v.name for v in verdicts if v.name in wanted and v.reason is None), None)
+    chosen = None if serving is None else choose(call, serving)[0]
+    return Explanation(call, chosen, asked_by, verdicts)
+
+
+def why_not(name: str, call: AttentionCall) -> str | None:
+    """The reason why the backend called `name` does not serve `call`, or None if it does."""
+    backend, problem = find(name)
+    return problem if backend is None else backend.why_not(call)
+
+
+def automatic_order(device: str) -> tuple[str, ...]:
+    return AUTOMATIC.get(device, AUTOMATIC_ELSEWHERE)
+
+
+def _refusal(call: AttentionCall, name: str | None, asked_by: str) -> str:
+    explanation = explain(call, name)
+    who = "no backend serves this call" if name is None else f"backend {name!r} ({asked_by}) does not serve this call"
+    others = [verdict.name for verdict in explanation.verdicts if verdict.reason is None]
+    remedy = f"use {' or '.join(others)}, or leave the choice to the library" if others else "change the call as said above"
+    reasons = [f"  {verdict.name}: {verdict.reason or 'serves it'}" for verdict in explanation.verdicts]
+    return "\n".join([f"{who}:", f"  {call}", *reasons, f"To do: {remedy}."])
+
+
+def _read_entry_points() -> None:
+    global _entry_points_read
+    if _entry_points_read:
+        return
+    _entry_points_read = True
+    for point in importlib.metadata.entry_points(group=ENTRY_POINT_GROUP):
+        _entries.setdefault(point.name, _Entry(_loader(point)))
+
+
+def _loader(point: importlib.metadata.EntryPoint) -> Callable[[], Backend]:
+    def load() -> Backend:
+        backend = point.load()
+        backend = backend() if isinstance(backend, type) else backend
+        if not isinstance(backend, Backend):
+            raise TypeError(f"entry point {point.value} is a {type(backend).__name__}, not an attn_n.Backend")
+        return backend
+
+    return load
+
+
+def _built_in(module: str) -> Callable[[], Backend]:
+    def load() -> Backend:
+        backend: Backend = importlib.import_module(module).BACKEND
+        return backend
+
+    return load
+
+
+for _name, _module in BUILT_IN.items():
+    _entries[_name] = _Entry(_built_in(_module))

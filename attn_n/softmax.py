@@ -1,0 +1,54 @@
+"""softmax_n for itself, without attention around it."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from attn_n import validate
+
+
+def softmax_n(x: Tensor, n: float | Tensor = 0.0, dim: int = -1, dtype: torch.dtype | None = None) -> Tensor:
+    """`exp(x_i) / (n + sum_j exp(x_j))` along `dim`; n = 0 is `torch.softmax`.
+
+    Args:
+        x: floating tensor of any shape. float16 and bfloat16 are computed in float32 and rounded once.
+        n: a finite number >= 0, or a tensor of them that broadcasts against `x` with `dim` of size 1;
+            a tensor n is differentiable.
+        dim: the dimension that is normalised.
+        dtype: cast `x` to this first, as `torch.softmax` does.
+
+    Returns:
+        A tensor shaped as `x`. A slice that is -inf everywhere gives zeros, for every n.
+
+    Raises:
+        TypeError: `x` is not a floating tensor, or n neither a number nor a tensor.
+        ValueError: n is negative, NaN or infinite, or its shape does not broadcast.
+
+    The maximum that is subtracted is `max(max_j x_j, log n)`, so that neither a large x nor a large n overflows.
+    """
+    validate.floating("x", x)
+    if dtype is not None:
+        x = x.to(dtype)
+    compute = x.to(torch.promote_types(x.dtype, torch.float32))
+    if isinstance(n, Tensor):
+        validate.n_values("n", n)
+        reduced = list(x.shape)
+        if reduced:
+            reduced[dim] = 1
+        if not validate.broadcasts(n.shape, reduced):
+            raise ValueError(f"n: expected a shape that broadcasts to {tuple(reduced)}, got {tuple(n.shape)}")
+        n = n.to(compute)
+        log_n: float | Tensor = n.detach().log()
+    else:
+        n = validate.n_number("n", n)
+        log_n = math.log(n) if n > 0 else -math.inf
+    top = compute.detach().amax(dim, keepdim=True) if x.numel() else compute.detach().sum(dim, keepdim=True)
+    top = torch.maximum(top, torch.as_tensor(log_n, dtype=top.dtype, device=top.device))
+    top = top.masked_fill(top == -math.inf, 0.0)
+    weights = (compute - top).exp()
+    denominator = weights.sum(dim, keepdim=True) + n * (-top).exp()
+    # Only where nothing is visible and n = 0 is the denominator zero, and there every weight is zero too.
+    return (weights / denominator.masked_fill(denominator == 0, 1.0)).to(x.dtype)

@@ -1,0 +1,227 @@
+"""Checks of what the user passes: each error names the argument, what was expected and what came.
+
+Values (of a tensor n, of cu_seqlens) are checked where reading them costs nothing, that is for real tensors on the
+CPU; on an accelerator a check would stall the stream, so there only shapes, dtypes and devices are checked.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+
+
+def floating(name: str, x: object) -> Tensor:
+    if not isinstance(x, Tensor):
+        raise TypeError(f"{name}: expected a torch.Tensor, got {type(x).__name__}")
+    if x.dtype not in DTYPES:
+        raise TypeError(f"{name}: expected float16, bfloat16, float32 or float64, got {_dtype(x)}")
+    return x
+
+
+def readable(x: Tensor) -> bool:
+    """Whether the values of `x` can be looked at for free: a real tensor on the CPU, outside of any tracing."""
+    return x.device.type == "cpu" and type(x) in (Tensor, torch.nn.Parameter) and not torch.compiler.is_compiling()
+
+
+def qkv(q: Tensor, k: Tensor, v: Tensor, packed: bool) -> None:
+    """Types, dtypes, devices and shapes of the three tensors."""
+    for name, x in (("q", q), ("k", k), ("v", v)):
+        floating(name, x)
+        if packed and x.dim() != 3:
+            raise ValueError(f"{name}: expected 3 dimensions (T, H, E) of packed sequences, got shape {_shape(x)}")
+        if not 2 <= x.dim() <= 6:
+            raise ValueError(f"{name}: expected 2 to 6 dimensions (N, ..., heads, length, E), got shape {_shape(x)}")
+    for name, x in (("k", k), ("v", v)):
+        if x.dtype != q.dtype:
+            raise TypeError(f"{name}: expected the dtype of q, {_dtype(q)}, got {_dtype(x)}")
+        if x.device != q.device:
+            raise ValueError(f"{name}: expected the device of q, {q.device}, got {x.device}")
+        if x.dim() != q.dim():
+            raise ValueError(f"{name}: expected {q.dim()} dimensions as q {_shape(q)} has, got {_shape(x)}")
+    if q.shape[-1] == 0 or v.shape[-1] == 0:
+        raise ValueError(f"q, v: expected head sizes of at least 1, got q {_shape(q)} and v {_shape(v)}")
+    if k.shape[-1] != q.shape[-1]:
+        raise ValueError(f"k: expected the head size of q, {q.shape[-1]}, got {k.shape[-1]} (q {_shape(q)}, k {_shape(k)})")
+    length, heads = (0, 1) if packed else (-2, -3)
+    if v.shape[length] != k.shape[length]:
+        raise ValueError(
+            f"v: expected as many keys as k, {k.shape[length]}, got {v.shape[length]} (k {_shape(k)}, v {_shape(v)})"
+        )
+    if packed or q.dim() > 2:
+        if v.shape[heads] != k.shape[heads]:
+            raise ValueError(
+                f"v: expected as many heads as k, {k.shape[heads]}, got {v.shape[heads]} (k {_shape(k)}, v {_shape(v)})"
+            )
+        if q.shape[heads] != k.shape[heads] and (k.shape[heads] == 0 or q.shape[heads] % k.shape[heads]):
+            raise ValueError(
+                f"k: expected a number of heads that divides the {q.shape[heads]} heads of q, got {k.shape[heads]}"
+                f" (q {_shape(q)}, k {_shape(k)})"
+            )
+    if not packed:
+        for name, x in (("k", k), ("v", v)):
+            if x.shape[:-3] != q.shape[:-3]:
+                raise ValueError(
+                    f"{name}: expected the leading dimensions of q, {tuple(q.shape[:-3])}, got {tuple(x.shape[:-3])}"
+                    f" (q {_shape(q)}, {name} {_shape(x)})"
+                )
+
+
+def scale(sm_scale: object, head_dim: int) -> float:
+    if sm_scale is None:
+        return 1.0 / math.sqrt(head_dim)
+    return _number("sm_scale", sm_scale, "None or a finite number")
+
+
+def n_number(name: str, n: object) -> float:
+    value = _number(name, n, "a finite number >= 0 or a tensor")
+    if value < 0:
+        raise ValueError(f"{name}: expected a finite number >= 0, got {n}")
+    return value
+
+
+def n_values(name: str, n: Tensor) -> None:
+    """A tensor of n: floating, finite and >= 0."""
+    floating(name, n)
+    if readable(n) and not bool(((n >= 0) & (n < math.inf)).all()):
+        raise ValueError(f"{name}: expected finite numbers >= 0, got {n.detach()}")
+
+
+def n_tensor(sm_n: object, sinks: object, q: Tensor, heads: int) -> Tensor:
+    """The tensor form of n: `sm_n` a scalar or one number a head, or `sinks` one logit a head."""
+    name = "sm_n" if sinks is None else "sinks"
+    n = floating(name, sm_n if sinks is None else sinks)
+    shapes: tuple[tuple[int, ...], ...] = ((heads,),) if sinks is not None else ((), (heads,))
+    if tuple(n.shape) not in shapes:
+        expected = " or ".join(map(str, shapes))
+        raise ValueError(f"{name}: expected shape {expected} for {heads} heads of q, got {_shape(n)}")
+    if n.device != q.device:
+        raise ValueError(f"{name}: expected the device of q, {q.device}, got {n.device}")
+    if sinks is None:
+        n_values(name, n)
+    elif readable(n) and not bool((n < math.inf).all()):
+        raise ValueError(f"sinks: expected logits below +inf and no NaN (-inf is n = 0), got {n.detach()}")
+    return n
+
+
+def mask(attn_mask: object, q: Tensor, target: Sequence[int]) -> None:
+    """A mask that broadcasts to `target`, `(N, ..., heads, L, S)`."""
+    if not isinstance(attn_mask, Tensor):
+        raise TypeError(f"attn_mask: expected a torch.Tensor, got {type(attn_mask).__name__}")
+    if attn_mask.dtype != torch.bool and attn_mask.dtype not in DTYPES:
+        raise TypeError(f"attn_mask: expected bool (True = attend) or a floating dtype, got {_dtype(attn_mask)}")
+    if attn_mask.device != q.device:
+        raise ValueError(f"attn_mask: expected the device of q, {q.device}, got {attn_mask.device}")
+    if not broadcasts(attn_mask.shape, target):
+        raise ValueError(f"attn_mask: expected a shape that broadcasts to {tuple(target)}, got {_shape(attn_mask)}")
+
+
+def window(value: object) -> tuple[int | None, int | None]:
+    if value is None:
+        return None, None
+    if not isinstance(value, Sequence) or len(value) != 2:
+        raise TypeError(f"window: expected None or a pair (left, right), got {value!r}")
+    for side, size in zip(("left", "right"), value, strict=True):
+        if size is None:
+            continue
+        if not _is_integer(size):
+            raise TypeError(f"window: expected {side} to be None or an integer, got {size!r}")
+        if size < 0:
+            raise ValueError(f"window: expected {side} >= 0, or None for no limit on that side, got {size}")
+    return value[0], value[1]
+
+
+def softcap(value: object) -> float | None:
+    if value is None:
+        return None
+    cap = _number("softcap", value, "None or a finite number > 0")
+    if cap <= 0:
+        raise ValueError(f"softcap: expected None or a finite number > 0, got {value}")
+    return cap
+
+
+def dropout(value: object) -> float:
+    p = _number("dropout_p", value, "a number in [0, 1)")
+    if not 0 <= p < 1:
+        raise ValueError(f"dropout_p: expected a number in [0, 1), got {value}")
+    return p
+
+
+def alibi(alibi_slopes: object, q: Tensor, batch: int, heads: int) -> Tensor:
+    slopes = floating("alibi_slopes", alibi_slopes)
+    allowed = ((heads,), (batch, heads))
+    if tuple(slopes.shape) not in allowed:
+        raise ValueError(f"alibi_slopes: expected shape {' or '.join(map(str, allowed))}, got {_shape(slopes)}")
+    if slopes.device != q.device:
+        raise ValueError(f"alibi_slopes: expected the device of q, {q.device}, got {slopes.device}")
+    return slopes
+
+
+def cu_seqlens(name: str, cu: object, q: Tensor) -> None:
+    """Type, shape and device of the sequence boundaries; `boundaries` checks their values."""
+    if not isinstance(cu, Tensor):
+        raise TypeError(f"{name}: expected a torch.Tensor, got {type(cu).__name__}")
+    if cu.dtype != torch.int32:
+        raise TypeError(f"{name}: expected int32, got {_dtype(cu)}")
+    if cu.dim() != 1 or cu.shape[0] == 0:
+        raise ValueError(f"{name}: expected shape (sequences + 1,), got {_shape(cu)}")
+    if cu.device != q.device:
+        raise ValueError(f"{name}: expected the device of q, {q.device}, got {cu.device}")
+
+
+def boundaries(name: str, cu: Tensor, tokens: int, longest: int) -> list[int]:
+    """The values of cu_seqlens, read to the host and checked against the packed tokens and `max_seqlen`."""
+    values: list[int] = cu.tolist()
+    if values[0] != 0:
+        raise ValueError(f"{name}: expected to start at 0, got {values[0]}")
+    lengths = [b - a for a, b in zip(values, values[1:], strict=False)]
+    if any(length < 0 for length in lengths):
+        raise ValueError(f"{name}: expected values that never decrease, got {values}")
+    if values[-1] != tokens:
+        raise ValueError(f"{name}: expected to end at the {tokens} packed tokens, got {values[-1]}")
+    if max(lengths, default=0) > longest:
+        side = name.removeprefix("cu_seqlens_")
+        raise ValueError(f"max_seqlen_{side}: expected at least the longest sequence, {max(lengths)}, got {longest}")
+    return values
+
+
+def length(name: str, value: Any) -> int:
+    if not _is_integer(value):
+        raise TypeError(f"{name}: expected an integer, got {type(value).__name__}")
+    if value < 0:
+        raise ValueError(f"{name}: expected an integer >= 0, got {value}")
+    result: int = value
+    return result
+
+
+def broadcasts(shape: Sequence[int], target: Sequence[int]) -> bool:
+    if len(shape) > len(target):
+        return False
+    ends = zip(reversed(shape), reversed(target), strict=False)
+    return all(size == wanted or size == 1 for size, wanted in ends)
+
+
+def _number(name: str, value: Any, expected: str) -> float:
+    if isinstance(value, (bool, Tensor)) or not hasattr(value, "__float__"):
+        raise TypeError(f"{name}: expected {expected}, got {type(value).__name__}")
+    number = float(value)
+    if not math.isfinite(number):
+        raise ValueError(f"{name}: expected {expected}, got {value}")
+    return number
+
+
+def _is_integer(value: object) -> bool:
+    return isinstance(value, (int, torch.SymInt)) and not isinstance(value, bool)
+
+
+def _shape(x: Tensor) -> tuple[int, ...]:
+    return tuple(x.shape)
+
+
+def _dtype(x: Tensor) -> str:
+    return str(x.dtype).removeprefix("torch.")
