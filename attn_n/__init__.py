@@ -5,8 +5,7 @@ from attn_n.call import AttentionCall, Options
 from attn_n.functional import backends, explain, flash_attention_n, flash_attention_n_varlen
 from attn_n.registry import Explanation, UnsupportedError, Verdict, register_backend, use_backend
 from attn_n.softmax import softmax_n
-
-__version__ = "0.1.0"
+from attn_n.version import __version__
 
 __all__ = [
     "AttentionCall",
@@ -16,6 +15,7 @@ __all__ = [
     "Options",
     "UnsupportedError",
     "Verdict",
+    "__version__",
     "backends",
     "explain",
     "flash_attention_n",

@@ -297,9 +297,12 @@ def _run(prepared: _Prepared, request: _Request) -> Tensor | tuple[Tensor, Tenso
 def _autocast(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """q, k and v in the dtype of an enclosing autocast, which leaves float64 alone."""
     tensors = q, k, v
-    if not all(isinstance(x, Tensor) for x in tensors) or not torch.is_autocast_enabled(q.device.type):
+    if not all(isinstance(x, Tensor) for x in tensors):
         return tensors
-    dtype = torch.get_autocast_dtype(q.device.type)
+    device = q.device.type
+    if not torch.amp.is_autocast_available(device) or not torch.is_autocast_enabled(device):
+        return tensors
+    dtype = torch.get_autocast_dtype(device)
     cast = (torch.float16, torch.bfloat16, torch.float32)
     q, k, v = (x.to(dtype) if x.dtype in cast else x for x in tensors)
     return q, k, v

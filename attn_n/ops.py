@@ -51,10 +51,23 @@ def attend(
     n is the tensor `n` `()` or `(Hq,)`, which holds log n if `n_is_logit`, or else the number `log_n`, or neither.
     """
     if needs_grad:
+        if torch.compiler.is_compiling():
+            q, k, v, options = _distinct(q, k, v, options)
         out, lse = _Attention.apply(q, k, v, n, n_is_logit, log_n, backend, *options)
         return out, lse
     out, lse, _ = torch.ops.attn_n.forward(q, k, v, _log_per_head(q, n, n_is_logit), log_n, backend, *options)
     return out, lse
+
+
+def _distinct(q: Tensor, k: Tensor, v: Tensor, options: Options) -> tuple[Tensor, Tensor, Tensor, Options]:
+    """Views in place of repetitions (self-attention of one tensor), of which torch.compile takes none."""
+    if k is q:
+        k = k.view_as(k)
+    if v is q or v is k:
+        v = v.view_as(v)
+    if options.cu_seqlens_k is not None and options.cu_seqlens_k is options.cu_seqlens_q:
+        options = options._replace(cu_seqlens_k=options.cu_seqlens_k.view_as(options.cu_seqlens_k))
+    return q, k, v, options
 
 
 class _Attention(torch.autograd.Function):

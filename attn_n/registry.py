@@ -12,6 +12,7 @@ from dataclasses import dataclass
 
 from attn_n.backends.base import Backend, Family
 from attn_n.call import AttentionCall
+from attn_n.compilation import constant_when_compiled
 
 ENVIRONMENT_VARIABLE = "ATTN_N_BACKEND"
 ENTRY_POINT_GROUP = "attn_n.backends"
@@ -71,19 +72,20 @@ class _Entry:
     """A backend that is loaded when first asked for; `problem` says why it could not be."""
 
     def __init__(self, load: Callable[[], Backend]) -> None:
-        self._load = load
-        self._backend: Backend | None = None
-        self._problem: str | None = None
+        self._load: Callable[[], Backend] | None = load
+        self.backend: Backend | None = None
+        self.problem: str | None = None
 
-    def get(self) -> tuple[Backend | None, str | None]:
-        if self._backend is None and self._problem is None:
-            try:
-                self._backend = self._load()
-            except ModuleNotFoundError as error:
-                self._problem = f"needs {error.name}, which is not installed"
-            except Exception as error:  # a broken install can raise anything; its own words are the explanation
-                self._problem = f"is installed but cannot be imported: {type(error).__name__}: {error}"
-        return self._backend, self._problem
+    def load(self) -> None:
+        load, self._load = self._load, None
+        if load is None:
+            return
+        try:
+            self.backend = load()
+        except ModuleNotFoundError as error:
+            self.problem = f"needs {error.name}, which is not installed"
+        except Exception as error:  # a broken install can raise anything; its own words are the explanation
+            self.problem = f"is installed but cannot be imported: {type(error).__name__}: {error}"
 
 
 _entries: dict[str, _Entry] = {}
@@ -121,12 +123,10 @@ def find(name: str) -> tuple[Backend | None, str | None]:
         ValueError: nobody has registered that name.
     """
     base, _, member = name.partition(":")
-    entry = _entries.get(base)
-    if entry is None:
-        if base not in names():
-            raise ValueError(f"backend: expected one of {', '.join(names())}, got {name!r}")
-        entry = _entries[base]
-    backend, problem = entry.get()
+    _load(base)
+    if base not in _entries:
+        raise ValueError(f"backend: expected one of {', '.join(names())}, got {name!r}")
+    backend, problem = _entries[base].backend, _entries[base].problem
     if backend is None or not member:
         return backend, problem
     members = backend.members if isinstance(backend, Family) else {}
@@ -134,6 +134,14 @@ def find(name: str) -> tuple[Backend | None, str | None]:
         expected = ", ".join([base, *(f"{base}:{known}" for known in members)])
         raise ValueError(f"backend: expected one of {expected}, got {name!r}")
     return members[member], None
+
+
+@constant_when_compiled  # an import cannot be traced
+def _load(name: str) -> None:
+    if name not in _entries:
+        _read_entry_points()
+    if name in _entries:
+        _entries[name].load()
 
 
 def loaded(name: str) -> Backend:
@@ -168,6 +176,11 @@ def forced(backend: str | None) -> tuple[str | None, str]:
         if not isinstance(backend, str):
             raise TypeError(f"backend: expected None or a name, got {type(backend).__name__}")
         return backend, "backend="
+    return _asked_around()
+
+
+@constant_when_compiled  # torch.compile guards neither the context nor the environment
+def _asked_around() -> tuple[str | None, str]:
     named = _innermost.get()
     if named is not None:
         return named or None, "use_backend" if named else "automatic"
@@ -186,7 +199,7 @@ def choose(call: AttentionCall, backend: str | None) -> tuple[str, Backend]:
     candidates = automatic_order(call.device) if name is None else (name,)
     for candidate in candidates:
         try:
-            found, problem = find(candidate)
+            found, _ = find(candidate)
         except ValueError as error:
             raise ValueError(f"{asked_by}: {str(error).removeprefix('backend: ')}") from None
         if isinstance(found, Family):

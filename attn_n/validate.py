@@ -207,10 +207,12 @@ def broadcasts(shape: Sequence[int], target: Sequence[int]) -> bool:
 
 
 def _number(name: str, value: Any, expected: str) -> float:
-    if isinstance(value, (bool, Tensor)) or not hasattr(value, "__float__"):
+    if not isinstance(value, (int, float)) and (isinstance(value, Tensor) or not hasattr(value, "__float__")):
         raise TypeError(f"{name}: expected {expected}, got {type(value).__name__}")
+    if isinstance(value, bool):
+        raise TypeError(f"{name}: expected {expected}, got bool")
     number = float(value)
-    if not math.isfinite(number):
+    if not -math.inf < number < math.inf:  # torch.compile traces comparisons, but not math.isfinite
         raise ValueError(f"{name}: expected {expected}, got {value}")
     return number
 

@@ -73,7 +73,7 @@ def _attend(
         queries, mask = torch.zeros_like(q), logits
     with sdpa_kernel(SDPBackend.MATH):
         out = F.scaled_dot_product_attention(
-            queries, keys, values, mask, options.dropout_p, scale=options.scale, enable_gqa=q.shape[1] != k.shape[1]
+            queries, keys, values, mask, options.dropout_p, scale=options.scale, enable_gqa=True
         )
     lse = None if logits is None else _logsumexp(logits)
     if zero_n is not None and lse is not None:

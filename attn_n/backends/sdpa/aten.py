@@ -9,34 +9,37 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from attn_n.call import AttentionCall
+from attn_n.compilation import constant_when_compiled
 
 
-@cache
+@constant_when_compiled
 def changed_operator(*signatures: str) -> str | None:
     """Why the private operators cannot be called, given `"name(arg, arg, ...) -> results"` of what is relied upon.
 
     PyTorch may change them in any release: the positional arguments must begin as given, the keywords behind a `*`
     must exist, and the number of results must agree.
     """
-    for signature in signatures:
-        name, _, rest = signature.partition("(")
-        arguments, _, results = rest.partition(") -> ")
-        positional, _, keywords = arguments.partition(", *, ")
-        operator = getattr(torch.ops.aten, name, None)
-        if operator is None:
-            return f"PyTorch {torch.__version__} has no operator aten::{name}"
-        schema = operator.default._schema
-        present = [argument.name for argument in schema.arguments if not argument.kwarg_only]
-        known = [argument.name for argument in schema.arguments]
-        wanted = positional.split(", ")
-        optional = [a for a in schema.arguments if not a.kwarg_only][len(wanted) :]
-        if (
-            present[: len(wanted)] != wanted
-            or not all(argument.has_default_value() for argument in optional)
-            or not all(keyword in known for keyword in keywords.split(", ") if keyword)
-            or len(schema.returns) != int(results)
-        ):
-            return f"PyTorch {torch.__version__} has changed its operator aten::{name}: {schema}"
+    return next((reason for reason in map(_changed, signatures) if reason is not None), None)
+
+
+@cache
+def _changed(signature: str) -> str | None:
+    name, _, rest = signature.partition("(")
+    arguments, _, results = rest.partition(") -> ")
+    positional, _, keywords = arguments.partition(", *, ")
+    operator = getattr(torch.ops.aten, name, None)
+    if operator is None:
+        return f"PyTorch {torch.__version__} has no operator aten::{name}"
+    schema = operator.default._schema
+    by_position = [argument for argument in schema.arguments if not argument.kwarg_only]
+    wanted = positional.split(", ")
+    if (
+        [argument.name for argument in by_position[: len(wanted)]] != wanted
+        or not all(argument.has_default_value() for argument in by_position[len(wanted) :])
+        or not {argument.name for argument in schema.arguments}.issuperset(keywords.split(", ") if keywords else ())
+        or len(schema.returns) != int(results)
+    ):
+        return f"PyTorch {torch.__version__} has changed its operator aten::{name}: {schema}"
     return None
 
 

@@ -1,0 +1,25 @@
+# Everything runs in .venv, which the targets make; nothing else needs to be installed but Python and make.
+PYTHON ?= python3
+BIN := .venv/bin
+
+.PHONY: demo test bench
+
+demo: .venv/demo
+	$(BIN)/python -m demo
+	$(BIN)/python -m attn_n
+
+test: .venv/dev
+	$(BIN)/ruff check
+	$(BIN)/ruff format --check
+	$(BIN)/mypy
+	$(BIN)/pytest
+
+bench: .venv/dev
+	$(BIN)/pytest bench
+
+# torch comes first and by name: unpinned, it would be the newest build with all of CUDA.
+.venv/%: pyproject.toml constraints.txt
+	test -d .venv || $(PYTHON) -m venv .venv
+	$(BIN)/pip install --quiet -c constraints.txt torch==2.13.0
+	$(BIN)/pip install --quiet -c constraints.txt -e '.[$*]'
+	touch $@

@@ -1,0 +1,1 @@
+"""Speed and memory of attn-n beside its peers: `pytest bench`."""

@@ -1,0 +1,109 @@
+"""Trains GPTs that differ in n alone, and measures them."""
+
+import math
+import statistics
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+from torch.nn.functional import cross_entropy
+from tqdm import tqdm
+
+from demo import data
+from demo.model import GPT, share_to_nothing
+
+CONTEXT = 256
+BATCH = 8
+PEAK_LR = 3e-3
+EVALUATIONS = 20
+
+
+@dataclass
+class Run:
+    """What the training with one n gave; losses in nats per byte."""
+
+    n: float
+    train_loss: list[float] = field(default_factory=list)  # before each step
+    held_out_loss: list[tuple[int, float]] = field(default_factory=list)  # (steps done, loss on every eighth window)
+    final_loss: float = math.nan  # on all of the held-out text
+    ms_per_step: float = math.nan  # the median
+    share_to_nothing: list[list[float]] = field(default_factory=list)  # (layers, heads), mean over held-out rows
+
+
+def train(ns: Sequence[float], text: Tensor, held_out: Tensor, steps: int, seed: int) -> list[Run]:
+    """One run for each n, from the same weights and on the same batches.
+
+    The runs take their steps in turn, so that whatever else the machine does slows them alike.
+    """
+    learners = [Learner(n, steps, seed) for n in ns]
+    bars = [tqdm(total=steps, desc=f"n = {n:g}", unit="step", position=i) for i, n in enumerate(ns)]
+    generator = torch.Generator().manual_seed(seed)
+    windows = data.all_windows(held_out, CONTEXT)
+    for step in range(steps):
+        batch = data.random_windows(text, BATCH, CONTEXT, generator)
+        for learner, bar in zip(learners, bars, strict=True):
+            if step % math.ceil(steps / EVALUATIONS) == 0:
+                learner.follow(windows[::8])
+            learner.step(batch)
+            train_loss, (_, held_out_loss) = learner.run.train_loss[-1], learner.run.held_out_loss[-1]
+            bar.set_postfix(train=f"{train_loss:.3f}", held_out=f"{held_out_loss:.3f}", refresh=False)
+            bar.update()
+    for learner, bar in zip(learners, bars, strict=True):
+        learner.follow(windows[::8])
+        learner.finish(windows)
+        bar.close()
+    return [learner.run for learner in learners]
+
+
+class Learner:
+    """A GPT, its optimizer and the record of its run."""
+
+    def __init__(self, n: float, steps: int, seed: int) -> None:
+        torch.manual_seed(seed)
+        self.model = GPT(n)
+        self.optimizer = torch.optim.AdamW(self.model.parameters(), lr=PEAK_LR, betas=(0.9, 0.95), weight_decay=0.1)
+        self.schedule = torch.optim.lr_scheduler.LambdaLR(self.optimizer, lambda step: lr_factor(step, steps))
+        self.run = Run(n)
+        self.seconds: list[float] = []
+
+    def step(self, windows: Tensor) -> None:
+        """windows `(B, L + 1)`."""
+        start = time.perf_counter()
+        loss, _ = loss_and_lse(self.model, windows)
+        self.optimizer.zero_grad()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
+        self.optimizer.step()
+        self.schedule.step()
+        self.seconds.append(time.perf_counter() - start)
+        self.run.train_loss.append(loss.item())
+
+    @torch.no_grad()
+    def follow(self, windows: Tensor) -> None:
+        """Adds a point to the held-out curve."""
+        loss, _ = loss_and_lse(self.model, windows)
+        self.run.held_out_loss.append((len(self.run.train_loss), loss.item()))
+
+    @torch.no_grad()
+    def finish(self, windows: Tensor) -> None:
+        """Measures what is measured once."""
+        loss, lse = loss_and_lse(self.model, windows)
+        self.run.final_loss = loss.item()
+        self.run.share_to_nothing = share_to_nothing(lse, self.run.n).mean(dim=(1, 3)).tolist()
+        self.run.ms_per_step = 1000 * statistics.median(self.seconds)
+
+
+def loss_and_lse(model: GPT, windows: Tensor) -> tuple[Tensor, Tensor]:
+    """windows `(B, L + 1)` -> the mean loss `()` and lse `(layers, B, heads, L)`."""
+    logits, lse = model(windows[:, :-1])
+    return cross_entropy(logits.flatten(0, 1), windows[:, 1:].flatten()), lse
+
+
+def lr_factor(step: int, steps: int) -> float:
+    """What the peak is multiplied with: linear warmup over a twentieth of the steps, then a cosine down to a tenth."""
+    warmup = max(1, steps // 20)
+    if step < warmup:
+        return (step + 1) / warmup
+    return 0.55 + 0.45 * math.cos(math.pi * (step - warmup) / max(1, steps - warmup))

@@ -1,0 +1,280 @@
+"""The cases that every backend is tested on, and the table of which backend must serve which of them."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+
+
+@dataclass(frozen=True)
+class Case:
+    """One call. `shift` is added to every logit, negative by default, so that n weighs as much as the keys."""
+
+    name: str
+    batch: int = 2
+    heads_q: int = 2
+    heads_kv: int = 2
+    len_q: int = 33
+    len_k: int = 33
+    size: int = 16
+    size_v: int = 16
+    n: float | str = 1.0  # a number, "scalar" (a tensor), "per head", "zero per head" or "sinks"
+    sinks: tuple[float, ...] = ()
+    shift: float = -3.0
+    causal: bool = False
+    scale: float | None = None
+    window: tuple[int | None, int | None] | None = None
+    softcap: float | None = None
+    mask: str = ""  # "bool", "float", "key padding", "hidden rows", "per head", "late" (hides the first keys)
+    alibi: str = ""  # "per head" or "per batch"
+    layout: str = "heads first"
+    lengths_q: tuple[int, ...] = ()  # packed sequences, in place of batch and len_q
+    lengths_k: tuple[int, ...] = ()
+
+    @property
+    def packed(self) -> bool:
+        return bool(self.lengths_q)
+
+    @property
+    def features(self) -> set[str]:
+        """What a backend may have to refuse."""
+        used = {
+            "softcap": self.softcap is not None,
+            "mask": bool(self.mask),
+            "alibi": bool(self.alibi),
+            "window": self.window is not None,
+            "causal, L != S": self.causal and (self.packed or self.len_q != self.len_k) and self.len_q > 1,
+            "packed": self.packed,
+            "E != Ev": self.size != self.size_v,
+            "E % 8": bool(self.size % 8),
+            "E > 256": max(self.size, self.size_v) > 256,
+            "E + 1 > 256": max(self.size, self.size_v) + 1 > 256,
+        }
+        return {name for name, present in used.items() if present}
+
+    def __str__(self) -> str:
+        return self.name
+
+
+def _cases() -> list[Case]:
+    few = {"len_q": 5, "len_k": 3}
+    numbers = [
+        Case(f"n={n:g} at its own height", n=n, shift=math.log(n), len_q=7, len_k=5)
+        for n in (1e-6, 1e-3, 1.0, 3.7, 1e4, 1e20)
+    ]
+    return [
+        Case("plain softmax", n=0.0, shift=0.0),
+        *numbers,
+        Case("n=1, few keys", **few),
+        Case("n=1e20, over small logits", n=1e20, shift=0.0, **few),
+        Case("n=4, negative logits", n=4.0, shift=-3.0, **few),
+        Case("one query, one key", len_q=1, len_k=1, shift=-1.0),
+        Case("scalar tensor n", n="scalar", **few),
+        Case("per-head n", n="per head", heads_q=4, heads_kv=4, **few),
+        Case("per-head n, some zero", n="zero per head", **few),
+        Case("sinks", n="sinks", sinks=(0.0, -2.0), **few),
+        Case("sinks of 20 and 100", n="sinks", sinks=(20.0, 100.0), shift=0.0, **few),
+        Case("sinks of 20 and 100 at their height", n="sinks", sinks=(20.0, 18.0), shift=19.0, **few),
+        Case("one sink is minus infinity", n="sinks", sinks=(-math.inf, 1.0), **few),
+        Case("causal", causal=True),
+        Case("causal, n=0", causal=True, n=0.0),
+        Case("causal, more keys", causal=True, len_q=19, len_k=50),
+        Case("causal, more keys, n=0", causal=True, len_q=19, len_k=50, n=0.0),
+        Case("causal, fewer keys", causal=True, len_q=50, len_k=19),
+        Case("causal, fewer keys, n=0", causal=True, len_q=50, len_k=19, n=0.0),
+        Case("causal, one query", causal=True, len_q=1, len_k=40),
+        Case("window", window=(7, 3)),
+        Case("window to the left", window=(7, None), len_q=20, len_k=41),
+        Case("window to the right", window=(None, 2), len_q=20, len_k=41),
+        Case("window of one key", window=(0, 0)),
+        Case("causal window", causal=True, window=(5, 9), len_q=70, len_k=70),
+        Case("window, rows without keys", window=(3, 2), len_q=40, len_k=9),
+        Case("window, rows without keys, n=0", window=(3, 2), len_q=40, len_k=9, n=0.0),
+        Case("long window in pieces", window=(40, 0), batch=1, len_q=600, len_k=600),
+        Case("softcap", softcap=2.0, n=3.7, **few),
+        Case("softcap, causal", softcap=5.0, causal=True),
+        Case("bool mask", mask="bool"),
+        Case("float mask", mask="float"),
+        Case("key padding mask", mask="key padding"),
+        Case("mask per head", mask="per head"),
+        Case("mask hides whole rows", mask="hidden rows"),
+        Case("mask hides whole rows, n=0", mask="hidden rows", n=0.0),
+        Case("mask hides the first block of keys", mask="late", batch=1, len_q=20, len_k=1100, n=100.0),
+        Case("bool mask, causal", mask="bool", causal=True, len_q=20, len_k=30),
+        Case("bool mask, window", mask="bool", window=(6, 1)),
+        Case("ALiBi", alibi="per head"),
+        Case("ALiBi per batch, causal", alibi="per batch", causal=True, len_q=20, len_k=31),
+        Case("ALiBi, mask, window", alibi="per head", mask="float", window=(9, 9)),
+        Case("GQA", heads_q=6, heads_kv=2, n="per head"),
+        Case("MQA, causal", heads_q=4, heads_kv=1, causal=True, len_q=20, len_k=33),
+        Case("GQA, mask per head", heads_q=4, heads_kv=2, mask="per head"),
+        Case("E=1", size=1, size_v=1, shift=0.0, **few),
+        Case("E=3, Ev=5", size=3, size_v=5),
+        Case("E=20", size=20, size_v=20),
+        Case("E=64, Ev=32", size=64, size_v=32, len_q=8),
+        Case("E=64, Ev=128, causal", size=64, size_v=128, causal=True),
+        Case("E=128", size=128, size_v=128, len_q=9),
+        Case("E=256", size=256, size_v=256, len_q=9),
+        Case("E=300", size=300, size_v=300, len_q=9),
+        Case("scale", scale=0.9, shift=-2.0, **few),
+        Case("zero scale", scale=0.0, shift=0.0, **few),
+        Case("many blocks", batch=1, heads_q=1, heads_kv=1, len_q=1030, len_k=1030, causal=True, shift=-6.0),
+        Case("tokens first", layout="tokens first", causal=True),
+        Case("tokens first, GQA", layout="tokens first", heads_q=4, heads_kv=2, len_q=9),
+        Case("expanded over the batch", layout="expanded"),
+        Case("a stride in the last dimension", layout="transposed"),
+        Case("an odd offset", layout="unaligned", causal=True),
+        Case("packed", lengths_q=(5, 17, 1), lengths_k=(7, 17, 30)),
+        Case("packed, causal", lengths_q=(5, 17, 9), lengths_k=(5, 30, 4), causal=True),
+        Case("packed, causal, n=0", lengths_q=(5, 17, 9), lengths_k=(5, 30, 4), causal=True, n=0.0),
+        Case("packed, an empty sequence", lengths_q=(5, 0, 7, 6), lengths_k=(5, 4, 0, 6), n="per head"),
+        Case("packed, GQA, sinks", lengths_q=(9, 8), lengths_k=(3, 8), heads_q=4, n="sinks", sinks=(0.0, 1.0, 2.0, -1.0)),
+        Case("packed, window, ALiBi", lengths_q=(9, 18), lengths_k=(9, 18), window=(4, 2), alibi="per batch"),
+        Case("packed, mask", lengths_q=(9, 18), lengths_k=(3, 18), mask="per head"),
+        Case("packed, softcap", lengths_q=(9, 8), lengths_k=(3, 8), softcap=2.0),
+    ]
+
+
+CASES = _cases()
+
+
+@dataclass
+class Inputs:
+    """The tensors of a case, and the keyword arguments of the call beyond q, k and v."""
+
+    case: Case
+    q: Tensor
+    k: Tensor
+    v: Tensor
+    n: float | Tensor | None = None
+    sinks: Tensor | None = None
+    mask: Tensor | None = None
+    alibi_slopes: Tensor | None = None
+    dout: Tensor = field(init=False)
+    dlse: Tensor = field(init=False)
+
+    @property
+    def keywords(self) -> dict[str, Any]:
+        case = self.case
+        return {
+            "causal": case.causal,
+            "sm_scale": case.scale,
+            "sm_n": self.n,
+            "sinks": self.sinks,
+            "attn_mask": self.mask,
+            "window": case.window,
+            "softcap": case.softcap,
+            "alibi_slopes": self.alibi_slopes,
+        }
+
+    @property
+    def differentiable(self) -> dict[str, Tensor]:
+        tensors = {"q": self.q, "k": self.k, "v": self.v}
+        if isinstance(self.n, Tensor):
+            tensors["n"] = self.n
+        if self.sinks is not None:
+            tensors["sinks"] = self.sinks
+        return tensors
+
+    def packing(self) -> tuple[Tensor, Tensor, int, int]:
+        """cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k."""
+        lengths = self.case.lengths_q, self.case.lengths_k
+        starts = [
+            torch.tensor([0, *torch.tensor(one).cumsum(0)], dtype=torch.int32, device=self.q.device) for one in lengths
+        ]
+        return starts[0], starts[1], max(lengths[0]), max(lengths[1])
+
+
+def make(case: Case, dtype: torch.dtype, device: str, seed: int = 0) -> Inputs:
+    """Random inputs of a case, with gradients required of all that is differentiable."""
+    generator = torch.Generator().manual_seed(seed)
+
+    def normal(*shape: int) -> Tensor:
+        return torch.randn(shape, generator=generator, dtype=torch.float64)
+
+    if case.packed:
+        tokens_q, tokens_k, batch = sum(case.lengths_q), sum(case.lengths_k), len(case.lengths_q)
+        rows, columns = max(case.lengths_q), max(case.lengths_k)
+        shapes = [(tokens_q, case.heads_q), (tokens_k, case.heads_kv)]
+    else:
+        batch, rows, columns = case.batch, case.len_q, case.len_k
+        shapes = [(batch, case.heads_q, rows), (batch, case.heads_kv, columns)]
+    q, k, v = normal(*shapes[0], case.size), normal(*shapes[1], case.size), normal(*shapes[1], case.size_v)
+    if case.shift:  # one component of q and k carries the shift, so that the logits keep their spread
+        scale = 1 / math.sqrt(case.size) if case.scale is None else case.scale
+        size = math.sqrt(abs(case.shift) / scale)
+        q[..., 0], k[..., 0] = math.copysign(size, case.shift), size
+    inputs = Inputs(case, *(_laid_out(x.to(dtype).to(device), case.layout) for x in (q, k, v)))
+
+    wide = torch.float64 if dtype == torch.float64 else torch.float32
+    heads = torch.linspace(0.3, 4.0, case.heads_q, dtype=wide, device=device)
+    if case.n == "scalar":
+        inputs.n = torch.tensor(1.7, dtype=wide, device=device)
+    elif case.n == "per head":
+        inputs.n = heads
+    elif case.n == "zero per head":
+        inputs.n = torch.where(torch.arange(case.heads_q, device=device) % 2 == 0, 0.0, heads)
+    elif case.n == "sinks":
+        inputs.sinks = torch.tensor(case.sinks, dtype=wide, device=device)
+    else:
+        assert isinstance(case.n, float)
+        inputs.n = case.n
+
+    mask_shape = (batch, 1, rows, columns)
+    if case.mask == "bool":
+        inputs.mask = (normal(*mask_shape) > -0.5).to(device)
+    elif case.mask == "float":
+        inputs.mask = normal(*mask_shape).masked_fill(normal(*mask_shape) > 1.0, -math.inf).to(dtype).to(device)
+    elif case.mask == "key padding":
+        inputs.mask = (torch.arange(columns) < torch.arange(1, batch + 1)[:, None] * 9)[:, None, None].to(device)
+    elif case.mask == "hidden rows":
+        inputs.mask = (normal(1, 1, rows, columns) > 0).logical_and(torch.arange(rows)[:, None] % 3 != 1).to(device)
+    elif case.mask == "per head":
+        inputs.mask = (normal(1, case.heads_q, 1, columns) > -0.5).to(device)
+    elif case.mask == "late":
+        inputs.mask = (torch.arange(columns) >= torch.arange(rows)[:, None] * 50).to(device)
+    if case.alibi:
+        slopes = torch.linspace(0.1, 0.9, case.heads_q, dtype=torch.float32, device=device)
+        inputs.alibi_slopes = slopes if case.alibi == "per head" else slopes * torch.arange(1.0, batch + 1)[:, None].to(device)
+
+    out_shape = (*inputs.q.shape[:-1], case.size_v)
+    inputs.dout = normal(*out_shape).to(dtype).to(device)
+    inputs.dlse = normal(*out_shape[:-1]).to(wide).to(device)
+    for tensor in inputs.differentiable.values():
+        tensor.requires_grad_()
+    return inputs
+
+
+def _laid_out(x: Tensor, layout: str) -> Tensor:
+    """The same values in another memory layout."""
+    if layout == "tokens first":
+        return x.transpose(1, 2).contiguous().transpose(1, 2)
+    if layout == "expanded":
+        return x[:1].expand(x.shape)
+    if layout == "transposed":
+        return x.transpose(-1, -2).contiguous().transpose(-1, -2)
+    if layout == "unaligned":
+        return torch.cat([x.new_zeros(1), x.flatten()])[1:].view(x.shape)
+    return x
+
+
+def must_serve(backend: str, device: str, dtype: torch.dtype, case: Case, lse_grad: bool) -> bool:
+    """Whether `backend` has to serve the case there; a refusal or an acceptance against this table fails."""
+    features, half = case.features, dtype in (torch.bfloat16, torch.float16)
+    flash_features = {"softcap", "mask", "E > 256"} | ({"E + 1 > 256"} if lse_grad else set())
+    cudnn_features = {"softcap", "mask", "alibi", "window", "causal, L != S", "packed", "E != Ev", "E % 8", "E > 256"}
+    table = {
+        "reference": True,
+        "sdpa:cpu": device == "cpu" and "softcap" not in features,
+        "sdpa:flash": device == "cuda" and half and not features & (flash_features | {"alibi"}),
+        "sdpa:cudnn": device == "cuda" and half and not features & cudnn_features and not lse_grad,
+        "sdpa:efficient": device == "cuda" and dtype != torch.float64 and "softcap" not in features,
+    }
+    table["sdpa"] = any(serves for name, serves in table.items() if name.startswith("sdpa:"))
+    return table[backend]

@@ -1,0 +1,137 @@
+"""A call against the float64 oracle under FlashAttention's rule."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+import attn_n
+from tests.cases import Inputs
+from tests.oracle import attention_n
+
+Results = dict[str, Tensor]
+
+
+def library(inputs: Inputs, backend: str | None, lse_grad: bool = True) -> Results:
+    """out, lse and the gradients by the library."""
+    arguments = (*inputs.packing(),) if inputs.case.packed else ()
+    function = attn_n.flash_attention_n_varlen if inputs.case.packed else attn_n.flash_attention_n
+    keywords = {**inputs.keywords, "return_lse": lse_grad, "backend": backend}
+    result = function(inputs.q, inputs.k, inputs.v, *arguments, **keywords)
+    out, lse = result if isinstance(result, tuple) else (result, None)
+    return _with_gradients(inputs, out, lse)
+
+
+def oracle(inputs: Inputs, dtype: torch.dtype, lse_grad: bool = True, ignore_n: bool = False) -> Results:
+    """The same by the oracle, computed in `dtype` from the very numbers of the inputs."""
+    case = inputs.case
+    cast = Inputs(case, *(x.detach().to(dtype).requires_grad_() for x in (inputs.q, inputs.k, inputs.v)))
+    cast.dout, cast.dlse = inputs.dout.to(dtype), inputs.dlse.to(dtype)
+    cast.n = inputs.n.detach().to(dtype).requires_grad_() if isinstance(inputs.n, Tensor) else inputs.n
+    cast.sinks = None if inputs.sinks is None else inputs.sinks.detach().to(dtype).requires_grad_()
+    cast.mask = inputs.mask
+    cast.alibi_slopes = None if inputs.alibi_slopes is None else inputs.alibi_slopes.to(dtype)
+
+    def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, slopes: Tensor | None) -> tuple[Tensor, Tensor]:
+        n = 0.0 if ignore_n or cast.n is None else cast.n
+        return attention_n(
+            q, k, v, n, None if ignore_n else cast.sinks, case.causal, case.scale, mask, case.window, case.softcap, slopes
+        )
+
+    out, lse = _packed(cast, attend) if case.packed else attend(cast.q, cast.k, cast.v, cast.mask, cast.alibi_slopes)
+    return _with_gradients(cast, out, lse if lse_grad else None)
+
+
+def _packed(inputs: Inputs, attend: Callable[..., tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
+    case, outs, lses, q_start, k_start = inputs.case, [], [], 0, 0
+    for b, (len_q, len_k) in enumerate(zip(case.lengths_q, case.lengths_k, strict=True)):
+        q = inputs.q[q_start : q_start + len_q].transpose(0, 1)[None]
+        k, v = (x[k_start : k_start + len_k].transpose(0, 1)[None] for x in (inputs.k, inputs.v))
+        mask, slopes = inputs.mask, inputs.alibi_slopes
+        if mask is not None:
+            mask = mask[b : b + 1] if mask.shape[0] > 1 else mask
+            mask = mask[:, :, : len_q if mask.shape[2] > 1 else 1, : len_k if mask.shape[3] > 1 else 1]
+        if slopes is not None and slopes.dim() == 2:
+            slopes = slopes[b]
+        if len_k:
+            out, lse = attend(q, k, v, mask, slopes)
+        else:  # nothing to attend to: a key that is hidden is no key
+            one = q.new_zeros((1, k.shape[1], 1, q.shape[-1])), q.new_zeros((1, k.shape[1], 1, v.shape[-1]))
+            hidden = torch.zeros((1, 1, 1, 1), dtype=torch.bool, device=q.device)
+            out, lse = attend(q, *one, hidden, None)
+        outs.append(out[0].transpose(0, 1))
+        lses.append(lse[0].transpose(0, 1))
+        q_start, k_start = q_start + len_q, k_start + len_k
+    return torch.cat(outs), torch.cat(lses)
+
+
+def _with_gradients(inputs: Inputs, out: Tensor, lse: Tensor | None) -> Results:
+    results = {"out": out.detach()}
+    loss = (out * inputs.dout).sum()
+    if lse is not None:
+        results["lse"] = lse.detach()
+        # A row without a denominator has lse = -inf, which no loss can use.
+        loss = loss + (lse * inputs.dlse).masked_fill(lse == -math.inf, 0.0).sum()
+    tensors = inputs.differentiable
+    gradients = torch.autograd.grad(loss, list(tensors.values()), materialize_grads=True)
+    return results | {f"d{name}": gradient for name, gradient in zip(tensors, gradients, strict=True)}
+
+
+def excess(inputs: Inputs, got: Results, lse_grad: bool = True) -> dict[str, float]:
+    """For each result its error over the allowed one: max error <= 2 x that of plain PyTorch in the same dtype + floor.
+
+    The floor is a few roundings of the largest value, and the smallest number of the dtype.
+    """
+    dtype = inputs.q.dtype
+    truth, plain = oracle(inputs, torch.float64, lse_grad), oracle(inputs, dtype, lse_grad)
+    plain_wide = oracle(inputs, torch.promote_types(dtype, torch.float32), lse_grad)
+    assert got.keys() == truth.keys()
+    excesses = {}
+    for name, value in got.items():
+        exact = truth[name]
+        assert value.shape == exact.shape, f"{name}: shape {tuple(value.shape)}, expected {tuple(exact.shape)}"
+        assert value.dtype == _dtype_of(name, inputs), f"{name}: dtype {value.dtype}"
+        excesses[name] = error(value, exact) / tolerance(name, exact, (plain_wide if name == "lse" else plain)[name], dtype)
+    return excesses
+
+
+def tolerance(name: str, exact: Tensor, plain: Tensor, dtype: torch.dtype) -> float:
+    """The largest error that is allowed; `plain` is the same computation by plain PyTorch.
+
+    lse is held to float32, in which every backend computes it. PyTorch's CPU kernel takes a faster exp for half
+    precision, which is good to 3e-5.
+    """
+    half = torch.finfo(dtype).bits == 16
+    # The oracle itself is float64, so that there the roundings of both count; half precision counts each of its own.
+    roundings = {64: 200, 32: 40, 16: 2}[torch.finfo(dtype).bits]
+    relative = roundings * torch.finfo(dtype).eps
+    if name == "lse" and half:
+        relative = 1e-4
+    elif name in ("dn", "dsinks") and half:
+        relative *= 8  # a sum over all rows, in which terms of both signs cancel
+    # The smallest number that counts: float16 uses its subnormals, the wider dtypes may flush theirs to zero.
+    limits = torch.finfo(dtype)
+    smallest = limits.tiny * (4 * limits.eps if dtype == torch.float16 else 1)
+    return 2 * error(plain, exact) + relative * _largest(exact) + smallest
+
+
+def _dtype_of(name: str, inputs: Inputs) -> torch.dtype:
+    wide = torch.promote_types(inputs.q.dtype, torch.float32)
+    return wide if name in ("lse", "dn", "dsinks") else inputs.q.dtype
+
+
+def error(x: Tensor, exact: Tensor) -> float:
+    if x.numel() == 0:
+        return 0.0
+    same_infinity = (x == exact) & exact.isinf()
+    difference = (x.to(torch.float64) - exact).masked_fill(same_infinity, 0.0).abs()
+    return math.inf if bool(difference.isnan().any()) else float(difference.max())
+
+
+def _largest(x: Tensor) -> float:
+    finite = x.masked_fill(~x.isfinite(), 0.0)
+    return float(finite.abs().max()) if x.numel() else 0.0
+

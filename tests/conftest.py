@@ -1,0 +1,42 @@
+"""Shared fixtures: which backend really ran, and a clean environment."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pytest
+import torch
+
+from attn_n import registry
+from attn_n.backends.base import Backend, Family
+
+
+@pytest.fixture(autouse=True)
+def automatic(monkeypatch: pytest.MonkeyPatch) -> None:
+    """No test depends on the variable of the shell that runs it, and each starts from the same random state."""
+    monkeypatch.delenv(registry.ENVIRONMENT_VARIABLE, raising=False)
+    torch.manual_seed(0)
+
+
+@pytest.fixture
+def ran(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[str]]:
+    """The names of the built-in kernels whose code was entered, in order: `"forward sdpa:cpu"` and the like."""
+    entered: list[str] = []
+    for name in registry.BUILT_IN:
+        backend, _ = registry.find(name)
+        if backend is None:
+            continue
+        for kernel in backend.members.values() if isinstance(backend, Family) else (backend,):
+            for method in ("attend",) if kernel.differentiates else ("forward", "backward"):
+                _spy(monkeypatch, kernel, method, entered)
+    yield entered
+
+
+def _spy(monkeypatch: pytest.MonkeyPatch, kernel: Backend, method: str, entered: list[str]) -> None:
+    original = getattr(kernel, method)
+
+    def spied(*args: object, **kwargs: object) -> object:
+        entered.append(f"{method} {kernel.name}")
+        return original(*args, **kwargs)
+
+    monkeypatch.setattr(kernel, method, spied)

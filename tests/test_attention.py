@@ -1,0 +1,57 @@
+"""Every backend on every case, in every dtype, against float64."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+import attn_n
+from tests import compare
+from tests.cases import CASES, DTYPES, Case, make, must_serve
+
+# With logits around 46 a half-precision baseline has no digits left, and its error would allow anything.
+COMBINATIONS = [
+    pytest.param(dtype, case, id=f"{str(dtype).removeprefix('torch.')}-{case}")
+    for dtype in DTYPES
+    for case in CASES
+    if abs(case.shift) < 40 or dtype in (torch.float64, torch.float32)
+]
+PLACES = [
+    pytest.param("cpu", "reference"),
+    pytest.param("cpu", "sdpa:cpu"),
+    *(
+        pytest.param("cuda", name, marks=pytest.mark.gpu)
+        for name in ("reference", "sdpa:flash", "sdpa:cudnn", "sdpa:efficient")
+    ),
+]
+
+
+@pytest.mark.parametrize(("dtype", "case"), COMBINATIONS)
+@pytest.mark.parametrize(("device", "backend"), PLACES)
+@pytest.mark.parametrize("lse_grad", [True, False], ids=["lse", "no lse"])
+def test_against_float64(
+    device: str, backend: str, dtype: torch.dtype, case: Case, lse_grad: bool, ran: list[str]
+) -> None:
+    if device == "cuda" and not torch.cuda.is_available():
+        pytest.skip("no GPU")
+    inputs = make(case, dtype, device)
+    if not must_serve(backend, device, dtype, case, lse_grad):
+        with pytest.raises(attn_n.UnsupportedError, match=backend):
+            compare.library(inputs, backend, lse_grad)
+        assert ran == []
+        return
+    got = compare.library(inputs, backend, lse_grad)
+    assert set(ran) == ({f"attend {backend}"} if backend == "reference" else {f"forward {backend}", f"backward {backend}"})
+    excess = compare.excess(inputs, got, lse_grad)
+    assert max(excess.values()) <= 1, {name: f"{value:.2f} x the allowed error" for name, value in excess.items()}
+
+
+@pytest.mark.parametrize(("dtype", "case"), [one for one in COMBINATIONS if one.values[1].n != 0.0])
+def test_the_cases_see_n(dtype: torch.dtype, case: Case) -> None:
+    """A library that ignored n would be far outside of the tolerance, in out and in lse."""
+    inputs = make(case, dtype, "cpu")
+    ignored, exact = (compare.oracle(inputs, torch.float64, ignore_n=ignore) for ignore in (True, False))
+    plain, plain_wide = compare.oracle(inputs, dtype), compare.oracle(inputs, torch.float32)
+    for name, computed in (("out", plain), ("lse", plain_wide)):
+        allowed = compare.tolerance(name, exact[name], computed[name], dtype)
+        assert compare.error(ignored[name], exact[name]) > 2 * allowed, name

@@ -1,0 +1,230 @@
+"""The operators within PyTorch: opcheck, compilation, checkpointing, autocast, meta and fake tensors."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch._subclasses import FakeTensorMode
+from torch.utils.checkpoint import checkpoint
+
+from attn_n import Backend, flash_attention_n, flash_attention_n_varlen, registry, use_backend
+from attn_n.call import Options
+from tests.cases import CASES, Case, make
+
+
+def served_by_cpu(case: Case) -> bool:
+    return case.softcap is None
+
+
+@pytest.mark.parametrize("case", [case for case in CASES if served_by_cpu(case)], ids=str)
+def test_opcheck(case: Case) -> None:
+    """Schemas, and fakes that promise the very shapes, strides and dtypes that the kernels return."""
+    inputs = make(case, torch.float32, "cpu")
+    q, k, v = (x.detach() for x in (inputs.q, inputs.k, inputs.v))
+    packing: tuple[Any, ...] = inputs.packing() if case.packed else (None, None, 0, 0)
+    batch = len(case.lengths_q) or case.batch
+    slopes = None if inputs.alibi_slopes is None else inputs.alibi_slopes.expand(batch, -1)
+    mask = None if inputs.mask is None else inputs.mask[(None,) * (4 - inputs.mask.dim())]
+    left, right = case.window or (None, None)
+    options = Options(0.25, left, 0 if case.causal else right, None, 0.0, mask, slopes, *packing)
+    log_n = torch.linspace(-1, 1, case.heads_q)
+    checks = ("test_schema", "test_faketensor", "test_aot_dispatch_dynamic")
+    torch.library.opcheck(
+        torch.ops.attn_n.forward.default, (q, k, v, log_n, None, "sdpa:cpu", *options), test_utils=checks[:2]
+    )
+    out, lse, state = torch.ops.attn_n.forward(q, k, v, log_n, None, "sdpa:cpu", *options)
+    arguments = (torch.randn_like(out), torch.randn_like(lse), q, k, v, out, lse, state, log_n)
+    torch.library.opcheck(
+        torch.ops.attn_n.backward.default, (*arguments, True, True, True, "sdpa:cpu", *options), test_utils=checks[:2]
+    )
+    if case.name in ("causal", "GQA", "packed"):
+        torch.library.opcheck(
+            torch.ops.attn_n.forward.default, (q, k, v, log_n, None, "sdpa:cpu", *options), test_utils=checks[2:]
+        )
+
+
+def step(q: Tensor, k: Tensor, v: Tensor, n: Tensor, **options: Any) -> tuple[Tensor, ...]:
+    out, lse = flash_attention_n(q * 1.0, k, v, sm_n=n, return_lse=True, **options)
+    return torch.autograd.grad(out.square().sum() + lse.sum(), (q, k, v, n))
+
+
+def leaves(length: int, heads_kv: int = 2, device: str = "cpu") -> list[Tensor]:
+    shapes = ((2, 4, length, 16), (2, heads_kv, length + 3, 16), (2, heads_kv, length + 3, 16))
+    n = torch.linspace(0.5, 2.0, 4, device=device)
+    return [x.requires_grad_() for x in (*(torch.randn(shape, device=device) for shape in shapes), n)]
+
+
+@pytest.mark.parametrize("backend", [None, "reference"])
+@pytest.mark.parametrize("options", [{}, {"causal": True}, {"window": (3, 2)}], ids=str)
+@pytest.mark.parametrize("compiler", ["aot_eager", "inductor"])
+def test_compile_with_dynamic_shapes(backend: str | None, options: dict[str, Any], compiler: str) -> None:
+    if compiler == "inductor" and options != {"causal": True}:
+        pytest.skip("one compilation by inductor is enough")
+    torch.compiler.reset()
+    counters = torch._dynamo.utils.counters
+    counters.clear()
+
+    def attend(q: Tensor, k: Tensor, v: Tensor, n: Tensor) -> tuple[Tensor, Tensor]:
+        out, lse = flash_attention_n(q * 1.0, k, v, sm_n=n, return_lse=True, backend=backend, **options)
+        return out * 2, lse
+
+    compiled = torch.compile(attend, fullgraph=True, dynamic=True, backend=compiler)
+    for length in (17, 24, 40):
+        inputs = leaves(length)
+        got, expected = compiled(*inputs), attend(*inputs)
+        assert all(torch.allclose(a, b, atol=1e-5) for a, b in zip(got, expected, strict=True))
+        gradients = [torch.autograd.grad(out.square().sum() + lse.sum(), inputs) for out, lse in (got, expected)]
+        assert all(torch.allclose(a, b, atol=1e-4) for a, b in zip(*gradients, strict=True))
+    assert counters["stats"]["unique_graphs"] == 1, "one graph for all lengths"
+
+
+def test_compile_packed() -> None:
+    torch.compiler.reset()
+    starts = torch.tensor([0, 3, 10], dtype=torch.int32)
+    q, k, v = (torch.randn(10, 2, 8, requires_grad=True) for _ in range(3))
+
+    def attend(q: Tensor, k: Tensor, v: Tensor, starts: Tensor) -> Tensor:
+        out = flash_attention_n_varlen(q, k, v, starts, starts, 7, 7, True, sm_n=1.0)
+        assert isinstance(out, Tensor)
+        return out
+
+    got = torch.compile(attend, fullgraph=True, backend="aot_eager")(q, k, v, starts)
+    assert torch.allclose(got, attend(q, k, v, starts), atol=1e-6)
+    torch.autograd.grad(got.sum(), (q, k, v))
+
+
+def test_compile_self_attention_of_one_tensor() -> None:
+    torch.compiler.reset()
+
+    def attend(x: Tensor) -> Any:
+        return flash_attention_n(x, x, x, True, sm_n=1.0)
+
+    x = torch.randn(1, 2, 9, 8, requires_grad=True)
+    got, expected = torch.compile(attend, fullgraph=True, backend="aot_eager")(x), attend(x)
+    assert torch.allclose(got, expected, atol=1e-6)
+    gradients = [torch.autograd.grad(out.square().sum(), x)[0] for out in (got, expected)]
+    assert torch.allclose(*gradients, atol=1e-5)
+
+
+def test_compile_honours_use_backend(ran: list[str]) -> None:
+    torch.compiler.reset()
+    inputs = [x.detach() for x in leaves(8)]
+
+    def attend(q: Tensor, k: Tensor, v: Tensor, n: Tensor) -> Any:
+        return flash_attention_n(q, k, v, sm_n=n)
+
+    with use_backend("reference"):
+        torch.compile(attend, fullgraph=True, backend="eager")(*inputs)
+    assert "attend reference" in ran
+    assert "forward sdpa:cpu" not in ran
+
+
+def test_compile_as_the_first_call_of_all() -> None:
+    """The backends are imported while tracing, which must not need an eager call before."""
+    code = (
+        "import torch, attn_n\n"
+        "x = torch.randn(1, 2, 9, 8)\n"
+        "for backend in ('sdpa', 'reference'):\n"
+        "    attend = lambda x: attn_n.flash_attention_n(x, x, x, sm_n=1.0, backend=backend)\n"
+        "    torch.compile(attend, fullgraph=True, backend='eager')(x)"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_export() -> None:
+    class Attention(torch.nn.Module):
+        def forward(self, q: Tensor, k: Tensor, v: Tensor) -> Any:
+            return flash_attention_n(q, k, v, True, sm_n=1.0)
+
+    q, k, v, _ = (x.detach() for x in leaves(8))
+    program = torch.export.export(Attention(), (q, k, v))
+    assert any("attn_n.forward" in str(node.target) for node in program.graph.nodes)
+    assert torch.allclose(program.module()(q, k, v), Attention()(q, k, v))
+
+
+@pytest.mark.parametrize("reentrant", [True, False])
+@pytest.mark.parametrize("options", [{}, {"dropout_p": 0.5}], ids=str)
+def test_checkpoint(reentrant: bool, options: dict[str, Any]) -> None:
+    inputs = leaves(9)
+
+    def attend(q: Tensor, k: Tensor, v: Tensor, n: Tensor) -> Any:
+        return flash_attention_n(q, k, v, True, sm_n=n, **options)
+
+    gradients = []
+    for run in (attend, lambda *x: checkpoint(attend, *x, use_reentrant=reentrant)):
+        for x in inputs:
+            x.grad = None
+        torch.manual_seed(3)
+        run(*inputs).square().sum().backward()
+        gradients.append([x.grad for x in inputs])
+    assert all(torch.equal(a, b) for a, b in zip(*gradients, strict=True))
+
+
+@pytest.mark.parametrize("backend", ["sdpa", "reference"])
+def test_autocast(backend: str) -> None:
+    q, k, v, n = leaves(9)
+    mixed = q.to(torch.bfloat16)  # autocast takes inputs of different dtypes, as torch's own SDPA does
+    with torch.autocast("cpu", torch.bfloat16):
+        out, lse = flash_attention_n(mixed, k, v, sm_n=n, return_lse=True, backend=backend)
+        (out.sum() + lse.sum()).backward()
+    assert out.dtype == torch.bfloat16
+    assert lse.dtype == torch.float32
+    assert k.grad is not None
+    assert k.grad.dtype == torch.float32
+    assert n.grad is not None
+    with torch.autocast("cpu", torch.bfloat16):
+        doubles = [x.detach().double() for x in (q, k, v)]
+        assert flash_attention_n(*doubles, backend=backend).dtype == torch.float64
+
+
+@pytest.mark.parametrize("mode", ["meta", "fake"])
+def test_meta_and_fake_tensors(mode: str) -> None:
+    if mode == "meta":
+        inputs = leaves(9, device="meta")
+        gradients = step(*inputs, causal=True)
+        assert all(x.device.type == "meta" for x in gradients)
+    else:
+        with FakeTensorMode():
+            inputs = leaves(9)
+            gradients = step(*inputs, causal=True)
+    assert [x.shape for x in gradients] == [x.shape for x in inputs]
+
+
+def test_the_operators_on_meta_tensors() -> None:
+    q, k, v, n = (x.detach() for x in leaves(9, device="meta"))
+    options = Options(0.25)
+    out, lse, state = torch.ops.attn_n.forward(q, k, v, n, None, "sdpa:cpu", *options)
+    assert out.shape == q.shape
+    assert lse.shape == q.shape[:3]
+    gradients = torch.ops.attn_n.backward(
+        out, None, q, k, v, out, lse, state, n, False, True, True, "sdpa:cpu", *options
+    )
+    assert [x.shape for x in gradients] == [q.shape, k.shape, v.shape, n.shape]
+
+
+def test_a_backend_with_other_strides_is_set_right(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What torch.compile was promised holds for a backend that returns something else."""
+
+    class Contrary(Backend):
+        name = "contrary"
+
+        def why_not(self, call: object) -> None:
+            return None
+
+        def forward(self, q: Tensor, k: Tensor, v: Tensor, log_n: object, options: Options) -> Any:
+            out, lse, _ = torch.ops.attn_n.forward(q, k, v, None, None, "sdpa:cpu", *options)
+            return out.mT.contiguous().mT, lse.mT.contiguous().mT, None
+
+    monkeypatch.setitem(registry._entries, "contrary", registry._Entry(Contrary))
+    q, k, v, n = (x.detach() for x in leaves(9))
+    out, lse = flash_attention_n(q, k, v, sm_n=n, return_lse=True, backend="contrary")
+    expected, expected_lse = flash_attention_n(q, k, v, sm_n=n, return_lse=True)
+    assert torch.equal(out, expected)
+    assert torch.equal(lse, expected_lse)
+    assert out.stride() == q.stride()
+    assert lse.is_contiguous()

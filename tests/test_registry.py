@@ -1,0 +1,261 @@
+"""The choice of a backend, forced and automatic, and what is said of it."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import subprocess
+import sys
+import threading
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+import attn_n
+from attn_n import AttentionCall, Backend, UnsupportedError, flash_attention_n, registry, use_backend
+from attn_n.call import Options
+
+
+class Eager(Backend):
+    """Plain attention by torch, without n: the fold adds it."""
+
+    name = "eager"
+
+    def why_not(self, call: AttentionCall) -> str | None:
+        return "only causal" if not call.causal else None
+
+    def forward(
+        self, q: Tensor, k: Tensor, v: Tensor, log_n: float | Tensor | None, options: Options
+    ) -> tuple[Tensor, Tensor, Tensor | None]:
+        logits = q @ k.mT * options.scale
+        logits = logits.masked_fill(torch.ones_like(logits, dtype=torch.bool).triu(1), -torch.inf)
+        return logits.softmax(-1) @ v, logits.logsumexp(-1), None
+
+
+@pytest.fixture(autouse=True)
+def no_other_backends(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each test has its own copy of what is registered."""
+    monkeypatch.setattr(registry, "_entries", dict(registry._entries))
+    monkeypatch.setattr(registry, "_entry_points_read", False)
+
+
+def inputs(length: int = 5) -> tuple[Tensor, Tensor, Tensor]:
+    q, k, v = (torch.randn(1, 2, length, 8) for _ in range(3))
+    return q, k, v
+
+
+def test_automatic_is_sdpa_on_cpu(ran: list[str]) -> None:
+    flash_attention_n(*inputs(), sm_n=1.0)
+    assert ran == ["forward sdpa:cpu"]
+
+
+def test_automatic_falls_through_to_the_reference(ran: list[str]) -> None:
+    flash_attention_n(*inputs(), sm_n=1.0, softcap=3.0)
+    assert ran == ["attend reference"]
+
+
+def test_who_wins(ran: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    """backend= over use_backend, the innermost one, over the environment variable, over the automatic order."""
+    monkeypatch.setenv("ATTN_N_BACKEND", "reference")
+    flash_attention_n(*inputs())
+    with use_backend("sdpa"):
+        flash_attention_n(*inputs())
+        with use_backend("reference"):
+            flash_attention_n(*inputs())
+            flash_attention_n(*inputs(), backend="sdpa")
+        flash_attention_n(*inputs())
+    monkeypatch.setenv("ATTN_N_BACKEND", "")
+    flash_attention_n(*inputs())
+    monkeypatch.setenv("ATTN_N_BACKEND", "reference")
+    with use_backend(None):
+        flash_attention_n(*inputs())
+    assert ran == [
+        "attend reference", "forward sdpa:cpu", "attend reference", "forward sdpa:cpu", "forward sdpa:cpu",
+        "forward sdpa:cpu", "forward sdpa:cpu",
+    ]  # fmt: skip
+
+
+def test_use_backend_holds_for_its_own_thread(ran: list[str]) -> None:
+    with use_backend("reference"):
+        thread = threading.Thread(target=lambda: flash_attention_n(*inputs()))
+        thread.start()
+        thread.join()
+    assert ran == ["forward sdpa:cpu"]
+
+
+def test_use_backend_ends_after_an_error(ran: list[str]) -> None:
+    with pytest.raises(RuntimeError), use_backend("reference"):
+        raise RuntimeError
+    flash_attention_n(*inputs())
+    assert ran == ["forward sdpa:cpu"]
+
+
+def test_unknown_names(monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(ValueError, match="backend: expected one of sdpa, reference, got 'fast'"), use_backend("fast"):
+        pass
+    monkeypatch.setenv("ATTN_N_BACKEND", "fastest")
+    with pytest.raises(ValueError, match="ATTN_N_BACKEND: expected one of sdpa, reference, got 'fastest'"):
+        flash_attention_n(*inputs())
+    with pytest.raises(ValueError, match="expected one of reference, got 'reference:fast'"):
+        flash_attention_n(*inputs(), backend="reference:fast")
+
+
+@pytest.mark.parametrize("how", ["argument", "context", "variable"])
+def test_a_forced_backend_never_falls_back(how: str, ran: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    asked_by = {"argument": "backend=", "context": "use_backend", "variable": "ATTN_N_BACKEND"}[how]
+    if how == "variable":
+        monkeypatch.setenv("ATTN_N_BACKEND", "sdpa")
+    with use_backend("sdpa" if how == "context" else None) if how != "variable" else pytest.MonkeyPatch.context():
+        with pytest.raises(UnsupportedError) as caught:
+            flash_attention_n(*inputs(), softcap=3.0, backend="sdpa" if how == "argument" else None)
+    text = str(caught.value)
+    assert text.startswith(f"backend 'sdpa' ({asked_by}) does not serve this call:\n  q (1, 2, 5, 8)")
+    assert "softcap 3" in text
+    assert "sdpa: cpu: PyTorch's fused kernels have no softcap" in text
+    assert "To do: use reference, or leave the choice to the library." in text
+    assert ran == []
+
+
+def test_explain(capsys: pytest.CaptureFixture[str], ran: list[str]) -> None:
+    explanation = attn_n.explain(*inputs(), True, sm_n=1.0, dropout_p=0.1)
+    assert explanation.chosen == "reference"
+    assert [(v.name, v.rank) for v in explanation.verdicts] == [("sdpa", 1), ("reference", 2)]
+    assert explanation.verdicts[0].reason == "cpu: PyTorch's CPU kernel has no dropout"
+    assert capsys.readouterr().out.strip() == str(explanation)
+    assert "causal, dropout 0.1, n: float" in str(explanation)
+    assert "-> reference  serves it, number 2 in the automatic order" in str(explanation)
+    assert "chosen: reference (automatic)" in str(explanation)
+    assert attn_n.explain(*inputs()).chosen == "sdpa:cpu"
+    assert attn_n.explain(*inputs(), softcap=2.0, backend="sdpa").chosen is None
+    assert attn_n.explain(*inputs(), backend="sdpa:flash").chosen is None
+    with use_backend("reference"):
+        assert attn_n.explain(*inputs()).chosen == "reference"
+    packed = torch.randn(5, 2, 8), torch.randn(5, 2, 8), torch.randn(5, 2, 8)
+    starts = torch.tensor([0, 2, 5], dtype=torch.int32)
+    assert "packed q (5, 2, 8)" in str(attn_n.explain(*packed, starts, starts, 3, 3))
+    assert ran == []
+
+
+def test_a_registered_backend() -> None:
+    attn_n.register_backend(Eager())
+    assert "eager" in attn_n.backends()
+    q, k, v = inputs()
+    expected = flash_attention_n(q, k, v, True, sm_n=2.0, backend="reference")
+    assert torch.allclose(flash_attention_n(q, k, v, True, sm_n=2.0, backend="eager"), expected, atol=1e-6)
+    assert str(attn_n.explain(q, k, v, True)).count("eager      serves it, when asked for by name") == 1
+    with pytest.raises(UnsupportedError, match="eager: only causal"):
+        flash_attention_n(q, k, v, backend="eager")
+    with pytest.raises(TypeError, match="expected an instance of attn_n.Backend, got type"):
+        attn_n.register_backend(Eager)  # type: ignore[arg-type]
+    unnamed = Eager()
+    unnamed.name = "a:b"
+    with pytest.raises(ValueError, match="a name without a colon, got 'a:b'"):
+        attn_n.register_backend(unnamed)
+
+
+def test_entry_points(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A good one, one that misses a module, one whose install is broken, and one that is no backend."""
+    info = tmp_path / "third_party-1.0.dist-info"
+    info.mkdir()
+    (info / "METADATA").write_text("Metadata-Version: 2.1\nName: third-party\nVersion: 1.0\n")
+    names = {"good": "third_good:BACKEND", "missing": "third_missing:B", "broken": "third_broken:B", "number": "third_good:N"}
+    lines = "\n".join(f"{name} = {target}" for name, target in names.items())
+    (info / "entry_points.txt").write_text(f"[attn_n.backends]\n{lines}\n")
+    (tmp_path / "third_good.py").write_text("from tests.test_registry import Eager\nBACKEND = Eager\nN = 3\n")
+    (tmp_path / "third_missing.py").write_text("import a_library_that_is_not_there\n")
+    (tmp_path / "third_broken.py").write_text("raise OSError('libcudart.so.12: cannot open shared object file')\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    importlib.invalidate_caches()
+
+    assert attn_n.backends() == ["sdpa", "reference", "good", "missing", "broken", "number"]
+    assert flash_attention_n(*inputs(), True, backend="good").shape == (1, 2, 5, 8)
+    said = {verdict.name: verdict.reason for verdict in attn_n.explain(*inputs(), True).verdicts}
+    assert said["good"] is None
+    assert said["missing"] == "needs a_library_that_is_not_there, which is not installed"
+    assert said["broken"] == (
+        "is installed but cannot be imported: OSError: libcudart.so.12: cannot open shared object file"
+    )
+    assert said["number"] is not None
+    assert "third_good:N is a int, not an attn_n.Backend" in said["number"]
+    with pytest.raises(UnsupportedError, match="libcudart.so.12"):
+        flash_attention_n(*inputs(), True, backend="broken")
+
+
+def test_operators_that_pytorch_changed() -> None:
+    """why_not names the operator that is not as it was."""
+    from attn_n.backends.sdpa.aten import changed_operator
+
+    name = "_scaled_dot_product_flash_attention_for_cpu"
+    assert changed_operator(f"{name}(query, key, value, dropout_p, is_causal, *, attn_mask, scale) -> 2") is None
+    for changed in (
+        f"{name}(query, key, values) -> 2",
+        f"{name}(query, key) -> 2",
+        f"{name}(query, key, value, *, sink) -> 2",
+        f"{name}(query, key, value, *, scale) -> 3",
+    ):
+        assert f"has changed its operator aten::{name}" in str(changed_operator(changed))
+    assert "has no operator aten::_gone" in str(changed_operator("_gone(query) -> 1"))
+
+
+def test_a_changed_operator_is_the_reason_not_to_serve(monkeypatch: pytest.MonkeyPatch, ran: list[str]) -> None:
+    from attn_n.backends.sdpa import cpu
+
+    monkeypatch.setattr(cpu, "_SIGNATURES", ("_gone(query) -> 1",))
+    with pytest.raises(UnsupportedError, match="has no operator aten::_gone"):
+        flash_attention_n(*inputs(), backend="sdpa")
+    flash_attention_n(*inputs())
+    assert ran == ["attend reference"]
+
+
+def gpu_call(**changes: object) -> AttentionCall:
+    shape, stride = (2, 8, 256, 64), (131072, 16384, 64, 1)
+    fields = {
+        "device": "cuda", "capability": (9, 0), "dtype": torch.bfloat16, "q_shape": shape, "k_shape": shape,
+        "v_shape": shape, "q_stride": stride, "k_stride": stride, "v_stride": stride, "needs_grad": True,
+    }  # fmt: skip
+    return AttentionCall(**{**fields, **changes})  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    ("changes", "chosen"),
+    [
+        ({}, "sdpa:cudnn"),
+        ({"capability": (8, 0)}, "sdpa:flash"),
+        ({"window_left": 64, "window_right": 0}, "sdpa:flash"),
+        ({"window_right": 0}, "sdpa:cudnn"),
+        ({"window_right": 0, "k_shape": (2, 8, 300, 64), "v_shape": (2, 8, 300, 64)}, "sdpa:flash"),
+        ({"dropout_p": 0.1}, "sdpa:flash"),
+        ({"varlen": True}, "sdpa:flash"),
+        ({"return_lse": True}, "sdpa:flash"),
+        ({"dtype": torch.float32}, "sdpa:efficient"),
+        ({"mask_shape": (1, 1, 256, 256), "mask_dtype": torch.bool}, "sdpa:efficient"),
+        ({"alibi": True}, "sdpa:efficient"),
+        ({"alibi": True, "needs_grad": False}, "sdpa:flash"),
+        ({"dtype": torch.float64}, "reference"),
+        ({"softcap": 30.0}, "reference"),
+        ({"device": "mps", "capability": None}, "reference"),
+        ({"device": "cpu", "capability": None}, "sdpa:cpu"),
+    ],
+    ids=str,
+)  # fmt: skip
+def test_the_choice_on_other_machines(
+    changes: dict[str, object], chosen: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The choice on a GPU needs none: why_not sees metadata, and whether this PyTorch was built with cuDNN."""
+    monkeypatch.setattr(torch.backends.cudnn, "is_available", lambda: True)
+    assert registry.choose(gpu_call(**changes), None)[0] == chosen
+
+
+def test_importing_is_light() -> None:
+    """`import attn_n` imports torch and none of the optional libraries, nor any backend."""
+    heavy = ["triton", "flash_attn", "flash_attn_interface", "xformers", "numpy.testing", "matplotlib", "attn_n.backends.sdpa"]
+    code = (
+        "import sys, torch; before = set(sys.modules); import attn_n; new = set(sys.modules) - before\n"
+        "print(sorted(name for name in new if name.split('.')[0] not in sys.stdlib_module_names))"
+    )
+    printed = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
+    loaded = eval(printed)
+    assert "attn_n.functional" in loaded
+    assert not [name for name in loaded if any(name == one or name.startswith(f"{one}.") for one in heavy)]
+    assert not [name for name in loaded if not name.startswith("attn_n")]
