@@ -246,6 +246,8 @@ def _describe(
         dropout_p=validate.dropout(request.dropout_p),
         alibi_slopes=slopes,
     )
+    if options.scale <= 0:  # flash kernels take the maximum before they scale
+        q, options = q * (-1 if options.scale else 0), options._replace(scale=-options.scale or 1.0)
     mask, differentiates = options.mask, torch.is_grad_enabled()
     mask_needs_grad = differentiates and mask is not None and mask.requires_grad
     alibi_needs_grad = differentiates and slopes is not None and slopes.requires_grad

@@ -121,5 +121,5 @@ def _where(config: pytest.Config) -> str:
     return (
         f"{machine['cpu'].get('brand_raw', machine['machine'])}, {machine['torch_cpu_capability']},"
         f" {machine['torch_threads']} threads; torch {machine['torch']};"
-        f" commit {commit['id'][:10]}{' and uncommitted changes' if commit['dirty'] else ''}"
+        f" commit {commit['id'][:12]}{' and uncommitted changes' if commit['dirty'] else ''}"
     )

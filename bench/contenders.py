@@ -20,7 +20,7 @@ class Passes(NamedTuple):
     backward: Callable[[Tensor], tuple[Tensor, Tensor, Tensor]]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Contender:
     """One line of a table.
 
@@ -38,6 +38,9 @@ class Contender:
     prepare: Callable[[Inputs, float], Passes]
     why_not: Callable[[Problem], str | None] = lambda problem: None
     details: Callable[[Inputs, float], dict[str, str]] = lambda inputs, n: {}
+
+    def __repr__(self) -> str:
+        return self.name
 
 
 def by_autograd(attend: Callable[[Tensor, Tensor, Tensor, bool, float], Tensor]) -> Callable[[Inputs, float], Passes]:

@@ -12,6 +12,8 @@ from pytest_benchmark.fixture import BenchmarkFixture
 
 def measure(runs: Mapping[str, Callable[[], object]], seconds: float, least_rounds: int) -> dict[str, list[float]]:
     """The seconds of each run in each round; a round has one of each, and there are about `seconds` for each run."""
+    if not runs:
+        return {}
     once = sum(_seconds(run) for run in runs.values())
     rounds = max(least_rounds, int(seconds * len(runs) / once))
     times: dict[str, list[float]] = {name: [] for name in runs}

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from operator import attrgetter
 
 import pytest
 from pytest_benchmark.fixture import BenchmarkFixture
@@ -28,7 +27,7 @@ def contenders() -> tuple[Contender, ...]:
 
 
 @pytest.mark.benchmark(timer=REPLAY.clock)
-@pytest.mark.parametrize("contender", CPU, ids=attrgetter("name"))
+@pytest.mark.parametrize("contender", CPU, ids=str)
 def test_speed(
     contender: Contender,
     problem: Problem,
@@ -42,7 +41,7 @@ def test_speed(
     if contender.name in absent:
         pytest.skip(absent[contender.name])
     if contender.name in wrong:
-        pytest.fail(wrong[contender.name])
+        pytest.fail(wrong[contender.name], pytrace=False)
     benchmark.group = f"{direction} {problem}"
     benchmark.extra_info.update(contender.details(inputs, contender.n))
     REPLAY.play(benchmark, times[contender.name])

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-from operator import attrgetter
 
 import pytest
 import torch
@@ -22,7 +21,7 @@ IDS = [f"{problem}-{problem.dtype}" for problem in PROBLEMS]
 
 
 @pytest.mark.parametrize("problem", PROBLEMS, ids=IDS)
-@pytest.mark.parametrize("contender", CPU, ids=attrgetter("name"))
+@pytest.mark.parametrize("contender", CPU, ids=str)
 def test_right_ones_pass(contender: Contender, problem: Problem) -> None:
     assert what_is_wrong(contender, make_inputs(problem), problem) is None
 

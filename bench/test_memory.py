@@ -13,7 +13,7 @@ LENGTHS = (2048, 4096, 8192)
 POINTS = [*((contender, length) for contender in (ATTN_N, SDPA) for length in LENGTHS), (EAGER, 2048)]
 
 
-@pytest.mark.parametrize(("contender", "length"), POINTS, ids=lambda value: getattr(value, "name", None))
+@pytest.mark.parametrize(("contender", "length"), POINTS, ids=str)
 def test_peak(
     contender: Contender, length: int, peaks: dict[tuple[str, int], int], affordable: Callable[[int], None]
 ) -> None:

@@ -29,9 +29,9 @@ def draw_losses(axes: Axes, runs: list[Run]) -> None:
         span = max(1, len(run.train_loss) // 25)
         means = np.convolve(run.train_loss, np.full(span, 1 / span), mode="valid")
         ends = np.arange(span, len(run.train_loss) + 1)
-        axes.plot(ends, means, ":", color=colour, lw=width, label=f"n = {run.n:g}, train (mean of {span} steps)")
+        axes.plot(ends, means, color=colour, lw=width, alpha=0.5, label=f"n = {run.n:g}, train (mean of {span} steps)")
     axes.set(
-        title="Loss of a byte-level GPT: same weights at first, same batches",
+        title="Loss of a byte-level GPT (same initial weights, same batches)",
         xlabel="step",
         ylabel="loss (nats per byte, logarithmic axis)",
         yscale="log",
@@ -52,7 +52,7 @@ def draw_shares(figure: Figure, axes: Axes, run: Run) -> None:
     layers, heads = percent.shape
     formula = r"$n\,/\,(n + \Sigma_j\, e^{s_{ij}})$"
     axes.set(
-        title=f"Share of attention that each head gives to nothing, n = {run.n:g}",
+        title=f"Attention that each head gives to nothing, n = {run.n:g}",
         xticks=range(heads),
         yticks=range(layers),
         ylabel="layer",

@@ -51,6 +51,7 @@ class Case:
             "window": self.window is not None,
             "causal, L != S": self.causal and (self.packed or self.len_q != self.len_k) and self.len_q > 1,
             "packed": self.packed,
+            "one query, one key": self.len_q == self.len_k == 1,
             "E != Ev": self.size != self.size_v,
             "E % 8": bool(self.size % 8),
             "E > 256": max(self.size, self.size_v) > 256,
@@ -123,6 +124,7 @@ def _cases() -> list[Case]:
         Case("E=256", size=256, size_v=256, len_q=9),
         Case("E=300", size=300, size_v=300, len_q=9),
         Case("scale", scale=0.9, shift=-2.0, **few),
+        Case("negative scale", scale=-0.4, shift=0.0, **few),
         Case("zero scale", scale=0.0, shift=0.0, **few),
         Case("many blocks", batch=1, heads_q=1, heads_kv=1, len_q=1030, len_k=1030, causal=True, shift=-6.0),
         Case("tokens first", layout="tokens first", causal=True),
@@ -268,13 +270,17 @@ def must_serve(backend: str, device: str, dtype: torch.dtype, case: Case, lse_gr
     """Whether `backend` has to serve the case there; a refusal or an acceptance against this table fails."""
     features, half = case.features, dtype in (torch.bfloat16, torch.float16)
     flash_features = {"softcap", "mask", "E > 256"} | ({"E + 1 > 256"} if lse_grad else set())
-    cudnn_features = {"softcap", "mask", "alibi", "window", "causal, L != S", "packed", "E != Ev", "E % 8", "E > 256"}
+    cudnn_features = {
+        "softcap", "mask", "alibi", "window", "causal, L != S", "packed", "one query, one key", "E != Ev", "E % 8", "E > 256",
+    }  # fmt: skip
     table = {
         "reference": True,
         "sdpa:cpu": device == "cpu" and "softcap" not in features,
         "sdpa:flash": device == "cuda" and half and not features & (flash_features | {"alibi"}),
         "sdpa:cudnn": device == "cuda" and half and not features & cudnn_features and not lse_grad,
-        "sdpa:efficient": device == "cuda" and dtype != torch.float64 and "softcap" not in features,
+        "sdpa:efficient": device == "cuda"
+        and dtype != torch.float64
+        and not features & ({"softcap", "alibi"} if half else {"softcap"}),
     }
     table["sdpa"] = any(serves for name, serves in table.items() if name.startswith("sdpa:"))
     return table[backend]

@@ -55,9 +55,12 @@ def attention_n(
         logits = logits + mask.to(q.dtype)
     logits = logits.masked_fill(~visible, -math.inf)
 
-    per_head = torch.zeros(heads, dtype=q.dtype, device=q.device)
+    # As torch.softmax does: half precision is normalised in float32, and only the products are in half precision.
+    wide = torch.promote_types(q.dtype, torch.float32)
+    logits = logits.to(wide)
+    per_head = torch.zeros(heads, dtype=wide, device=q.device)
     if sinks is not None:
-        log_n = per_head + sinks.to(q.dtype)
+        log_n = per_head + sinks
     else:
         n = per_head + n
         log_n = n.detach().log()
@@ -74,4 +77,4 @@ def attention_n(
     weights = weights / total[..., None]
     if keep is not None:
         weights = weights * keep
-    return weights @ v, (top + total.log()).masked_fill(empty, -math.inf)
+    return weights.to(q.dtype) @ v, (top + total.log()).masked_fill(empty, -math.inf)

@@ -1,12 +1,10 @@
-"""What the fused kernels share: the check of PyTorch's private operators, and the shapes that they take."""
+"""What the fused kernels share: the check of PyTorch's private operators."""
 
 from __future__ import annotations
 
 from functools import cache
 
 import torch
-import torch.nn.functional as F
-from torch import Tensor
 
 from attn_n.call import AttentionCall
 from attn_n.compilation import constant_when_compiled
@@ -52,10 +50,3 @@ def unserved_field(call: AttentionCall) -> str | None:
     if call.alibi_needs_grad:
         return "no gradient of alibi_slopes"
     return None
-
-
-def of_width(x: Tensor, width: int) -> Tensor:
-    """x with its last dimension contiguous and filled up to `width` with zeros; x itself if it is so already."""
-    if x.shape[-1] != width:
-        return F.pad(x, (0, width - x.shape[-1]))
-    return x if x.stride(-1) == 1 else x.contiguous()

@@ -12,10 +12,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from attn_n import packed
 from attn_n.backends.base import Backend
 from attn_n.backends.sdpa import aten
-from attn_n.bias import dense_bias
+from attn_n.backends.sdpa.rectangles import RectangleBackend, of_width
 from attn_n.call import AttentionCall, Options
 from attn_n.fold import lse_as_value_column
 
@@ -134,6 +133,8 @@ class CudnnAttention(Backend):
             return "is used here without mask, ALiBi, window, dropout and packed sequences"
         if call.causal and call.q_shape[2] != call.k_shape[2]:
             return "aligns a causal mask with the first query and key: it serves causal calls of as many queries as keys"
+        if call.q_shape[2] == call.k_shape[2] == 1:
+            return "does not take one query with one key"
         if call.return_lse and call.needs_grad:
             return "has no gradient of lse"
         largest = 256 if call.capability[0] == 9 else 128
@@ -144,7 +145,7 @@ class CudnnAttention(Backend):
     def forward(
         self, q: Tensor, k: Tensor, v: Tensor, log_n: float | Tensor | None, options: Options
     ) -> tuple[Tensor, Tensor, Tensor | None]:
-        q, k, v = (aten.of_width(x, x.shape[-1]) for x in (q, k, v))
+        q, k, v = (of_width(x, x.shape[-1]) for x in (q, k, v))
         out, lse, *_ = torch.ops.aten._scaled_dot_product_cudnn_attention(
             q, k, v, None, True, 0.0, options.window_right == 0, False, scale=options.scale
         )
@@ -162,18 +163,19 @@ class CudnnAttention(Backend):
         rng_state: Tensor | None,
         options: Options,
     ) -> tuple[Tensor, Tensor, Tensor]:
-        dout, q, k, v = (aten.of_width(x, x.shape[-1]) for x in (dout, q, k, v))
-        nothing = q.new_empty(0, dtype=torch.int64)
+        dout, q, k, v = (of_width(x, x.shape[-1]) for x in (dout, q, k, v))
         gradients: tuple[Tensor, Tensor, Tensor] = torch.ops.aten._scaled_dot_product_cudnn_attention_backward(
-            dout, q, k, v, out, lse[..., None], nothing, nothing, q.new_empty(0), None, None, q.shape[2], k.shape[2],
+            dout, q, k, v, out, lse[..., None], None, None, None, None, None, q.shape[2], k.shape[2],
             0.0, options.window_right == 0, scale=options.scale,
         )  # fmt: skip
         return gradients
 
 
-class EfficientAttention(Backend):
+class EfficientAttention(RectangleBackend):
     name = "sdpa:efficient"
     summary = "the memory-efficient kernel of xformers as PyTorch carries it"
+    bias_elements = 1 << 25
+    most_rows = 2048
 
     _signatures = (
         "_efficient_attention_forward(query, key, value, bias, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k,"
@@ -182,7 +184,6 @@ class EfficientAttention(Backend):
         " max_seqlen_q, max_seqlen_k, logsumexp, dropout_p, philox_seed, philox_offset, custom_mask_type,"
         " bias_requires_grad, *, scale) -> 4",
     )
-    _causal_bottom_right = 2
 
     def why_not(self, call: AttentionCall) -> str | None:
         unserved = _unserved(call, *self._signatures)
@@ -196,108 +197,71 @@ class EfficientAttention(Backend):
             return f"takes bfloat16 from compute capability 8.0 on, got {call.capability}"
         if call.dropout_p:
             return "keeps the state of its dropout on the host"
+        bias = torch.float32 if call.alibi else call.mask_dtype
+        if bias is not None and bias.is_floating_point and torch.promote_types(bias, call.dtype) != call.dtype:
+            return f"rounds what is added to the logits to {str(call.dtype).removeprefix('torch.')}"
         return None
 
-    def forward(
-        self, q: Tensor, k: Tensor, v: Tensor, log_n: float | Tensor | None, options: Options
-    ) -> tuple[Tensor, Tensor, Tensor | None]:
-        if options.cu_seqlens_q is None:
-            return *self._forward(q, k, v, options), None
-        return *packed.forward_one_by_one(self._forward, q, k, v, options), None
+    def out_order(self, q: Tensor) -> tuple[int, ...]:
+        """Token by token: the backward kernel reads out so, whatever strides it is given."""
+        return (0, 2, 1, 3) if q.dim() == 4 else (0, 1, 2)
 
-    def backward(
-        self,
-        dout: Tensor,
-        dlse: Tensor | None,
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        out: Tensor,
-        lse: Tensor,
-        rng_state: Tensor | None,
-        options: Options,
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        if options.cu_seqlens_q is None:
-            return self._backward(dout, dlse, q, k, v, out, lse, options)
-        return packed.backward_one_by_one(self._backward, dout, dlse, q, k, v, out, lse, options)
+    def gradient_order(self, x: Tensor) -> tuple[int, ...]:
+        return self.out_order(x)
 
-    def _forward(self, q: Tensor, k: Tensor, v: Tensor, options: Options) -> tuple[Tensor, Tensor]:
-        size_v, len_q = v.shape[3], q.shape[2]
-        mask_type, bias = self._mask(q, k, options)
-        q, k, v = self._inputs(q, k, v)
+    def widths(self, size: int, size_v: int) -> tuple[int, int]:
+        return -(-size // 8) * 8, -(-size_v // 8) * 8
+
+    def kernel_forward(
+        self, q: Tensor, k: Tensor, v: Tensor, causal: bool, bias: Tensor | None, scale: float
+    ) -> tuple[Tensor, Tensor]:
+        tensors = self._tensors(q, k, v)
         out, lse, *_ = torch.ops.aten._efficient_attention_forward(
-            q, k, v, bias, None, None, None, None, 0.0, mask_type, True, scale=options.scale
+            *tensors, self._bias(q, k, bias), None, None, None, None, 0.0, int(causal), True, scale=scale
         )
-        out, lse = out.transpose(1, 2)[..., :size_v], lse[:, :, :len_q]
-        hidden = self._hidden(bias, options, len_q, k.shape[1], q.device)
-        if hidden is not None:
-            out, lse = out.masked_fill(hidden[..., None], 0.0), lse.masked_fill(hidden, -math.inf)
-        return out, lse
+        return out.transpose(1, 2), lse[:, :, : q.shape[2]]
 
-    def _backward(
+    def kernel_backward(
         self,
         dout: Tensor,
-        dlse: Tensor | None,
         q: Tensor,
         k: Tensor,
         v: Tensor,
         out: Tensor,
         lse: Tensor,
-        options: Options,
+        causal: bool,
+        bias: Tensor | None,
+        scale: float,
     ) -> tuple[Tensor, Tensor, Tensor]:
-        size, size_v, len_q, len_k = q.shape[3], v.shape[3], q.shape[2], k.shape[2]
-        mask_type, bias = self._mask(q, k, options)
-        if dlse is not None:
-            dout, v, out = lse_as_value_column(dout, dlse, v, out, _width(1, size_v, 1))
-        q, k, v = self._inputs(q, k, v)
-        dout, out = (aten.of_width(x, v.shape[-1]).transpose(1, 2) for x in (dout, out))
-        # The kernel reads the lse in blocks of 32 rows.
-        lse = F.pad(lse, (0, -len_q % 32), value=math.inf)
-        nothing = torch.zeros((), dtype=torch.int64)
+        tensors = self._tensors(q, k, v)
+        dout, out = (x.transpose(1, 2).contiguous() for x in (dout, out))
+        lse = F.pad(lse, (0, -q.shape[2] % 32), value=math.inf)  # it is read in blocks of 32 rows
+        no_dropout = torch.zeros((), dtype=torch.int64)
         dq, dk, dv, _ = torch.ops.aten._efficient_attention_backward(
-            dout, q, k, v, bias, out, None, None, len_q, len_k, lse, 0.0, nothing, nothing, mask_type, False,
-            scale=options.scale,
+            dout, *tensors, self._bias(q, k, bias), out, None, None, q.shape[2], k.shape[2], lse, 0.0,
+            no_dropout, no_dropout, int(causal), False, scale=scale,
         )  # fmt: skip
-        dq, dk, dv = (gradient.transpose(1, 2) for gradient in (dq, dk, dv))
-        return dq[..., :size], dk[..., :size], dv[..., :size_v]
+        return dq.transpose(1, 2), dk.transpose(1, 2), dv.transpose(1, 2)
 
-    def _inputs(self, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Tokens first, head sizes filled up to a multiple of 8, and a key head for each query head.
-
-        The kernel has no GQA; the repeated keys are a copy unless the strides allow a view.
-        """
-        heads, groups = k.shape[1], q.shape[1] // k.shape[1]
+    def _tensors(self, q: Tensor, k: Tensor, v: Tensor) -> list[Tensor]:
+        """Tokens first, and a key head for each query head: a copy unless the strides allow a view."""
+        groups = q.shape[1] // k.shape[1]
         if groups > 1:
-            k, v = (x[:, :, None].expand(-1, heads, groups, -1, -1).flatten(1, 2) for x in (k, v))
-        q, k, v = (aten.of_width(x, _width(x.shape[-1], 1)).transpose(1, 2) for x in (q, k, v))
-        return q, k, v
+            k, v = (x[:, :, None].expand(-1, -1, groups, -1, -1).flatten(1, 2) for x in (k, v))
+        return [x.transpose(1, 2) for x in (q, k, v)]
 
-    def _mask(self, q: Tensor, k: Tensor, options: Options) -> tuple[int, Tensor | None]:
-        """The kernel's own causal mask where that is all, or else a dense bias (B, H, L, S), its rows aligned."""
-        plain = options.mask is None and options.alibi_slopes is None and options.window_left is None
-        if plain and options.window_right in (None, 0):
-            return (0 if options.window_right is None else self._causal_bottom_right), None
-        len_q, len_k = q.shape[2], k.shape[2]
-        bias = dense_bias(options, len_q, len_k, (0, len_q), (0, len_k), torch.float32, q.device)
+    def _bias(self, q: Tensor, k: Tensor, bias: Tensor | None) -> Tensor | None:
+        """(B, H, L, S) by strides, in the dtype of q, its rows on 16-byte boundaries."""
         if bias is None:
-            return 0, None
-        bias = F.pad(bias.expand(-1, -1, len_q, len_k).to(q.dtype), (0, -len_k % 16))[..., :len_k]
-        return 0, bias.expand(q.shape[0], q.shape[1], len_q, len_k)
-
-    def _hidden(
-        self, bias: Tensor | None, options: Options, len_q: int, len_k: int, device: torch.device
-    ) -> Tensor | None:
-        """Which rows see no key, `(B or 1, H or 1, L)`; None if every row sees one."""
-        if bias is not None:
-            return (bias == -math.inf).all(-1)
-        if options.window_right == 0 and len_q > len_k:
-            return (torch.arange(len_q, device=device) < len_q - len_k)[None, None]
-        return None
+            return None
+        len_q, len_k = q.shape[2], k.shape[2]
+        rows = F.pad(bias.to(q.dtype).expand(-1, -1, -1, len_k), (0, -len_k % 16))[..., :len_k]
+        return rows.expand(q.shape[0], q.shape[1], len_q, len_k)
 
 
 def _tokens_first(options: Options, width: int, *tensors: Tensor) -> list[Tensor]:
     """(B, H, L, E) as (B, L, H, E), the order of FlashAttention; packed tensors have it already."""
-    wide = [aten.of_width(x, width) for x in tensors]
+    wide = [of_width(x, width) for x in tensors]
     return wide if options.cu_seqlens_q is not None else [x.transpose(1, 2) for x in wide]
 
 

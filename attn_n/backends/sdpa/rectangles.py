@@ -1,0 +1,216 @@
+"""Attention put together from rectangles of queries and keys, for kernels that know little.
+
+Such a kernel knows a causal mask that joins the first query to the first key, and a dense bias. Everything else is
+made of rectangles that it can do: their outputs are merged by their lse, and their gradients add up, because each is
+given the out and the lse of the whole row. Memory beyond the inputs stays linear in L, and the cost of a window
+proportional to the window.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from attn_n import packed
+from attn_n.backends.base import Backend, empty_in_order, memory_order
+from attn_n.bias import dense_bias
+from attn_n.call import Options
+from attn_n.fold import lse_as_value_column
+
+
+class RectangleBackend(Backend):
+    """A backend by a kernel for rectangles: `widths`, `kernel_forward` and `kernel_backward` say what it does.
+
+    Attributes:
+        bias_elements: how many elements a bias that is built here may have: small beside the inputs of a long call.
+        most_rows: how many rows a rectangle with such a bias may have.
+    """
+
+    bias_elements: int
+    most_rows: int
+
+    def widths(self, size: int, size_v: int) -> tuple[int, int]:
+        """The head sizes that the kernel runs at, for E and for Ev."""
+        raise NotImplementedError
+
+    def kernel_forward(
+        self, q: Tensor, k: Tensor, v: Tensor, causal: bool, bias: Tensor | None, scale: float
+    ) -> tuple[Tensor, Tensor]:
+        """out and lse; causal joins the first query to the first key. A row without visible keys may be anything."""
+        raise NotImplementedError
+
+    def kernel_backward(
+        self,
+        dout: Tensor,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        out: Tensor,
+        lse: Tensor,
+        causal: bool,
+        bias: Tensor | None,
+        scale: float,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """dq, dk, dv; dk and dv may have as many heads as q."""
+        raise NotImplementedError
+
+    def forward(
+        self, q: Tensor, k: Tensor, v: Tensor, log_n: float | Tensor | None, options: Options
+    ) -> tuple[Tensor, Tensor, Tensor | None]:
+        if options.cu_seqlens_q is None:
+            return *self._forward(q, k, v, options), None
+        return *packed.forward_one_by_one(self._forward, q, k, v, options), None
+
+    def backward(
+        self,
+        dout: Tensor,
+        dlse: Tensor | None,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        out: Tensor,
+        lse: Tensor,
+        rng_state: Tensor | None,
+        options: Options,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        if options.cu_seqlens_q is None:
+            return self._backward(dout, dlse, q, k, v, out, lse, options)
+        return packed.backward_one_by_one(self._backward, dout, dlse, q, k, v, out, lse, options)
+
+    def _forward(self, q: Tensor, k: Tensor, v: Tensor, options: Options) -> tuple[Tensor, Tensor]:
+        size_v = v.shape[3]
+        width, width_v = self.widths(q.shape[3], size_v)
+        q, k, v = of_width(q, width), of_width(k, width), of_width(v, width_v)
+        out = lse = None
+        for piece in self._pieces(q, k, options):
+            part, part_lse = self.kernel_forward(
+                q[:, :, piece.rows], k[:, :, piece.keys], v[:, :, piece.keys], piece.causal, piece.bias, options.scale
+            )
+            if piece.bias is not None:
+                hidden = (piece.bias == -math.inf).all(-1)
+                part = part.masked_fill(hidden[..., None], 0.0)
+                part_lse = part_lse.masked_fill(hidden, -math.inf)
+            if piece.whole:
+                return part[..., :size_v], part_lse
+            if out is None or lse is None:
+                out, lse = _nothing(q, width_v)
+            _merge_(out[:, :, piece.rows], lse[:, :, piece.rows], part, part_lse)
+        if out is None or lse is None:
+            out, lse = _nothing(q, width_v)
+        return out[..., :size_v].to(q.dtype), lse
+
+    def _backward(
+        self,
+        dout: Tensor,
+        dlse: Tensor | None,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        out: Tensor,
+        lse: Tensor,
+        options: Options,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        size, size_v = q.shape[3], v.shape[3]
+        width, width_v = self.widths(size, size_v if dlse is None else size_v + 1)
+        if dlse is not None:
+            dout, v, out = lse_as_value_column(dout, dlse, v, out, width_v)
+        q, k = of_width(q, width), of_width(k, width)
+        dout, v, out = (of_width(x, width_v) for x in (dout, v, out))
+        gradients: list[Tensor] | None = None
+        for piece in self._pieces(q, k, options):
+            rows, keys = piece.rows, piece.keys
+            parts = self.kernel_backward(
+                dout[:, :, rows], q[:, :, rows], k[:, :, keys], v[:, :, keys], out[:, :, rows], lse[:, :, rows],
+                piece.causal, piece.bias, options.scale,
+            )  # fmt: skip
+            if piece.whole:
+                gradients = list(parts)
+                break
+            if gradients is None:
+                shapes = ((*part.shape[:2], *x.shape[2:]) for x, part in zip((q, k, v), parts, strict=True))
+                gradients = [q.new_zeros(shape, dtype=_accumulator(q)) for shape in shapes]
+            for gradient, part, span in zip(gradients, parts, (rows, keys, keys), strict=True):
+                gradient[:, :, span] += part
+        if gradients is None:
+            gradients = [torch.zeros_like(x) for x in (q, k, v)]
+        dq, dk, dv = (gradient.to(q.dtype) for gradient in gradients)
+        return dq[..., :size], dk[..., :size], dv[..., :size_v]
+
+    def _pieces(self, q: Tensor, k: Tensor, options: Options) -> Iterator[_Piece]:
+        len_q, len_k = q.shape[2], k.shape[2]
+        left, right = options.window_left, options.window_right
+        everything = slice(0, len_q), slice(0, len_k)
+        if options.alibi_slopes is None and left is None and right is None:
+            bias = dense_bias(options, len_q, len_k, (0, len_q), (0, len_k), _accumulator(q), q.device)
+            yield _Piece(*everything, bias=bias, whole=True)
+        elif options.alibi_slopes is None and options.mask is None and left is None and right == 0:
+            before = len_k - len_q  # keys that every query sees, or if negative queries that see none
+            if before > 0:
+                yield _Piece(slice(0, len_q), slice(0, before))
+            rows, keys = slice(max(0, -before), len_q), slice(max(0, before), len_k)
+            yield _Piece(rows, keys, causal=True, whole=before == 0)
+        else:
+            step = self._rows_a_piece(options, len_k)
+            for start in range(0, len_q, step):
+                stop = min(start + step, len_q)
+                first = 0 if left is None else max(0, start + len_k - len_q - left)
+                last = len_k if right is None else min(len_k, stop + len_k - len_q + right)
+                if first < last:
+                    bias = dense_bias(options, len_q, len_k, (start, stop), (first, last), _accumulator(q), q.device)
+                    rows, keys = slice(start, stop), slice(first, last)
+                    yield _Piece(rows, keys, bias=bias, whole=(rows, keys) == everything)
+
+    def _rows_a_piece(self, options: Options, len_k: int) -> int:
+        copies = 1  # of the bias, for batches and heads
+        if options.alibi_slopes is not None:
+            copies = options.alibi_slopes.numel()
+        elif options.mask is not None:
+            copies = options.mask.shape[0] * options.mask.shape[1]
+        return max(32, min(self.most_rows, self.bias_elements // (copies * len_k)))
+
+
+class _Piece(NamedTuple):
+    """A rectangle: full, or causal with its first query at its first key, or with a bias."""
+
+    rows: slice
+    keys: slice
+    causal: bool = False
+    bias: Tensor | None = None
+    whole: bool = False  # it is all there is
+
+
+def of_width(x: Tensor, width: int) -> Tensor:
+    """x as a kernel reads it: filled up to `width` with zeros, unit stride in the last dimension, and on CUDA on
+    16-byte boundaries; x itself if it is so already."""
+    if x.shape[-1] != width:
+        return torch.nn.functional.pad(x, (0, width - x.shape[-1]))
+    if x.stride(-1) != 1:
+        return x.contiguous()
+    if x.is_cuda:
+        aligned = all(stride * x.element_size() % 16 == 0 for stride in x.stride()[:-1])
+        if not aligned or x.data_ptr() % 16:
+            return x.clone(memory_format=torch.contiguous_format)
+    return x
+
+
+def _nothing(q: Tensor, width_v: int) -> tuple[Tensor, Tensor]:
+    """out and lse of rows that have seen no key yet, for accumulation."""
+    shape, dtype = q.shape[:-1], _accumulator(q)
+    out = empty_in_order(q, (*shape, width_v), memory_order(q)).to(dtype).zero_()
+    return out, torch.full(shape, -math.inf, dtype=dtype, device=q.device)
+
+
+def _merge_(out: Tensor, lse: Tensor, part: Tensor, part_lse: Tensor) -> None:
+    """Add to `out` and `lse`, in place, the attention of the same rows over further keys."""
+    hidden = (lse == -math.inf) & (part_lse == -math.inf)
+    weight = torch.sigmoid(part_lse - lse).masked_fill_(hidden, 0.0)[..., None]
+    out.mul_(1.0 - weight).addcmul_(part.to(out.dtype), weight)
+    lse.copy_(torch.logaddexp(lse, part_lse))
+
+
+def _accumulator(q: Tensor) -> torch.dtype:
+    return torch.promote_types(q.dtype, torch.float32)
