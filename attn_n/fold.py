@@ -14,13 +14,14 @@ from torch import Tensor
 
 def fold_(out: Tensor, lse: Tensor, log_n: float | Tensor, packed: bool) -> Tensor:
     """Scale `out` in place and return the lse with n inside; `log_n` is a number or `(Hq,)`."""
+    # sigmoid(lse - log n) is exp(lse - lse_n) without the cancellation of two large numbers.
     if isinstance(log_n, Tensor):
         log_n = per_row(log_n, packed)
         lse_n = torch.logaddexp(lse, log_n)
+        factor = torch.sigmoid(lse - log_n).masked_fill_(lse_n == -math.inf, 0.0)
     else:
         lse_n = torch.logaddexp(lse, lse.new_full((), log_n))
-    # The same as exp(lse - lse_n), without the cancellation of two large numbers.
-    factor = torch.sigmoid(lse - log_n).masked_fill_(lse == -math.inf, 0.0)
+        factor = (lse - log_n).sigmoid_()
     out.mul_(factor.unsqueeze(-1))
     return lse_n
 
@@ -40,10 +41,15 @@ def gradient_of_n(
     delta = (dout.to(lse.dtype) * out.to(lse.dtype)).sum(-1)
     if dlse is not None:
         delta = delta - dlse
-    share = (-lse if log_n is None else per_row(log_n, packed) - lse).exp()
+    share = bounded_exp(-lse if log_n is None else per_row(log_n, packed) - lse)
     # A row without visible keys has lse = log n: at n = 0 that is -inf, and n does not reach its zero output.
     rows = (share * delta).masked_fill(lse == -math.inf, 0.0)
     return -rows.sum(0 if packed else (0, 2))
+
+
+def bounded_exp(x: Tensor) -> Tensor:
+    """exp(x), a number near the largest instead of infinity: times zero it is zero."""
+    return x.clamp(max=math.log(torch.finfo(x.dtype).max) - 1).exp()
 
 
 def lse_for_backward(lse: Tensor, dlse: Tensor | None) -> tuple[Tensor, Tensor | None]:
@@ -52,7 +58,9 @@ def lse_for_backward(lse: Tensor, dlse: Tensor | None) -> tuple[Tensor, Tensor |
     return lse.masked_fill(empty, math.inf), None if dlse is None else dlse.masked_fill(empty, 0.0)
 
 
-def lse_as_value_column(dout: Tensor, dlse: Tensor, v: Tensor, out: Tensor, width: int) -> tuple[Tensor, Tensor, Tensor]:
+def lse_as_value_column(
+    dout: Tensor, dlse: Tensor, v: Tensor, out: Tensor, width: int
+) -> tuple[Tensor, Tensor, Tensor]:
     """dout, v and out of `width` columns, with which a library that knows no dlse computes `delta - dlse`.
 
     The library takes `delta = rowsum(dout * out)` and `dP = dout V^T`. One more column, 1 in dout, 0 in v and -dlse in

@@ -273,7 +273,9 @@ def _describe(
         varlen=options.cu_seqlens_q is not None,
         return_lse=bool(request.return_lse),
         needs_grad=differentiates
-        and (q.requires_grad or k.requires_grad or v.requires_grad or n_needs_grad or mask_needs_grad or alibi_needs_grad),
+        and (
+            q.requires_grad or k.requires_grad or v.requires_grad or n_needs_grad or mask_needs_grad or alibi_needs_grad
+        ),
         mask_needs_grad=mask_needs_grad,
         alibi_needs_grad=alibi_needs_grad,
     )
@@ -298,15 +300,14 @@ def _run(prepared: _Prepared, request: _Request) -> Tensor | tuple[Tensor, Tenso
 
 def _autocast(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """q, k and v in the dtype of an enclosing autocast, which leaves float64 alone."""
-    tensors = q, k, v
-    if not all(isinstance(x, Tensor) for x in tensors):
-        return tensors
+    if not isinstance(q, Tensor):
+        return q, k, v
     device = q.device.type
     if not torch.amp.is_autocast_available(device) or not torch.is_autocast_enabled(device):
-        return tensors
+        return q, k, v
     dtype = torch.get_autocast_dtype(device)
     cast = (torch.float16, torch.bfloat16, torch.float32)
-    q, k, v = (x.to(dtype) if x.dtype in cast else x for x in tensors)
+    q, k, v = (x.to(dtype) if isinstance(x, Tensor) and x.dtype in cast else x for x in (q, k, v))
     return q, k, v
 
 

@@ -1,7 +1,8 @@
 """The torch operators attn_n::forward and attn_n::backward, and the autograd function over them.
 
-Operators of a `torch.library.Library` under a plain `autograd.Function` cost about 31 us a call with gradients on the
-host; `torch.library.custom_op` with `register_autograd` costs about 69 us. Hence the former.
+Host cost of a call with gradients: `torch.library.custom_op` with `register_autograd` about 69 us, an operator of a
+`torch.library.Library` under a plain `autograd.Function` about 31 us, a bare function under it about 10 us. Hence an
+eager call runs the function itself, and the operator, which is the same function, is for whoever watches operators.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ _OPTIONS = (
     " Tensor? alibi_slopes, Tensor? cu_seqlens_q, Tensor? cu_seqlens_k, SymInt max_seqlen_q, SymInt max_seqlen_k"
 )
 
-_library = torch.library.Library("attn_n", "DEF")
+_library: Any = torch.library.Library("attn_n", "DEF")
 _library.define(
     f"forward(Tensor q, Tensor k, Tensor v, Tensor? log_n_tensor, float? log_n, str backend, {_OPTIONS})"
     " -> (Tensor out, Tensor lse, Tensor rng_state)",
@@ -51,12 +52,20 @@ def attend(
     n is the tensor `n` `()` or `(Hq,)`, which holds log n if `n_is_logit`, or else the number `log_n`, or neither.
     """
     if needs_grad:
-        if torch.compiler.is_compiling():
+        if _traced(q):
             q, k, v, options = _distinct(q, k, v, options)
-        out, lse = _Attention.apply(q, k, v, n, n_is_logit, log_n, backend, *options)
-        return out, lse
-    out, lse, _ = torch.ops.attn_n.forward(q, k, v, _log_per_head(q, n, n_is_logit), log_n, backend, *options)
+        attended: tuple[Tensor, Tensor] = _Attention.apply(q, k, v, n, n_is_logit, log_n, backend, options)  # type: ignore[no-untyped-call]
+        return attended
+    forward = torch.ops.attn_n.forward if _traced(q) else _forward
+    out, lse, _ = forward(q, k, v, _log_per_head(q, n, n_is_logit), log_n, backend, *options)
     return out, lse
+
+
+def _traced(x: Tensor) -> bool:
+    """Whether somebody watches operators: a compiler, a tensor subclass (fake tensors), a mode (checkpoints)."""
+    if torch.compiler.is_compiling():
+        return True
+    return type(x) not in (Tensor, torch.nn.Parameter) or torch._C._len_torch_dispatch_stack() > 0
 
 
 def _distinct(q: Tensor, k: Tensor, v: Tensor, options: Options) -> tuple[Tensor, Tensor, Tensor, Options]:
@@ -81,11 +90,11 @@ class _Attention(torch.autograd.Function):
         n_is_logit: bool,
         log_n: float | None,
         backend: str,
-        *values: Any,
+        options: Options,
     ) -> tuple[Tensor, Tensor]:
-        options = Options(*values)
         log_n_tensor = _log_per_head(q, n, n_is_logit)
-        out, lse, rng_state = torch.ops.attn_n.forward(q, k, v, log_n_tensor, log_n, backend, *options)
+        forward = torch.ops.attn_n.forward if _traced(q) else _forward
+        out, lse, rng_state = forward(q, k, v, log_n_tensor, log_n, backend, *options)
         ctx.save_for_backward(
             q, k, v, out, lse, rng_state, log_n_tensor,
             options.mask, options.alibi_slopes, options.cu_seqlens_q, options.cu_seqlens_k,
@@ -102,7 +111,7 @@ class _Attention(torch.autograd.Function):
     def backward(ctx: Any, *grads: Any) -> Any:
         dout, dlse = grads
         if dout is None and dlse is None:
-            return (None,) * (7 + len(Options._fields))
+            return (None,) * 8
         q, k, v, out, lse, rng_state, log_n_tensor, mask, slopes, cu_seqlens_q, cu_seqlens_k = ctx.saved_tensors
         options = ctx.options._replace(
             mask=mask, alibi_slopes=slopes, cu_seqlens_q=cu_seqlens_q, cu_seqlens_k=cu_seqlens_k
@@ -110,14 +119,16 @@ class _Attention(torch.autograd.Function):
         if dout is None:
             dout = torch.zeros_like(out)
         needs_n_grad = ctx.needs_input_grad[3]
+        rows_may_be_empty = not ctx.n_positive and _rows_may_be_empty(q, k, options)
         arguments = (
-            dout, dlse, q, k, v, out, lse, rng_state, log_n_tensor, not ctx.n_positive and _rows_may_be_empty(q, k, options),
-            needs_n_grad, ctx.n_is_logit, ctx.backend, *options,
+            dout, dlse, q, k, v, out, lse, rng_state, log_n_tensor, rows_may_be_empty, needs_n_grad, ctx.n_is_logit,
+            ctx.backend, *options,
         )  # fmt: skip
         if torch.is_grad_enabled():
-            dq, dk, dv, dn = _Backward.apply(ctx.backend, *arguments)
+            dq, dk, dv, dn = _Backward.apply(ctx.backend, *arguments)  # type: ignore[no-untyped-call]
         else:
-            dq, dk, dv, dn = torch.ops.attn_n.backward(*arguments)
+            backward = torch.ops.attn_n.backward if _traced(q) else _backward
+            dq, dk, dv, dn = backward(*arguments)
         if not needs_n_grad:
             dn = None
         elif len(ctx.n_shape) == 0:
@@ -125,7 +136,7 @@ class _Attention(torch.autograd.Function):
         needs_q, needs_k, needs_v = ctx.needs_input_grad[:3]
         return (
             dq if needs_q else None, dk if needs_k else None, dv if needs_v else None, dn,
-            *(None,) * (3 + len(Options._fields)),
+            None, None, None, None,
         )  # fmt: skip
 
 
@@ -181,7 +192,7 @@ def _forward(
         lse = fold.fold_(out, lse, n, packed)
     if rng_state is None:
         rng_state = torch.empty(2 if options.dropout_p else 0, dtype=torch.int64, device=q.device)
-    return _in_order(out, chosen.out_order(q)), lse.contiguous(), rng_state
+    return _in_order(out, chosen.out_order(q)), _in_order(lse, chosen.lse_order(q)), rng_state
 
 
 def _backward(
@@ -229,7 +240,7 @@ def _sum_groups(dx: Tensor, heads_kv: int) -> Tensor:
     """The gradient of k or v per key head, where the backend returned it per query head."""
     if dx.shape[1] == heads_kv:
         return dx
-    return dx.unflatten(1, (heads_kv, dx.shape[1] // heads_kv)).sum(2)
+    return dx.view(dx.shape[0], heads_kv, -1, *dx.shape[2:]).sum(2)
 
 
 def _in_order(x: Tensor, order: tuple[int, ...]) -> Tensor:
@@ -241,8 +252,9 @@ def _fake_forward(
     q: Tensor, k: Tensor, v: Tensor, log_n_tensor: Tensor | None, log_n: float | None, backend: str, *values: Any
 ) -> tuple[Tensor, Tensor, Tensor]:
     options = Options(*values)
-    out = empty_in_order(q, (*q.shape[:-1], v.shape[-1]), registry.loaded(backend).out_order(q))
-    lse = q.new_empty(q.shape[:-1], dtype=_lse_dtype(q))
+    chosen = registry.loaded(backend)
+    out = empty_in_order(q, (*q.shape[:-1], v.shape[-1]), chosen.out_order(q))
+    lse = empty_in_order(q, q.shape[:-1], chosen.lse_order(q)).to(_lse_dtype(q))
     return out, lse, q.new_empty(2 if options.dropout_p else 0, dtype=torch.int64)
 
 

@@ -57,7 +57,11 @@ class Explanation:
         width = max(len(verdict.name) for verdict in self.verdicts)
         lines = [f"call: {self.call}"]
         for verdict in self.verdicts:
-            mark = "->" if self.chosen in (verdict.name, f"{verdict.name}:{(self.chosen or '').partition(':')[2]}") else "  "
+            mark = (
+                "->"
+                if self.chosen in (verdict.name, f"{verdict.name}:{(self.chosen or '').partition(':')[2]}")
+                else "  "
+            )
             if verdict.reason is not None:
                 said = f"no: {verdict.reason}"
             elif verdict.rank is None:
@@ -242,7 +246,9 @@ def _refusal(call: AttentionCall, name: str | None, asked_by: str) -> str:
     explanation = explain(call, name)
     who = "no backend serves this call" if name is None else f"backend {name!r} ({asked_by}) does not serve this call"
     others = [verdict.name for verdict in explanation.verdicts if verdict.reason is None]
-    remedy = f"use {' or '.join(others)}, or leave the choice to the library" if others else "change the call as said above"
+    remedy = (
+        f"use {' or '.join(others)}, or leave the choice to the library" if others else "change the call as said above"
+    )
     reasons = [f"  {verdict.name}: {verdict.reason or 'serves it'}" for verdict in explanation.verdicts]
     return "\n".join([f"{who}:", f"  {call}", *reasons, f"To do: {remedy}."])
 

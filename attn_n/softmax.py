@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from attn_n import validate
+from attn_n.fold import bounded_exp
 
 
 def softmax_n(x: Tensor, n: float | Tensor = 0.0, dim: int = -1, dtype: torch.dtype | None = None) -> Tensor:
@@ -49,6 +50,7 @@ def softmax_n(x: Tensor, n: float | Tensor = 0.0, dim: int = -1, dtype: torch.dt
     top = torch.maximum(top, torch.as_tensor(log_n, dtype=top.dtype, device=top.device))
     top = top.masked_fill(top == -math.inf, 0.0)
     weights = (compute - top).exp()
-    denominator = weights.sum(dim, keepdim=True) + n * (-top).exp()
+    # n and not exp(log n), because that has a gradient at n = 0 too; there exp(-top) is bounded to keep 0 * inf away.
+    denominator = weights.sum(dim, keepdim=True) + n * bounded_exp(-top)
     # Only where nothing is visible and n = 0 is the denominator zero, and there every weight is zero too.
     return (weights / denominator.masked_fill(denominator == 0, 1.0)).to(x.dtype)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -47,7 +48,9 @@ def qkv(q: Tensor, k: Tensor, v: Tensor, packed: bool) -> None:
     if q.shape[-1] == 0 or v.shape[-1] == 0:
         raise ValueError(f"q, v: expected head sizes of at least 1, got q {_shape(q)} and v {_shape(v)}")
     if k.shape[-1] != q.shape[-1]:
-        raise ValueError(f"k: expected the head size of q, {q.shape[-1]}, got {k.shape[-1]} (q {_shape(q)}, k {_shape(k)})")
+        raise ValueError(
+            f"k: expected the head size of q, {q.shape[-1]}, got {k.shape[-1]} (q {_shape(q)}, k {_shape(k)})"
+        )
     length, heads = (0, 1) if packed else (-2, -3)
     if v.shape[length] != k.shape[length]:
         raise ValueError(
@@ -179,7 +182,7 @@ def boundaries(name: str, cu: Tensor, tokens: int, longest: int) -> list[int]:
     values: list[int] = cu.tolist()
     if values[0] != 0:
         raise ValueError(f"{name}: expected to start at 0, got {values[0]}")
-    lengths = [b - a for a, b in zip(values, values[1:], strict=False)]
+    lengths = [stop - start for start, stop in pairwise(values)]
     if any(length < 0 for length in lengths):
         raise ValueError(f"{name}: expected values that never decrease, got {values}")
     if values[-1] != tokens:

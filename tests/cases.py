@@ -136,7 +136,9 @@ def _cases() -> list[Case]:
         Case("packed, causal", lengths_q=(5, 17, 9), lengths_k=(5, 30, 4), causal=True),
         Case("packed, causal, n=0", lengths_q=(5, 17, 9), lengths_k=(5, 30, 4), causal=True, n=0.0),
         Case("packed, an empty sequence", lengths_q=(5, 0, 7, 6), lengths_k=(5, 4, 0, 6), n="per head"),
-        Case("packed, GQA, sinks", lengths_q=(9, 8), lengths_k=(3, 8), heads_q=4, n="sinks", sinks=(0.0, 1.0, 2.0, -1.0)),
+        Case(
+            "packed, GQA, sinks", lengths_q=(9, 8), lengths_k=(3, 8), heads_q=4, n="sinks", sinks=(0.0, 1.0, 2.0, -1.0)
+        ),
         Case("packed, window, ALiBi", lengths_q=(9, 18), lengths_k=(9, 18), window=(4, 2), alibi="per batch"),
         Case("packed, mask", lengths_q=(9, 18), lengths_k=(3, 18), mask="per head"),
         Case("packed, softcap", lengths_q=(9, 8), lengths_k=(3, 8), softcap=2.0),
@@ -243,7 +245,8 @@ def make(case: Case, dtype: torch.dtype, device: str, seed: int = 0) -> Inputs:
         inputs.mask = (torch.arange(columns) >= torch.arange(rows)[:, None] * 50).to(device)
     if case.alibi:
         slopes = torch.linspace(0.1, 0.9, case.heads_q, dtype=torch.float32, device=device)
-        inputs.alibi_slopes = slopes if case.alibi == "per head" else slopes * torch.arange(1.0, batch + 1)[:, None].to(device)
+        batches = torch.arange(1.0, batch + 1, device=device)[:, None]
+        inputs.alibi_slopes = slopes if case.alibi == "per head" else slopes * batches
 
     out_shape = (*inputs.q.shape[:-1], case.size_v)
     inputs.dout = normal(*out_shape).to(dtype).to(device)
@@ -271,7 +274,8 @@ def must_serve(backend: str, device: str, dtype: torch.dtype, case: Case, lse_gr
     features, half = case.features, dtype in (torch.bfloat16, torch.float16)
     flash_features = {"softcap", "mask", "E > 256"} | ({"E + 1 > 256"} if lse_grad else set())
     cudnn_features = {
-        "softcap", "mask", "alibi", "window", "causal, L != S", "packed", "one query, one key", "E != Ev", "E % 8", "E > 256",
+        "softcap", "mask", "alibi", "window", "causal, L != S", "packed", "one query, one key", "E != Ev", "E % 8",
+        "E > 256",
     }  # fmt: skip
     table = {
         "reference": True,

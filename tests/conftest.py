@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
 import pytest
 import torch
 
@@ -19,7 +17,7 @@ def automatic(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.fixture
-def ran(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[str]]:
+def ran(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """The names of the built-in kernels whose code was entered, in order: `"forward sdpa:cpu"` and the like."""
     entered: list[str] = []
     for name in registry.BUILT_IN:
@@ -29,7 +27,7 @@ def ran(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[str]]:
         for kernel in backend.members.values() if isinstance(backend, Family) else (backend,):
             for method in ("attend",) if kernel.differentiates else ("forward", "backward"):
                 _spy(monkeypatch, kernel, method, entered)
-    yield entered
+    return entered
 
 
 def _spy(monkeypatch: pytest.MonkeyPatch, kernel: Backend, method: str, entered: list[str]) -> None:

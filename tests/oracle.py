@@ -67,10 +67,8 @@ def attention_n(
     top = torch.cat([logits.detach(), log_n.detach()[:, None, None].expand(batch, -1, len_q, 1)], -1).amax(-1)
     top = top.masked_fill(top == -math.inf, 0.0)
     weights = (logits - top[..., None]).exp()
-    if sinks is not None:
-        nothing = (log_n[:, None] - top).exp()
-    else:  # n itself, not exp(log n): it has a gradient at n = 0 too
-        nothing = n[:, None] * (-top).exp()
+    # n itself, not exp(log n): it has a gradient at n = 0 too
+    nothing = n[:, None] * (-top).exp() if sinks is None else (log_n[:, None] - top).exp()
     total = weights.sum(-1) + nothing
     empty = total == 0
     total = total.masked_fill(empty, 1.0)

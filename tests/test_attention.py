@@ -41,7 +41,9 @@ def test_against_float64(
         assert ran == []
         return
     got = compare.library(inputs, backend, lse_grad)
-    assert set(ran) == ({f"attend {backend}"} if backend == "reference" else {f"forward {backend}", f"backward {backend}"})
+    assert set(ran) == (
+        {f"attend {backend}"} if backend == "reference" else {f"forward {backend}", f"backward {backend}"}
+    )
     excess = compare.excess(inputs, got, lse_grad)
     assert max(excess.values()) <= 1, {name: f"{value:.2f} x the allowed error" for name, value in excess.items()}
 

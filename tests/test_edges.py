@@ -22,7 +22,9 @@ def qkv(batch: int, heads: int, len_q: int, len_k: int, size: int = 8) -> tuple[
 
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("n", [0.0, 2.0])
-@pytest.mark.parametrize(("batch", "heads", "len_q", "len_k"), [(2, 2, 0, 5), (2, 2, 5, 0), (0, 2, 5, 5), (2, 2, 0, 0), (2, 0, 3, 3)])
+@pytest.mark.parametrize(
+    ("batch", "heads", "len_q", "len_k"), [(2, 2, 0, 5), (2, 2, 5, 0), (0, 2, 5, 5), (2, 2, 0, 0), (2, 0, 3, 3)]
+)
 def test_empty(backend: str, n: float, batch: int, heads: int, len_q: int, len_k: int) -> None:
     """Without keys a row attends to nothing: out = 0 and lse = log n, whose gradient is 1 / n."""
     q, k, v = qkv(batch, heads, len_q, len_k)
@@ -126,7 +128,9 @@ def test_double_backward_elsewhere_says_so() -> None:
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-@pytest.mark.parametrize("options", [{}, {"causal": True}, {"window": (2, 1)}, {"alibi_slopes": torch.tensor([0.5, 1.0])}])
+@pytest.mark.parametrize(
+    "options", [{}, {"causal": True}, {"window": (2, 1)}, {"alibi_slopes": torch.tensor([0.5, 1.0])}]
+)
 def test_gradcheck(backend: str, options: dict[str, object]) -> None:
     q, k, v = (x.detach().double().requires_grad_() for x in qkv(1, 2, 4, 5, 3))
     n = torch.tensor([0.6, 2.0], dtype=torch.float64, requires_grad=True)
@@ -184,3 +188,15 @@ def test_the_zero_vector_of_quiet_attention() -> None:
     for backend in BACKENDS:
         out = flash_attention_n(q, k, v, sm_n=1, backend=backend)
         assert out.flatten().tolist() == [1.0, 2.0, 3.0, -4.0]
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_very_negative_logits_at_n_zero(backend: str) -> None:
+    """exp(-lse) overflows where the gradient of n at n = 0 needs it: nothing else may become NaN by that."""
+    q, k, v = torch.full((1, 2, 3, 4), 20.0), torch.full((1, 2, 3, 4), -20.0), torch.randn(1, 2, 3, 4)
+    n = torch.zeros(2, requires_grad=True)
+    out, lse = flash_attention_n(q, k, v, sm_n=n, return_lse=True, backend=backend)
+    assert torch.allclose(out, v.mean(2, keepdim=True).expand_as(out), atol=1e-5)
+    assert lse.isfinite().all()
+    (gradient,) = torch.autograd.grad(out.sum(), n)
+    assert not gradient.isnan().any()

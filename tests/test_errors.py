@@ -40,16 +40,41 @@ BAD = [
     ("seven dimensions", {"k": torch.randn(1, 1, 1, 1, 1, 6, 8)}, ValueError, r"k: expected 2 to 6 dimensions"),
     ("other dimensions", {"k": torch.randn(2, 6, 8)}, ValueError, r"k: expected 4 dimensions as q \(2, 4, 5, 8\)"),
     ("N", {"k": torch.randn(3, 2, 6, 8)}, ValueError, r"k: expected the leading dimensions of q, \(2,\), got \(3,\)"),
-    ("N of v", {"v": torch.randn(3, 2, 6, 8)}, ValueError, r"v: expected the leading dimensions of q, \(2,\), got \(3,\)"),
+    (
+        "N of v",
+        {"v": torch.randn(3, 2, 6, 8)},
+        ValueError,
+        r"v: expected the leading dimensions of q, \(2,\), got \(3,\)",
+    ),
     ("E", {"k": torch.randn(2, 2, 6, 7)}, ValueError, r"k: expected the head size of q, 8, got 7"),
     ("E = 0", {"q": torch.randn(2, 4, 5, 0), "k": torch.randn(2, 2, 6, 0)}, ValueError, r"head sizes of at least 1"),
     ("S", {"v": torch.randn(2, 2, 7, 8)}, ValueError, r"v: expected as many keys as k, 6, got 7"),
     ("heads of v", {"v": torch.randn(2, 1, 6, 8)}, ValueError, r"v: expected as many heads as k, 2, got 1"),
-    ("Hq % Hkv", {"k": torch.randn(2, 3, 6, 8), "v": torch.randn(2, 3, 6, 8)}, ValueError, r"divides the 4 heads .* got 3"),
-    ("dtype", {"k": torch.randn(2, 2, 6, 8).bfloat16()}, TypeError, r"k: expected the dtype of q, float32, got bfloat16"),
-    ("device", {"k": torch.randn(2, 2, 6, 8, device="meta")}, ValueError, r"k: expected the device of q, cpu, got meta"),
+    (
+        "Hq % Hkv",
+        {"k": torch.randn(2, 3, 6, 8), "v": torch.randn(2, 3, 6, 8)},
+        ValueError,
+        r"divides the 4 heads .* got 3",
+    ),
+    (
+        "dtype",
+        {"k": torch.randn(2, 2, 6, 8).bfloat16()},
+        TypeError,
+        r"k: expected the dtype of q, float32, got bfloat16",
+    ),
+    (
+        "device",
+        {"k": torch.randn(2, 2, 6, 8, device="meta")},
+        ValueError,
+        r"k: expected the device of q, cpu, got meta",
+    ),
     ("integers", {"q": torch.ones(2, 4, 5, 8, dtype=torch.int64)}, TypeError, r"q: expected float16.* got int64"),
-    ("complex", {"q": torch.ones(2, 4, 5, 8, dtype=torch.complex64)}, TypeError, r"q: expected float16.* got complex64"),
+    (
+        "complex",
+        {"q": torch.ones(2, 4, 5, 8, dtype=torch.complex64)},
+        TypeError,
+        r"q: expected float16.* got complex64",
+    ),
     ("no tensor", {"v": [[1.0]]}, TypeError, r"v: expected a torch.Tensor, got list"),
     ("numpy array", {"q": np.ones((2, 4, 5, 8))}, TypeError, r"q: expected a torch.Tensor, got ndarray"),
     ("scale is NaN", {"sm_scale": math.nan}, ValueError, r"sm_scale: expected None or a finite number, got nan"),
@@ -60,18 +85,53 @@ BAD = [
     ("n is a string", {"sm_n": "1"}, TypeError, r"sm_n: expected a finite number >= 0 or a tensor, got str"),
     ("n is a bool", {"sm_n": True}, TypeError, r"sm_n: expected a finite number >= 0 or a tensor, got bool"),
     ("tensor n < 0", {"sm_n": torch.tensor(-1.0)}, ValueError, r"sm_n: expected finite numbers >= 0, got"),
-    ("tensor n is NaN", {"sm_n": torch.tensor([0.0, 1, 2, math.nan])}, ValueError, r"sm_n: expected finite numbers >= 0"),
+    (
+        "tensor n is NaN",
+        {"sm_n": torch.tensor([0.0, 1, 2, math.nan])},
+        ValueError,
+        r"sm_n: expected finite numbers >= 0",
+    ),
     ("tensor n is inf", {"sm_n": torch.tensor(math.inf)}, ValueError, r"sm_n: expected finite numbers >= 0"),
-    ("tensor n per key head", {"sm_n": torch.ones(2)}, ValueError, r"sm_n: expected shape \(\) or \(4,\) .* got \(2,\)"),
+    (
+        "tensor n per key head",
+        {"sm_n": torch.ones(2)},
+        ValueError,
+        r"sm_n: expected shape \(\) or \(4,\) .* got \(2,\)",
+    ),
     ("tensor n is an integer", {"sm_n": torch.tensor(1)}, TypeError, r"sm_n: expected float16.* got int64"),
-    ("tensor n elsewhere", {"sm_n": torch.tensor(1.0, device="meta")}, ValueError, r"sm_n: expected the device of q, cpu"),
+    (
+        "tensor n elsewhere",
+        {"sm_n": torch.tensor(1.0, device="meta")},
+        ValueError,
+        r"sm_n: expected the device of q, cpu",
+    ),
     ("sinks with n", {"sinks": torch.zeros(4), "sm_n": 1.0}, ValueError, r"sinks: expected None together with sm_n"),
-    ("sinks with n = 0", {"sinks": torch.zeros(4), "sm_n": 0.0}, ValueError, r"sinks: expected None together with sm_n"),
+    (
+        "sinks with n = 0",
+        {"sinks": torch.zeros(4), "sm_n": 0.0},
+        ValueError,
+        r"sinks: expected None together with sm_n",
+    ),
     ("sinks shape", {"sinks": torch.zeros(())}, ValueError, r"sinks: expected shape \(4,\) for 4 heads of q, got \(\)"),
     ("sinks are inf", {"sinks": torch.full((4,), math.inf)}, ValueError, r"sinks: expected logits below \+inf"),
-    ("mask shape", {"attn_mask": torch.ones(5, 7, dtype=torch.bool)}, ValueError, r"attn_mask: .*\(2, 4, 5, 6\), got \(5, 7\)"),
-    ("mask dims", {"attn_mask": torch.ones(1, 2, 4, 5, 6, dtype=torch.bool)}, ValueError, r"attn_mask: expected a shape"),
-    ("mask dtype", {"attn_mask": torch.ones(5, 6, dtype=torch.int32)}, TypeError, r"attn_mask: expected bool .* got int32"),
+    (
+        "mask shape",
+        {"attn_mask": torch.ones(5, 7, dtype=torch.bool)},
+        ValueError,
+        r"attn_mask: .*\(2, 4, 5, 6\), got \(5, 7\)",
+    ),
+    (
+        "mask dims",
+        {"attn_mask": torch.ones(1, 2, 4, 5, 6, dtype=torch.bool)},
+        ValueError,
+        r"attn_mask: expected a shape",
+    ),
+    (
+        "mask dtype",
+        {"attn_mask": torch.ones(5, 6, dtype=torch.int32)},
+        TypeError,
+        r"attn_mask: expected bool .* got int32",
+    ),
     ("mask device", {"attn_mask": torch.ones(5, 6, device="meta")}, ValueError, r"attn_mask: expected the device of q"),
     ("negative window", {"window": (-1, 3)}, ValueError, r"window: expected left >= 0, or None .*, got -1"),
     ("reversed window", {"window": (4, -5)}, ValueError, r"window: expected right >= 0, or None .*, got -5"),
@@ -85,27 +145,57 @@ BAD = [
     ("dropout 1", {"dropout_p": 1.0}, ValueError, r"dropout_p: expected a number in \[0, 1\), got 1.0"),
     ("dropout < 0", {"dropout_p": -0.1}, ValueError, r"dropout_p: expected a number in \[0, 1\), got -0.1"),
     ("unknown backend", {"backend": "cuda"}, ValueError, r"backend=: expected one of sdpa, reference.*, got 'cuda'"),
-    ("unknown member", {"backend": "sdpa:fast"}, ValueError, r"backend=: expected one of sdpa, sdpa:cpu, .*got 'sdpa:fast'"),
+    (
+        "unknown member",
+        {"backend": "sdpa:fast"},
+        ValueError,
+        r"backend=: expected one of sdpa, sdpa:cpu, .*got 'sdpa:fast'",
+    ),
     ("backend is no name", {"backend": 3}, TypeError, r"backend: expected None or a name, got int"),
 ]
 
 BAD_PACKED = [
     ("4 dimensions", {"q": torch.randn(1, 9, 4, 8)}, ValueError, r"q: expected 3 dimensions \(T, H, E\)"),
-    ("heads", {"k": torch.randn(7, 3, 8), "v": torch.randn(7, 3, 8)}, ValueError, r"k: expected a number of heads that divides"),
+    (
+        "heads",
+        {"k": torch.randn(7, 3, 8), "v": torch.randn(7, 3, 8)},
+        ValueError,
+        r"k: expected a number of heads that divides",
+    ),
     ("tokens", {"v": torch.randn(6, 2, 8)}, ValueError, r"v: expected as many keys as k, 7, got 6"),
     ("no tensor", {"cu_seqlens_q": [0, 4, 9]}, TypeError, r"cu_seqlens_q: expected a torch.Tensor, got list"),
     ("int64", {"cu_seqlens_q": torch.tensor([0, 4, 9])}, TypeError, r"cu_seqlens_q: expected int32, got int64"),
     ("start", {"cu_seqlens_q": boundaries(1, 4, 9)}, ValueError, r"cu_seqlens_q: expected to start at 0, got 1"),
-    ("decrease", {"cu_seqlens_k": boundaries(0, 8, 7)}, ValueError, r"cu_seqlens_k: .* never decrease, got \[0, 8, 7\]"),
+    (
+        "decrease",
+        {"cu_seqlens_k": boundaries(0, 8, 7)},
+        ValueError,
+        r"cu_seqlens_k: .* never decrease, got \[0, 8, 7\]",
+    ),
     ("overrun", {"cu_seqlens_k": boundaries(0, 2, 8)}, ValueError, r"cu_seqlens_k: .* the 7 packed tokens, got 8"),
     ("underrun", {"cu_seqlens_k": boundaries(0, 2, 6)}, ValueError, r"cu_seqlens_k: .* the 7 packed tokens, got 6"),
-    ("empty", {"cu_seqlens_q": boundaries()}, ValueError, r"cu_seqlens_q: expected shape \(sequences \+ 1,\), got \(0,\)"),
+    (
+        "empty",
+        {"cu_seqlens_q": boundaries()},
+        ValueError,
+        r"cu_seqlens_q: expected shape \(sequences \+ 1,\), got \(0,\)",
+    ),
     ("sequences", {"cu_seqlens_k": boundaries(0, 7)}, ValueError, r"cu_seqlens_k: .* cu_seqlens_q, \(3,\), got \(2,\)"),
     ("device", {"cu_seqlens_q": boundaries(0, 4, 9).to("meta")}, ValueError, r"cu_seqlens_q: expected the device of q"),
-    ("max too small", {"max_seqlen_q": 4}, ValueError, r"max_seqlen_q: expected at least the longest sequence, 5, got 4"),
+    (
+        "max too small",
+        {"max_seqlen_q": 4},
+        ValueError,
+        r"max_seqlen_q: expected at least the longest sequence, 5, got 4",
+    ),
     ("max is a float", {"max_seqlen_k": 5.0}, TypeError, r"max_seqlen_k: expected an integer, got float"),
     ("max < 0", {"max_seqlen_k": -1}, ValueError, r"max_seqlen_k: expected an integer >= 0, got -1"),
-    ("mask", {"attn_mask": torch.ones(4, 7, dtype=torch.bool)}, ValueError, r"attn_mask: .*\(2, 4, 5, 5\), got \(4, 7\)"),
+    (
+        "mask",
+        {"attn_mask": torch.ones(4, 7, dtype=torch.bool)},
+        ValueError,
+        r"attn_mask: .*\(2, 4, 5, 5\), got \(4, 7\)",
+    ),
     ("slopes", {"alibi_slopes": torch.ones(3, 4)}, ValueError, r"alibi_slopes: .*\(4,\) or \(2, 4\), got \(3, 4\)"),
 ]
 
@@ -117,7 +207,9 @@ def test_bad_input(changes: dict[str, Any], error: type[Exception], text: str, r
     assert ran == []
 
 
-@pytest.mark.parametrize(("changes", "error", "text"), [case[1:] for case in BAD_PACKED], ids=[case[0] for case in BAD_PACKED])
+@pytest.mark.parametrize(
+    ("changes", "error", "text"), [case[1:] for case in BAD_PACKED], ids=[case[0] for case in BAD_PACKED]
+)
 def test_bad_packed_input(changes: dict[str, Any], error: type[Exception], text: str, ran: list[str]) -> None:
     with pytest.raises(error, match=text):
         flash_attention_n_varlen(**packed(**changes))

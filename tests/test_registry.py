@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib.metadata
 import subprocess
 import sys
@@ -106,9 +107,9 @@ def test_a_forced_backend_never_falls_back(how: str, ran: list[str], monkeypatch
     asked_by = {"argument": "backend=", "context": "use_backend", "variable": "ATTN_N_BACKEND"}[how]
     if how == "variable":
         monkeypatch.setenv("ATTN_N_BACKEND", "sdpa")
-    with use_backend("sdpa" if how == "context" else None) if how != "variable" else pytest.MonkeyPatch.context():
-        with pytest.raises(UnsupportedError) as caught:
-            flash_attention_n(*inputs(), softcap=3.0, backend="sdpa" if how == "argument" else None)
+    context = use_backend("sdpa") if how == "context" else contextlib.nullcontext()
+    with context, pytest.raises(UnsupportedError) as caught:
+        flash_attention_n(*inputs(), softcap=3.0, backend="sdpa" if how == "argument" else None)
     text = str(caught.value)
     assert text.startswith(f"backend 'sdpa' ({asked_by}) does not serve this call:\n  q (1, 2, 5, 8)")
     assert "softcap 3" in text
@@ -146,7 +147,7 @@ def test_a_registered_backend() -> None:
     assert str(attn_n.explain(q, k, v, True)).count("eager      serves it, when asked for by name") == 1
     with pytest.raises(UnsupportedError, match="eager: only causal"):
         flash_attention_n(q, k, v, backend="eager")
-    with pytest.raises(TypeError, match="expected an instance of attn_n.Backend, got type"):
+    with pytest.raises(TypeError, match=r"expected an instance of attn_n\.Backend, got type"):
         attn_n.register_backend(Eager)  # type: ignore[arg-type]
     unnamed = Eager()
     unnamed.name = "a:b"
@@ -159,7 +160,12 @@ def test_entry_points(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     info = tmp_path / "third_party-1.0.dist-info"
     info.mkdir()
     (info / "METADATA").write_text("Metadata-Version: 2.1\nName: third-party\nVersion: 1.0\n")
-    names = {"good": "third_good:BACKEND", "missing": "third_missing:B", "broken": "third_broken:B", "number": "third_good:N"}
+    names = {
+        "good": "third_good:BACKEND",
+        "missing": "third_missing:B",
+        "broken": "third_broken:B",
+        "number": "third_good:N",
+    }
     lines = "\n".join(f"{name} = {target}" for name, target in names.items())
     (info / "entry_points.txt").write_text(f"[attn_n.backends]\n{lines}\n")
     (tmp_path / "third_good.py").write_text("from tests.test_registry import Eager\nBACKEND = Eager\nN = 3\n")
@@ -178,7 +184,7 @@ def test_entry_points(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     )
     assert said["number"] is not None
     assert "third_good:N is a int, not an attn_n.Backend" in said["number"]
-    with pytest.raises(UnsupportedError, match="libcudart.so.12"):
+    with pytest.raises(UnsupportedError, match=r"libcudart\.so\.12"):
         flash_attention_n(*inputs(), True, backend="broken")
 
 
@@ -240,9 +246,7 @@ def gpu_call(**changes: object) -> AttentionCall:
     ],
     ids=str,
 )  # fmt: skip
-def test_the_choice_on_other_machines(
-    changes: dict[str, object], chosen: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_the_choice_on_other_machines(changes: dict[str, object], chosen: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """The choice on a GPU needs none: why_not sees metadata, and whether this PyTorch was built with cuDNN."""
     monkeypatch.setattr(torch.backends.cudnn, "is_available", lambda: True)
     assert registry.choose(gpu_call(**changes), None)[0] == chosen
@@ -250,7 +254,15 @@ def test_the_choice_on_other_machines(
 
 def test_importing_is_light() -> None:
     """`import attn_n` imports torch and none of the optional libraries, nor any backend."""
-    heavy = ["triton", "flash_attn", "flash_attn_interface", "xformers", "numpy.testing", "matplotlib", "attn_n.backends.sdpa"]
+    heavy = [
+        "triton",
+        "flash_attn",
+        "flash_attn_interface",
+        "xformers",
+        "numpy.testing",
+        "matplotlib",
+        "attn_n.backends.sdpa",
+    ]
     code = (
         "import sys, torch; before = set(sys.modules); import attn_n; new = set(sys.modules) - before\n"
         "print(sorted(name for name in new if name.split('.')[0] not in sys.stdlib_module_names))"

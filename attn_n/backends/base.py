@@ -86,6 +86,10 @@ class Backend:
         """The dimensions of `out` from the outermost to the innermost in memory: by default those of q."""
         return memory_order(q)
 
+    def lse_order(self, q: Tensor) -> tuple[int, ...]:
+        """The same for `lse`: by default contiguous."""
+        return tuple(range(q.dim() - 1))
+
     def gradient_order(self, x: Tensor) -> tuple[int, ...]:
         """The same for the gradient of x, one of q, k and v."""
         return memory_order(x)
@@ -119,7 +123,7 @@ class Family(Backend):
 
 def memory_order(x: Tensor) -> tuple[int, ...]:
     """The dimensions of x from the largest stride to the smallest, the last one kept last."""
-    return (*sorted(range(x.dim() - 1), key=lambda dim: -x.stride(dim)), x.dim() - 1)
+    return (*sorted(range(x.dim() - 1), key=x.stride, reverse=True), x.dim() - 1)
 
 
 def empty_in_order(like: Tensor, shape: Sequence[int], order: tuple[int, ...]) -> Tensor:

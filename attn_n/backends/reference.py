@@ -17,6 +17,7 @@ from attn_n import packed
 from attn_n.backends.base import Backend
 from attn_n.bias import dense_bias
 from attn_n.call import AttentionCall, Options
+from attn_n.fold import bounded_exp
 
 
 class Reference(Backend):
@@ -87,7 +88,11 @@ def _attend_packed(
     """Each sequence of packed (T, H, E) tensors as a batch of one."""
     outs, lses = [q.new_zeros((0, q.shape[1], v.shape[2]))], [q.new_zeros((0, q.shape[1]))]
     for queries, keys, alone in packed.sequences(options, q.shape[0], k.shape[0]):
-        one_q, one_k, one_v = packed.batch_of_one(q, queries), packed.batch_of_one(k, keys), packed.batch_of_one(v, keys)
+        one_q, one_k, one_v = (
+            packed.batch_of_one(q, queries),
+            packed.batch_of_one(k, keys),
+            packed.batch_of_one(v, keys),
+        )
         out, lse = _attend(one_q, one_k, one_v, n, n_is_logit, alone, return_lse)
         outs.append(out[0].transpose(0, 1))
         if lse is not None:
@@ -132,7 +137,7 @@ def _zero_n_to_differentiate(n: float | Tensor | None, n_is_logit: bool) -> Tens
 def _differentiate_at_zero(out: Tensor, lse: Tensor, zero_n: Tensor) -> tuple[Tensor, Tensor]:
     """The first order in n at n = 0, where log n is -inf: d out = -out exp(-lse) dn, d lse = exp(-lse) dn."""
     hidden = lse == -math.inf
-    step = zero_n[:, None] * (-lse.masked_fill(hidden, 0.0)).exp().masked_fill(hidden, 0.0)
+    step = zero_n[:, None] * bounded_exp(-lse.masked_fill(hidden, 0.0)).masked_fill(hidden, 0.0)
     return out - out * step[..., None], lse + step
 
 

@@ -29,8 +29,11 @@ class CpuFlash(RectangleBackend):
             return "PyTorch's CPU kernel has no dropout"
         return aten.unserved_field(call) or aten.changed_operator(*_SIGNATURES)
 
+    def lse_order(self, q: Tensor) -> tuple[int, ...]:
+        """The kernel writes lse and gradients token by token, whatever the order of the inputs."""
+        return (0, 2, 1) if q.dim() == 4 else (0, 1)
+
     def gradient_order(self, x: Tensor) -> tuple[int, ...]:
-        """The kernel writes gradients token by token, whatever the order of the inputs."""
         return (0, 2, 1, 3) if x.dim() == 4 else (0, 1, 2)
 
     def widths(self, size: int, size_v: int) -> tuple[int, int]:

@@ -132,7 +132,9 @@ class CudnnAttention(Backend):
         if call.mask_shape is not None or call.alibi or call.windowed or call.dropout_p or call.varlen:
             return "is used here without mask, ALiBi, window, dropout and packed sequences"
         if call.causal and call.q_shape[2] != call.k_shape[2]:
-            return "aligns a causal mask with the first query and key: it serves causal calls of as many queries as keys"
+            return (
+                "aligns a causal mask with the first query and key: it serves causal calls of as many queries as keys"
+            )
         if call.q_shape[2] == call.k_shape[2] == 1:
             return "does not take one query with one key"
         if call.return_lse and call.needs_grad:

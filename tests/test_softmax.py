@@ -1,0 +1,70 @@
+"""softmax_n by itself."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+
+from attn_n import softmax_n
+
+
+@pytest.mark.parametrize("n", [0.0, 1e-6, 1.0, 3.7, 1e20])
+@pytest.mark.parametrize("shift", [-100.0, -3.0, 0.0, 40.0, 500.0])
+def test_against_exact_arithmetic(n: float, shift: float) -> None:
+    x = [shift - 1.5, shift, shift + 2.0]
+    log_denominator = shift + math.log(sum(math.exp(one - shift) for one in x))
+    if n:
+        top, other = max(log_denominator, math.log(n)), min(log_denominator, math.log(n))
+        log_denominator = top + math.log1p(math.exp(other - top))
+    expected = torch.tensor([math.exp(one - log_denominator) for one in x], dtype=torch.float64)
+    assert torch.allclose(softmax_n(torch.tensor(x, dtype=torch.float64), n), expected, rtol=1e-10)
+    assert torch.allclose(softmax_n(torch.tensor(x), n).double(), expected, rtol=2e-4, atol=1e-37)
+
+
+def test_n_zero_is_softmax() -> None:
+    x = torch.randn(3, 4, 5)
+    for dim in (0, 1, -1):
+        assert torch.allclose(softmax_n(x, dim=dim), x.softmax(dim), atol=1e-7)
+
+
+def test_what_is_hidden_everywhere_is_zero() -> None:
+    x = torch.full((2, 3), -math.inf, requires_grad=True)
+    for n in (0.0, 1.0):
+        weights = softmax_n(x, n)
+        assert not weights.any()
+        assert not torch.autograd.grad(weights.sum(), x)[0].isnan().any()
+    assert softmax_n(torch.zeros(2, 0)).shape == (2, 0)
+
+
+def test_half_precision_is_rounded_once() -> None:
+    x = torch.randn(100, dtype=torch.bfloat16)
+    assert torch.equal(softmax_n(x, 2.5), softmax_n(x.float(), 2.5).bfloat16())
+    assert softmax_n(x, 1.0, dtype=torch.float64).dtype == torch.float64
+
+
+def test_gradients() -> None:
+    x = torch.randn(4, 5, dtype=torch.float64, requires_grad=True)
+    for n in (torch.tensor(0.0), torch.tensor(1.3), torch.rand(4, 1) + 0.2):
+        n = n.double().requires_grad_()
+        if n.min() > 0:
+            assert torch.autograd.gradcheck(softmax_n, (x, n))
+        else:  # the derivative at n = 0 is one-sided: - softmax(x)_i / sum exp(x)
+            got = torch.autograd.grad(softmax_n(x, n)[:, 0].sum(), n)[0]
+            assert torch.allclose(got, -(x.softmax(-1)[:, 0] / x.exp().sum(-1)).sum())
+
+
+@pytest.mark.parametrize(
+    ("x", "n", "error", "text"),
+    [
+        (torch.ones(3, dtype=torch.int64), 1.0, TypeError, "x: expected float16"),
+        (torch.ones(3), -1.0, ValueError, "n: expected a finite number >= 0, got -1.0"),
+        (torch.ones(3), torch.tensor(-1.0), ValueError, "n: expected finite numbers >= 0"),
+        (torch.ones(2, 3), torch.ones(3), ValueError, r"n: expected a shape that broadcasts to \(2, 1\), got \(3,\)"),
+        (torch.ones(3), "1", TypeError, "n: expected a finite number >= 0 or a tensor, got str"),
+    ],
+)
+def test_bad_input(x: torch.Tensor, n: object, error: type[Exception], text: str) -> None:
+    with pytest.raises(error, match=text):
+        softmax_n(x, n)  # type: ignore[arg-type]
