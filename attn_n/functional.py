@@ -298,8 +298,8 @@ def _run(prepared: _Prepared, request: _Request) -> Tensor | tuple[Tensor, Tenso
     return (out, lse) if call.return_lse and lse is not None else out
 
 
-def _autocast(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """q, k and v in the dtype of an enclosing autocast, which leaves float64 alone."""
+def _autocast(q: Any, k: Any, v: Any) -> tuple[Any, Any, Any]:
+    """q, k and v, whatever the user passed, in the dtype of an enclosing autocast, which leaves float64 alone."""
     if not isinstance(q, Tensor):
         return q, k, v
     device = q.device.type

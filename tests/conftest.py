@@ -9,6 +9,13 @@ from attn_n import registry
 from attn_n.backends.base import Backend, Family
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    if not torch.cuda.is_available():
+        for item in items:
+            if item.get_closest_marker("gpu"):
+                item.add_marker(pytest.mark.skip(reason="no GPU"))
+
+
 @pytest.fixture(autouse=True)
 def automatic(monkeypatch: pytest.MonkeyPatch) -> None:
     """No test depends on the variable of the shell that runs it, and each starts from the same random state."""
