@@ -93,6 +93,7 @@ def _cases() -> list[Case]:
         Case("window", window=(7, 3)),
         Case("window to the left", window=(7, None), len_q=20, len_k=41),
         Case("window to the right", window=(None, 2), len_q=20, len_k=41),
+        Case("window one short of everything", window=(4, 3), len_q=5, len_k=6),
         Case("window of one key", window=(0, 0)),
         Case("causal window", causal=True, window=(5, 9), len_q=70, len_k=70),
         Case("window, rows without keys", window=(3, 2), len_q=40, len_k=9),
@@ -141,6 +142,7 @@ def _cases() -> list[Case]:
         ),
         Case("packed, window, ALiBi", lengths_q=(9, 18), lengths_k=(9, 18), window=(4, 2), alibi="per batch"),
         Case("packed, mask", lengths_q=(9, 18), lengths_k=(3, 18), mask="per head"),
+        Case("packed, mask per sequence", lengths_q=(9, 18), lengths_k=(3, 18), mask="bool"),
         Case("packed, softcap", lengths_q=(9, 8), lengths_k=(3, 8), softcap=2.0),
     ]
 
