@@ -12,6 +12,7 @@ from torch import Tensor
 
 from attn_n import ops, registry, validate
 from attn_n.call import AttentionCall, Options
+from attn_n.compilation import constant_when_compiled
 
 
 def flash_attention_n(
@@ -303,12 +304,17 @@ def _autocast(q: Any, k: Any, v: Any) -> tuple[Any, Any, Any]:
     if not isinstance(q, Tensor):
         return q, k, v
     device = q.device.type
-    if not torch.amp.is_autocast_available(device) or not torch.is_autocast_enabled(device):
+    if not _knows_autocast(device) or not torch.is_autocast_enabled(device):
         return q, k, v
     dtype = torch.get_autocast_dtype(device)
     cast = (torch.float16, torch.bfloat16, torch.float32)
     q, k, v = (x.to(dtype) if isinstance(x, Tensor) and x.dtype in cast else x for x in (q, k, v))
     return q, k, v
+
+
+@constant_when_compiled  # PyTorch 2.11 cannot trace it
+def _knows_autocast(device: str) -> bool:
+    return torch.amp.is_autocast_available(device)
 
 
 def _canonical(x: Tensor) -> Tensor:

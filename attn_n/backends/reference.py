@@ -72,10 +72,11 @@ def _attend(
     else:  # SDPA has no softcap: the capped logits go in as the mask of a zero product
         assert logits is not None
         queries, mask = torch.zeros_like(q), logits
-    grouped = bool(q.shape[1] != k.shape[1])  # without heads at all, PyTorch 2.11 would divide by zero
+    # Only where there are groups: with no heads at all, PyTorch 2.11 divides by zero.
+    groups = {"enable_gqa": True} if q.shape[1] != k.shape[1] else {}
     with sdpa_kernel(SDPBackend.MATH):
         out = F.scaled_dot_product_attention(
-            queries, keys, values, mask, options.dropout_p, scale=options.scale, enable_gqa=grouped
+            queries, keys, values, mask, options.dropout_p, scale=options.scale, **groups
         )
     lse = None if logits is None else _logsumexp(logits)
     if zero_n is not None and lse is not None:
