@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from attn_n import ops, registry, validate
+from attn_n import ops, plans, registry, validate
 from attn_n.call import AttentionCall, Options
 from attn_n.compilation import constant_when_compiled
 
@@ -70,7 +70,15 @@ def flash_attention_n(
     request = _Request(
         causal, sm_scale, sm_n, sinks, attn_mask, window, softcap, alibi_slopes, dropout_p, return_lse, backend
     )
-    return _run(_prepare(q, k, v, request), request)
+    key = None
+    if sinks is None and attn_mask is None and alibi_slopes is None:
+        left, right = window if type(window) is tuple and len(window) == 2 else (window, window)
+        key = plans.key(q, k, v, causal, (sm_scale, sm_n, left, right, softcap, dropout_p), backend)
+        plan = plans.find(key)
+        if plan is not None:
+            out, lse = ops.attend(q, k, v, None, False, plan.log_n, plan.backend, plan.options, plan.needs_grad)
+            return (out, lse) if return_lse else out
+    return _run(_prepare(q, k, v, request), request, key)
 
 
 def flash_attention_n_varlen(
@@ -283,7 +291,7 @@ def _describe(
     return _Prepared(q, k, v, n, sinks is not None, options, call, out_shape)
 
 
-def _run(prepared: _Prepared, request: _Request) -> Tensor | tuple[Tensor, Tensor]:
+def _run(prepared: _Prepared, request: _Request, key: object = None) -> Tensor | tuple[Tensor, Tensor]:
     q, k, v, n, n_is_logit, options, call, out_shape = prepared
     name, backend = registry.choose(call, request.backend)
     lse: Tensor | None
@@ -293,6 +301,8 @@ def _run(prepared: _Prepared, request: _Request) -> Tensor | tuple[Tensor, Tenso
         tensor_n = n if isinstance(n, Tensor) else None
         log_n = None if n is None or isinstance(n, Tensor) else math.log(n)
         out, lse = ops.attend(q, k, v, tensor_n, n_is_logit, log_n, name, options, call.needs_grad)
+        if key is not None:
+            plans.keep(key, plans.Plan(name, log_n, options, call.needs_grad))
     if out.dim() != len(out_shape) + 1:
         out = out.reshape(*out_shape, out.shape[-1])
         lse = None if lse is None else lse.reshape(out_shape)

@@ -56,9 +56,17 @@ def attend(
             q, k, v, options = _distinct(q, k, v, options)
         attended: tuple[Tensor, Tensor] = _Attention.apply(q, k, v, n, n_is_logit, log_n, backend, options)  # type: ignore[no-untyped-call]
         return attended
-    forward = torch.ops.attn_n.forward if _traced(q) else _forward
-    out, lse, _ = forward(q, k, v, _log_per_head(q, n, n_is_logit), log_n, backend, *options)
+    out, lse, _ = _run_forward(q, k, v, _log_per_head(q, n, n_is_logit), log_n, backend, options)
     return out, lse
+
+
+def _run_forward(
+    q: Tensor, k: Tensor, v: Tensor, log_n_tensor: Tensor | None, log_n: float | None, backend: str, options: Options
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    if _traced(q):
+        out, lse, rng_state = torch.ops.attn_n.forward(q, k, v, log_n_tensor, log_n, backend, *options)
+        return out, lse, rng_state
+    return _forward(q, k, v, log_n_tensor, log_n, backend, options)
 
 
 def _traced(x: Tensor) -> bool:
@@ -93,8 +101,7 @@ class _Attention(torch.autograd.Function):
         options: Options,
     ) -> tuple[Tensor, Tensor]:
         log_n_tensor = _log_per_head(q, n, n_is_logit)
-        forward = torch.ops.attn_n.forward if _traced(q) else _forward
-        out, lse, rng_state = forward(q, k, v, log_n_tensor, log_n, backend, *options)
+        out, lse, rng_state = _run_forward(q, k, v, log_n_tensor, log_n, backend, options)
         ctx.save_for_backward(
             q, k, v, out, lse, rng_state, log_n_tensor,
             options.mask, options.alibi_slopes, options.cu_seqlens_q, options.cu_seqlens_k,
@@ -122,13 +129,14 @@ class _Attention(torch.autograd.Function):
         rows_may_be_empty = not ctx.n_positive and _rows_may_be_empty(q, k, options)
         arguments = (
             dout, dlse, q, k, v, out, lse, rng_state, log_n_tensor, rows_may_be_empty, needs_n_grad, ctx.n_is_logit,
-            ctx.backend, *options,
+            ctx.backend,
         )  # fmt: skip
         if torch.is_grad_enabled():
-            dq, dk, dv, dn = _Backward.apply(ctx.backend, *arguments)  # type: ignore[no-untyped-call]
+            dq, dk, dv, dn = _Backward.apply(*arguments, options)  # type: ignore[no-untyped-call]
+        elif _traced(q):
+            dq, dk, dv, dn = torch.ops.attn_n.backward(*arguments, *options)
         else:
-            backward = torch.ops.attn_n.backward if _traced(q) else _backward
-            dq, dk, dv, dn = backward(*arguments)
+            dq, dk, dv, dn = _backward(*arguments, options)
         if not needs_n_grad:
             dn = None
         elif len(ctx.n_shape) == 0:
@@ -144,9 +152,9 @@ class _Backward(torch.autograd.Function):
     """The backward of a call under create_graph=True: it can be computed, but not differentiated once more."""
 
     @staticmethod
-    def forward(ctx: Any, backend: str, *arguments: Any) -> Any:
-        ctx.backend = backend
-        return torch.ops.attn_n.backward(*arguments)
+    def forward(ctx: Any, *arguments: Any) -> Any:
+        ctx.backend = arguments[-2]
+        return _backward(*arguments)
 
     @staticmethod
     def backward(ctx: Any, *grads: Any) -> Any:
@@ -176,23 +184,19 @@ def _rows_may_be_empty(q: Tensor, k: Tensor, options: Options) -> bool:
 
 
 def _forward(
-    q: Tensor, k: Tensor, v: Tensor, log_n_tensor: Tensor | None, log_n: float | None, backend: str, *values: Any
-) -> tuple[Tensor, Tensor, Tensor]:
-    options = Options(*values)
-    chosen = registry.loaded(backend)
+    q: Tensor, k: Tensor, v: Tensor, log_n_tensor: Tensor | None, log_n: float | None, backend: str, options: Options
+) -> tuple[Tensor, Tensor, Tensor | None]:
     n = log_n if log_n_tensor is None else log_n_tensor
-    packed = options.cu_seqlens_q is not None
     if q.numel() == 0 or k.numel() == 0:
         out, lse, rng_state = *_nothing_to_see(q, v), None
     else:
+        chosen = registry.loaded(backend)
         out, lse, rng_state = chosen.forward(q, k, v, n if chosen.applies_n else None, options)
         if chosen.applies_n:
-            n = None
+            return out, lse, rng_state
     if n is not None:
-        lse = fold.fold_(out, lse, n, packed)
-    if rng_state is None:
-        rng_state = torch.empty(2 if options.dropout_p else 0, dtype=torch.int64, device=q.device)
-    return _in_order(out, chosen.out_order(q)), _in_order(lse, chosen.lse_order(q)), rng_state
+        lse = fold.fold_(out, lse, n, options.cu_seqlens_q is not None)
+    return out, lse, rng_state
 
 
 def _backward(
@@ -203,16 +207,14 @@ def _backward(
     v: Tensor,
     out: Tensor,
     lse: Tensor,
-    rng_state: Tensor,
+    rng_state: Tensor | None,
     log_n_tensor: Tensor | None,
     rows_may_be_empty: bool,
     needs_n_grad: bool,
     n_is_logit: bool,
     backend: str,
-    *values: Any,
+    options: Options,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    options = Options(*values)
-    chosen = registry.loaded(backend)
     packed = options.cu_seqlens_q is not None
     if needs_n_grad:
         dn = fold.gradient_of_n(dout, dlse, out, lse, log_n_tensor if n_is_logit else None, packed)
@@ -223,11 +225,8 @@ def _backward(
     else:
         if rows_may_be_empty:
             lse, dlse = fold.lse_for_backward(lse, dlse)
-        state = rng_state if options.dropout_p else None
-        dq, dk, dv = chosen.backward(dout, dlse, q, k, v, out, lse, state, options)
-    dk, dv = _sum_groups(dk, k.shape[1]), _sum_groups(dv, k.shape[1])
-    dq, dk, dv = (_in_order(d, chosen.gradient_order(x)) for d, x in ((dq, q), (dk, k), (dv, v)))
-    return dq, dk, dv, dn
+        dq, dk, dv = registry.loaded(backend).backward(dout, dlse, q, k, v, out, lse, rng_state, options)
+    return dq, _sum_groups(dk, k.shape[1]), _sum_groups(dv, k.shape[1]), dn
 
 
 def _nothing_to_see(q: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
@@ -246,6 +245,44 @@ def _sum_groups(dx: Tensor, heads_kv: int) -> Tensor:
 def _in_order(x: Tensor, order: tuple[int, ...]) -> Tensor:
     """x with the strides that the fake promised to torch.compile; a copy where the backend returned others."""
     return x if lies_in_order(x, order) else empty_in_order(x, x.shape, order).copy_(x)
+
+
+def _forward_operator(
+    q: Tensor, k: Tensor, v: Tensor, log_n_tensor: Tensor | None, log_n: float | None, backend: str, *values: Any
+) -> tuple[Tensor, Tensor, Tensor]:
+    options = Options(*values)
+    out, lse, rng_state = _forward(q, k, v, log_n_tensor, log_n, backend, options)
+    if rng_state is None:
+        rng_state = torch.empty(2 if options.dropout_p else 0, dtype=torch.int64, device=q.device)
+    chosen = registry.loaded(backend)
+    return _in_order(out, chosen.out_order(q)), _in_order(lse, chosen.lse_order(q)), rng_state
+
+
+def _backward_operator(
+    dout: Tensor, dlse: Tensor | None, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, rng_state: Tensor,
+    log_n_tensor: Tensor | None, rows_may_be_empty: bool, needs_n_grad: bool, n_is_logit: bool, backend: str,
+    *values: Any,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    options = Options(*values)
+    state = rng_state if options.dropout_p else None
+    dq, dk, dv, dn = _backward(
+        dout,
+        dlse,
+        q,
+        k,
+        v,
+        out,
+        lse,
+        state,
+        log_n_tensor,
+        rows_may_be_empty,
+        needs_n_grad,
+        n_is_logit,
+        backend,
+        options,
+    )
+    order = registry.loaded(backend).gradient_order
+    return _in_order(dq, order(q)), _in_order(dk, order(k)), _in_order(dv, order(v)), dn
 
 
 def _fake_forward(
@@ -268,7 +305,7 @@ def _fake_backward(
     return dq, dk, dv, lse.new_empty(q.shape[1] if needs_n_grad else 0)
 
 
-_library.impl("forward", _forward, "CompositeExplicitAutograd")
-_library.impl("backward", _backward, "CompositeExplicitAutograd")
+_library.impl("forward", _forward_operator, "CompositeExplicitAutograd")
+_library.impl("backward", _backward_operator, "CompositeExplicitAutograd")
 torch.library.register_fake("attn_n::forward", _fake_forward, lib=_library)
 torch.library.register_fake("attn_n::backward", _fake_backward, lib=_library)

@@ -94,6 +94,7 @@ class _Entry:
 
 _entries: dict[str, _Entry] = {}
 _entry_points_read = False
+_generation = 0
 _innermost: ContextVar[str | None] = ContextVar("attn_n_backend", default=None)
 
 
@@ -111,7 +112,14 @@ def register_backend(backend: Backend) -> None:
         raise TypeError(f"backend: expected an instance of attn_n.Backend, got {type(backend).__name__}")
     if not backend.name or ":" in backend.name:
         raise ValueError(f"backend: expected a name without a colon, got {backend.name!r}")
+    global _generation
+    _generation += 1
     _entries[backend.name] = _Entry(lambda: backend)
+
+
+def generation() -> int:
+    """Grows when a backend is registered: what was chosen before may no longer hold."""
+    return _generation
 
 
 def names() -> list[str]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from attn_n import registry
+from attn_n import plans, registry
 from attn_n.backends.base import Backend, Family
 
 
@@ -20,6 +20,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 def automatic(monkeypatch: pytest.MonkeyPatch) -> None:
     """No test depends on the variable of the shell that runs it, and each starts from the same random state."""
     monkeypatch.delenv(registry.ENVIRONMENT_VARIABLE, raising=False)
+    plans.forget()
     torch.manual_seed(0)
 
 

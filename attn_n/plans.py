@@ -1,0 +1,62 @@
+"""What was found out about a call, for the next call that looks the same.
+
+Checking, describing and choosing take some 15 us of Python, several times that when a kernel has just emptied the
+caches. A call of plain tensors and numbers depends on nothing but what `key` collects.
+"""
+
+from __future__ import annotations
+
+from types import NoneType
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from attn_n import registry
+from attn_n.call import Options
+
+_PLAIN = (Tensor, torch.nn.Parameter)
+_NUMBERS = (NoneType, int, float)
+_MOST = 1024  # then they are forgotten: lengths may never come again
+
+
+class Plan(NamedTuple):
+    """How to run a call whose tensors are canonical as they come."""
+
+    backend: str
+    log_n: float | None
+    options: Options
+    needs_grad: bool
+
+
+_plans: dict[object, Plan] = {}
+
+
+def key(q: Tensor, k: Tensor, v: Tensor, causal: bool, numbers: tuple[Any, ...], backend: str | None) -> object | None:
+    """All that the plan of a call depends on; None for a call that is planned anew each time."""
+    if torch.compiler.is_compiling() or not (type(q) in _PLAIN and type(k) in _PLAIN and type(v) in _PLAIN):
+        return None
+    scale, device = numbers[0], q.device
+    if not all(type(number) in _NUMBERS for number in numbers) or not (scale is None or scale > 0) or q.dim() != 4:
+        return None
+    if device.type not in ("cpu", "cuda") or torch.is_autocast_enabled(device.type):
+        return None
+    gradient = torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad)
+    return (
+        q.shape, k.shape, v.shape, q.stride(), k.stride(), v.stride(), q.dtype, k.dtype, v.dtype,
+        device, k.device, v.device, gradient, bool(causal), numbers, registry.forced(backend), registry.generation(),
+    )  # fmt: skip
+
+
+def find(known: object | None) -> Plan | None:
+    return None if known is None else _plans.get(known)
+
+
+def keep(known: object, plan: Plan) -> None:
+    if len(_plans) >= _MOST:
+        forget()
+    _plans[known] = plan
+
+
+def forget() -> None:
+    _plans.clear()

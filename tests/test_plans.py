@@ -1,0 +1,69 @@
+"""What is remembered of a call must never change what a call does."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+
+import attn_n
+from attn_n import flash_attention_n, plans
+from tests.oracle import attention_n
+
+
+def inputs(length: int = 6, dtype: torch.dtype = torch.float32) -> tuple[Tensor, Tensor, Tensor]:
+    q, k, v = (torch.randn(1, 2, length, 8, dtype=dtype) for _ in range(3))
+    return q, k, v
+
+
+def test_the_second_call_is_planned_and_right(ran: list[str]) -> None:
+    for options in ({"sm_n": 2.0}, {"sm_n": 0.5}, {"causal": True}, {"window": (1, 2)}, {"sm_scale": 0.3, "sm_n": 1}):
+        for _ in range(2):
+            q, k, v = inputs()
+            keywords = {
+                "n" if name == "sm_n" else "scale" if name == "sm_scale" else name: x for name, x in options.items()
+            }
+            assert torch.allclose(flash_attention_n(q, k, v, **options), attention_n(q, k, v, **keywords)[0], atol=1e-5)
+    assert len(plans._plans) == 5
+    assert ran == ["forward sdpa:cpu"] * 10
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"sm_n": True}, {"sm_n": -1}, {"sm_n": torch.tensor(-1.0)}, {"dropout_p": [0.0]}, {"softcap": "3"},
+        {"window": [3]}, {"window": (1, [2])}, {"sm_scale": torch.tensor(1.0)}, {"backend": "fast"}, {"backend": 3},
+    ],
+    ids=str,
+)  # fmt: skip
+def test_a_bad_call_after_a_good_one(change: dict[str, object]) -> None:
+    q, k, v = inputs()
+    flash_attention_n(q, k, v, sm_n=1)
+    with pytest.raises((TypeError, ValueError), match=next(iter(change))):
+        flash_attention_n(q, k, v, **({"sm_n": 1} | change))
+    with pytest.raises(ValueError, match="v: expected as many keys"):
+        flash_attention_n(q, k, v[:, :, :5], sm_n=1)
+
+
+def test_what_a_plan_depends_on(monkeypatch: pytest.MonkeyPatch, ran: list[str]) -> None:
+    q, k, v = inputs()
+    flash_attention_n(q, k, v, sm_n=1.0)
+    with attn_n.use_backend("reference"):
+        flash_attention_n(q, k, v, sm_n=1.0)
+    monkeypatch.setenv("ATTN_N_BACKEND", "reference")
+    flash_attention_n(q, k, v, sm_n=1.0)
+    assert ran == ["forward sdpa:cpu", "attend reference", "attend reference"]
+    monkeypatch.delenv("ATTN_N_BACKEND")
+    with torch.autocast("cpu", torch.bfloat16):
+        assert flash_attention_n(q, k, v, sm_n=1.0).dtype == torch.bfloat16
+    assert flash_attention_n(q.requires_grad_(), k, v, sm_n=1.0).requires_grad
+    with torch.no_grad():
+        assert not flash_attention_n(q, k, v, sm_n=1.0).requires_grad
+    assert flash_attention_n(*inputs(dtype=torch.float64), sm_n=1.0).dtype == torch.float64
+
+
+def test_plans_are_forgotten_before_they_pile_up(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(plans, "_MOST", 3)
+    for length in range(2, 10):
+        flash_attention_n(*inputs(length), sm_n=1.0)
+        assert len(plans._plans) <= 3
