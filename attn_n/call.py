@@ -1,4 +1,4 @@
-"""What a call asks for: `AttentionCall` describes it without tensors, `Options` carries it to a backend."""
+"""What a call asks for: `Request` as it was passed, `AttentionCall` without tensors, `Options` as a backend gets it."""
 
 from __future__ import annotations
 
@@ -7,6 +7,22 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
+
+
+class Request(NamedTuple):
+    """The arguments that both public functions have, as they were passed."""
+
+    causal: bool
+    sm_scale: float | None
+    sm_n: float | Tensor | None
+    sinks: Tensor | None
+    attn_mask: Tensor | None
+    window: tuple[int | None, int | None] | None
+    softcap: float | None
+    alibi_slopes: Tensor | None
+    dropout_p: float
+    return_lse: bool
+    backend: str | None
 
 
 class Options(NamedTuple):

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from attn_n import ops, plans, registry, validate
-from attn_n.call import AttentionCall, Options
+from attn_n.call import AttentionCall, Options, Request
 from attn_n.compilation import constant_when_compiled
 
 
@@ -67,17 +67,14 @@ def flash_attention_n(
     Formulas: n is one more key with logit log n and value 0, as in "Attention Is Off By One" (E. Miller, 2023; n = 1)
     and in the learned sinks of gpt-oss; the backward is that of FlashAttention-2 (T. Dao, 2023) with n in its lse.
     """
-    request = _Request(
+    request = Request(
         causal, sm_scale, sm_n, sinks, attn_mask, window, softcap, alibi_slopes, dropout_p, return_lse, backend
     )
-    key = None
-    if sinks is None and attn_mask is None and alibi_slopes is None:
-        left, right = window if type(window) is tuple and len(window) == 2 else (window, window)
-        key = plans.key(q, k, v, causal, (sm_scale, sm_n, left, right, softcap, dropout_p), backend)
-        plan = plans.find(key)
-        if plan is not None:
-            out, lse = ops.attend(q, k, v, None, False, plan.log_n, plan.backend, plan.options, plan.needs_grad)
-            return (out, lse) if return_lse else out
+    key = plans.key(q, k, v, request)
+    plan = plans.find(key)
+    if plan is not None:
+        out, lse = ops.attend(q, k, v, None, False, plan.log_n, plan.backend, plan.options, plan.needs_grad)
+        return (out, lse) if return_lse else out
     return _run(_prepare(q, k, v, request), request, key)
 
 
@@ -122,7 +119,7 @@ def flash_attention_n_varlen(
     Raises:
         TypeError, ValueError, UnsupportedError: as `flash_attention_n`.
     """
-    request = _Request(
+    request = Request(
         causal, sm_scale, sm_n, sinks, attn_mask, window, softcap, alibi_slopes, dropout_p, return_lse, backend
     )
     sequences = cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k
@@ -144,27 +141,11 @@ def explain(q: Tensor, k: Tensor, v: Tensor, *args: Any, **kwargs: Any) -> regis
     function = flash_attention_n_varlen if varlen else flash_attention_n
     bound = inspect.signature(function).bind(q, k, v, *args, **kwargs)
     bound.apply_defaults()
-    request = _Request(*(bound.arguments.pop(name) for name in _Request._fields))
+    request = Request(*(bound.arguments.pop(name) for name in Request._fields))
     prepare = _prepare_varlen if varlen else _prepare
     explanation = registry.explain(prepare(**bound.arguments, request=request).call, request.backend)
     print(explanation)
     return explanation
-
-
-class _Request(NamedTuple):
-    """The arguments that both public functions have, as they were passed."""
-
-    causal: bool
-    sm_scale: float | None
-    sm_n: float | Tensor | None
-    sinks: Tensor | None
-    attn_mask: Tensor | None
-    window: tuple[int | None, int | None] | None
-    softcap: float | None
-    alibi_slopes: Tensor | None
-    dropout_p: float
-    return_lse: bool
-    backend: str | None
 
 
 class _Prepared(NamedTuple):
@@ -180,7 +161,7 @@ class _Prepared(NamedTuple):
     out_shape: Sequence[int]  # of out, but for its last dimension
 
 
-def _prepare(q: Tensor, k: Tensor, v: Tensor, request: _Request) -> _Prepared:
+def _prepare(q: Tensor, k: Tensor, v: Tensor, request: Request) -> _Prepared:
     q, k, v = _autocast(q, k, v)
     validate.qkv(q, k, v, packed=False)
     shape, mask = q.shape[:-1], request.attn_mask
@@ -201,7 +182,7 @@ def _prepare_varlen(
     cu_seqlens_k: Tensor,
     max_seqlen_q: int,
     max_seqlen_k: int,
-    request: _Request,
+    request: Request,
 ) -> _Prepared:
     q, k, v = _autocast(q, k, v)
     validate.qkv(q, k, v, packed=True)
@@ -234,7 +215,7 @@ def _prepare_varlen(
 
 
 def _describe(
-    q: Tensor, k: Tensor, v: Tensor, batch: int, request: _Request, options: Options, out_shape: Sequence[int]
+    q: Tensor, k: Tensor, v: Tensor, batch: int, request: Request, options: Options, out_shape: Sequence[int]
 ) -> _Prepared:
     """The checks and the canonical form that batches and packed sequences share."""
     heads, compute = q.shape[1], torch.promote_types(q.dtype, torch.float32)
@@ -291,7 +272,7 @@ def _describe(
     return _Prepared(q, k, v, n, sinks is not None, options, call, out_shape)
 
 
-def _run(prepared: _Prepared, request: _Request, key: object = None) -> Tensor | tuple[Tensor, Tensor]:
+def _run(prepared: _Prepared, request: Request, key: object = None) -> Tensor | tuple[Tensor, Tensor]:
     q, k, v, n, n_is_logit, options, call, out_shape = prepared
     name, backend = registry.choose(call, request.backend)
     lse: Tensor | None
@@ -346,7 +327,7 @@ def _canonical_mask(mask: Tensor, q_shape: Sequence[int]) -> Tensor:
     return mask.expand(*leading, *mask.shape[-3:]).reshape(math.prod(leading), *mask.shape[-3:])
 
 
-def _window(request: _Request, len_q: int | None = None, len_k: int | None = None) -> tuple[int | None, int | None]:
+def _window(request: Request, len_q: int | None = None, len_k: int | None = None) -> tuple[int | None, int | None]:
     """The window with `causal` in it; a side that bounds nothing at these lengths is None."""
     left, right = validate.window(request.window)
     if request.causal:

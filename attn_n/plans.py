@@ -7,16 +7,17 @@ caches. A call of plain tensors and numbers depends on nothing but what `key` co
 from __future__ import annotations
 
 from types import NoneType
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from attn_n import registry
-from attn_n.call import Options
+from attn_n.call import Options, Request
 
 _PLAIN = (Tensor, torch.nn.Parameter)
-_NUMBERS = (NoneType, int, float)
+_NUMBERS = frozenset((NoneType, int, float))
+_OTHERS = frozenset((NoneType, bool, tuple))
 _MOST = 1024  # then they are forgotten: lengths may never come again
 
 
@@ -32,19 +33,26 @@ class Plan(NamedTuple):
 _plans: dict[object, Plan] = {}
 
 
-def key(q: Tensor, k: Tensor, v: Tensor, causal: bool, numbers: tuple[Any, ...], backend: str | None) -> object | None:
+def key(q: Tensor, k: Tensor, v: Tensor, request: Request) -> object | None:
     """All that the plan of a call depends on; None for a call that is planned anew each time."""
     if torch.compiler.is_compiling() or not (type(q) in _PLAIN and type(k) in _PLAIN and type(v) in _PLAIN):
         return None
-    scale, device = numbers[0], q.device
-    if not all(type(number) in _NUMBERS for number in numbers) or not (scale is None or scale > 0) or q.dim() != 4:
+    if request.sinks is not None or request.attn_mask is not None or request.alibi_slopes is not None:
+        return None
+    scale, window, device = request.sm_scale, request.window, q.device
+    # Exact types: True equals 1, and must not be taken for it.
+    numbers = (scale, request.sm_n, request.softcap, request.dropout_p, *(window if type(window) is tuple else ()))
+    others = (request.causal, request.return_lse, window)
+    if not _NUMBERS.issuperset(map(type, numbers)) or not _OTHERS.issuperset(map(type, others)):
+        return None
+    if q.dim() != 4 or (scale is not None and scale <= 0):  # other tensors than the user's are attended to
         return None
     if device.type not in ("cpu", "cuda") or torch.is_autocast_enabled(device.type):
         return None
     gradient = torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad)
     return (
         q.shape, k.shape, v.shape, q.stride(), k.stride(), v.stride(), q.dtype, k.dtype, v.dtype,
-        device, k.device, v.device, gradient, bool(causal), numbers, registry.forced(backend), registry.generation(),
+        device, k.device, v.device, gradient, request, registry.forced(request.backend), registry.generation(),
     )  # fmt: skip
 
 

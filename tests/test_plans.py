@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from torch import Tensor
 
 import attn_n
-from attn_n import flash_attention_n, plans
+from attn_n import flash_attention_n, plans, registry
 from tests.oracle import attention_n
 
 
@@ -28,17 +30,18 @@ def test_the_second_call_is_planned_and_right(ran: list[str]) -> None:
     assert ran == ["forward sdpa:cpu"] * 10
 
 
-@pytest.mark.parametrize(
-    "change",
-    [
-        {"sm_n": True}, {"sm_n": -1}, {"sm_n": torch.tensor(-1.0)}, {"dropout_p": [0.0]}, {"softcap": "3"},
-        {"window": [3]}, {"window": (1, [2])}, {"sm_scale": torch.tensor(1.0)}, {"backend": "fast"}, {"backend": 3},
-    ],
-    ids=str,
-)  # fmt: skip
+BAD = [
+    {"sm_n": True}, {"sm_n": -1}, {"sm_n": torch.tensor(-1.0)}, {"dropout_p": [0.0]}, {"softcap": "3"},
+    {"window": [3]}, {"window": 3}, {"window": (3,)}, {"window": (1, [2])}, {"sm_scale": torch.tensor(1.0)},
+    {"backend": "fast"}, {"backend": 3},
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("change", BAD, ids=str)
 def test_a_bad_call_after_a_good_one(change: dict[str, object]) -> None:
     q, k, v = inputs()
     flash_attention_n(q, k, v, sm_n=1)
+    flash_attention_n(q, k, v, sm_n=1, window=(3, 3))
     with pytest.raises((TypeError, ValueError), match=next(iter(change))):
         flash_attention_n(q, k, v, **({"sm_n": 1} | change))
     with pytest.raises(ValueError, match="v: expected as many keys"):
@@ -60,6 +63,24 @@ def test_what_a_plan_depends_on(monkeypatch: pytest.MonkeyPatch, ran: list[str])
     with torch.no_grad():
         assert not flash_attention_n(q, k, v, sm_n=1.0).requires_grad
     assert flash_attention_n(*inputs(dtype=torch.float64), sm_n=1.0).dtype == torch.float64
+
+
+def test_a_returned_lse_is_another_call() -> None:
+    class WithoutLse(attn_n.Backend):
+        name = "without lse"
+
+        def why_not(self, call: attn_n.AttentionCall) -> str | None:
+            return "has no gradient of lse" if call.return_lse and call.needs_grad else None
+
+        def forward(self, q: Tensor, k: Tensor, v: Tensor, log_n: object, options: attn_n.Options) -> Any:
+            return *attention_n(q, k, v), None
+
+    attn_n.register_backend(WithoutLse())
+    q, k, v = (x.requires_grad_() for x in inputs())
+    flash_attention_n(q, k, v, backend="without lse")
+    with pytest.raises(attn_n.UnsupportedError, match="no gradient of lse"):
+        flash_attention_n(q, k, v, return_lse=True, backend="without lse")
+    registry._entries.pop("without lse")
 
 
 def test_plans_are_forgotten_before_they_pile_up(monkeypatch: pytest.MonkeyPatch) -> None:
