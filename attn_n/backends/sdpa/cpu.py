@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
+from torch.torch_version import TorchVersion
 
 from attn_n.backends.sdpa import aten
-from attn_n.backends.sdpa.rectangles import RectangleBackend
+from attn_n.backends.sdpa.rectangles import RectangleBackend, key_head_each
 from attn_n.call import AttentionCall
 
 _SIGNATURES = (
@@ -14,6 +15,8 @@ _SIGNATURES = (
     "_scaled_dot_product_flash_attention_for_cpu_backward"
     "(grad_out, query, key, value, out, logsumexp, dropout_p, is_causal, *, attn_mask, scale) -> 3",
 )
+# The kernel of PyTorch 2.8 overruns its buffers where there are fewer key heads; those of 2.11 and 2.13 were tested.
+_KNOWS_GQA = TorchVersion(torch.__version__) >= "2.11"
 
 
 class CpuFlash(RectangleBackend):
@@ -42,6 +45,8 @@ class CpuFlash(RectangleBackend):
     def kernel_forward(
         self, q: Tensor, k: Tensor, v: Tensor, causal: bool, bias: Tensor | None, scale: float
     ) -> tuple[Tensor, Tensor]:
+        if not _KNOWS_GQA:
+            k, v = key_head_each(q, k, v)
         out, lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
             q, k, v, 0.0, causal, attn_mask=None if bias is None else bias.contiguous(), scale=scale
         )
@@ -59,6 +64,8 @@ class CpuFlash(RectangleBackend):
         bias: Tensor | None,
         scale: float,
     ) -> tuple[Tensor, Tensor, Tensor]:
+        if not _KNOWS_GQA:
+            k, v = key_head_each(q, k, v)
         dq, dk, dv = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward(
             dout, q, k, v, out, lse, 0.0, causal, attn_mask=None if bias is None else bias.contiguous(), scale=scale
         )

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from attn_n.backends.base import Backend
 from attn_n.backends.sdpa import aten
-from attn_n.backends.sdpa.rectangles import RectangleBackend, of_width
+from attn_n.backends.sdpa.rectangles import RectangleBackend, key_head_each, of_width
 from attn_n.call import AttentionCall, Options
 from attn_n.fold import lse_as_value_column
 
@@ -246,11 +246,8 @@ class EfficientAttention(RectangleBackend):
         return dq.transpose(1, 2), dk.transpose(1, 2), dv.transpose(1, 2)
 
     def _tensors(self, q: Tensor, k: Tensor, v: Tensor) -> list[Tensor]:
-        """Tokens first, and a key head for each query head: a copy unless the strides allow a view."""
-        groups = q.shape[1] // k.shape[1]
-        if groups > 1:
-            k, v = (x[:, :, None].expand(-1, -1, groups, -1, -1).flatten(1, 2) for x in (k, v))
-        return [x.transpose(1, 2) for x in (q, k, v)]
+        """Tokens first, and a key head for each query head."""
+        return [x.transpose(1, 2) for x in (q, *key_head_each(q, k, v))]
 
     def _bias(self, q: Tensor, k: Tensor, bias: Tensor | None) -> Tensor | None:
         """(B, H, L, S) by strides, in the dtype of q, its rows on 16-byte boundaries."""

@@ -197,6 +197,14 @@ def of_width(x: Tensor, width: int) -> Tensor:
     return x
 
 
+def key_head_each(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+    """k and v with a head for each head of q, for kernels without GQA: a copy unless the strides allow a view."""
+    groups = q.shape[1] // k.shape[1]
+    if groups > 1:
+        k, v = (x[:, :, None].expand(-1, -1, groups, -1, -1).flatten(1, 2) for x in (k, v))
+    return k, v
+
+
 def _nothing(q: Tensor, width_v: int) -> tuple[Tensor, Tensor]:
     """out and lse of rows that have seen no key yet, for accumulation."""
     shape, dtype = q.shape[:-1], _accumulator(q)
