@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -46,6 +46,10 @@ class Options(NamedTuple):
     cu_seqlens_k: Tensor | None = None
     max_seqlen_q: int = 0
     max_seqlen_k: int = 0
+
+    def replaced(self, **changes: Any) -> Options:
+        """`_replace`, which torch.compile of PyTorch 2.8 cannot trace."""
+        return Options(**{**dict(zip(Options._fields, self, strict=True)), **changes})
 
 
 @dataclass(frozen=True)

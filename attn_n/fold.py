@@ -6,6 +6,7 @@ All of it works in the dtype of lse: an lse in bfloat16 would cost up to 10 % in
 
 from __future__ import annotations
 
+import functools
 import math
 
 import torch
@@ -20,10 +21,17 @@ def fold_(out: Tensor, lse: Tensor, log_n: float | Tensor, packed: bool) -> Tens
         lse_n = torch.logaddexp(lse, log_n)
         factor = torch.sigmoid(lse - log_n).masked_fill_(lse_n == -math.inf, 0.0)
     else:
-        lse_n = torch.logaddexp(lse, lse.new_full((), log_n))
-        factor = (lse - log_n).sigmoid_()
+        number = _zero_dimensional(log_n, lse.dtype)
+        lse_n = torch.logaddexp(lse, number)
+        factor = torch.sub(lse, number).sigmoid_()
     out.mul_(factor.unsqueeze(-1))
     return lse_n
+
+
+@functools.lru_cache(256)
+def _zero_dimensional(number: float, dtype: torch.dtype) -> Tensor:
+    """On CPU, where tensors of every device take a number from; made once, because that takes as long as the fold."""
+    return torch.tensor(number, dtype=dtype, device="cpu")
 
 
 def per_row(per_head: Tensor, packed: bool) -> Tensor:

@@ -73,9 +73,11 @@ def flash_attention_n(
     key = plans.key(q, k, v, request)
     plan = plans.find(key)
     if plan is not None:
-        out, lse = ops.attend(q, k, v, None, False, plan.log_n, plan.backend, plan.options, plan.needs_grad)
+        out, lse = ops.attend(q, k, v, None, False, plan.log_n, plan.backend, plan.options, plan.needs_grad, False)
         return (out, lse) if return_lse else out
-    return _run(_prepare(q, k, v, request), request, key)
+    prepared = _prepare(q, k, v, request)
+    canonical = prepared.q is q and prepared.k is k and prepared.v is v
+    return _run(prepared, request, key if canonical else None)
 
 
 def flash_attention_n_varlen(
@@ -231,13 +233,13 @@ def _describe(
         n, n_kind = (n, "float") if n > 0 else (None, "none")
     if slopes is not None:
         slopes = validate.alibi(slopes, q, batch, heads).to(compute).expand(batch, heads)
-    options = options._replace(
+    options = options.replaced(
         softcap=validate.softcap(request.softcap),
         dropout_p=validate.dropout(request.dropout_p),
         alibi_slopes=slopes,
     )
     if options.scale <= 0:  # flash kernels take the maximum before they scale
-        q, options = q * (-1 if options.scale else 0), options._replace(scale=-options.scale or 1.0)
+        q, options = q * (-1 if options.scale else 0), options.replaced(scale=-options.scale or 1.0)
     mask, differentiates = options.mask, torch.is_grad_enabled()
     mask_needs_grad = differentiates and mask is not None and mask.requires_grad
     alibi_needs_grad = differentiates and slopes is not None and slopes.requires_grad
@@ -281,7 +283,7 @@ def _run(prepared: _Prepared, request: Request, key: object = None) -> Tensor | 
     else:
         tensor_n = n if isinstance(n, Tensor) else None
         log_n = None if n is None or isinstance(n, Tensor) else math.log(n)
-        out, lse = ops.attend(q, k, v, tensor_n, n_is_logit, log_n, name, options, call.needs_grad)
+        out, lse = ops.attend(q, k, v, tensor_n, n_is_logit, log_n, name, options, call.needs_grad, ops.watched(q))
         if key is not None:
             plans.keep(key, plans.Plan(name, log_n, options, call.needs_grad))
     if out.dim() != len(out_shape) + 1:

@@ -22,6 +22,8 @@ _OPTIONS = (
     " Tensor? alibi_slopes, Tensor? cu_seqlens_q, Tensor? cu_seqlens_k, SymInt max_seqlen_q, SymInt max_seqlen_k"
 )
 
+PLAIN = (Tensor, torch.nn.Parameter)
+
 _library: Any = torch.library.Library("attn_n", "DEF")
 _library.define(
     f"forward(Tensor q, Tensor k, Tensor v, Tensor? log_n_tensor, float? log_n, str backend, {_OPTIONS})"
@@ -29,7 +31,7 @@ _library.define(
     tags=(torch.Tag.pt2_compliant_tag,),
 )
 _library.define(
-    "backward(Tensor dout, Tensor? dlse, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse, Tensor rng_state,"
+    "backward(Tensor dout, Tensor? dlse, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse, Tensor? rng_state,"
     f" Tensor? log_n_tensor, bool rows_may_be_empty, bool needs_n_grad, bool n_is_logit, str backend, {_OPTIONS})"
     " -> (Tensor dq, Tensor dk, Tensor dv, Tensor dn)",
     tags=(torch.Tag.pt2_compliant_tag,),
@@ -46,34 +48,37 @@ def attend(
     backend: str,
     options: Options,
     needs_grad: bool,
+    watched: bool,
 ) -> tuple[Tensor, Tensor]:
     """(out, lse) of canonical tensors by a backend with a forward and a backward.
 
-    n is the tensor `n` `()` or `(Hq,)`, which holds log n if `n_is_logit`, or else the number `log_n`, or neither.
+    n is the tensor `n` `()` or `(Hq,)`, which holds log n if `n_is_logit`, or else the number `log_n`, or neither;
+    `watched` is what the function of that name says.
     """
     if needs_grad:
-        if _traced(q):
+        if watched:
             q, k, v, options = _distinct(q, k, v, options)
-        attended: tuple[Tensor, Tensor] = _Attention.apply(q, k, v, n, n_is_logit, log_n, backend, options)  # type: ignore[no-untyped-call]
+        attended: tuple[Tensor, Tensor] = _Attention.apply(q, k, v, n, n_is_logit, log_n, backend, options, watched)  # type: ignore[no-untyped-call]
         return attended
-    out, lse, _ = _run_forward(q, k, v, _log_per_head(q, n, n_is_logit), log_n, backend, options)
+    out, lse, _ = _forward(q, k, v, _log_per_head(q, n, n_is_logit), log_n, backend, options, watched)
     return out, lse
 
 
-def _run_forward(
-    q: Tensor, k: Tensor, v: Tensor, log_n_tensor: Tensor | None, log_n: float | None, backend: str, options: Options
-) -> tuple[Tensor, Tensor, Tensor | None]:
-    if _traced(q):
+def _forward(
+    q: Tensor, k: Tensor, v: Tensor, log_n_tensor: Tensor | None, log_n: float | None, backend: str, options: Options,
+    watched: bool,
+) -> tuple[Tensor, Tensor, Tensor | None]:  # fmt: skip
+    if watched:
         out, lse, rng_state = torch.ops.attn_n.forward(q, k, v, log_n_tensor, log_n, backend, *options)
         return out, lse, rng_state
-    return _forward(q, k, v, log_n_tensor, log_n, backend, options)
+    return _eager_forward(q, k, v, log_n_tensor, log_n, backend, options)
 
 
-def _traced(x: Tensor) -> bool:
+def watched(x: Tensor) -> bool:
     """Whether somebody watches operators: a compiler, a tensor subclass (fake tensors), a mode (checkpoints)."""
     if torch.compiler.is_compiling():
         return True
-    return type(x) not in (Tensor, torch.nn.Parameter) or torch._C._len_torch_dispatch_stack() > 0
+    return type(x) not in PLAIN or torch._C._len_torch_dispatch_stack() > 0
 
 
 def _distinct(q: Tensor, k: Tensor, v: Tensor, options: Options) -> tuple[Tensor, Tensor, Tensor, Options]:
@@ -83,7 +88,7 @@ def _distinct(q: Tensor, k: Tensor, v: Tensor, options: Options) -> tuple[Tensor
     if v is q or v is k:
         v = v.view_as(v)
     if options.cu_seqlens_k is not None and options.cu_seqlens_k is options.cu_seqlens_q:
-        options = options._replace(cu_seqlens_k=options.cu_seqlens_k.view_as(options.cu_seqlens_k))
+        options = options.replaced(cu_seqlens_k=options.cu_seqlens_k.view_as(options.cu_seqlens_k))
     return q, k, v, options
 
 
@@ -99,14 +104,18 @@ class _Attention(torch.autograd.Function):
         log_n: float | None,
         backend: str,
         options: Options,
+        watched: bool,
     ) -> tuple[Tensor, Tensor]:
         log_n_tensor = _log_per_head(q, n, n_is_logit)
-        out, lse, rng_state = _run_forward(q, k, v, log_n_tensor, log_n, backend, options)
-        ctx.save_for_backward(
-            q, k, v, out, lse, rng_state, log_n_tensor,
-            options.mask, options.alibi_slopes, options.cu_seqlens_q, options.cu_seqlens_k,
-        )  # fmt: skip
-        ctx.options = options._replace(mask=None, alibi_slopes=None, cu_seqlens_q=None, cu_seqlens_k=None)
+        out, lse, rng_state = _forward(q, k, v, log_n_tensor, log_n, backend, options, watched)
+        mask, slopes = options.mask, options.alibi_slopes
+        starts_q, starts_k = options.cu_seqlens_q, options.cu_seqlens_k
+        if mask is None and slopes is None and starts_q is None:
+            ctx.save_for_backward(q, k, v, out, lse, rng_state, log_n_tensor)
+            ctx.options = options
+        else:
+            ctx.save_for_backward(q, k, v, out, lse, rng_state, log_n_tensor, mask, slopes, starts_q, starts_k)
+            ctx.options = options.replaced(mask=None, alibi_slopes=None, cu_seqlens_q=None, cu_seqlens_k=None)
         ctx.n_is_logit = n_is_logit
         ctx.n_shape = None if n is None else n.shape
         ctx.n_positive = log_n is not None
@@ -118,11 +127,12 @@ class _Attention(torch.autograd.Function):
     def backward(ctx: Any, *grads: Any) -> Any:
         dout, dlse = grads
         if dout is None and dlse is None:
-            return (None,) * 8
-        q, k, v, out, lse, rng_state, log_n_tensor, mask, slopes, cu_seqlens_q, cu_seqlens_k = ctx.saved_tensors
-        options = ctx.options._replace(
-            mask=mask, alibi_slopes=slopes, cu_seqlens_q=cu_seqlens_q, cu_seqlens_k=cu_seqlens_k
-        )
+            return (None,) * 9
+        q, k, v, out, lse, rng_state, log_n_tensor, *tensors = ctx.saved_tensors
+        options = ctx.options
+        if tensors:
+            mask, slopes, starts_q, starts_k = tensors
+            options = options.replaced(mask=mask, alibi_slopes=slopes, cu_seqlens_q=starts_q, cu_seqlens_k=starts_k)
         if dout is None:
             dout = torch.zeros_like(out)
         needs_n_grad = ctx.needs_input_grad[3]
@@ -133,10 +143,10 @@ class _Attention(torch.autograd.Function):
         )  # fmt: skip
         if torch.is_grad_enabled():
             dq, dk, dv, dn = _Backward.apply(*arguments, options)  # type: ignore[no-untyped-call]
-        elif _traced(q):
+        elif watched(q):
             dq, dk, dv, dn = torch.ops.attn_n.backward(*arguments, *options)
         else:
-            dq, dk, dv, dn = _backward(*arguments, options)
+            dq, dk, dv, dn = _eager_backward(*arguments, options)
         if not needs_n_grad:
             dn = None
         elif len(ctx.n_shape) == 0:
@@ -144,7 +154,7 @@ class _Attention(torch.autograd.Function):
         needs_q, needs_k, needs_v = ctx.needs_input_grad[:3]
         return (
             dq if needs_q else None, dk if needs_k else None, dv if needs_v else None, dn,
-            None, None, None, None,
+            None, None, None, None, None,
         )  # fmt: skip
 
 
@@ -154,7 +164,7 @@ class _Backward(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, *arguments: Any) -> Any:
         ctx.backend = arguments[-2]
-        return _backward(*arguments)
+        return _eager_backward(*arguments)
 
     @staticmethod
     def backward(ctx: Any, *grads: Any) -> Any:
@@ -183,7 +193,7 @@ def _rows_may_be_empty(q: Tensor, k: Tensor, options: Options) -> bool:
     return k.shape[-2] == 0 or (bounded and q.shape[-2] > k.shape[-2])
 
 
-def _forward(
+def _eager_forward(
     q: Tensor, k: Tensor, v: Tensor, log_n_tensor: Tensor | None, log_n: float | None, backend: str, options: Options
 ) -> tuple[Tensor, Tensor, Tensor | None]:
     n = log_n if log_n_tensor is None else log_n_tensor
@@ -199,7 +209,7 @@ def _forward(
     return out, lse, rng_state
 
 
-def _backward(
+def _eager_backward(
     dout: Tensor,
     dlse: Tensor | None,
     q: Tensor,
@@ -223,6 +233,8 @@ def _backward(
     if q.numel() == 0 or k.numel() == 0:
         dq, dk, dv = torch.zeros_like(q), torch.zeros_like(k), torch.zeros_like(v)
     else:
+        # An operator cannot return None: what it returned in its place, and what a bare function did, are one here.
+        rng_state = rng_state if options.dropout_p else None
         if rows_may_be_empty:
             lse, dlse = fold.lse_for_backward(lse, dlse)
         dq, dk, dv = registry.loaded(backend).backward(dout, dlse, q, k, v, out, lse, rng_state, options)
@@ -251,7 +263,7 @@ def _forward_operator(
     q: Tensor, k: Tensor, v: Tensor, log_n_tensor: Tensor | None, log_n: float | None, backend: str, *values: Any
 ) -> tuple[Tensor, Tensor, Tensor]:
     options = Options(*values)
-    out, lse, rng_state = _forward(q, k, v, log_n_tensor, log_n, backend, options)
+    out, lse, rng_state = _eager_forward(q, k, v, log_n_tensor, log_n, backend, options)
     if rng_state is None:
         rng_state = torch.empty(2 if options.dropout_p else 0, dtype=torch.int64, device=q.device)
     chosen = registry.loaded(backend)
@@ -259,28 +271,15 @@ def _forward_operator(
 
 
 def _backward_operator(
-    dout: Tensor, dlse: Tensor | None, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, rng_state: Tensor,
-    log_n_tensor: Tensor | None, rows_may_be_empty: bool, needs_n_grad: bool, n_is_logit: bool, backend: str,
-    *values: Any,
+    dout: Tensor, dlse: Tensor | None, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor,
+    rng_state: Tensor | None, log_n_tensor: Tensor | None, rows_may_be_empty: bool, needs_n_grad: bool,
+    n_is_logit: bool, backend: str, *values: Any,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     options = Options(*values)
-    state = rng_state if options.dropout_p else None
-    dq, dk, dv, dn = _backward(
-        dout,
-        dlse,
-        q,
-        k,
-        v,
-        out,
-        lse,
-        state,
-        log_n_tensor,
-        rows_may_be_empty,
-        needs_n_grad,
-        n_is_logit,
-        backend,
+    dq, dk, dv, dn = _eager_backward(
+        dout, dlse, q, k, v, out, lse, rng_state, log_n_tensor, rows_may_be_empty, needs_n_grad, n_is_logit, backend,
         options,
-    )
+    )  # fmt: skip
     order = registry.loaded(backend).gradient_order
     return _in_order(dq, order(q)), _in_order(dk, order(k)), _in_order(dv, order(v)), dn
 
@@ -296,9 +295,9 @@ def _fake_forward(
 
 
 def _fake_backward(
-    dout: Tensor, dlse: Tensor | None, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, rng_state: Tensor,
-    log_n_tensor: Tensor | None, rows_may_be_empty: bool, needs_n_grad: bool, n_is_logit: bool, backend: str,
-    *values: Any,
+    dout: Tensor, dlse: Tensor | None, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor,
+    rng_state: Tensor | None, log_n_tensor: Tensor | None, rows_may_be_empty: bool, needs_n_grad: bool,
+    n_is_logit: bool, backend: str, *values: Any,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     chosen = registry.loaded(backend)
     dq, dk, dv = (empty_in_order(x, x.shape, chosen.gradient_order(x)) for x in (q, k, v))

@@ -30,7 +30,7 @@ def sequences(options: Options, tokens_q: int, tokens_k: int) -> Iterator[tuple[
             mask = mask if mask.shape[3] == 1 else mask[:, :, :, : keys.stop - keys.start]
         if slopes is not None:
             slopes = slopes[b : b + 1]
-        alone = options._replace(
+        alone = options.replaced(
             mask=mask, alibi_slopes=slopes, cu_seqlens_q=None, cu_seqlens_k=None, max_seqlen_q=0, max_seqlen_k=0
         )
         yield queries, keys, alone

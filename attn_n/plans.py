@@ -12,12 +12,10 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from attn_n import registry
+from attn_n import ops, registry
 from attn_n.call import Options, Request
 
-_PLAIN = (Tensor, torch.nn.Parameter)
-_NUMBERS = frozenset((NoneType, int, float))
-_OTHERS = frozenset((NoneType, bool, tuple))
+_VALUES = frozenset((NoneType, bool, int, float, tuple, str))
 _MOST = 1024  # then they are forgotten: lengths may never come again
 
 
@@ -35,24 +33,21 @@ _plans: dict[object, Plan] = {}
 
 def key(q: Tensor, k: Tensor, v: Tensor, request: Request) -> object | None:
     """All that the plan of a call depends on; None for a call that is planned anew each time."""
-    if torch.compiler.is_compiling() or not (type(q) in _PLAIN and type(k) in _PLAIN and type(v) in _PLAIN):
+    if ops.watched(q) or type(k) not in ops.PLAIN or type(v) not in ops.PLAIN:
         return None
-    if request.sinks is not None or request.attn_mask is not None or request.alibi_slopes is not None:
+    types, window = tuple(map(type, request)), request.window
+    sides = tuple(map(type, window)) if type(window) is tuple else ()
+    if not _VALUES.issuperset(types) or tuple in sides or not _VALUES.issuperset(sides):
         return None
-    scale, window, device = request.sm_scale, request.window, q.device
-    # Exact types: True equals 1, and must not be taken for it.
-    numbers = (scale, request.sm_n, request.softcap, request.dropout_p, *(window if type(window) is tuple else ()))
-    others = (request.causal, request.return_lse, window)
-    if not _NUMBERS.issuperset(map(type, numbers)) or not _OTHERS.issuperset(map(type, others)):
-        return None
-    if q.dim() != 4 or (scale is not None and scale <= 0):  # other tensors than the user's are attended to
-        return None
-    if device.type not in ("cpu", "cuda") or torch.is_autocast_enabled(device.type):
+    device = "cpu" if q.is_cpu else "cuda" if q.is_cuda else None
+    if device is None or torch.is_autocast_enabled(device):
         return None
     gradient = torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad)
+    # The types as well: True equals 1, and must not be taken for it.
     return (
         q.shape, k.shape, v.shape, q.stride(), k.stride(), v.stride(), q.dtype, k.dtype, v.dtype,
-        device, k.device, v.device, gradient, request, registry.forced(request.backend), registry.generation(),
+        q.device, k.device, v.device, gradient, request, types, sides,
+        registry.forced(request.backend), registry.generation(),
     )  # fmt: skip
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import importlib
 import importlib.metadata
 import os
@@ -115,6 +116,7 @@ def register_backend(backend: Backend) -> None:
     global _generation
     _generation += 1
     _entries[backend.name] = _Entry(lambda: backend)
+    loaded.cache_clear()
 
 
 def generation() -> int:
@@ -156,6 +158,7 @@ def _load(name: str) -> None:
         _entries[name].load()
 
 
+@functools.cache  # a call asks for its backend in a few places
 def loaded(name: str) -> Backend:
     """The backend called `name`, which has been chosen before and is therefore there."""
     backend, problem = find(name)

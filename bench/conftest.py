@@ -85,13 +85,16 @@ def times(
     wrong: dict[str, str],
 ) -> dict[str, list[float]]:
     """The seconds of all contenders for one problem and direction: a ratio needs them measured together."""
-    runs: dict[str, Callable[[], object]] = {}
+    together: dict[str, Callable[[], object]] = {}
+    apart: dict[str, Callable[[], object]] = {}
     for contender in contenders:
         if contender.name not in absent and contender.name not in wrong:
             forward, backward = contender.prepare(inputs, contender.n)
-            runs[contender.name] = forward if direction == "forward" else functools.partial(backward, forward())
+            run = forward if direction == "forward" else functools.partial(backward, forward())
+            (apart if contender.apart else together)[contender.name] = run
     seconds, least_rounds = (0.3, 5) if pytestconfig.getoption("quick") else (2.0, 7)
-    measured = interleaved.measure(runs, seconds, least_rounds)
+    measured = interleaved.measure(together, seconds, least_rounds)
+    measured |= interleaved.measure(apart, seconds, least_rounds)
     pytestconfig.stash[_times][direction, problem] = measured
     return measured
 

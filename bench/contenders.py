@@ -31,6 +31,7 @@ class Contender:
             here. `forward` returns `(batch, heads, length, width)`, `backward` dq, dk and dv.
         why_not: the reason why it does not take part in a problem, such as a library that is not installed.
         details: what to note beside its times.
+        apart: it is measured in rounds of its own, because what it leaves behind in caches and heap slows the others.
     """
 
     name: str
@@ -38,6 +39,7 @@ class Contender:
     prepare: Callable[[Inputs, float], Passes]
     why_not: Callable[[Problem], str | None] = lambda problem: None
     details: Callable[[Inputs, float], dict[str, str]] = lambda inputs, n: {}
+    apart: bool = False
 
     def __repr__(self) -> str:
         return self.name
@@ -95,6 +97,6 @@ def _too_large_for_eager(problem: Problem) -> str | None:
 ATTN_N_PLAIN = Contender("attn_n n=0", 0.0, by_autograd(_attn_n), details=_served_by)
 ATTN_N = Contender("attn_n n=1", 1.0, by_autograd(_attn_n), details=_served_by)
 SDPA = Contender("torch sdpa n=0", 0.0, by_autograd(_sdpa))
-EAGER = Contender("eager softmax_n n=1", 1.0, by_autograd(_eager), _too_large_for_eager)
+EAGER = Contender("eager softmax_n n=1", 1.0, by_autograd(_eager), _too_large_for_eager, apart=True)
 
 CPU = (ATTN_N_PLAIN, ATTN_N, SDPA, EAGER)

@@ -31,6 +31,10 @@ def paired_ratio(times: Mapping[str, Sequence[float]], name: str, other: str) ->
     return statistics.median(a / b for a, b in zip(times[name], times[other], strict=True))
 
 
+def ratio_of_medians(times: Mapping[str, Sequence[float]], name: str, other: str) -> float:
+    return statistics.median(times[name]) / statistics.median(times[other])
+
+
 class _Replay:
     """A clock that advances by times measured before.
 

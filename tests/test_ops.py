@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import inspect
 import subprocess
 import sys
 from pathlib import Path
@@ -11,6 +13,7 @@ import pytest
 import torch
 from torch import Tensor
 from torch._subclasses import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
 from attn_n import Backend, flash_attention_n, flash_attention_n_varlen, registry, use_backend
@@ -172,6 +175,35 @@ def test_checkpoint(reentrant: bool, options: dict[str, Any]) -> None:
         torch.manual_seed(3)
         run(*inputs).square().sum().backward()
         gradients.append([x.grad for x in inputs])
+    assert all(torch.equal(a, b) for a, b in zip(*gradients, strict=True))
+
+
+class _Watching(TorchDispatchMode):
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("forward_watched", [True, False])
+def test_only_one_pass_is_watched(forward_watched: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A dispatch mode makes the operator run, which cannot return None; the other pass runs the bare function."""
+    *inputs, n = leaves(9)
+    kernel, states = registry.loaded("sdpa:cpu"), []
+    arguments = inspect.signature(kernel.backward)
+    backward_of_kernel = kernel.backward
+
+    def recorded(*values: Any) -> Any:
+        states.append(arguments.bind(*values).arguments["rng_state"])
+        return backward_of_kernel(*values)
+
+    monkeypatch.setattr(kernel, "backward", recorded)
+    forward, backward = (_Watching(), contextlib.nullcontext())[:: 1 if forward_watched else -1]
+    gradients = []
+    for modes in ((contextlib.nullcontext(), contextlib.nullcontext()), (forward, backward)):
+        with modes[0]:
+            loss = flash_attention_n(*inputs, True, sm_n=n, backend="sdpa").square().sum()
+        with modes[1]:
+            gradients.append(torch.autograd.grad(loss, (*inputs, n)))
+    assert states == [None, None]
     assert all(torch.equal(a, b) for a, b in zip(*gradients, strict=True))
 
 

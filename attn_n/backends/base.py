@@ -109,7 +109,10 @@ class Family(Backend):
 
     def serving(self, call: AttentionCall) -> str | None:
         """The member that serves `call`."""
-        return next((name for name in self.order(call) if self.members[name].why_not(call) is None), None)
+        for name in self.order(call):
+            if self.members[name].why_not(call) is None:
+                return name
+        return None
 
     def why_not(self, call: AttentionCall) -> str | None:
         reasons = []

@@ -47,7 +47,7 @@ class CpuFlash(RectangleBackend):
     ) -> tuple[Tensor, Tensor]:
         if not _KNOWS_GQA:
             k, v = key_head_each(q, k, v)
-        out, lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
+        out, lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default(
             q, k, v, 0.0, causal, attn_mask=None if bias is None else bias.contiguous(), scale=scale
         )
         return out, lse
@@ -66,7 +66,7 @@ class CpuFlash(RectangleBackend):
     ) -> tuple[Tensor, Tensor, Tensor]:
         if not _KNOWS_GQA:
             k, v = key_head_each(q, k, v)
-        dq, dk, dv = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward(
+        dq, dk, dv = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward.default(
             dout, q, k, v, out, lse, 0.0, causal, attn_mask=None if bias is None else bias.contiguous(), scale=scale
         )
         return dq, dk, dv

@@ -87,21 +87,20 @@ class RectangleBackend(Backend):
         q, k, v = of_width(q, width), of_width(k, width), of_width(v, width_v)
         out = lse = None
         for piece in self._pieces(q, k, options):
-            part, part_lse = self.kernel_forward(
-                q[:, :, piece.rows], k[:, :, piece.keys], v[:, :, piece.keys], piece.causal, piece.bias, options.scale
-            )
+            some = (q, k, v) if piece.whole else (q[:, :, piece.rows], k[:, :, piece.keys], v[:, :, piece.keys])
+            part, part_lse = self.kernel_forward(*some, piece.causal, piece.bias, options.scale)
             if piece.bias is not None:
                 hidden = (piece.bias == -math.inf).all(-1)
                 part = part.masked_fill(hidden[..., None], 0.0)
                 part_lse = part_lse.masked_fill(hidden, -math.inf)
             if piece.whole:
-                return part[..., :size_v], part_lse
+                return _narrowed(part, size_v), part_lse
             if out is None or lse is None:
                 out, lse = _nothing(q, width_v)
             _merge_(out[:, :, piece.rows], lse[:, :, piece.rows], part, part_lse)
         if out is None or lse is None:
             out, lse = _nothing(q, width_v)
-        return out[..., :size_v].to(q.dtype), lse
+        return _narrowed(out, size_v).to(q.dtype), lse
 
     def _backward(
         self,
@@ -138,21 +137,22 @@ class RectangleBackend(Backend):
         if gradients is None:
             gradients = [torch.zeros_like(x) for x in (q, k, v)]
         dq, dk, dv = (gradient.to(q.dtype) for gradient in gradients)
-        return dq[..., :size], dk[..., :size], dv[..., :size_v]
+        return _narrowed(dq, size), _narrowed(dk, size), _narrowed(dv, size_v)
 
     def _pieces(self, q: Tensor, k: Tensor, options: Options) -> Iterator[_Piece]:
         len_q, len_k = q.shape[2], k.shape[2]
         left, right = options.window_left, options.window_right
-        everything = slice(0, len_q), slice(0, len_k)
         if options.alibi_slopes is None and left is None and right is None:
             bias = dense_bias(options, len_q, len_k, (0, len_q), (0, len_k), _accumulator(q), q.device)
-            yield _Piece(*everything, bias=bias, whole=True)
+            yield _Piece(_ALL, _ALL, bias=bias, whole=True)
         elif options.alibi_slopes is None and options.mask is None and left is None and right == 0:
             before = len_k - len_q  # keys that every query sees, or if negative queries that see none
+            if before == 0:
+                yield _Piece(_ALL, _ALL, causal=True, whole=True)
+                return
             if before > 0:
                 yield _Piece(slice(0, len_q), slice(0, before))
-            rows, keys = slice(max(0, -before), len_q), slice(max(0, before), len_k)
-            yield _Piece(rows, keys, causal=True, whole=before == 0)
+            yield _Piece(slice(max(0, -before), len_q), slice(max(0, before), len_k), causal=True)
         else:
             step = self._rows_a_piece(options, len_k)
             for start in range(0, len_q, step):
@@ -161,8 +161,8 @@ class RectangleBackend(Backend):
                 last = len_k if right is None else min(len_k, stop + len_k - len_q + right)
                 if first < last:
                     bias = dense_bias(options, len_q, len_k, (start, stop), (first, last), _accumulator(q), q.device)
-                    rows, keys = slice(start, stop), slice(first, last)
-                    yield _Piece(rows, keys, bias=bias, whole=(rows, keys) == everything)
+                    whole = (start, stop, first, last) == (0, len_q, 0, len_k)
+                    yield _Piece(slice(start, stop), slice(first, last), bias=bias, whole=whole)
 
     def _rows_a_piece(self, options: Options, len_k: int) -> int:
         copies = 1  # of the bias, for batches and heads
@@ -171,6 +171,9 @@ class RectangleBackend(Backend):
         elif options.mask is not None:
             copies = options.mask.shape[0] * options.mask.shape[1]
         return max(32, min(self.most_rows, self.bias_elements // (copies * len_k)))
+
+
+_ALL = slice(None)
 
 
 class _Piece(NamedTuple):
@@ -195,6 +198,10 @@ def of_width(x: Tensor, width: int) -> Tensor:
         if not aligned or x.data_ptr() % 16:
             return x.clone(memory_format=torch.contiguous_format)
     return x
+
+
+def _narrowed(x: Tensor, size: int) -> Tensor:
+    return x if x.shape[-1] == size else x[..., :size]
 
 
 def key_head_each(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
