@@ -21,7 +21,7 @@ def fold_(out: Tensor, lse: Tensor, log_n: float | Tensor, packed: bool) -> Tens
         lse_n = torch.logaddexp(lse, log_n)
         factor = torch.sigmoid(lse - log_n).masked_fill_(lse_n == -math.inf, 0.0)
     else:
-        number = _zero_dimensional(log_n, lse.dtype)
+        number = _on_cpu(log_n, lse.dtype) if lse.is_cpu else lse.new_full((), log_n)
         lse_n = torch.logaddexp(lse, number)
         factor = torch.sub(lse, number).sigmoid_()
     out.mul_(factor.unsqueeze(-1))
@@ -29,8 +29,8 @@ def fold_(out: Tensor, lse: Tensor, log_n: float | Tensor, packed: bool) -> Tens
 
 
 @functools.lru_cache(256)
-def _zero_dimensional(number: float, dtype: torch.dtype) -> Tensor:
-    """On CPU, where tensors of every device take a number from; made once, because that takes as long as the fold."""
+def _on_cpu(number: float, dtype: torch.dtype) -> Tensor:
+    """Made once, for that takes a good part of a fold; on a GPU it would belong to the CUDA graph it is made in."""
     return torch.tensor(number, dtype=dtype, device="cpu")
 
 
