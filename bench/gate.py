@@ -3,61 +3,121 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from bench.contenders import Contender
+from bench.contenders.base import Passes, sinks_of
 from bench.problem import Inputs, Problem, make_inputs
 from tests.compare import error, tolerance
 from tests.oracle import attention_n
 
-# Attention works head by head: where the float64 of all heads would take minutes, the first and the last one stand
-# for the others.
+# Attention works head by head: where the float64 of all of it would take minutes or more memory than there is, the
+# first and the last key head of the first and the last batch stand for the others.
 _ALL_HEADS_UP_TO = 1024
-_RESULTS = ("out", "dq", "dk", "dv")
+# Beyond this the square of logits in float64 does not fit: some rows are checked, and dk and dv, which need all, not.
+_ALL_ROWS_UP_TO = 16384
+_SOME_ROWS = 512
+
+Results = Mapping[str, Tensor]
 
 
-def what_is_wrong(contender: Contender, inputs: Inputs, problem: Problem) -> str | None:
+def what_is_wrong(passes: Passes, n: str, inputs: Inputs, backward: bool = True) -> str | None:
     """How far from float64 the results are, if further than FlashAttention's rule allows; None if all are right."""
-    exact, allowed = _reference(problem, contender.n)
-    try:
-        passes = contender.prepare(inputs, contender.n)
-        out = passes.forward()
-        results = out, *passes.backward(out)
-    except Exception as failure:  # of one contender; the others are timed all the same
-        return f"{contender.name} fails at {problem}: {type(failure).__name__}: {failure}"
+    problem = inputs.problem
+    exact, allowed = _reference(problem, n, backward)
+    out = passes.forward()
+    results = {"out": out.detach()}
+    if backward:
+        results |= dict(zip(("dq", "dk", "dv"), passes.backward(out), strict=True))
     wrong = []
-    for name, result in zip(_RESULTS, results, strict=True):
-        if result.shape != inputs.q.shape:
+    for name, result in results.items():
+        like = inputs.k if name in ("dk", "dv") else inputs.q
+        if result.shape != like.shape:
             wrong.append(f"{name} has shape {tuple(result.shape)}")
-            continue
-        distance = error(_checked_heads(result.detach(), problem), exact[name])
-        if distance > allowed[name]:
-            wrong.append(f"{name} by {distance:.1e}, allowed {allowed[name]:.1e}")
-    return f"{contender.name} is wrong at {problem}: {'; '.join(wrong)}" if wrong else None
+        elif name in exact:
+            distance = error(_checked(result, name, problem), exact[name])
+            if not distance <= allowed[name]:
+                wrong.append(f"{name} by {distance:.1e}, allowed {allowed[name]:.1e}")
+    return "; ".join(wrong) or None
 
 
-@functools.lru_cache(maxsize=2)
-def _reference(problem: Problem, n: float) -> tuple[Mapping[str, Tensor], Mapping[str, float]]:
+@functools.lru_cache(maxsize=3)
+def _reference(problem: Problem, n: str, backward: bool) -> tuple[Results, Mapping[str, float]]:
     """The results in float64, and how far from them each may be."""
-    q, k, v, dout, causal = make_inputs(problem)
-    tensors = [_checked_heads(x.detach(), problem) for x in (q, k, v, dout)]
-    exact, plain = (_by_head(tensors, causal, n, dtype) for dtype in (torch.float64, problem.dtype))
-    return exact, {name: tolerance(name, exact[name], plain[name], problem.dtype) for name in _RESULTS}
+    inputs = make_inputs(problem)
+    exact, plain = (_plain_attention(inputs, n, dtype, backward) for dtype in (torch.float64, problem.dtype))
+    return exact, {name: tolerance(name, exact[name], plain[name], problem.dtype) for name in exact}
 
 
-def _checked_heads(x: Tensor, problem: Problem) -> Tensor:
-    return x if problem.length <= _ALL_HEADS_UP_TO else x[:, :: max(1, problem.heads - 1)]
+class _Part(NamedTuple):
+    """What is checked at a time: query and key indices into the tensors, and the heads of the queries."""
+
+    queries: tuple[slice | int, ...]
+    keys: tuple[slice | int, ...]
+    heads: slice
 
 
-def _by_head(tensors: list[Tensor], causal: bool, n: float, dtype: torch.dtype) -> dict[str, Tensor]:
-    """Plain attention and its gradients, a head at a time for the sake of memory."""
-    heads = []
-    for head in range(tensors[0].shape[1]):
-        *leaves, dout = (x[:, head : head + 1].to(dtype) for x in tensors)
-        q, k, v = (x.requires_grad_() for x in leaves)
-        out, _ = attention_n(q, k, v, n, causal=causal)
-        heads.append((out.detach(), *torch.autograd.grad(out, (q, k, v), dout)))
-    return {name: torch.cat(parts, 1) for name, parts in zip(_RESULTS, zip(*heads, strict=True), strict=True)}
+def _parts(problem: Problem) -> Iterator[_Part]:
+    groups = problem.heads // problem.num_heads_kv
+    few = problem.length * problem.len_k > _ALL_HEADS_UP_TO**2
+    for head in _ends(problem.num_heads_kv) if few else range(problem.num_heads_kv):
+        heads = slice(head * groups, (head + 1) * groups)
+        if problem.sequences:
+            starts = torch.tensor([0, *problem.sequences]).cumsum(0).tolist()
+            for b in _ends(len(problem.sequences)):
+                tokens = slice(starts[b], starts[b + 1])
+                yield _Part((tokens, heads), (tokens, slice(head, head + 1)), heads)
+            continue
+        for b in _ends(problem.batch):
+            for rows in _rows(problem):
+                seen = slice(0, rows.stop + problem.len_k - problem.length if problem.causal else problem.len_k)
+                yield _Part((b, heads, rows), (b, slice(head, head + 1), seen), heads)
+
+
+def _ends(count: int) -> tuple[int, ...]:
+    return (0,) if count == 1 else (0, count - 1)
+
+
+def _rows(problem: Problem) -> tuple[slice, ...]:
+    length = problem.length
+    if length * problem.len_k <= _ALL_ROWS_UP_TO**2:
+        return (slice(0, length),)
+    some = min(_SOME_ROWS, length)
+    return slice(0, some), slice(length - some, length)
+
+
+def _all_rows(problem: Problem) -> bool:
+    return len(_rows(problem)) == 1
+
+
+def _checked(x: Tensor, name: str, problem: Problem) -> Tensor:
+    """The checked parts of a result, one behind the other."""
+    parts = (part.keys if name in ("dk", "dv") else part.queries for part in _parts(problem))
+    return torch.cat([x[part].flatten() for part in parts])
+
+
+def _plain_attention(inputs: Inputs, n: str, dtype: torch.dtype, backward: bool) -> dict[str, Tensor]:
+    problem, results = inputs.problem, dict[str, list[Tensor]]()
+    sinks = None if n == "0" else sinks_of(problem, n).detach().to(torch.promote_types(dtype, torch.float32))
+    window = None if problem.window is None else (problem.window, None)
+    for part in _parts(problem):
+        q, dout = (_one(x[part.queries], problem).detach().to(dtype) for x in (inputs.q, inputs.dout))
+        k, v = (_one(x[part.keys], problem).detach().to(dtype) for x in (inputs.k, inputs.v))
+        leaves = [x.requires_grad_(backward) for x in (q, k, v)]
+        out, _ = attention_n(*leaves, sinks=None if sinks is None else sinks[part.heads], causal=problem.causal,
+                             window=window)  # fmt: skip
+        found = {"out": out.detach()}
+        if backward:
+            dq, dk, dv = torch.autograd.grad(out, leaves, dout)
+            found |= {"dq": dq, "dk": dk, "dv": dv} if _all_rows(problem) else {"dq": dq}
+        for name, x in found.items():
+            results.setdefault(name, []).append((x[0].transpose(0, 1) if problem.sequences else x[0]).flatten())
+    return {name: torch.cat(parts) for name, parts in results.items()}
+
+
+def _one(x: Tensor, problem: Problem) -> Tensor:
+    """A part as a batch of one, (1, H, L, E)."""
+    return (x.transpose(0, 1) if problem.sequences else x)[None]

@@ -3,36 +3,25 @@
 from __future__ import annotations
 
 import random
-import statistics
-import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 
 from pytest_benchmark.fixture import BenchmarkFixture
 
+from bench.clocks import Clock, Run
 
-def measure(runs: Mapping[str, Callable[[], object]], seconds: float, least_rounds: int) -> dict[str, list[float]]:
-    """The seconds of each run in each round; a round has one of each, and there are about `seconds` for each run."""
+
+def measure(runs: Mapping[str, Run], clock: Clock) -> dict[str, list[float]]:
+    """The seconds of each run; a round has a turn of each."""
     if not runs:
         return {}
-    once = sum(_seconds(run) for run in runs.values())
-    rounds = max(least_rounds, int(seconds * len(runs) / once))
     times: dict[str, list[float]] = {name: [] for name in runs}
     order, shuffle = list(runs), random.Random(0).shuffle
-    for _ in range(rounds):
+    for _ in range(clock.rounds(list(runs.values()))):
         # A mere rotation would put each run always behind the same other one and what that leaves in the caches.
         shuffle(order)
         for name in order:
-            times[name].append(_seconds(runs[name]))
+            times[name] += clock.turn(runs[name])
     return times
-
-
-def paired_ratio(times: Mapping[str, Sequence[float]], name: str, other: str) -> float:
-    """The median over the rounds of one time over the other: a slow spell of the machine slows both of a round."""
-    return statistics.median(a / b for a, b in zip(times[name], times[other], strict=True))
-
-
-def ratio_of_medians(times: Mapping[str, Sequence[float]], name: str, other: str) -> float:
-    return statistics.median(times[name]) / statistics.median(times[other])
 
 
 class _Replay:
@@ -58,9 +47,3 @@ class _Replay:
 
 
 REPLAY = _Replay()
-
-
-def _seconds(run: Callable[[], object]) -> float:
-    start = time.perf_counter()
-    run()
-    return time.perf_counter() - start

@@ -1,36 +1,50 @@
 """The memory that one forward and backward takes beyond its inputs, at the peak.
 
-Each point is a process of its own, `python -m bench.memory "attn_n n=1" 2048`: the peak of a process never falls.
-The resident set also counts what a library allocates behind torch's back.
+On a GPU it is what torch's allocator counts. On a CPU each point is a process of its own, whose peak never falls:
+`python -m bench.memory "attn_n n=1" 2048`; its resident set also counts what a library allocates behind torch's back.
 """
 
 from __future__ import annotations
 
-import functools
 import subprocess
 import sys
 from pathlib import Path
 
-from bench.contenders import CPU, Contender
+import torch
+
+from bench.contenders import contenders
+from bench.contenders.base import Contender
 from bench.problem import Problem, make_inputs
+from bench.suites import DEVICE, memory_problem
 
 
-@functools.cache
-def peak(contender: Contender, length: int) -> int:
+def peak(contender: Contender, problem: Problem) -> int:
     """Bytes at the peak of the contender, less those before it started."""
-    command = [sys.executable, "-m", "bench.memory", contender.name, str(length)]
+    if problem.device == "cuda":
+        return _allocated(contender, problem)
+    command = [sys.executable, "-m", "bench.memory", contender.name, str(problem.length)]
     root = Path(__file__).parents[1]
     return int(subprocess.run(command, cwd=root, stdout=subprocess.PIPE, check=True).stdout)
 
 
+def _allocated(contender: Contender, problem: Problem) -> int:
+    passes = contender.prepare(make_inputs(problem))
+    # Compilers and libraries keep workspaces from their first call on.
+    passes.backward(passes.forward())
+    before = torch.cuda.memory_allocated()
+    torch.cuda.reset_peak_memory_stats()
+    passes.backward(passes.forward())
+    return torch.cuda.max_memory_allocated() - before
+
+
 def _peak_of_this_process(contender: Contender, problem: Problem) -> int:
     # The code of the kernels and the threads become resident at first use; they are no part of the problem's memory.
-    _once(contender, Problem(length=64))
+    _once(contender, memory_problem(64))
     return _once(contender, problem)
 
 
 def _once(contender: Contender, problem: Problem) -> int:
-    passes = contender.prepare(make_inputs(problem), contender.n)
+    passes = contender.prepare(make_inputs(problem))
     before = _resident_peak()
     passes.backward(passes.forward())
     return _resident_peak() - before
@@ -44,4 +58,5 @@ def _resident_peak() -> int:
 
 if __name__ == "__main__":
     name, length = sys.argv[1:]
-    print(_peak_of_this_process({contender.name: contender for contender in CPU}[name], Problem(int(length))))
+    by_name = {contender.name: contender for contender in contenders(DEVICE)}
+    print(_peak_of_this_process(by_name[name], memory_problem(int(length))))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -12,43 +12,109 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class Problem:
-    """Self-attention of one shape: L = S = length, E = Ev = width."""
+    """Attention of one shape, E = Ev = width.
+
+    Attributes:
+        length: L, the number of queries.
+        keys: S; None is L.
+        heads_kv: None is `heads`.
+        window: how many keys before its own a query sees; None is all.
+        sequences: the lengths of packed sequences, whose sum is `length`; then batch is 1 and L = S.
+    """
 
     length: int
     causal: bool = False
     batch: int = 1
     heads: int = 8
     width: int = 64
+    keys: int | None = None
+    heads_kv: int | None = None
+    window: int | None = None
+    sequences: tuple[int, ...] = ()
     dtype: torch.dtype = torch.float32
     device: str = "cpu"
 
     def __str__(self) -> str:
-        return f"L{self.length}-{'causal' if self.causal else 'full'}"
+        parts = [f"E{self.width}", f"L{self.length}"]
+        if self.keys is not None:
+            parts.append(f"S{self.keys}")
+        if self.heads_kv is not None:
+            parts.append(f"H{self.heads}:{self.heads_kv}")
+        if self.sequences:
+            parts.append(f"{len(self.sequences)}seqs-max{max(self.sequences)}")
+        if self.window is not None:
+            parts.append(f"window{self.window}")
+        parts.append("causal" if self.causal else "full")
+        return "-".join(parts)
+
+    @property
+    def len_k(self) -> int:
+        return self.length if self.keys is None else self.keys
+
+    @property
+    def num_heads_kv(self) -> int:
+        return self.heads if self.heads_kv is None else self.heads_kv
+
+    @property
+    def plain(self) -> bool:
+        """Self-attention of whole batches, full or causal: what every library can do."""
+        return self.keys is None and self.heads_kv is None and self.window is None and not self.sequences
+
+    def forward_flops(self) -> float:
+        """Two products of 2 E operations for each visible pair of query and key; FlashAttention counts so, too."""
+        lengths = [(length, length) for length in self.sequences] or [(self.length, self.len_k)]
+        return 4.0 * self.width * self.heads * self.batch * sum(self._pairs(*each) for each in lengths)
+
+    def flops(self, measure: str) -> float:
+        """Of "forward", "backward" (five products in place of two) or "both"."""
+        return {"forward": 1.0, "backward": 2.5, "both": 3.5}[measure] * self.forward_flops()
+
+    def _pairs(self, len_q: int, len_k: int) -> float:
+        if not self.causal:
+            return len_q * len_k
+        shape = torch.arange(len_q, dtype=torch.float64) + (len_k - len_q + 1)
+        reach = math.inf if self.window is None else self.window + 1
+        return float(shape.clamp(0, reach).sum())
+
+    def fields(self) -> dict[str, Any]:
+        """All of it but the device, as results files hold it."""
+        named = {name: value for name, value in vars(self).items() if name != "device" and value not in (None, ())}
+        return {**named, "dtype": str(self.dtype).removeprefix("torch.")}
 
 
 class Inputs(NamedTuple):
-    """The tensors of a problem, all `(batch, heads, length, width)`; q, k and v require gradients."""
+    """The tensors of a problem: q `(B, H, L, E)`, k and v `(B, Hkv, S, E)`, or packed `(T, H, E)`; dout as q.
+
+    q, k and v require gradients. `starts` is cu_seqlens of packed sequences.
+    """
 
     q: Tensor
     k: Tensor
     v: Tensor
     dout: Tensor
-    causal: bool
+    starts: Tensor | None
+    problem: Problem
 
 
 def make_inputs(problem: Problem) -> Inputs:
     """Random normal tensors, the same for each call with the same problem.
 
-    The means of q and k differ by so much that the logits lie around -log(length): all keys together weigh about as
-    much as n = 1, and a contender that drops n is far off at any length and in any dtype.
+    The means of q and k differ by so much that the logits lie around -log(S): all keys together weigh about as much
+    as n = 1, and a contender that drops n is far off at any length and in any dtype.
     """
     generator = torch.Generator(problem.device).manual_seed(0)
-    shape = problem.batch, problem.heads, problem.length, problem.width
-    q, k, v, dout = (
-        torch.randn(shape, generator=generator, dtype=problem.dtype, device=problem.device) for _ in range(4)
-    )
+
+    def normal(heads: int, length: int) -> Tensor:
+        shape = (length, heads) if problem.sequences else (problem.batch, heads, length)
+        return torch.randn(*shape, problem.width, generator=generator, dtype=problem.dtype, device=problem.device)
+
+    q, dout = (normal(problem.heads, problem.length) for _ in range(2))
+    k, v = (normal(problem.num_heads_kv, problem.len_k) for _ in range(2))
     # In place: a copy would raise the resident peak that bench.memory starts from.
-    mean = math.sqrt(math.log(problem.length) / math.sqrt(problem.width))
+    mean = math.sqrt(math.log(max(problem.sequences or (problem.len_k,))) / math.sqrt(problem.width))
     q.add_(mean)
     k.sub_(mean)
-    return Inputs(q.requires_grad_(), k.requires_grad_(), v.requires_grad_(), dout, problem.causal)
+    starts = None
+    if problem.sequences:
+        starts = torch.tensor([0, *problem.sequences], device=problem.device).cumsum(0).to(torch.int32)
+    return Inputs(q.requires_grad_(), k.requires_grad_(), v.requires_grad_(), dout, starts, problem)

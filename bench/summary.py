@@ -1,92 +1,56 @@
-"""The tables at the end of a run."""
+"""What a run shows of itself: a line for each problem, and the ratios at its end."""
 
 from __future__ import annotations
 
-import itertools
 import statistics
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping, Sequence
 
-from bench.contenders import ATTN_N, EAGER, SDPA
-from bench.interleaved import paired_ratio, ratio_of_medians
-from bench.problem import Problem
+from bench.derived import by_place, problem_of, rounds_of_ratio
+from bench.record import Point
 
-Times = Mapping[tuple[str, Problem], Mapping[str, Sequence[float]]]
-
-
-@dataclass(frozen=True)
-class Target:
-    """A ratio of two contenders' times that is to be reached, at one length or at all."""
-
-    over: str
-    under: str
-    at_most: float = float("inf")
-    at_least: float = 0.0
-    length: int | None = None
-    paired: bool = True  # False where one of them is measured apart
-
-    def __str__(self) -> str:
-        bound = f">= {self.at_least:g}" if self.at_least else f"<= {self.at_most:g}"
-        return f"{self.over} / {self.under} {bound}" + (f" at L{self.length}" if self.length else "")
-
-    def applies(self, problem: Problem) -> bool:
-        return self.length in (None, problem.length)
-
-    def met(self, ratio: float) -> bool:
-        return self.at_least <= ratio <= self.at_most
+# The automatic choice at n = 1 over PyTorch's own SDPA at n = 0, and eager softmax_n over it.
+_OURS, _TORCH, _EAGER = "attn_n n=1", "torch sdpa", "eager softmax_n n=1"
 
 
-TARGETS = (
-    Target(ATTN_N.name, SDPA.name, at_most=1.05),
-    Target(EAGER.name, ATTN_N.name, at_least=3.0, length=4096, paired=False),
-)
+def in_short(found: Mapping[str, Point]) -> str:
+    """Our best and the best peer at one problem."""
+    measured = [point for point in found.values() if point.status == "measured"]
+    best = [min(some, key=lambda point: point.median) for some in (
+        [point for point in measured if point.ours and point.n != "0"], [point for point in measured if not point.ours]
+    ) if some]  # fmt: skip
+    wrong = [f"{name} is wrong" for name, point in found.items() if point.status == "wrong"]
+    return ", ".join([*(f"{point.contender} {_time(point.median)}{_rate(point)}" for point in best), *wrong])
 
 
-def speed(times: Times) -> list[str]:
-    """Milliseconds of every contender, and the ratios that have a target: of the medians, and as judged."""
-    names = list(dict.fromkeys(name for measured in times.values() for name in measured))
-    ratios = [cell for target in TARGETS for cell in (f"{target.over} / {target.under}", "judged")]
-    rows = [["median ms", "", *names, *ratios]]
-    judged: dict[Target, list[bool]] = {target: [] for target in TARGETS}
-    for (direction, problem), measured in sorted(times.items(), key=_order):
-        medians = {name: statistics.median(seconds) for name, seconds in measured.items()}
-        row = [direction, str(problem), *(f"{medians[name] * 1e3:.2f}" if name in medians else "-" for name in names)]
-        for target in TARGETS:
-            if target.over not in medians or target.under not in medians:
-                row += ["-", "-"]
-                continue
-            ratio = ratio_of_medians(measured, target.over, target.under)
-            judged_by = paired_ratio(measured, target.over, target.under) if target.paired else ratio
-            missed = target.applies(problem) and not target.met(judged_by)
-            row += [f"{ratio:.3f}", f"{judged_by:.3f}{'!' if missed else ' '}"]
-            if target.applies(problem):
-                judged[target].append(not missed)
-        rows.append(row)
-    verdicts = [f"{target}: {sum(met)} of {len(met)} (! marks the others)" for target, met in judged.items() if met]
-    return [*_aligned(rows), "", *verdicts]
+def table(points: Iterable[Point]) -> list[str]:
+    """The ratio of n = 1 to PyTorch's SDPA at n = 0, paired by rounds, and of eager softmax_n to n = 1."""
+    rows = [["", _OURS, "best torch sdpa n=0", "ratio", "eager / ours"]]
+    for there in by_place(point for point in points if point.measure != "memory").values():
+        found = {point.contender: point for point in there}
+        ours, peers = found.get(_OURS), [p for name, p in found.items() if name.startswith(_TORCH)]
+        if ours is None or not peers:
+            continue
+        peer = min(peers, key=lambda point: point.median)
+        eager = f"{found[_EAGER].median / ours.median:.1f}" if _EAGER in found else "-"
+        name = f"{ours.suite} {ours.measure} {problem_of(ours)}"
+        rows.append(
+            [
+                name,
+                _time(ours.median),
+                _time(peer.median),
+                f"{statistics.median(rounds_of_ratio(ours, peer)):.3f}",
+                eager,
+            ]
+        )
+    return _aligned(rows) if len(rows) > 1 else []
 
 
-def _order(item: tuple[tuple[str, Problem], object]) -> tuple[bool, int, bool]:
-    direction, problem = item[0]
-    return direction == "backward", problem.length, problem.causal
+def _time(seconds: float) -> str:
+    return f"{seconds * 1e3:.3g} ms" if seconds >= 1e-3 else f"{seconds * 1e6:.3g} us"
 
 
-def memory(peaks: Mapping[tuple[str, int], int]) -> list[str]:
-    """Megabytes at the peak of one forward and backward, and how they grow when the length doubles."""
-    names, lengths = (list(dict.fromkeys(keys)) for keys in zip(*peaks, strict=True))
-    rows = [["peak MB", *(f"L{length}" for length in lengths), *(f"x{b / a:g}" for a, b in _steps(lengths))]]
-    for name in names:
-        sizes = [f"{peaks[name, length] / 1e6:.1f}" if (name, length) in peaks else "-" for length in lengths]
-        growth = [
-            f"{peaks[name, b] / peaks[name, a]:.2f}" if {(name, a), (name, b)} <= peaks.keys() else "-"
-            for a, b in _steps(lengths)
-        ]
-        rows.append([name, *sizes, *growth])
-    return _aligned(rows)
-
-
-def _steps(lengths: Sequence[int]) -> list[tuple[int, int]]:
-    return list(itertools.pairwise(lengths))
+def _rate(point: Point) -> str:
+    return f" ({point.flops / point.median / 1e12:.3g} TFLOP/s)" if point.flops else ""
 
 
 def _aligned(rows: Sequence[Sequence[str]]) -> list[str]:

@@ -1,4 +1,4 @@
-"""The peak memory of one forward and backward, and that it is linear in the length."""
+"""The peak memory of one forward and backward, and that ours is linear in the length."""
 
 from __future__ import annotations
 
@@ -6,22 +6,44 @@ from collections.abc import Callable
 
 import pytest
 
-from bench.contenders import ATTN_N, EAGER, SDPA, Contender
+from bench.contenders import contenders
+from bench.contenders.base import Contender
 from bench.memory import peak
+from bench.record import Point
+from bench.suites import DEVICE, memory_problem
 
-LENGTHS = (2048, 4096, 8192)
-POINTS = [*((contender, length) for contender in (ATTN_N, SDPA) for length in LENGTHS), (EAGER, 2048)]
+LENGTHS = (2048, 4096, 8192) if DEVICE == "cpu" else (2048, 8192, 32768)
+OURS = "attn_n n=1"
 
 
-@pytest.mark.parametrize(("contender", "length"), POINTS, ids=str)
+@pytest.fixture(scope="session")
+def peaks() -> dict[tuple[str, int], int]:
+    return {}
+
+
+@pytest.mark.parametrize("length", LENGTHS)
+@pytest.mark.parametrize("contender", contenders(DEVICE), ids=str)
 def test_peak(
-    contender: Contender, length: int, peaks: dict[tuple[str, int], int], affordable: Callable[[int], None]
+    contender: Contender,
+    length: int,
+    pytestconfig: pytest.Config,
+    peaks: dict[tuple[str, int], int],
+    keep: Callable[..., None],
 ) -> None:
-    affordable(length)
-    peaks[contender.name, length] = peak(contender, length)
-
-
-@pytest.mark.parametrize("length", LENGTHS[:-1])
-def test_attn_n_is_linear(length: int, affordable: Callable[[int], None]) -> None:
-    affordable(2 * length)
-    assert 1.8 <= peak(ATTN_N, 2 * length) / peak(ATTN_N, length) <= 2.2
+    if pytestconfig.getoption("quick") and length > LENGTHS[0]:
+        pytest.skip(f"--quick stops at length {LENGTHS[0]}")
+    problem = memory_problem(length)
+    reason = contender.why_not(problem)
+    if reason is None and "both" not in contender.measures:
+        reason = "has no backward"
+    if reason is not None:
+        pytest.skip(f"{contender.name}: {reason}")
+    bytes_ = peaks[contender.name, length] = peak(contender, problem)
+    keep(
+        Point(
+            "memory", problem.fields(), "memory", contender.name, contender.n, contender.ours, "measured",
+            values=(float(bytes_),),
+        )
+    )  # fmt: skip
+    if contender.name == OURS and (OURS, length // 2) in peaks:
+        assert 1.8 <= bytes_ / peaks[OURS, length // 2] <= 2.2

@@ -143,7 +143,9 @@ class RectangleBackend(Backend):
         len_q, len_k = q.shape[2], k.shape[2]
         left, right = options.window_left, options.window_right
         if options.alibi_slopes is None and left is None and right is None:
-            bias = dense_bias(options, len_q, len_k, (0, len_q), (0, len_k), _accumulator(q), q.device)
+            bias = None
+            if options.mask is not None:
+                bias = dense_bias(options, len_q, len_k, (0, len_q), (0, len_k), _accumulator(q), q.device)
             yield _Piece(_ALL, _ALL, bias=bias, whole=True)
         elif options.alibi_slopes is None and options.mask is None and left is None and right == 0:
             before = len_k - len_q  # keys that every query sees, or if negative queries that see none

@@ -1,0 +1,69 @@
+"""How long a function takes: in wall time on a CPU, in the time of the device on a GPU."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from typing import Protocol
+
+import torch
+
+Run = Callable[[], object]
+
+
+class Clock(Protocol):
+    def rounds(self, runs: Sequence[Run]) -> int:
+        """How many rounds of one turn for each run are worth their time."""
+
+    def turn(self, run: Run) -> list[float]:
+        """The seconds of one or several calls."""
+
+
+class CpuClock:
+    """One call a turn, about `seconds` for each run in all."""
+
+    def __init__(self, quick: bool) -> None:
+        self._seconds, self._least = (0.3, 5) if quick else (2.0, 7)
+
+    def rounds(self, runs: Sequence[Run]) -> int:
+        once = sum(self.turn(run)[0] for run in runs)
+        return max(self._least, int(self._seconds * len(runs) / once))
+
+    def turn(self, run: Run) -> list[float]:
+        start = time.perf_counter()
+        run()
+        return [time.perf_counter() - start]
+
+
+class CudaClock:
+    """Some calls a turn, each with a cold L2 and behind work that keeps the device busy until the host has queued it.
+
+    The pause before a turn lets the chip recover: back to back it hits its power limit, and whoever comes later runs
+    at lower clocks.
+    """
+
+    PAUSE = 0.1
+    AHEAD = 2_000_000  # cycles, about 1 ms
+
+    def __init__(self, quick: bool) -> None:
+        self._rounds, self._calls = (1, 4) if quick else (2, 5)
+        self._l2 = torch.empty(256 << 20, dtype=torch.int8, device="cuda")
+
+    def rounds(self, runs: Sequence[Run]) -> int:
+        return self._rounds
+
+    def turn(self, run: Run) -> list[float]:
+        time.sleep(self.PAUSE)
+        run()
+        spans = [self._queue(run) for _ in range(self._calls)]
+        torch.cuda.synchronize()
+        return [start.elapsed_time(end) / 1e3 for start, end in spans]
+
+    def _queue(self, run: Run) -> tuple[torch.cuda.Event, torch.cuda.Event]:
+        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        self._l2.fill_(1)
+        torch.cuda._sleep(self.AHEAD)
+        start.record()
+        run()
+        end.record()
+        return start, end

@@ -1,0 +1,103 @@
+"""What a contender is."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from bench.problem import Inputs, Problem
+
+# How n is given: "0" and "1" are numbers, "per head" is `sinks_of`, one learned logit for each head.
+KINDS_OF_N = ("0", "1", "per head")
+
+
+class Passes(NamedTuple):
+    """Both directions of one problem, ready to run; `backward` takes what `forward` returned, any number of times."""
+
+    forward: Callable[[], Tensor]
+    backward: Callable[[Tensor], tuple[Tensor, Tensor, Tensor]]
+
+
+@dataclass(frozen=True, repr=False)
+class Contender:
+    """One line of a table.
+
+    Attributes:
+        name: what the tables call it.
+        n: which of KINDS_OF_N it computes.
+        prepare: makes its passes. What a user would do once, outside of the training step, is done here. `forward`
+            returns what is shaped like q, `backward` dq, dk and dv.
+        why_not: the reason why it does not take part in a problem, such as a library that is not installed.
+        measures: the passes that it has: a library built without a backward has "forward" alone.
+        backend: which backend of attn_n serves the problem.
+        apart: it is measured in rounds of its own, because what it leaves behind in caches and heap slows the others.
+    """
+
+    name: str
+    n: str
+    prepare: Callable[[Inputs], Passes]
+    why_not: Callable[[Problem], str | None] = lambda problem: None
+    measures: tuple[str, ...] = ("forward", "backward", "both")
+    backend: Callable[[Inputs], str | None] = lambda inputs: None
+    ours: bool = False
+    apart: bool = False
+
+    def __repr__(self) -> str:
+        return self.name
+
+
+# Takes q, k, v and n: None for n = 0, or the logits `(H,)` of the sinks, zeros for n = 1.
+Attend = Callable[[Tensor, Tensor, Tensor, "Tensor | None"], Tensor]
+
+
+def by_autograd(attend: Callable[[Inputs], Attend], n: str, token_first: bool = False) -> Callable[[Inputs], Passes]:
+    """`prepare` of a contender whose attention of one problem, `attend(inputs)`, autograd differentiates.
+
+    With `token_first` it takes and returns `(B, L, H, E)`, contiguous, as FlashAttention does.
+    """
+
+    def prepare(inputs: Inputs) -> Passes:
+        turned = token_first and not inputs.problem.sequences
+        q, k, v = inputs.q, inputs.k, inputs.v
+        dout = inputs.dout
+        if turned:
+            q, k, v = (x.detach().transpose(1, 2).contiguous().requires_grad_() for x in (q, k, v))
+            dout = dout.transpose(1, 2).contiguous()
+        function = attend(inputs)
+        sinks = None if n == "0" else sinks_of(inputs.problem, n)
+        leaves = (q, k, v) if sinks is None or not sinks.requires_grad else (q, k, v, sinks)
+
+        def forward() -> Tensor:
+            return function(q, k, v, sinks)
+
+        def backward(out: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+            dq, dk, dv, *_ = torch.autograd.grad(out, leaves, dout, retain_graph=True)
+            return dq, dk, dv
+
+        if not turned:
+            return Passes(forward, backward)
+        return Passes(
+            lambda: forward().transpose(1, 2),
+            lambda out: tuple(dx.transpose(1, 2) for dx in backward(out.transpose(1, 2))),  # type: ignore[arg-type, return-value]
+        )
+
+    return prepare
+
+
+def sinks_of(problem: Problem, n: str) -> Tensor:
+    """The logits `(H,)` of the sinks, in the dtype of the problem: zeros for n = 1; "per head" they are learned."""
+    if n == "1":
+        return torch.zeros(problem.heads, dtype=problem.dtype, device=problem.device)
+    spread = torch.linspace(-1.0, 1.0, problem.heads, dtype=torch.float32, device=problem.device)
+    return spread.to(problem.dtype).requires_grad_()
+
+
+def too_large_for_quadratic(problem: Problem) -> str | None:
+    """Why an attention that materialises its logits does not take part."""
+    size = problem.batch * problem.heads * problem.length * problem.len_k * problem.dtype.itemsize
+    limit = 6e8 if problem.device == "cpu" else 2.5e9
+    return f"quadratic: each intermediate takes {size / 1e9:.1f} GB" if size > limit else None

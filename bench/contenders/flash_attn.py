@@ -1,0 +1,126 @@
+"""FlashAttention 2, 3 and 4."""
+
+from __future__ import annotations
+
+import importlib
+import inspect
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from bench.contenders.base import Attend, Contender, by_autograd
+from bench.contenders.library import first, why_absent
+from bench.problem import Inputs, Problem
+
+FORWARD, TRAINING = ("forward",), ("forward", "backward", "both")
+
+
+class Version(NamedTuple):
+    """How the versions differ.
+
+    Attributes:
+        module: where `flash_attn_func` and `flash_attn_varlen_func` are.
+        sink: their argument that takes the logits of the sinks.
+        sink_dtype: what it must be; None is that of q.
+        unbounded: the right end of a window that has none.
+        splits: what lets the library choose how many blocks share the keys of a few queries.
+    """
+
+    name: str
+    module: str
+    sink: str | None
+    sink_dtype: torch.dtype | None
+    unbounded: int | None
+    splits: dict[str, int]
+
+
+_2 = Version("flash-attn 2", "flash_attn.flash_attn_interface", None, None, -1, {})
+# Sinks are an addition of some builds, tokenspeed-fa3 among them.
+_3 = Version("flash-attn 3", "flash_attn_interface", "sinks", torch.bfloat16, -1, {"num_splits": 0})
+# It does not split on Hopper.
+_4 = Version("flash-attn 4", "flash_attn.cute", "learnable_sink", None, None, {})
+
+
+def _attend(version: Version) -> Callable[[Inputs], Attend]:
+    def of(inputs: Inputs) -> Attend:
+        library = importlib.import_module(version.module)
+        problem, starts = inputs.problem, inputs.starts
+        options = _options(version, problem)
+
+        def attend(q: Tensor, k: Tensor, v: Tensor, sinks: Tensor | None) -> Tensor:
+            return _out(library.flash_attn_func(q, k, v, **options, **_sink(version, sinks)))
+
+        def attend_packed(q: Tensor, k: Tensor, v: Tensor, sinks: Tensor | None) -> Tensor:
+            longest = max(problem.sequences)
+            lengths = {"cu_seqlens_q": starts, "cu_seqlens_k": starts, "max_seqlen_q": longest, "max_seqlen_k": longest}
+            return _out(library.flash_attn_varlen_func(q, k, v, **lengths, **options, **_sink(version, sinks)))
+
+        return attend if starts is None else attend_packed
+
+    return of
+
+
+def _options(version: Version, problem: Problem) -> dict[str, Any]:
+    options: dict[str, Any] = {"causal": problem.causal}
+    if problem.window is not None:
+        options["window_size"] = (problem.window, 0 if problem.causal else version.unbounded)
+    if problem.length != problem.len_k:
+        options |= version.splits
+    return options
+
+
+def _sink(version: Version, sinks: Tensor | None) -> dict[str, Tensor]:
+    return {} if sinks is None else {str(version.sink): sinks.to(version.sink_dtype or sinks.dtype)}
+
+
+def _out(returned: Any) -> Tensor:
+    """What is returned alone or, by FlashAttention 4, with the logsumexp."""
+    out: Tensor = returned[0] if isinstance(returned, tuple) else returned
+    return out
+
+
+def _why_not(version: Version, n: str) -> Callable[[Problem], str | None]:
+    def why_not(problem: Problem) -> str | None:
+        if problem.device != "cuda":
+            return "no CPU kernel"
+        if problem.dtype not in (torch.float16, torch.bfloat16):
+            return "half precision only"
+        return first(reason(version) for reason in (_why_absent, *([] if n == "0" else [_why_no_sink])))
+
+    return why_not
+
+
+def _why_absent(version: Version) -> str | None:
+    return why_absent(version.module)
+
+
+def _why_no_sink(version: Version) -> str | None:
+    accepted = inspect.signature(importlib.import_module(version.module).flash_attn_func).parameters
+    return None if version.sink in accepted else f"this build has no {version.sink}"
+
+
+def _measures_3() -> tuple[str, ...]:
+    """The passes of the installed FlashAttention 3, which is often built without the backward pass."""
+    try:
+        flags = importlib.import_module("flash_attn_config").CONFIG["build_flags"]
+    except ImportError:
+        return TRAINING
+    return FORWARD if flags["FLASHATTENTION_DISABLE_BACKWARD"] else TRAINING
+
+
+def _contender(version: Version, n: str, measures: tuple[str, ...] = TRAINING) -> Contender:
+    name = f"{version.name} n=0" if n == "0" else f"{version.name} sink n={n}"
+    prepare = by_autograd(_attend(version), n, token_first=True)
+    return Contender(name, n, prepare, _why_not(version, n), measures)
+
+
+CONTENDERS = (
+    _contender(_2, "0"),
+    _contender(_3, "0", _measures_3()),
+    _contender(_3, "1", FORWARD),
+    _contender(_4, "0"),
+    _contender(_4, "1"),
+    _contender(_4, "per head"),
+)

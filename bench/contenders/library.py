@@ -1,0 +1,29 @@
+"""Libraries that may be absent."""
+
+from __future__ import annotations
+
+import functools
+import importlib
+from collections.abc import Callable, Iterable
+from types import ModuleType
+
+
+@functools.cache
+def why_absent(name: str, load: Callable[[str], ModuleType] = importlib.import_module) -> str | None:
+    """Why a module can not be imported; None if it can."""
+    try:
+        load(name)
+    except ModuleNotFoundError as missing:
+        return f"{missing.name} is not installed"
+    except Exception as failure:  # whatever a build for another torch or CUDA raises
+        return one_line(failure)
+    return None
+
+
+def one_line(failure: Exception) -> str:
+    return " ".join(f"{type(failure).__name__}: {failure}".split())[:300]
+
+
+def first(reasons: Iterable[str | None]) -> str | None:
+    """The first reason; later ones are not asked for."""
+    return next(filter(None, reasons), None)

@@ -1,0 +1,107 @@
+"""attn_n: the automatic choice, and each backend by name."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+
+import torch
+from torch import Tensor
+
+import attn_n
+from attn_n import registry
+from attn_n.backends.base import Family
+from attn_n.call import AttentionCall
+from bench.contenders.base import KINDS_OF_N, Attend, Contender, by_autograd, too_large_for_quadratic
+from bench.problem import Inputs, Problem
+
+
+def contenders(device: str) -> tuple[Contender, ...]:
+    automatic = tuple(_contender(None, n) for n in KINDS_OF_N)
+    if device == "cpu":  # where the automatic choice is the only kernel
+        return (*automatic, _contender("reference", "1"))
+    return (*automatic, *(_contender(name, n) for name in _names() for n in ("0", "1")))
+
+
+def _names() -> Iterator[str]:
+    """Every backend that can be forced; of a family its members."""
+    for name in attn_n.backends():
+        backend, _ = registry.find(name)
+        if isinstance(backend, Family):
+            yield from (f"{name}:{member}" for member in backend.members if member != "cpu")
+        else:
+            yield name
+
+
+def _contender(backend: str | None, n: str) -> Contender:
+    def why_not(problem: Problem) -> str | None:
+        reason = registry.why_not(backend, _call(problem, n)) if backend is not None else None
+        return reason or (too_large_for_quadratic(problem) if backend == "reference" else None)
+
+    return Contender(
+        f"attn_n{'' if backend is None else ' ' + backend} n={n}",
+        n,
+        by_autograd(_attend(backend, n), n),
+        why_not,
+        backend=lambda inputs: registry.choose(_call(inputs.problem, n), backend)[0],
+        ours=True,
+        apart=backend == "reference",
+    )
+
+
+def _attend(backend: str | None, n: str) -> Callable[[Inputs], Attend]:
+    def of(inputs: Inputs) -> Attend:
+        problem, starts = inputs.problem, inputs.starts
+        window = None if problem.window is None else (problem.window, None)
+        number = 1.0 if n == "1" else None
+
+        def attend(q: Tensor, k: Tensor, v: Tensor, sinks: Tensor | None) -> Tensor:
+            learned = sinks if n == "per head" else None
+            out = attn_n.flash_attention_n(
+                q, k, v, problem.causal, None, number, sinks=learned, window=window, backend=backend
+            )
+            assert isinstance(out, Tensor)
+            return out
+
+        def attend_packed(q: Tensor, k: Tensor, v: Tensor, sinks: Tensor | None) -> Tensor:
+            assert starts is not None
+            longest, learned = max(problem.sequences), sinks if n == "per head" else None
+            out = attn_n.flash_attention_n_varlen(
+                q, k, v, starts, starts, longest, longest, problem.causal, None, number,
+                sinks=learned, window=window, backend=backend,
+            )  # fmt: skip
+            assert isinstance(out, Tensor)
+            return out
+
+        return attend if starts is None else attend_packed
+
+    return of
+
+
+def _call(problem: Problem, n: str) -> AttentionCall:
+    """The call that the library will see, contiguous tensors with gradients."""
+    heads_kv, packed = problem.num_heads_kv, bool(problem.sequences)
+    if packed:
+        shapes = [(problem.length, heads, problem.width) for heads in (problem.heads, heads_kv)]
+    else:
+        shapes = [
+            (problem.batch, heads, length, problem.width)
+            for heads, length in ((problem.heads, problem.length), (heads_kv, problem.len_k))
+        ]
+    of_q, of_k = (torch.empty(shape, device="meta").stride() for shape in shapes)
+    cuda = problem.device == "cuda"
+    return AttentionCall(
+        device=problem.device,
+        capability=torch.cuda.get_device_capability() if cuda else None,
+        dtype=problem.dtype,
+        q_shape=shapes[0],
+        k_shape=shapes[1],
+        v_shape=shapes[1],
+        q_stride=of_q,
+        k_stride=of_k,
+        v_stride=of_k,
+        window_left=problem.window,
+        window_right=0 if problem.causal else None,
+        n_kind={"0": "none", "1": "float", "per head": "per head"}[n],
+        varlen=packed,
+        needs_grad=True,
+    )

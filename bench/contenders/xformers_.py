@@ -1,0 +1,68 @@
+"""xFormers' memory_efficient_attention."""
+
+from __future__ import annotations
+
+import importlib
+import sys
+from types import ModuleType
+from typing import Any
+
+from torch import Tensor
+
+from bench.contenders.base import Attend, Contender, by_autograd
+from bench.contenders.library import why_absent
+from bench.problem import Inputs, Problem
+
+
+def _load(name: str) -> ModuleType:
+    """xFormers by itself, which is with PyTorch's kernels.
+
+    It takes any `flash_attn` for FlashAttention 2 and fails at that of FlashAttention 4, and any `flash_attn_3` for one
+    that has a backward pass.
+    """
+    hidden = {other: sys.modules.pop(other, None) for other in ("flash_attn", "flash_attn_3")}
+    sys.modules.update(dict.fromkeys(hidden))  # type: ignore[arg-type]  # with None a module counts as absent
+    try:
+        return importlib.import_module(name)
+    finally:
+        for other, module in hidden.items():
+            del sys.modules[other]
+            if module is not None:
+                sys.modules[other] = module
+
+
+def _attend(inputs: Inputs) -> Attend:
+    operators, packed = _load("xformers.ops"), bool(inputs.problem.sequences)
+    bias = (_bias_packed if packed else _bias)(operators.fmha.attn_bias, inputs.problem)
+
+    def attend(q: Tensor, k: Tensor, v: Tensor, sinks: Tensor | None) -> Tensor:
+        out: Tensor = operators.memory_efficient_attention(q, k, v, attn_bias=bias)
+        return out
+
+    return (lambda q, k, v, sinks: attend(q[None], k[None], v[None], sinks)[0]) if packed else attend
+
+
+def _bias(masks: Any, problem: Problem) -> Any:
+    if problem.window is not None:
+        return masks.LowerTriangularFromBottomRightLocalAttentionMask(problem.window + 1)
+    return masks.LowerTriangularFromBottomRightMask() if problem.causal else None
+
+
+def _bias_packed(masks: Any, problem: Problem) -> Any:
+    bias = masks.BlockDiagonalMask.from_seqlens(problem.sequences, device=problem.device)
+    if problem.window is not None:
+        return bias.make_local_attention(problem.window + 1)
+    return bias.make_causal() if problem.causal else bias
+
+
+def _why_not(problem: Problem) -> str | None:
+    if problem.device != "cuda":
+        return "no CPU kernel"
+    if problem.heads_kv is not None:
+        return "grouped heads in the forward pass alone"
+    if problem.window is not None and not problem.causal:
+        return "a window only with a causal mask"
+    return why_absent("xformers.ops", _load)
+
+
+CONTENDERS = (Contender("xformers n=0", "0", by_autograd(_attend, "0", token_first=True), _why_not),)

@@ -1,0 +1,64 @@
+"""The contenders of one problem, made ready and checked."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+
+from bench.contenders.base import Contender, Passes
+from bench.gate import what_is_wrong
+from bench.problem import Inputs, Problem, make_inputs
+from bench.record import Point
+from bench.suites import FORWARD, Suite
+
+
+@dataclass(frozen=True)
+class Entrant:
+    """A contender at one problem: what it runs, or why it does not."""
+
+    contender: Contender
+    status: str
+    reason: str | None = None
+    passes: Passes | None = None
+    backend: str | None = None
+
+    def run(self, measure: str, training: bool) -> Callable[[], object] | None:
+        """What is timed; None if it does not take part."""
+        if self.passes is None or measure not in self.contender.measures:
+            return None
+        forward, backward = self.passes
+        if measure == "forward":
+            return forward if training else torch.no_grad()(forward)
+        return functools.partial(backward, forward()) if measure == "backward" else lambda: backward(forward())
+
+    def point(self, suite: Suite, problem: Problem, measure: str, values: tuple[float, ...]) -> Point:
+        contender, status, reason = self.contender, self.status, self.reason
+        if status == "measured" and measure not in contender.measures:
+            status, reason = "absent", f"has no {measure} pass"
+        return Point(
+            suite.name, problem.fields(), measure, contender.name, contender.n, contender.ours, status, reason,
+            self.backend, values, problem.flops(measure),
+        )  # fmt: skip
+
+
+@functools.lru_cache(maxsize=1)  # all passes of a problem are measured before the next one
+def entrants(suite: Suite, problem: Problem, contenders: tuple[Contender, ...]) -> tuple[Entrant, ...]:
+    inputs = make_inputs(problem)
+    return tuple(_entrant(contender, inputs, suite.measures != FORWARD) for contender in contenders)
+
+
+def _entrant(contender: Contender, inputs: Inputs, training: bool) -> Entrant:
+    reason = contender.why_not(inputs.problem)
+    if reason is not None:
+        return Entrant(contender, "absent", reason)
+    try:
+        passes = contender.prepare(inputs)
+        reason = what_is_wrong(passes, contender.n, inputs, training and "backward" in contender.measures)
+    except Exception as failure:  # of one contender; the others are timed all the same
+        reason = f"fails: {type(failure).__name__}: {str(failure).strip()[:300]}"
+    if reason is not None:
+        return Entrant(contender, "wrong", reason)
+    return Entrant(contender, "measured", None, passes, contender.backend(inputs))

@@ -1,0 +1,99 @@
+"""The problems of the comparison: the grid, which every library can do, and short suites along other axes."""
+
+from __future__ import annotations
+
+import dataclasses
+import random
+from typing import NamedTuple
+
+import torch
+
+from bench.problem import Problem
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+FORWARD, TRAINING = ("forward",), ("forward", "backward", "both")
+
+
+@dataclasses.dataclass(frozen=True)
+class Suite:
+    name: str
+    problems: tuple[Problem, ...]
+    quick: tuple[Problem, ...]  # those of --quick
+    measures: tuple[str, ...] = TRAINING
+
+
+class Case(NamedTuple):
+    """What is measured together: all contenders at one problem, in one direction."""
+
+    suite: Suite
+    problem: Problem
+    measure: str
+
+    def __str__(self) -> str:
+        return f"{self.suite.name}-{self.measure}-{self.problem}"
+
+
+def cases(quick: bool) -> list[Case]:
+    return [
+        Case(suite, problem, measure)
+        for suite in _suites()
+        for problem in (suite.quick if quick else suite.problems)
+        for measure in suite.measures
+        if not (quick and measure == "both")
+    ]
+
+
+def _suites() -> tuple[Suite, ...]:
+    return _cuda() if DEVICE == "cuda" else _cpu()
+
+
+def _cpu() -> tuple[Suite, ...]:
+    grid = tuple(Problem(length, causal) for length in (512, 1024, 2048, 4096, 8192) for causal in (False, True))
+    return (Suite("grid", grid, tuple(problem for problem in grid if problem.length <= 2048), TRAINING[:2]),)
+
+
+def _cuda() -> tuple[Suite, ...]:
+    tokens, hidden = 16384, 2048
+    grid = tuple(
+        _half(length, causal, batch=tokens // length, heads=hidden // width, width=width)
+        for width in (64, 128, 256)
+        for length in (512, 2048, 8192, 16384)
+        for causal in (False, True)
+    )
+    decode = tuple(_half(length, batch=8, heads=32, heads_kv=8, keys=65536) for length in (1, 4, 16))
+    gqa = tuple(_half(8192, True, batch=2, heads=32, heads_kv=heads) for heads in (8, 1))
+    varlen = tuple(
+        _half(sum(lengths), True, heads=16, sequences=lengths)
+        for lengths in ((2048,) * 8, _lengths(32, 16384), _lengths(256, 16384))
+    )
+    window = tuple(_half(16384, True, heads=16, window=window) for window in (256, 1024, 4096))
+    scaling = tuple(_half(512 << step, True, batch=1, heads=16) for step in range(9))
+    return (
+        Suite("grid", grid, tuple(p for p in grid if p.width == 128 and p.length in (2048, 8192) and p.causal)),
+        Suite("decode", decode, decode[:1], FORWARD),
+        Suite("gqa", gqa, (), TRAINING[:2]),
+        Suite("varlen", varlen, varlen[1:2], TRAINING[:2]),
+        Suite("window", window, window[1:2], TRAINING[:2]),
+        Suite("scaling", scaling, (), TRAINING[:2]),
+    )
+
+
+def _half(length: int, causal: bool = False, width: int = 128, **fields: object) -> Problem:
+    return Problem(length, causal, width=width, dtype=torch.bfloat16, device="cuda", **fields)  # type: ignore[arg-type]
+
+
+def _lengths(count: int, total: int) -> tuple[int, ...]:
+    """Lengths of `count` sequences as real text has them: many short ones, a few long ones."""
+    weights = [random.Random(seed).lognormvariate(0.0, 1.0) for seed in range(count)]
+    lengths = [max(1, int(total * weight / sum(weights))) for weight in weights]
+    lengths[0] += total - sum(lengths)
+    return tuple(lengths)
+
+
+def memory_problem(length: int) -> Problem:
+    return Problem(length) if DEVICE == "cpu" else _half(length, True, heads=16)
+
+
+def tiny_problem() -> Problem:
+    """One whose work is nothing beside its call."""
+    return Problem(16, heads=1) if DEVICE == "cpu" else _half(128, heads=1)

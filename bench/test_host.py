@@ -1,0 +1,60 @@
+"""Host time a call, and the time of the first call."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+
+import pytest
+import torch
+
+from bench import host
+from bench.contenders import contenders
+from bench.contenders.base import Contender, Passes
+from bench.problem import make_inputs
+from bench.record import Point
+from bench.suites import DEVICE, tiny_problem
+
+Keep = Callable[..., None]
+
+
+@pytest.mark.parametrize("suite", ["host", "host without gradients", "host backward"])
+@pytest.mark.parametrize("contender", contenders(DEVICE), ids=str, scope="module")
+def test_host(contender: Contender, suite: str, keep: Keep) -> None:
+    _skip_absent(contender, suite == "host backward")
+    forward, backward = _prepared(contender)
+    if suite == "host backward":
+        out = forward()
+        values = host.seconds_a_call(lambda: backward(out))
+    else:
+        with torch.set_grad_enabled(suite == "host"):
+            values = host.seconds_a_call(forward)
+    keep(_point(contender, suite, "host", values))
+
+
+@pytest.mark.parametrize("contender", contenders(DEVICE), ids=str)
+def test_first_call(contender: Contender, pytestconfig: pytest.Config, keep: Keep) -> None:
+    if pytestconfig.getoption("quick"):
+        pytest.skip("--quick leaves out new processes")
+    _skip_absent(contender, backward=True)
+    keep(_point(contender, "first call", "first call", [host.first_call(contender)]))
+
+
+@functools.lru_cache(maxsize=1)  # some compile for it
+def _prepared(contender: Contender) -> Passes:
+    return contender.prepare(make_inputs(tiny_problem()))
+
+
+def _skip_absent(contender: Contender, backward: bool) -> None:
+    reason = contender.why_not(tiny_problem())
+    if reason is None and backward and "backward" not in contender.measures:
+        reason = "has no backward"
+    if reason is not None:
+        pytest.skip(f"{contender.name}: {reason}")
+
+
+def _point(contender: Contender, suite: str, measure: str, values: list[float]) -> Point:
+    return Point(
+        suite, tiny_problem().fields(), measure, contender.name, contender.n, contender.ours, "measured",
+        values=tuple(values),
+    )  # fmt: skip

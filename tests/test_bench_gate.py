@@ -1,0 +1,104 @@
+"""The gate lets the right ones pass and catches the errors that other libraries make."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import pytest
+import torch
+
+from bench.contenders import contenders
+from bench.contenders.base import Contender, Passes
+from bench.gate import what_is_wrong
+from bench.problem import Problem, make_inputs
+from bench.stage import entrants
+from bench.suites import Suite
+
+PROBLEMS = [
+    Problem(length, causal, heads=2, dtype=dtype)
+    for length in (64, 1024)
+    for causal in (False, True)
+    for dtype in (torch.float32, torch.bfloat16)
+]
+# What the gate must take apart in its own way: groups of heads, a window, sequences, few queries, only some rows.
+SHAPES = [
+    Problem(96, True, heads=4, heads_kv=2),
+    Problem(96, True, heads=2, window=10),
+    Problem(90, True, heads=2, sequences=(20, 40, 30)),
+    Problem(4, heads=2, keys=300, batch=3),
+]
+OURS = next(contender for contender in contenders("cpu") if contender.name == "attn_n n=1")
+PER_HEAD = next(contender for contender in contenders("cpu") if contender.name == "attn_n n=per head")
+
+
+def reason(contender: Contender, problem: Problem) -> str | None:
+    inputs = make_inputs(problem)
+    return what_is_wrong(contender.prepare(inputs), contender.n, inputs)
+
+
+@pytest.mark.parametrize("problem", PROBLEMS, ids=lambda problem: f"{problem}-{problem.dtype}")
+@pytest.mark.parametrize("contender", contenders("cpu"), ids=str)
+def test_right_ones_pass(contender: Contender, problem: Problem) -> None:
+    absent = contender.why_not(problem)
+    if absent is not None or "backward" not in contender.measures:
+        pytest.skip(f"{contender.name}: {absent or 'has no backward'}")
+    assert reason(contender, problem) is None
+
+
+@pytest.mark.parametrize("some_rows", [False, True])
+@pytest.mark.parametrize("problem", SHAPES, ids=str)
+def test_shapes(problem: Problem, some_rows: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    if some_rows:
+        monkeypatch.setattr("bench.gate._ALL_HEADS_UP_TO", 1)
+        monkeypatch.setattr("bench.gate._ALL_ROWS_UP_TO", 1)
+        monkeypatch.setattr("bench.gate._SOME_ROWS", 16)
+        monkeypatch.setattr("bench.gate._reference", _uncached())
+    assert reason(OURS, problem) is None
+    assert reason(PER_HEAD, problem) is None
+    ignored = reason(_without_n(OURS), problem)
+    assert ignored is not None
+    assert "out by" in ignored
+
+
+def _uncached() -> object:
+    from bench import gate
+
+    return gate._reference.__wrapped__
+
+
+def _without_n(contender: Contender) -> Contender:
+    """The case "n ignored": it computes n = 0 and says that it is n = 1."""
+    plain = next(each for each in contenders("cpu") if each.name == contender.name.replace("n=1", "n=0"))
+    return dataclasses.replace(plain, name="ignores n", n="1")
+
+
+@pytest.mark.parametrize("problem", PROBLEMS, ids=lambda problem: f"{problem}-{problem.dtype}")
+def test_n_ignored(problem: Problem) -> None:
+    said = reason(_without_n(OURS), problem)
+    assert said is not None
+    assert all(f"{result} by" in said for result in ("out", "dq", "dk", "dv"))
+
+
+def test_n_ignored_in_the_gradients_alone() -> None:
+    inputs = make_inputs(PROBLEMS[0])
+    with_n, without_n = OURS.prepare(inputs), _without_n(OURS).prepare(inputs)
+    mixed = Passes(with_n.forward, lambda out: without_n.backward(without_n.forward()))
+    said = what_is_wrong(mixed, "1", inputs)
+    assert said is not None
+    assert "dq by" in said
+    assert "out by" not in said
+
+
+def test_a_wrong_one_and_one_that_raises_are_not_timed() -> None:
+    def broken(inputs: object) -> Passes:
+        raise RuntimeError("no kernel image")
+
+    raises = Contender("raises", "1", broken)
+    suite = Suite("planted", tuple(PROBLEMS[:1]), ())
+    found = entrants(suite, PROBLEMS[0], (_without_n(OURS), raises, OURS))
+    assert [each.status for each in found] == ["wrong", "wrong", "measured"]
+    assert "no kernel image" in str(found[1].reason)
+    assert found[0].run("forward", training=True) is None
+    point = found[0].point(suite, PROBLEMS[0], "forward", ())
+    assert point.status == "wrong"
+    assert "out by" in str(point.reason)
