@@ -13,19 +13,26 @@ import torch
 from torch import Tensor
 
 
-def fold_(out: Tensor, lse: Tensor, log_n: float | Tensor, packed: bool) -> Tensor:
-    """Scale `out` in place and return the lse with n inside; `log_n` is a number or `(Hq,)`."""
+def scale_(out: Tensor, lse: Tensor, log_n: float | Tensor, packed: bool) -> None:
+    """`out` at n = 0 becomes `out` at n, in place; `lse` is that at n = 0, and `log_n` a number or `(Hq,)`."""
     # sigmoid(lse - log n) is exp(lse - lse_n) without the cancellation of two large numbers.
     if isinstance(log_n, Tensor):
-        log_n = per_row(log_n, packed)
-        lse_n = torch.logaddexp(lse, log_n)
-        factor = torch.sigmoid(lse - log_n).masked_fill_(lse_n == -math.inf, 0.0)
-    else:
-        number = _on_cpu(log_n, lse.dtype) if lse.is_cpu else lse.new_full((), log_n)
-        lse_n = torch.logaddexp(lse, number)
-        factor = torch.sub(lse, number).sigmoid_()
-    out.mul_(factor.unsqueeze(-1))
-    return lse_n
+        factor = torch.sub(lse, _shaped(log_n, lse, packed)).sigmoid_()
+        factor.nan_to_num_(0.0)  # -inf minus -inf: a row without visible keys at n = 0
+    else:  # n = 1, the usual one, has nothing to subtract
+        factor = torch.sigmoid(lse if log_n == 0.0 else lse - log_n)
+    out.mul_(factor.unsqueeze_(-1))
+
+
+def with_n(lse: Tensor, log_n: float | Tensor, packed: bool) -> Tensor:
+    """The lse at n, of that at n = 0."""
+    return torch.logaddexp(lse, _shaped(log_n, lse, packed))
+
+
+def _shaped(log_n: float | Tensor, lse: Tensor, packed: bool) -> Tensor:
+    if isinstance(log_n, Tensor):
+        return per_row(log_n, packed)
+    return _on_cpu(log_n, lse.dtype) if lse.is_cpu else lse.new_full((), log_n)
 
 
 @functools.lru_cache(256)

@@ -73,7 +73,9 @@ def flash_attention_n(
     key = plans.key(q, k, v, request)
     plan = plans.find(key)
     if plan is not None:
-        out, lse = ops.attend(q, k, v, None, False, plan.log_n, plan.backend, plan.options, plan.needs_grad, False)
+        out, lse = ops.attend(
+            q, k, v, None, False, plan.log_n, plan.backend, plan.options, plan.needs_grad, return_lse, False
+        )
         return (out, lse) if return_lse else out
     prepared = _prepare(q, k, v, request)
     canonical = prepared.q is q and prepared.k is k and prepared.v is v
@@ -283,7 +285,9 @@ def _run(prepared: _Prepared, request: Request, key: object = None) -> Tensor | 
     else:
         tensor_n = n if isinstance(n, Tensor) else None
         log_n = None if n is None or isinstance(n, Tensor) else math.log(n)
-        out, lse = ops.attend(q, k, v, tensor_n, n_is_logit, log_n, name, options, call.needs_grad, ops.watched(q))
+        out, lse = ops.attend(
+            q, k, v, tensor_n, n_is_logit, log_n, name, options, call.needs_grad, call.return_lse, ops.watched(q)
+        )
         if key is not None:
             plans.keep(key, plans.Plan(name, log_n, options, call.needs_grad))
     if out.dim() != len(out_shape) + 1:

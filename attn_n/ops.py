@@ -48,30 +48,33 @@ def attend(
     backend: str,
     options: Options,
     needs_grad: bool,
+    lse_wanted: bool,
     watched: bool,
 ) -> tuple[Tensor, Tensor]:
     """(out, lse) of canonical tensors by a backend with a forward and a backward.
 
     n is the tensor `n` `()` or `(Hq,)`, which holds log n if `n_is_logit`, or else the number `log_n`, or neither;
-    `watched` is what the function of that name says.
+    `watched` is what the function of that name says. Unless `lse_wanted`, the lse may lack n.
     """
     if needs_grad:
         if watched:
             q, k, v, options = _distinct(q, k, v, options)
-        attended: tuple[Tensor, Tensor] = _Attention.apply(q, k, v, n, n_is_logit, log_n, backend, options, watched)  # type: ignore[no-untyped-call]
+        attended: tuple[Tensor, Tensor] = _Attention.apply(
+            q, k, v, n, n_is_logit, log_n, backend, options, lse_wanted, watched
+        )  # type: ignore[no-untyped-call]
         return attended
-    out, lse, _ = _forward(q, k, v, _log_per_head(q, n, n_is_logit), log_n, backend, options, watched)
+    out, lse, *_ = _forward(q, k, v, _log_per_head(q, n, n_is_logit), log_n, backend, options, lse_wanted, watched)
     return out, lse
 
 
 def _forward(
     q: Tensor, k: Tensor, v: Tensor, log_n_tensor: Tensor | None, log_n: float | None, backend: str, options: Options,
-    watched: bool,
-) -> tuple[Tensor, Tensor, Tensor | None]:  # fmt: skip
+    lse_wanted: bool, watched: bool,
+) -> tuple[Tensor, Tensor, Tensor | None, bool]:  # fmt: skip
     if watched:
         out, lse, rng_state = torch.ops.attn_n.forward(q, k, v, log_n_tensor, log_n, backend, *options)
-        return out, lse, rng_state
-    return _eager_forward(q, k, v, log_n_tensor, log_n, backend, options)
+        return out, lse, rng_state, False
+    return _eager_forward(q, k, v, log_n_tensor, log_n, backend, options, lse_wanted)
 
 
 def watched(x: Tensor) -> bool:
@@ -104,10 +107,13 @@ class _Attention(torch.autograd.Function):
         log_n: float | None,
         backend: str,
         options: Options,
+        lse_wanted: bool,
         watched: bool,
     ) -> tuple[Tensor, Tensor]:
         log_n_tensor = _log_per_head(q, n, n_is_logit)
-        out, lse, rng_state = _forward(q, k, v, log_n_tensor, log_n, backend, options, watched)
+        out, lse, rng_state, ctx.lse_lacks_n = _forward(
+            q, k, v, log_n_tensor, log_n, backend, options, lse_wanted, watched
+        )
         mask, slopes = options.mask, options.alibi_slopes
         starts_q, starts_k = options.cu_seqlens_q, options.cu_seqlens_k
         if mask is None and slopes is None and starts_q is None:
@@ -118,7 +124,7 @@ class _Attention(torch.autograd.Function):
             ctx.options = options.replaced(mask=None, alibi_slopes=None, cu_seqlens_q=None, cu_seqlens_k=None)
         ctx.n_is_logit = n_is_logit
         ctx.n_shape = None if n is None else n.shape
-        ctx.n_positive = log_n is not None
+        ctx.log_n = log_n
         ctx.backend = backend
         ctx.set_materialize_grads(False)
         return out, lse
@@ -127,7 +133,7 @@ class _Attention(torch.autograd.Function):
     def backward(ctx: Any, *grads: Any) -> Any:
         dout, dlse = grads
         if dout is None and dlse is None:
-            return (None,) * 9
+            return (None,) * 10
         q, k, v, out, lse, rng_state, log_n_tensor, *tensors = ctx.saved_tensors
         options = ctx.options
         if tensors:
@@ -135,8 +141,11 @@ class _Attention(torch.autograd.Function):
             options = options.replaced(mask=mask, alibi_slopes=slopes, cu_seqlens_q=starts_q, cu_seqlens_k=starts_k)
         if dout is None:
             dout = torch.zeros_like(out)
+        if ctx.lse_lacks_n:
+            n = ctx.log_n if log_n_tensor is None else log_n_tensor
+            lse = fold.with_n(lse, n, options.cu_seqlens_q is not None)
         needs_n_grad = ctx.needs_input_grad[3]
-        rows_may_be_empty = not ctx.n_positive and _rows_may_be_empty(q, k, options)
+        rows_may_be_empty = ctx.log_n is None and _rows_may_be_empty(q, k, options)
         arguments = (
             dout, dlse, q, k, v, out, lse, rng_state, log_n_tensor, rows_may_be_empty, needs_n_grad, ctx.n_is_logit,
             ctx.backend,
@@ -154,7 +163,7 @@ class _Attention(torch.autograd.Function):
         needs_q, needs_k, needs_v = ctx.needs_input_grad[:3]
         return (
             dq if needs_q else None, dk if needs_k else None, dv if needs_v else None, dn,
-            None, None, None, None, None,
+            None, None, None, None, None, None,
         )  # fmt: skip
 
 
@@ -194,19 +203,21 @@ def _rows_may_be_empty(q: Tensor, k: Tensor, options: Options) -> bool:
 
 
 def _eager_forward(
-    q: Tensor, k: Tensor, v: Tensor, log_n_tensor: Tensor | None, log_n: float | None, backend: str, options: Options
-) -> tuple[Tensor, Tensor, Tensor | None]:
+    q: Tensor, k: Tensor, v: Tensor, log_n_tensor: Tensor | None, log_n: float | None, backend: str, options: Options,
+    lse_wanted: bool,
+) -> tuple[Tensor, Tensor, Tensor | None, bool]:  # fmt: skip
+    """out, lse, the state of dropout, and whether the lse still lacks n, which the backward can add as well."""
     n = log_n if log_n_tensor is None else log_n_tensor
+    packed = options.cu_seqlens_q is not None
     if q.numel() == 0 or k.numel() == 0:
-        out, lse, rng_state = *_nothing_to_see(q, v), None
-    else:
-        chosen = registry.loaded(backend)
-        out, lse, rng_state = chosen.forward(q, k, v, n if chosen.applies_n else None, options)
-        if chosen.applies_n:
-            return out, lse, rng_state
-    if n is not None:
-        lse = fold.fold_(out, lse, n, options.cu_seqlens_q is not None)
-    return out, lse, rng_state
+        out, lse = _nothing_to_see(q, v)
+        return out, lse if n is None else fold.with_n(lse, n, packed), None, False
+    chosen = registry.loaded(backend)
+    if n is None or chosen.applies_n:
+        return *chosen.forward(q, k, v, n, options), False
+    out, lse, rng_state = chosen.forward(q, k, v, None, options)
+    fold.scale_(out, lse, n, packed)
+    return out, fold.with_n(lse, n, packed) if lse_wanted else lse, rng_state, not lse_wanted
 
 
 def _eager_backward(
@@ -263,7 +274,7 @@ def _forward_operator(
     q: Tensor, k: Tensor, v: Tensor, log_n_tensor: Tensor | None, log_n: float | None, backend: str, *values: Any
 ) -> tuple[Tensor, Tensor, Tensor]:
     options = Options(*values)
-    out, lse, rng_state = _eager_forward(q, k, v, log_n_tensor, log_n, backend, options)
+    out, lse, rng_state, _ = _eager_forward(q, k, v, log_n_tensor, log_n, backend, options, lse_wanted=True)
     if rng_state is None:
         rng_state = torch.empty(2 if options.dropout_p else 0, dtype=torch.int64, device=q.device)
     chosen = registry.loaded(backend)

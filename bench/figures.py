@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import math
 import statistics
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,12 +19,12 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-_OURS = ("#0072b2", "#d55e00", "#009e73", "#aa3377", "#e69f00", "#332288")  # Okabe and Ito's, and Tol's
-_OUR_MARKERS = {"0": {"marker": "o", "mfc": "white"}, "1": {"marker": "o"}, "per head": {"marker": "s"}}
-_PEERS = ("#4d4d4d", "#8c8c8c", "#7d93a8", "#a8937d", "#9b86a8", "#b5b5b5")
-_DASHES = ((0, (4, 1.5)), (0, (1, 1)), (0, (6, 1.5, 1, 1.5)), (0, (2, 2)))
-_PEER_MARKERS = ("^", "v", "D", "x", "+", "<", "*")
+# Okabe and Ito's colours and Tol's, which the colour-blind tell apart.
+_OURS = ("#0072b2", "#009e73", "#332288", "#44aa99", "#117733", "#88ccee")
+_PEERS = ("#4d4d4d", "#8c8c8c", "#b5b5b5", "#a8937d", "#cc79a7", "#d55e00", "#e69f00", "#56b4e9", "#882255", "#999933")
+_MARKERS = {"0": {"marker": "o", "mfc": "white"}, "1": {"marker": "o"}, "per head": {"marker": "s"}}
 _CEILING = "#b00020"
+_AUTOMATIC = "attn_n"
 _STYLE: dict[Any, Any] = {
     "font.size": 8.0,
     "axes.titlesize": 8.0,
@@ -102,23 +102,40 @@ def _save(figure: Figure, path: Path) -> list[Path]:
 
 
 def _looks(points: Sequence[Point]) -> dict[str, dict[str, Any]]:
-    """Ours: solid, a colour for each backend and a marker for each n. Peers: muted and dashed, seen above ours."""
-    ours = {point.contender: point for point in points if point.ours}
-    colours = dict(zip(dict.fromkeys(map(base_name, ours.values())), itertools.cycle(_OURS), strict=False))
+    """A colour for each backend of ours and each library, a marker for each n; ours solid, peers dashed and above."""
     looks: dict[str, dict[str, Any]] = {}
-    for name, point in ours.items():
-        looks[name] = {"color": colours[base_name(point)], "lw": 1.7, "zorder": 2, **_OUR_MARKERS[point.n]}
-    peers = dict.fromkeys(point.contender for point in points if not point.ours)
-    for name, color, dash, shape in zip(
-        peers, itertools.cycle(_PEERS), itertools.cycle(_DASHES), itertools.cycle(_PEER_MARKERS), strict=False
-    ):
-        looks[name] = {"color": color, "lw": 1.1, "zorder": 3, "linestyle": dash, "marker": shape}
+    for ours, palette in ((True, _OURS), (False, _PEERS)):
+        there = {point.contender: point for point in points if point.ours == ours}
+        colours = dict(zip(dict.fromkeys(map(_library, there.values())), itertools.cycle(palette), strict=False))
+        line = {"lw": 1.7, "zorder": 2} if ours else {"lw": 1.0, "zorder": 3, "linestyle": (0, (4, 1.5))}
+        for name, point in there.items():
+            looks[name] = {"color": colours[_library(point)], **line, **_MARKERS[point.n]}
     return looks
+
+
+def _library(point: Point) -> str:
+    """The contender without its n, and without the way in which it comes by it."""
+    return base_name(point).removesuffix(" sink").removesuffix(" by lse")
+
+
+def _worth_a_line(points: Sequence[Point]) -> list[Point]:
+    """What a picture can show: n = 0 and n = 1; of our backends, beside the automatic choice, n = 1 alone.
+
+    A contender that was measured at less than half of the problems is left to the tables.
+    """
+    problems = {point.place for point in points}
+    times = Counter(point.contender for point in points)
+    return [
+        point
+        for point in points
+        if 2 * times[point.contender] >= len(problems)
+        and (point.n == "1" or (point.n == "0" and (not point.ours or base_name(point) == _AUTOMATIC)))
+    ]
 
 
 def _speed(scene: _Scene, suite: str) -> Figure | None:
     scale, unit = (1e12, "TFLOP/s") if scene.machine["kind"] == "cuda" else (1e9, "GFLOP/s")
-    points = [point for point in scene.of(suite, ("forward", "backward")) if point.flops]
+    points = _worth_a_line([point for point in scene.of(suite, ("forward", "backward")) if point.flops])
     panels = _panels(points, _pass, _width, lambda point: (point.flops or math.nan) / point.median / scale)
     if not panels:
         return None
@@ -134,7 +151,7 @@ def _speed(scene: _Scene, suite: str) -> Figure | None:
 
 def _memory(scene: _Scene) -> Figure | None:
     suites = dict.fromkeys(point.suite for point in scene.points if point.measure == "memory")
-    points = [point for suite in suites for point in scene.of(suite, ("memory",))]
+    points = _worth_a_line([point for suite in suites for point in scene.of(suite, ("memory",))])
     panels = _panels(points, _mask, _width, lambda point: point.median / 1e6)
     if not panels:
         return None
@@ -164,7 +181,7 @@ def _cost_of_n(scene: _Scene) -> Figure | None:
 def _decode(scene: _Scene) -> Figure | None:
     """How fast K and V are read, each once, which is nearly all that decoding has to do."""
     scale, unit = (1e12, "TB/s") if scene.machine["kind"] == "cuda" else (1e9, "GB/s")
-    points = scene.of("decode", ("forward",))
+    points = _worth_a_line(scene.of("decode", ("forward",)))
     panels = _panels(points, _keys, _batch, lambda point: _bytes_of_keys(point) / point.median / scale, _queries)
     if not panels:
         return None
@@ -240,7 +257,7 @@ def _small_multiples(
     lengths = sorted({x for lines in panels.values() for line in lines.values() for x, _ in line})
     shown = lengths[:: math.ceil(len(lengths) * len(columns) / 24)]
     size = _WIDTH if len(columns) > 1 else _WIDTH * 0.65
-    figure = Figure((size, 1.9 * len(rows) + 1.2), layout="constrained")
+    figure = Figure((size, 1.9 * len(rows) + 0.6), layout="constrained")
     figure.suptitle(title)
     drawn = figure.subplots(len(rows), len(columns), sharex=True, sharey="row", squeeze=False)
     axes = {}
@@ -270,7 +287,9 @@ def _legend(figure: Figure, names: Sequence[str]) -> None:
         handles.update(zip(labels, lines, strict=True))
     if handles:
         ordered = [name for name in names if name in handles]
-        columns = min(4 if figure.get_figwidth() == _WIDTH else 3, len(ordered))
+        width, height = figure.get_size_inches()
+        columns = min(4 if width == _WIDTH else 3, len(ordered))
+        figure.set_size_inches(width, height + 0.17 * math.ceil(len(ordered) / columns))
         figure.legend([handles[name] for name in ordered], ordered, loc="outside lower center", ncols=columns)
 
 

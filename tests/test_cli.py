@@ -40,7 +40,7 @@ def only_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.fixture
 def without_n(monkeypatch: pytest.MonkeyPatch) -> None:
     """A fold that ignores n, as a library without n would."""
-    monkeypatch.setattr(fold, "fold_", lambda out, lse, log_n, packed: lse)
+    monkeypatch.setattr(fold, "scale_", lambda out, lse, log_n, packed: None)
 
 
 def small_report() -> report.Report:
