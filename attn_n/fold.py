@@ -6,7 +6,6 @@ All of it works in the dtype of lse: an lse in bfloat16 would cost up to 10 % in
 
 from __future__ import annotations
 
-import functools
 import math
 
 import torch
@@ -17,7 +16,7 @@ def scale_(out: Tensor, lse: Tensor, log_n: float | Tensor, packed: bool) -> Non
     """`out` at n = 0 becomes `out` at n, in place; `lse` is that at n = 0, and `log_n` a number or `(Hq,)`."""
     # sigmoid(lse - log n) is exp(lse - lse_n) without the cancellation of two large numbers.
     if isinstance(log_n, Tensor):
-        factor = torch.sub(lse, _shaped(log_n, lse, packed)).sigmoid_()
+        factor = (lse - per_row(log_n, packed)).sigmoid_()
         factor.nan_to_num_(0.0)  # -inf minus -inf: a row without visible keys at n = 0
     else:  # n = 1, the usual one, has nothing to subtract
         factor = torch.sigmoid(lse if log_n == 0.0 else lse - log_n)
@@ -26,19 +25,7 @@ def scale_(out: Tensor, lse: Tensor, log_n: float | Tensor, packed: bool) -> Non
 
 def with_n(lse: Tensor, log_n: float | Tensor, packed: bool) -> Tensor:
     """The lse at n, of that at n = 0."""
-    return torch.logaddexp(lse, _shaped(log_n, lse, packed))
-
-
-def _shaped(log_n: float | Tensor, lse: Tensor, packed: bool) -> Tensor:
-    if isinstance(log_n, Tensor):
-        return per_row(log_n, packed)
-    return _on_cpu(log_n, lse.dtype) if lse.is_cpu else lse.new_full((), log_n)
-
-
-@functools.lru_cache(256)
-def _on_cpu(number: float, dtype: torch.dtype) -> Tensor:
-    """Made once, for that takes a good part of a fold; on a GPU it would belong to the CUDA graph it is made in."""
-    return torch.tensor(number, dtype=dtype, device="cpu")
+    return torch.logaddexp(lse, per_row(log_n, packed) if isinstance(log_n, Tensor) else lse.new_full((), log_n))
 
 
 def per_row(per_head: Tensor, packed: bool) -> Tensor:
