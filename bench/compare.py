@@ -16,12 +16,13 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-from bench.derived import TIMES, measured, problem_of, read, rounds_of_ratio
+from bench.derived import measured, problem_of, read, rounds_of_ratio
+from bench.problem import PASSES
 from bench.record import Point, Run
 
 AT_LEAST = 0.95
 # The first call is one reading of a compiler and of disk caches: too noisy to judge.
-_JUDGED = (*TIMES, "memory", "host")
+_JUDGED = (*PASSES, "memory", "host")
 
 _Key = tuple[tuple[object, ...], str]
 

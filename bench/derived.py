@@ -10,10 +10,8 @@ from typing import NamedTuple
 
 import torch
 
-from bench.problem import Problem
+from bench.problem import PASSES, Problem
 from bench.record import Point, Run, load
-
-TIMES = ("forward", "backward", "both")
 
 
 class Duel(NamedTuple):
@@ -67,11 +65,11 @@ def by_place(points: Iterable[Point]) -> dict[tuple[object, ...], list[Point]]:
 def duels(points: Iterable[Point]) -> list[Duel]:
     """One for each place where both sides were timed."""
     found = []
-    for there in by_place(point for point in points if point.measure in TIMES).values():
+    for there in by_place(point for point in points if point.measure in PASSES).values():
         ours = [point for point in there if point.ours and point.n != "0"]
         peers = [point for point in there if not point.ours]
         if ours and peers:
-            found.append(Duel(_fastest(ours), _fastest(peers)))
+            found.append(Duel(fastest(ours), fastest(peers)))
     return found
 
 
@@ -82,5 +80,5 @@ def rounds_of_ratio(over: Point, under: Point) -> list[float]:
     return [a / b for a, b in zip(over.values, under.values, strict=True)]
 
 
-def _fastest(points: Sequence[Point]) -> Point:
+def fastest(points: Sequence[Point]) -> Point:
     return min(points, key=lambda point: point.median)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import itertools
 from collections.abc import Iterator, Mapping
 from typing import NamedTuple
 
@@ -62,11 +63,11 @@ class _Part(NamedTuple):
 
 def _parts(problem: Problem) -> Iterator[_Part]:
     groups = problem.heads // problem.num_heads_kv
+    starts = [0, *itertools.accumulate(problem.sequences)]
     few = problem.length * problem.len_k > _ALL_HEADS_UP_TO**2
     for head in _ends(problem.num_heads_kv) if few else range(problem.num_heads_kv):
         heads = slice(head * groups, (head + 1) * groups)
         if problem.sequences:
-            starts = torch.tensor([0, *problem.sequences]).cumsum(0).tolist()
             for b in _ends(len(problem.sequences)):
                 tokens = slice(starts[b], starts[b + 1])
                 yield _Part((tokens, heads), (tokens, slice(head, head + 1)), heads)

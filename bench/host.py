@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 
 from bench.clocks import Run
-from bench.contenders import contenders
+from bench.contenders import named
 from bench.contenders.base import Contender
 from bench.problem import make_inputs
 from bench.suites import DEVICE, tiny_problem
@@ -59,5 +59,4 @@ def _wait() -> None:
 
 
 if __name__ == "__main__":
-    by_name = {contender.name: contender for contender in contenders(DEVICE)}
-    print(_first_call_of_this_process(by_name[sys.argv[1]]))
+    print(_first_call_of_this_process(named(sys.argv[1], DEVICE)))

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import torch
 
-from bench.contenders import contenders
+from bench.contenders import named
 from bench.contenders.base import Contender
 from bench.problem import Problem, make_inputs
 from bench.suites import DEVICE, memory_problem
@@ -58,5 +58,4 @@ def _resident_peak() -> int:
 
 if __name__ == "__main__":
     name, length = sys.argv[1:]
-    by_name = {contender.name: contender for contender in contenders(DEVICE)}
-    print(_peak_of_this_process(by_name[name], memory_problem(int(length))))
+    print(_peak_of_this_process(named(name, DEVICE), memory_problem(int(length))))

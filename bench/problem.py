@@ -9,6 +9,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+PASSES = ("forward", "backward", "both")  # what is timed
+
 
 @dataclass(frozen=True)
 class Problem:
@@ -54,11 +56,6 @@ class Problem:
     @property
     def num_heads_kv(self) -> int:
         return self.heads if self.heads_kv is None else self.heads_kv
-
-    @property
-    def plain(self) -> bool:
-        """Self-attention of whole batches, full or causal: what every library can do."""
-        return self.keys is None and self.heads_kv is None and self.window is None and not self.sequences
 
     def forward_flops(self) -> float:
         """Two products of 2 E operations for each visible pair of query and key; FlashAttention counts so, too."""

@@ -15,8 +15,8 @@ from pathlib import Path
 from typing import NamedTuple
 
 from bench import figures
-from bench.derived import TIMES, contenders, duels, measured, problem_of, read
-from bench.problem import Problem
+from bench.derived import contenders, duels, measured, problem_of, read
+from bench.problem import PASSES, Problem
 from bench.record import Point, Run
 
 
@@ -93,7 +93,7 @@ def _stems(runs: Sequence[Run]) -> list[str]:
 def markdown(run: Run) -> str:
     """All tables of a run, below a heading that says what it ran on."""
     sections = [_heading(run)]
-    timed = [point for point in run.points if point.measure in TIMES]
+    timed = [point for point in run.points if point.measure in PASSES]
     for suite in dict.fromkeys(point.suite for point in timed):
         points = [point for point in timed if point.suite == suite]
         sections += [f"### {suite}", *_speed_tables(suite, points, run.machine["kind"]), *_left_out(points)]
@@ -117,7 +117,7 @@ def _speed_tables(suite: str, points: Sequence[Point], kind: str) -> list[str]:
     """One for each measure and dtype, and in the grid for each width."""
 
     def order(point: Point) -> tuple[int, str, int]:
-        return TIMES.index(point.measure), point.problem["dtype"], point.problem["width"] if suite == "grid" else 0
+        return PASSES.index(point.measure), point.problem["dtype"], point.problem["width"] if suite == "grid" else 0
 
     tables = []
     for (_, dtype, width), group in itertools.groupby(sorted(measured(points), key=order), key=order):
@@ -183,7 +183,7 @@ def _cost_tables(points: Sequence[Point], unit: Unit) -> list[str]:
 
 def _duel_table(points: Sequence[Point]) -> list[str]:
     rows = []
-    for duel in sorted(duels(points), key=lambda duel: (duel.ours.suite, TIMES.index(duel.ours.measure))):
+    for duel in sorted(duels(points), key=lambda duel: (duel.ours.suite, PASSES.index(duel.ours.measure))):
         problem = problem_of(duel.ours)
         place = [duel.ours.suite, duel.ours.measure, f"{problem} {problem.batch}x{problem.heads}"]
         sides = [cell for side in duel for cell in (side.contender, _digits(side.median * 1e3))]

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 import torch
 
 from bench.contenders.base import Contender, Passes
+from bench.contenders.library import one_line
 from bench.gate import what_is_wrong
 from bench.problem import Inputs, Problem, make_inputs
 from bench.record import Point
@@ -58,7 +59,7 @@ def _entrant(contender: Contender, inputs: Inputs, training: bool) -> Entrant:
         passes = contender.prepare(inputs)
         reason = what_is_wrong(passes, contender.n, inputs, training and "backward" in contender.measures)
     except Exception as failure:  # of one contender; the others are timed all the same
-        reason = f"fails: {type(failure).__name__}: {str(failure).strip()[:300]}"
+        reason = f"fails: {one_line(failure)}"
     if reason is not None:
         return Entrant(contender, "wrong", reason)
     return Entrant(contender, "measured", None, passes, contender.backend(inputs))

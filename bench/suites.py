@@ -8,10 +8,10 @@ from typing import NamedTuple
 
 import torch
 
-from bench.problem import Problem
+from bench.problem import PASSES, Problem
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-FORWARD, TRAINING = ("forward",), ("forward", "backward", "both")
+FORWARD = PASSES[:1]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -19,7 +19,7 @@ class Suite:
     name: str
     problems: tuple[Problem, ...]
     quick: tuple[Problem, ...]  # those of --quick
-    measures: tuple[str, ...] = TRAINING
+    measures: tuple[str, ...] = PASSES
 
 
 class Case(NamedTuple):
@@ -49,7 +49,7 @@ def _suites() -> tuple[Suite, ...]:
 
 def _cpu() -> tuple[Suite, ...]:
     grid = tuple(Problem(length, causal) for length in (512, 1024, 2048, 4096, 8192) for causal in (False, True))
-    return (Suite("grid", grid, tuple(problem for problem in grid if problem.length <= 2048), TRAINING[:2]),)
+    return (Suite("grid", grid, tuple(problem for problem in grid if problem.length <= 2048), PASSES[:2]),)
 
 
 def _cuda() -> tuple[Suite, ...]:
@@ -71,10 +71,10 @@ def _cuda() -> tuple[Suite, ...]:
     return (
         Suite("grid", grid, tuple(p for p in grid if p.width == 128 and p.length in (2048, 8192) and p.causal)),
         Suite("decode", decode, decode[:1], FORWARD),
-        Suite("gqa", gqa, (), TRAINING[:2]),
-        Suite("varlen", varlen, varlen[1:2], TRAINING[:2]),
-        Suite("window", window, window[1:2], TRAINING[:2]),
-        Suite("scaling", scaling, (), TRAINING[:2]),
+        Suite("gqa", gqa, (), PASSES[:2]),
+        Suite("varlen", varlen, varlen[1:2], PASSES[:2]),
+        Suite("window", window, window[1:2], PASSES[:2]),
+        Suite("scaling", scaling, (), PASSES[:2]),
     )
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import statistics
 from collections.abc import Iterable, Mapping, Sequence
 
-from bench.derived import by_place, problem_of, rounds_of_ratio
+from bench.derived import by_place, fastest, measured, problem_of, rounds_of_ratio
 from bench.record import Point
 
 # The automatic choice at n = 1 over PyTorch's own SDPA at n = 0, and eager softmax_n over it.
@@ -14,10 +14,9 @@ _OURS, _TORCH, _EAGER = "attn_n n=1", "torch sdpa", "eager softmax_n n=1"
 
 def in_short(found: Mapping[str, Point]) -> str:
     """Our best and the best peer at one problem."""
-    measured = [point for point in found.values() if point.status == "measured"]
-    best = [min(some, key=lambda point: point.median) for some in (
-        [point for point in measured if point.ours and point.n != "0"], [point for point in measured if not point.ours]
-    ) if some]  # fmt: skip
+    timed = measured(found.values())
+    sides = [point for point in timed if point.ours and point.n != "0"], [point for point in timed if not point.ours]
+    best = [fastest(side) for side in sides if side]
     wrong = [f"{name} is wrong" for name, point in found.items() if point.status == "wrong"]
     return ", ".join([*(f"{point.contender} {_time(point.median)}{_rate(point)}" for point in best), *wrong])
 
@@ -30,7 +29,7 @@ def table(points: Iterable[Point]) -> list[str]:
         ours, peers = found.get(_OURS), [p for name, p in found.items() if name.startswith(_TORCH)]
         if ours is None or not peers:
             continue
-        peer = min(peers, key=lambda point: point.median)
+        peer = fastest(peers)
         eager = f"{found[_EAGER].median / ours.median:.1f}" if _EAGER in found else "-"
         name = f"{ours.suite} {ours.measure} {problem_of(ours)}"
         rows.append(

@@ -21,7 +21,7 @@ Keep = Callable[..., None]
 @pytest.mark.parametrize("suite", ["host", "host without gradients", "host backward"])
 @pytest.mark.parametrize("contender", contenders(DEVICE), ids=str, scope="module")
 def test_host(contender: Contender, suite: str, keep: Keep) -> None:
-    _skip_absent(contender, suite == "host backward")
+    _skip_absent(contender, "backward" if suite == "host backward" else "forward")
     forward, backward = _prepared(contender)
     if suite == "host backward":
         out = forward()
@@ -36,7 +36,7 @@ def test_host(contender: Contender, suite: str, keep: Keep) -> None:
 def test_first_call(contender: Contender, pytestconfig: pytest.Config, keep: Keep) -> None:
     if pytestconfig.getoption("quick"):
         pytest.skip("--quick leaves out new processes")
-    _skip_absent(contender, backward=True)
+    _skip_absent(contender, "both")
     keep(_point(contender, "first call", "first call", [host.first_call(contender)]))
 
 
@@ -45,10 +45,8 @@ def _prepared(contender: Contender) -> Passes:
     return contender.prepare(make_inputs(tiny_problem()))
 
 
-def _skip_absent(contender: Contender, backward: bool) -> None:
-    reason = contender.why_not(tiny_problem())
-    if reason is None and backward and "backward" not in contender.measures:
-        reason = "has no backward"
+def _skip_absent(contender: Contender, measure: str) -> None:
+    reason = contender.why_absent(tiny_problem(), measure)
     if reason is not None:
         pytest.skip(f"{contender.name}: {reason}")
 

@@ -33,9 +33,7 @@ def test_peak(
     if pytestconfig.getoption("quick") and length > LENGTHS[0]:
         pytest.skip(f"--quick stops at length {LENGTHS[0]}")
     problem = memory_problem(length)
-    reason = contender.why_not(problem)
-    if reason is None and "both" not in contender.measures:
-        reason = "has no backward"
+    reason = contender.why_absent(problem, "both")
     if reason is not None:
         pytest.skip(f"{contender.name}: {reason}")
     bytes_ = peaks[contender.name, length] = peak(contender, problem)
@@ -45,5 +43,6 @@ def test_peak(
             values=(float(bytes_),),
         )
     )  # fmt: skip
-    if contender.name == OURS and (OURS, length // 2) in peaks:
-        assert 1.8 <= bytes_ / peaks[OURS, length // 2] <= 2.2
+    shorter = LENGTHS[LENGTHS.index(length) - 1]
+    if contender.name == OURS and shorter < length and (OURS, shorter) in peaks:
+        assert 0.9 <= bytes_ / peaks[OURS, shorter] / (length / shorter) <= 1.1

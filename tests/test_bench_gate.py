@@ -7,7 +7,7 @@ import dataclasses
 import pytest
 import torch
 
-from bench.contenders import contenders
+from bench.contenders import contenders, named
 from bench.contenders.base import Contender, Passes
 from bench.gate import what_is_wrong
 from bench.problem import Problem, make_inputs
@@ -27,8 +27,8 @@ SHAPES = [
     Problem(90, True, heads=2, sequences=(20, 40, 30)),
     Problem(4, heads=2, keys=300, batch=3),
 ]
-OURS = next(contender for contender in contenders("cpu") if contender.name == "attn_n n=1")
-PER_HEAD = next(contender for contender in contenders("cpu") if contender.name == "attn_n n=per head")
+OURS = named("attn_n n=1", "cpu")
+PER_HEAD = named("attn_n n=per head", "cpu")
 
 
 def reason(contender: Contender, problem: Problem) -> str | None:
@@ -68,7 +68,7 @@ def _uncached() -> object:
 
 def _without_n(contender: Contender) -> Contender:
     """The case "n ignored": it computes n = 0 and says that it is n = 1."""
-    plain = next(each for each in contenders("cpu") if each.name == contender.name.replace("n=1", "n=0"))
+    plain = named(contender.name.replace("n=1", "n=0"), "cpu")
     return dataclasses.replace(plain, name="ignores n", n="1")
 
 

@@ -22,6 +22,10 @@ def contenders(device: str) -> tuple[Contender, ...]:
     return (*anywhere, *(contender for peer in peers for contender in peer.CONTENDERS))
 
 
+def named(name: str, device: str) -> Contender:
+    return next(contender for contender in contenders(device) if contender.name == name)
+
+
 def installed() -> dict[str, str]:
     """The versions of the peers' packages, where they are installed."""
     found = {}

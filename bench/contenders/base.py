@@ -9,7 +9,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from bench.problem import Inputs, Problem
+from bench.problem import PASSES, Inputs, Problem
 
 # How n is given: "0" and "1" are numbers, "per head" is `sinks_of`, one learned logit for each head.
 KINDS_OF_N = ("0", "1", "per head")
@@ -41,13 +41,17 @@ class Contender:
     n: str
     prepare: Callable[[Inputs], Passes]
     why_not: Callable[[Problem], str | None] = lambda problem: None
-    measures: tuple[str, ...] = ("forward", "backward", "both")
+    measures: tuple[str, ...] = PASSES
     backend: Callable[[Inputs], str | None] = lambda inputs: None
     ours: bool = False
     apart: bool = False
 
     def __repr__(self) -> str:
         return self.name
+
+    def why_absent(self, problem: Problem, measure: str) -> str | None:
+        """Why it takes no part in one of PASSES at a problem; None if it does."""
+        return self.why_not(problem) or (None if measure in self.measures else f"has no {measure} pass")
 
 
 # Takes q, k, v and n: None for n = 0, or the logits `(H,)` of the sinks, zeros for n = 1.

@@ -11,10 +11,10 @@ import torch
 from torch import Tensor
 
 from bench.contenders.base import Attend, Contender, by_autograd
-from bench.contenders.library import first, why_absent
-from bench.problem import Inputs, Problem
+from bench.contenders.library import why_absent
+from bench.problem import PASSES, Inputs, Problem
 
-FORWARD, TRAINING = ("forward",), ("forward", "backward", "both")
+FORWARD = PASSES[:1]
 
 
 class Version(NamedTuple):
@@ -87,13 +87,9 @@ def _why_not(version: Version, n: str) -> Callable[[Problem], str | None]:
             return "no CPU kernel"
         if problem.dtype not in (torch.float16, torch.bfloat16):
             return "half precision only"
-        return first(reason(version) for reason in (_why_absent, *([] if n == "0" else [_why_no_sink])))
+        return why_absent(version.module) or (None if n == "0" else _why_no_sink(version))
 
     return why_not
-
-
-def _why_absent(version: Version) -> str | None:
-    return why_absent(version.module)
 
 
 def _why_no_sink(version: Version) -> str | None:
@@ -106,11 +102,11 @@ def _measures_3() -> tuple[str, ...]:
     try:
         flags = importlib.import_module("flash_attn_config").CONFIG["build_flags"]
     except ImportError:
-        return TRAINING
-    return FORWARD if flags["FLASHATTENTION_DISABLE_BACKWARD"] else TRAINING
+        return PASSES
+    return FORWARD if flags["FLASHATTENTION_DISABLE_BACKWARD"] else PASSES
 
 
-def _contender(version: Version, n: str, measures: tuple[str, ...] = TRAINING) -> Contender:
+def _contender(version: Version, n: str, measures: tuple[str, ...] = PASSES) -> Contender:
     name = f"{version.name} n=0" if n == "0" else f"{version.name} sink n={n}"
     prepare = by_autograd(_attend(version), n, token_first=True)
     return Contender(name, n, prepare, _why_not(version, n), measures)

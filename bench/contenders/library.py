@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import importlib
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from types import ModuleType
 
 
@@ -22,8 +22,3 @@ def why_absent(name: str, load: Callable[[str], ModuleType] = importlib.import_m
 
 def one_line(failure: Exception) -> str:
     return " ".join(f"{type(failure).__name__}: {failure}".split())[:300]
-
-
-def first(reasons: Iterable[str | None]) -> str | None:
-    """The first reason; later ones are not asked for."""
-    return next(filter(None, reasons), None)
