@@ -20,6 +20,7 @@ ENTRY_POINT_GROUP = "attn_n.backends"
 
 # Where each built-in backend lives. A module may import its library at its top: it is imported when first asked for.
 BUILT_IN = {
+    "triton": "attn_n.backends.triton",
     "sdpa": "attn_n.backends.sdpa",
     "reference": "attn_n.backends.reference",
 }
