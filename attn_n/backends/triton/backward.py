@@ -6,7 +6,7 @@ n is in the lse and appears nowhere else. Nothing is added by atomics: the same 
 import triton
 import triton.language as tl
 
-from attn_n.backends.triton.tile import LOG2E, kept, keys_seen, load, logits, queries_that_see
+from attn_n.backends.triton.tile import LOG2E, add_dot, dot, kept, keys_seen, load, logits, queries_that_see
 
 
 @triton.jit
@@ -96,22 +96,22 @@ def dkdv_kernel(
                 # Beyond the end lse is infinite, and the weights zero.
                 row_lse = tl.load(lse + at + here.to(tl.int64) * stride_ll, mask=here < len_q, other=float("inf"))
                 row_delta = tl.load(delta + at + here.to(tl.int64) * stride_ll, mask=here < len_q, other=0.0)
-                products = tl.dot(k_tile, q_tile.T, input_precision=PRECISION)
+                products = dot(k_tile, q_tile.T, PRECISION)
                 s, slope_of_cap = logits(
                     products, here[None, :], keys, len_q, len_k, left, right, scale, softcap, of_mask, stride_mq,
                     stride_mk, slope, part != 1, HAS_LEFT, HAS_RIGHT, SOFTCAP, MASK, ALIBI,
                 )  # fmt: skip
                 weights = tl.exp2(s - row_lse[None, :] * LOG2E)
-                dweights = tl.dot(v_tile, dout_tile.T, input_precision=PRECISION)
+                dweights = dot(v_tile, dout_tile.T, PRECISION)
                 if DROPOUT:
                     keep = kept(rng_state, random_head, here[None, :], keys, dropout_threshold)
                     dropped = tl.where(keep, weights * dropout_scale, 0.0)
                     dweights = tl.where(keep, dweights * dropout_scale, 0.0)
                 else:
                     dropped = weights
-                dv_tile = tl.dot(dropped.to(dout_tile.dtype), dout_tile, dv_tile, input_precision=PRECISION)
+                dv_tile = add_dot(dv_tile, dropped.to(dout_tile.dtype), dout_tile, PRECISION)
                 ds = weights * (dweights - row_delta[None, :]) * slope_of_cap
-                dk_tile = tl.dot(ds.to(q_tile.dtype), q_tile, dk_tile, input_precision=PRECISION)
+                dk_tile = add_dot(dk_tile, ds.to(q_tile.dtype), q_tile, PRECISION)
 
     dk += outer * stride_dkb + head_kv.to(tl.int64) * stride_dkh + first_k * stride_dks
     dv += outer * stride_dvb + head_kv.to(tl.int64) * stride_dvh + first_k * stride_dvs
@@ -182,17 +182,17 @@ def dq_kernel(
             far = here[:, None].to(tl.int64)
             k_tile = load(k + far * stride_ks + e * stride_ke, here[:, None], len_k, e, WIDTH, TILE_E, part != 1)
             v_tile = load(v + far * stride_vs + ev * stride_ve, here[:, None], len_k, ev, WIDTH_V, TILE_V, part != 1)
-            products = tl.dot(q_tile, k_tile.T, input_precision=PRECISION)
+            products = dot(q_tile, k_tile.T, PRECISION)
             s, slope_of_cap = logits(
                 products, rows_q, here[None, :], len_q, len_k, left, right, scale, softcap, mask, stride_mq, stride_mk,
                 slope, part != 1, HAS_LEFT, HAS_RIGHT, SOFTCAP, MASK, ALIBI,
             )  # fmt: skip
             weights = tl.exp2(s - row_lse[:, None])
-            dweights = tl.dot(dout_tile, v_tile.T, input_precision=PRECISION)
+            dweights = dot(dout_tile, v_tile.T, PRECISION)
             if DROPOUT:
                 keep = kept(rng_state, batch * tl.num_programs(1) + head, rows_q, here[None, :], dropout_threshold)
                 dweights = tl.where(keep, dweights * dropout_scale, 0.0)
             ds = weights * (dweights - row_delta[:, None]) * slope_of_cap
-            dq_tile = tl.dot(ds.to(k_tile.dtype), k_tile, dq_tile, input_precision=PRECISION)
+            dq_tile = add_dot(dq_tile, ds.to(k_tile.dtype), k_tile, PRECISION)
     tl.store(dq + along * stride_dql + e * stride_dqe, (dq_tile * scale).to(dq.dtype.element_ty),
              mask=(rows_q < len_q) & (e < WIDTH))  # fmt: skip

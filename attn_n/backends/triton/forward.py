@@ -6,7 +6,7 @@ n joins the denominator at the end, as one more key with logit log n and value z
 import triton
 import triton.language as tl
 
-from attn_n.backends.triton.tile import LN2, LOG2E, kept, keys_seen, load, logits
+from attn_n.backends.triton.tile import LN2, LOG2E, add_dot, dot, kept, keys_seen, load, logits
 
 
 @triton.jit
@@ -102,7 +102,7 @@ def attend_tile(
     here = first_key + keys
     along = here[:, None].to(tl.int64)
     k_tile = load(k + along * stride_ks + e * stride_ke, here[:, None], len_k, e, WIDTH, TILE_E, BOUNDED)
-    products = tl.dot(q_tile, k_tile.T, input_precision=PRECISION)
+    products = dot(q_tile, k_tile.T, PRECISION)
     s, _ = logits(
         products, rows_q, here[None, :], len_q, len_k, left, right, scale, softcap, mask, stride_mq, stride_mk, slope,
         BOUNDED, HAS_LEFT, HAS_RIGHT, SOFTCAP, MASK, ALIBI,
@@ -116,5 +116,5 @@ def attend_tile(
     if DROPOUT:
         weights = tl.where(kept(rng_state, random_head, rows_q, here[None, :], dropout_threshold), weights, 0.0)
     v_tile = load(v + along * stride_vs + ev * stride_ve, here[:, None], len_k, ev, WIDTH_V, TILE_V, BOUNDED)
-    acc = tl.dot(weights.to(v.dtype.element_ty), v_tile, acc * rescale[:, None], input_precision=PRECISION)
+    acc = add_dot(acc * rescale[:, None], weights.to(v.dtype.element_ty), v_tile, PRECISION)
     return acc, total, new_top

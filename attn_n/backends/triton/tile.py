@@ -3,11 +3,15 @@
 Everything is in base 2: a logit is `log2(e)` times that of the formulas, because exp2 is what the hardware has.
 """
 
+import os
+
 import triton
 import triton.language as tl
 
 LOG2E = tl.constexpr(1.4426950408889634)
 LN2 = tl.constexpr(0.6931471805599453)
+# Triton's interpreter multiplies the bits of bfloat16 as if they were integers.
+INTERPRETED = tl.constexpr(os.environ.get("TRITON_INTERPRET") == "1")
 
 
 @triton.jit
@@ -20,6 +24,20 @@ def load(pointers, rows, row_limit, columns, WIDTH: tl.constexpr, TILE_WIDTH: tl
     if WIDTH != TILE_WIDTH:
         return tl.load(pointers, mask=columns < WIDTH, other=0.0)
     return tl.load(pointers)
+
+
+@triton.jit
+def dot(a, b, PRECISION: tl.constexpr):
+    if INTERPRETED:
+        return tl.dot(a.to(tl.float32), b.to(tl.float32))
+    return tl.dot(a, b, input_precision=PRECISION)
+
+
+@triton.jit
+def add_dot(acc, a, b, PRECISION: tl.constexpr):
+    if INTERPRETED:
+        return tl.dot(a.to(tl.float32), b.to(tl.float32), acc)
+    return tl.dot(a, b, acc, input_precision=PRECISION)
 
 
 @triton.jit
