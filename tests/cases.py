@@ -287,6 +287,7 @@ def must_serve(backend: str, device: str, dtype: torch.dtype, case: Case, lse_gr
         "sdpa:efficient": device == "cuda"
         and dtype != torch.float64
         and not features & ({"softcap", "alibi"} if half else {"softcap"}),
+        "triton": dtype != torch.float64 and "E > 256" not in features,
     }
     table["sdpa"] = any(serves for name, serves in table.items() if name.startswith("sdpa:"))
     return table[backend]

@@ -2,8 +2,13 @@
 
 from __future__ import annotations
 
+import os
+
 import pytest
 import torch
+
+if not torch.cuda.is_available():  # on a CPU Triton's kernels run under its interpreter, chosen when they are defined
+    os.environ["TRITON_INTERPRET"] = "1"
 
 from attn_n import plans, registry
 from attn_n.backends.base import Backend, Family

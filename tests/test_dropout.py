@@ -10,7 +10,7 @@ from attn_n import flash_attention_n
 from tests.oracle import attention_n
 
 PLACES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
-BACKENDS = {"cpu": ["reference"], "cuda": ["reference", "sdpa:flash"]}
+BACKENDS = {"cpu": ["reference", "triton"], "cuda": ["reference", "sdpa:flash", "triton"]}
 P, LENGTH = 0.4, 64
 
 

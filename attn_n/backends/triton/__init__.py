@@ -12,14 +12,13 @@ from triton.runtime.interpreter import InterpretedFunction
 
 from attn_n.backends.base import Backend, empty_in_order, memory_order
 from attn_n.backends.triton import configs
-from attn_n.backends.triton.backward import delta_kernel, dkdv_kernel, dq_kernel
+from attn_n.backends.triton.backward import dkdv_kernel, dq_kernel
 from attn_n.backends.triton.forward import forward_kernel
 from attn_n.call import AttentionCall, Options
 
 _OLDEST = "3.4"
 _DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 _INTERPRETED = isinstance(forward_kernel, InterpretedFunction)
-_TILE_OF_DELTA = 64
 
 
 class TritonBackend(Backend):
@@ -55,17 +54,15 @@ class TritonBackend(Backend):
         if options.dropout_p:
             # Two random numbers of torch's own generator: they follow its seed, also in a captured graph.
             rng_state = torch.randint(1 << 62, (2,), device=q.device)
+        sinks = log_n if isinstance(log_n, Tensor) else None
         shape = _Shape(q, k, v, options)
-        tile_q, tile_k, num_warps, num_stages = configs.forward(shape.widest, q.element_size())
-        per_head = isinstance(log_n, Tensor)
-        forward_kernel[(triton.cdiv(shape.longest_q, tile_q), shape.heads, shape.batch)](
-            q, k, v, out, lse, log_n if per_head else None,
-            *shape.extras(rng_state),
-            *shape.strides(q), *shape.strides(k), *shape.strides(v), *shape.strides(out), *shape.strides(lse),
-            *shape.strides_of_extras(), log_n.stride(0) if isinstance(log_n, Tensor) else 0,
-            *shape.numbers(), 0.0 if per_head or log_n is None else log_n, *shape.dropout(),
-            **shape.flags(), N="none" if log_n is None else "per head" if per_head else "number",
-            TILE_Q=tile_q, TILE_K=tile_k, num_warps=num_warps, num_stages=num_stages,
+        descriptors = all(map(fits_descriptor, (q, k, v)))
+        config = configs.forward(shape.widest, q.element_size(), descriptors)
+        _launch(
+            forward_kernel, shape.programs_of_queries(config.tile_q), config, shape.constants(descriptors),
+            q, k, v, out, lse, sinks, *shape.extras(rng_state),
+            *map(shape.strides, (q, k, v, out)), *shape.strides_of_extras(),
+            None if sinks is None else sinks.stride(0), None if sinks is not None else log_n, *shape.numbers(),
         )  # fmt: skip
         return out, lse, rng_state
 
@@ -81,36 +78,27 @@ class TritonBackend(Backend):
         rng_state: Tensor | None,
         options: Options,
     ) -> tuple[Tensor, Tensor, Tensor]:
+        if dout.stride(-1) != 1:  # that of a sum: read many times, it is worth laying out once
+            dout = dout.contiguous()
+        lse, dlse = lse.contiguous(), None if dlse is None else dlse.contiguous()
         dq, dk, dv = (empty_in_order(x, x.shape, memory_order(x)) for x in (q, k, v))
-        shape, delta = _Shape(q, k, v, options), torch.empty_like(lse)
-        self._delta(shape, out, dout, dlse, delta)
-        common = shape.extras(rng_state)
-        lse_strides = shape.strides(lse)
-        inputs = *shape.strides(q), *shape.strides(k), *shape.strides(v), *shape.strides(dout), *lse_strides
-        numbers, flags = (*shape.numbers(), *shape.dropout()), shape.flags()
-        tile_q, tile_k, num_warps, num_stages = configs.dkdv(shape.widest, q.element_size())
-        dkdv_kernel[(triton.cdiv(shape.longest_k, tile_k), shape.heads_kv, shape.batch)](
-            q, k, v, dout, lse, delta, dk, dv, *common,
-            *inputs, *shape.strides(dk), *shape.strides(dv), *shape.strides_of_extras(), *numbers,
-            **flags, TILE_Q=tile_q, TILE_K=tile_k, num_warps=num_warps, num_stages=num_stages,
+        delta = torch.empty_like(lse)
+        shape = _Shape(q, k, v, options)
+        extras, numbers = shape.extras(rng_state), shape.numbers()
+        descriptors = all(map(fits_descriptor, (q, k, v, dout)))
+        config = configs.dq(shape.widest, q.element_size(), descriptors)
+        _launch(
+            dq_kernel, shape.programs_of_queries(config.tile_q), config, shape.constants(descriptors),
+            q, k, v, out, dout, lse, dlse, delta, dq, *extras,
+            *map(shape.strides, (q, k, v, out, dout, dq)), *shape.strides_of_extras(), *numbers,
         )  # fmt: skip
-        tile_q, tile_k, num_warps, num_stages = configs.dq(shape.widest, q.element_size())
-        dq_kernel[(triton.cdiv(shape.longest_q, tile_q), shape.heads, shape.batch)](
-            q, k, v, dout, lse, delta, dq, *common,
-            *inputs, *shape.strides(dq), *shape.strides_of_extras(), *numbers,
-            **flags, TILE_Q=tile_q, TILE_K=tile_k, num_warps=num_warps, num_stages=num_stages,
+        config = configs.dkdv(shape.widest, q.element_size(), descriptors)
+        _launch(
+            dkdv_kernel, shape.programs_of_keys(config.tile_k), config, shape.constants(descriptors),
+            q, k, v, dout, lse, delta, dk, dv, *extras,
+            *map(shape.strides, (q, k, v, dout, dk, dv)), *shape.strides_of_extras(), *numbers,
         )  # fmt: skip
         return dq, dk, dv
-
-    def _delta(self, shape: _Shape, out: Tensor, dout: Tensor, dlse: Tensor | None, delta: Tensor) -> None:
-        rows = out.shape[0] if shape.packed else out.shape[2]
-        batch = 1 if shape.packed else shape.batch
-        delta_kernel[(triton.cdiv(rows, _TILE_OF_DELTA), shape.heads, batch)](
-            out, dout, dlse, delta,
-            *shape.strides(out), *shape.strides(dout), *shape.strides(delta),
-            *((0, 0, 0) if dlse is None else shape.strides(dlse)), rows,
-            HAS_DLSE=dlse is not None, WIDTH_V=out.shape[-1], TILE_Q=_TILE_OF_DELTA, TILE_V=shape.tile_v,
-        )  # fmt: skip
 
 
 class _Shape:
@@ -118,67 +106,90 @@ class _Shape:
 
     def __init__(self, q: Tensor, k: Tensor, v: Tensor, options: Options) -> None:
         self._options = options
-        self.packed = options.cu_seqlens_q is not None
-        self.heads, self.heads_kv = q.shape[1], k.shape[1]
+        self._heads, self._heads_kv = q.shape[1], k.shape[1]
         self._width, self._width_v = q.shape[-1], v.shape[-1]
-        self._tile_e, self.tile_v = _tile(self._width), _tile(self._width_v)
-        self.widest = max(self._tile_e, self.tile_v)
+        self._tile_e, self._tile_v = _tile(self._width), _tile(self._width_v)
+        self.widest = max(self._tile_e, self._tile_v)
         self._half = q.element_size() == 2
         if options.cu_seqlens_q is not None:
-            self.batch = options.cu_seqlens_q.shape[0] - 1
-            self.longest_q, self.longest_k = options.max_seqlen_q, options.max_seqlen_k
+            self._batch = options.cu_seqlens_q.shape[0] - 1
+            self._len_q, self._len_k = options.max_seqlen_q, options.max_seqlen_k
         else:
-            self.batch, self.longest_q, self.longest_k = q.shape[0], q.shape[2], k.shape[2]
+            self._batch, self._len_q, self._len_k = q.shape[0], q.shape[2], k.shape[2]
+
+    def programs_of_queries(self, tile: int) -> int:
+        return triton.cdiv(self._len_q, tile) * self._heads * self._batch
+
+    def programs_of_keys(self, tile: int) -> int:
+        return triton.cdiv(self._len_k, tile) * self._heads_kv * self._batch
 
     def strides(self, x: Tensor) -> tuple[int, ...]:
         """Of batch, head, row and column; packed tensors have no batch."""
         stride = x.stride()
-        return (0, stride[1], stride[0], *stride[2:]) if self.packed else stride
+        return (0, stride[1], stride[0], stride[2]) if len(stride) == 3 else stride
 
     def extras(self, rng_state: Tensor | None) -> tuple[Tensor | None, ...]:
         options = self._options
-        mask = options.mask.view(torch.uint8) if options.mask is not None and not self._float_mask else options.mask
+        mask = options.mask
+        if mask is not None and mask.dtype == torch.bool:
+            mask = mask.view(torch.uint8)
         return mask, options.alibi_slopes, rng_state, options.cu_seqlens_q, options.cu_seqlens_k
 
-    @property
-    def _float_mask(self) -> bool:
-        return self._options.mask is not None and self._options.mask.dtype != torch.bool
-
-    def strides_of_extras(self) -> tuple[int, ...]:
+    def strides_of_extras(self) -> tuple[tuple[int, ...] | None, tuple[int, ...] | None]:
         mask, slopes = self._options.mask, self._options.alibi_slopes
-        of_mask = (0, 0, 0, 0) if mask is None else tuple(
+        of_mask = None if mask is None else tuple(
             0 if size == 1 else stride for size, stride in zip(mask.shape, mask.stride(), strict=True)
         )  # fmt: skip
-        return *of_mask, *((0, 0) if slopes is None else slopes.stride())
+        return of_mask, None if slopes is None else slopes.stride()
 
-    def numbers(self) -> tuple[float, ...]:
+    def numbers(self) -> tuple[float | None, ...]:
         options = self._options
+        p = options.dropout_p
         return (
-            self.longest_q, self.longest_k, options.window_left or 0, options.window_right or 0, options.scale,
-            options.softcap or 0.0,
+            self._heads, self._heads_kv, self._len_q, self._len_k, options.window_left, options.window_right,
+            options.scale, options.softcap, min(int(p * 2**31), 2**31 - 1), 1 / (1 - p),
         )  # fmt: skip
 
-    def dropout(self) -> tuple[int, float]:
-        p = self._options.dropout_p
-        return min(int(p * 2**32), 2**32 - 1), 1 / (1 - p)
-
-    def flags(self) -> dict[str, Any]:
+    def constants(self, descriptors: bool) -> dict[str, Any]:
         options = self._options
         return {
-            "GROUPS": self.heads // self.heads_kv,
             "WIDTH": self._width,
             "WIDTH_V": self._width_v,
-            "HAS_LEFT": options.window_left is not None,
-            "HAS_RIGHT": options.window_right is not None,
-            "SOFTCAP": options.softcap is not None,
-            "MASK": "none" if options.mask is None else "float" if self._float_mask else "bool",
-            "ALIBI": options.alibi_slopes is not None,
-            "DROPOUT": options.dropout_p > 0,
-            "PACKED": self.packed,
-            "PRECISION": _precision(self._half),
             "TILE_E": self._tile_e,
-            "TILE_V": self.tile_v,
-        }
+            "TILE_V": self._tile_v,
+            "LINEAR": options.scale > 0 and options.softcap is None and options.alibi_slopes is None
+            and options.mask is None,
+            "PRECISION": _precision(self._half),
+            "DESCRIPTORS": descriptors,
+        }  # fmt: skip
+
+
+def _launch(
+    kernel: Any, programs: int, config: configs.Config, constants: dict[str, Any], q: Tensor, *arguments: Any
+) -> None:
+    if constants["DESCRIPTORS"]:
+        # Of this thread, and backward has another than forward.
+        triton.set_allocator(_descriptors)
+    with torch.cuda.device_of(q):  # Triton launches on the current device
+        kernel[programs,](q, *arguments, **constants, **config.keywords())
+
+
+def _descriptors(size: int, alignment: int, stream: int | None) -> Tensor:
+    """Memory for the descriptors that a kernel writes for itself."""
+    return torch.empty(size, dtype=torch.int8, device="cuda")
+
+
+def fits_descriptor(x: Tensor) -> bool:
+    """Whether the copy engine of sm_90 and later can read tiles of x: rows of 16-byte steps."""
+    step = 16 // x.element_size()
+    return (
+        x.is_cuda
+        and torch.version.hip is None
+        and torch.cuda.get_device_capability(x.device) >= (9, 0)
+        and x.stride(-1) == 1
+        and x.data_ptr() % 16 == 0
+        and all(stride % step == 0 for stride in x.stride()[:-1])
+    )
 
 
 def _tile(width: int) -> int:

@@ -1,4 +1,4 @@
-"""The backward kernels: delta, then dK and dV by tiles of keys, and dQ by tiles of queries.
+"""The backward kernels: dQ and delta by tiles of queries, then dK and dV by tiles of keys.
 
 n is in the lse and appears nowhere else. Nothing is added by atomics: the same gradients each time, bit by bit.
 """
@@ -6,193 +6,148 @@ n is in the lse and appears nowhere else. Nothing is added by atomics: the same 
 import triton
 import triton.language as tl
 
-from attn_n.backends.triton.tile import LOG2E, add_dot, dot, kept, keys_seen, load, logits, queries_that_see
+from attn_n.backends.triton.tile import (
+    LOG2E, RUN_TIME, add_dot, dot, kept, keys_seen, load, logits, matrix, place, queries_that_see, rows_of, store,
+    view,
+)  # fmt: skip
 
 
-@triton.jit
-def delta_kernel(
-    out, dout, dlse, delta,
-    stride_ob, stride_oh, stride_ol, stride_oe,
-    stride_db, stride_dh, stride_dl, stride_de,
-    stride_lb, stride_lh, stride_ll,
-    stride_nb, stride_nh, stride_nl,
-    len_q,
-    HAS_DLSE: tl.constexpr, WIDTH_V: tl.constexpr, TILE_Q: tl.constexpr, TILE_V: tl.constexpr,
+@triton.jit(do_not_specialize=RUN_TIME)
+def dq_kernel(
+    q, k, v, out, dout, lse, dlse, delta, dq, mask, slopes, rng_state, starts_q, starts_k,
+    strides_q, strides_k, strides_v, strides_out, strides_dout, strides_dq, strides_mask, strides_slopes,
+    heads, heads_kv, len_q, len_k, left, right, scale, softcap, dropout_threshold, dropout_scale,
+    WIDTH: tl.constexpr, WIDTH_V: tl.constexpr, TILE_E: tl.constexpr, TILE_V: tl.constexpr,
+    LINEAR: tl.constexpr, PRECISION: tl.constexpr, DESCRIPTORS: tl.constexpr,
+    TILE_Q: tl.constexpr, TILE_K: tl.constexpr,
 ):  # fmt: skip
-    """`rowsum(dout * out) - dlse`, float32."""
-    head, batch = tl.program_id(1).to(tl.int64), tl.program_id(2).to(tl.int64)
-    rows = (tl.program_id(0) * TILE_Q + tl.arange(0, TILE_Q)).to(tl.int64)
-    ev = tl.arange(0, TILE_V)[None, :]
-    inside = (rows[:, None] < len_q) & (ev < WIDTH_V)
-    of_out = out + batch * stride_ob + head * stride_oh + rows[:, None] * stride_ol + ev * stride_oe
-    of_dout = dout + batch * stride_db + head * stride_dh + rows[:, None] * stride_dl + ev * stride_de
-    product = tl.load(of_out, mask=inside, other=0.0).to(tl.float32) * tl.load(of_dout, mask=inside, other=0.0)
-    found = tl.sum(product, 1)
-    if HAS_DLSE:
-        found -= tl.load(dlse + batch * stride_nb + head * stride_nh + rows * stride_nl, mask=rows < len_q, other=0.0)
-    tl.store(delta + batch * stride_lb + head * stride_lh + rows * stride_ll, found, mask=rows < len_q)
+    """One program for each tile of queries of one head; it also leaves `delta = rowsum(dout * out) - dlse`."""
+    tiles = tl.cdiv(len_q, TILE_Q)
+    tile, head, batch, first_q, first_k, len_q, len_k = place(starts_q, starts_k, heads, len_q, len_k, tiles)
+    first_row = (tiles - 1 - tile) * TILE_Q
+    if first_row >= len_q:
+        return
+
+    head_kv = head // (heads // heads_kv)
+    of_q, of_dq = matrix(q, strides_q, batch, head, first_q), matrix(dq, strides_dq, batch, head, first_q)
+    of_k, of_v = matrix(k, strides_k, batch, head_kv, first_k), matrix(v, strides_v, batch, head_kv, first_k)
+    of_out, of_dout = matrix(out, strides_out, batch, head, first_q), matrix(dout, strides_dout, batch, head, first_q)
+    of_lse, step = rows_of(lse, batch, head, heads, first_q, len_q, starts_q is not None)
+    of_delta, _ = rows_of(delta, batch, head, heads, first_q, len_q, starts_q is not None)
+    of_mask = None if mask is None else mask + (batch * strides_mask[0] + head * strides_mask[1])
+    slope = None if slopes is None else tl.load(slopes + (batch * strides_slopes[0] + head * strides_slopes[1]))
+
+    rows = first_row + tl.arange(0, TILE_Q)
+    view_dout = view(of_dout, len_q, strides_dout, WIDTH_V, TILE_Q, TILE_V, DESCRIPTORS)
+    dout_tile = load(view_dout, first_row, len_q, strides_dout, WIDTH_V, TILE_Q, TILE_V, True, DESCRIPTORS)
+    out_tile = load(of_out, first_row, len_q, strides_out, WIDTH_V, TILE_Q, TILE_V, True, False)
+    row_delta = tl.sum(out_tile.to(tl.float32) * dout_tile.to(tl.float32), 1)
+    if dlse is not None:
+        of_dlse, _ = rows_of(dlse, batch, head, heads, first_q, len_q, starts_q is not None)
+        row_delta -= tl.load(of_dlse + rows * step, mask=rows < len_q, other=0.0)
+    tl.store(of_delta + rows * step, row_delta, mask=rows < len_q)
+    row_lse = tl.load(of_lse + rows * step, mask=rows < len_q, other=float("inf")) * LOG2E
+    view_q = view(of_q, len_q, strides_q, WIDTH, TILE_Q, TILE_E, DESCRIPTORS)
+    q_tile = load(view_q, first_row, len_q, strides_q, WIDTH, TILE_Q, TILE_E, True, DESCRIPTORS)
+    view_k = view(of_k, len_k, strides_k, WIDTH, TILE_K, TILE_E, DESCRIPTORS)
+    view_v = view(of_v, len_k, strides_v, WIDTH_V, TILE_K, TILE_V, DESCRIPTORS)
+    factor = scale * LOG2E if LINEAR else 1.0
+    dq_tile = tl.zeros((TILE_Q, TILE_E), tl.float32)
+
+    begin, full_begin, full_end, end = keys_seen(first_row, len_q, len_k, left, right, TILE_Q, TILE_K)
+    for part in tl.static_range(1 if left is None else 0, 3):
+        start = begin if part == 0 else (full_begin if part == 1 else full_end)
+        stop = tl.minimum(full_begin, end) if part == 0 else (full_end if part == 1 else end)
+        for first_key in tl.range(start, stop, TILE_K):
+            here = first_key + tl.arange(0, TILE_K)[None, :]
+            k_tile = load(
+                view_k, first_key, len_k, strides_k, WIDTH, TILE_K, TILE_E, part != 1, DESCRIPTORS
+            )
+            v_tile = load(
+                view_v, first_key, len_k, strides_v, WIDTH_V, TILE_K, TILE_V, part != 1, DESCRIPTORS
+            )
+            s, slope_of_cap = logits(
+                dot(q_tile, k_tile.T, PRECISION), rows[:, None], here, len_q, len_k, left, right, scale, softcap,
+                of_mask, strides_mask, slope, part != 1, LINEAR,
+            )  # fmt: skip
+            weights = tl.exp2(s * factor - row_lse[:, None])
+            dweights = dot(dout_tile, v_tile.T, PRECISION)
+            if rng_state is not None:
+                keep = kept(rng_state, batch * heads + head, rows[:, None], here, dropout_threshold)
+                dweights = tl.where(keep, dweights * dropout_scale, 0.0)
+            ds = weights * (dweights - row_delta[:, None]) * slope_of_cap
+            dq_tile = add_dot(dq_tile, ds.to(k.dtype.element_ty), k_tile, PRECISION)
+    store(of_dq, dq_tile * scale, first_row, len_q, strides_dq, WIDTH, TILE_Q, TILE_E)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=RUN_TIME)
 def dkdv_kernel(
     q, k, v, dout, lse, delta, dk, dv, mask, slopes, rng_state, starts_q, starts_k,
-    stride_qb, stride_qh, stride_ql, stride_qe,
-    stride_kb, stride_kh, stride_ks, stride_ke,
-    stride_vb, stride_vh, stride_vs, stride_ve,
-    stride_db, stride_dh, stride_dl, stride_de,
-    stride_lb, stride_lh, stride_ll,
-    stride_dkb, stride_dkh, stride_dks, stride_dke,
-    stride_dvb, stride_dvh, stride_dvs, stride_dve,
-    stride_mb, stride_mh, stride_mq, stride_mk,
-    stride_slope_b, stride_slope_h,
-    len_q, len_k, left, right, scale, softcap, dropout_threshold, dropout_scale,
-    GROUPS: tl.constexpr, WIDTH: tl.constexpr, WIDTH_V: tl.constexpr,
-    HAS_LEFT: tl.constexpr, HAS_RIGHT: tl.constexpr, SOFTCAP: tl.constexpr, MASK: tl.constexpr, ALIBI: tl.constexpr,
-    DROPOUT: tl.constexpr, PACKED: tl.constexpr, PRECISION: tl.constexpr,
-    TILE_Q: tl.constexpr, TILE_K: tl.constexpr, TILE_E: tl.constexpr, TILE_V: tl.constexpr,
+    strides_q, strides_k, strides_v, strides_dout, strides_dk, strides_dv, strides_mask, strides_slopes,
+    heads, heads_kv, len_q, len_k, left, right, scale, softcap, dropout_threshold, dropout_scale,
+    WIDTH: tl.constexpr, WIDTH_V: tl.constexpr, TILE_E: tl.constexpr, TILE_V: tl.constexpr,
+    LINEAR: tl.constexpr, PRECISION: tl.constexpr, DESCRIPTORS: tl.constexpr,
+    TILE_Q: tl.constexpr, TILE_K: tl.constexpr,
 ):  # fmt: skip
-    tile, head_kv, batch = tl.program_id(0), tl.program_id(1), tl.program_id(2).to(tl.int64)
-    first_q, first_k = 0, 0
-    if PACKED:
-        first_q, first_k = tl.load(starts_q + batch).to(tl.int64), tl.load(starts_k + batch).to(tl.int64)
-        len_q = (tl.load(starts_q + batch + 1) - first_q).to(tl.int32)
-        len_k = (tl.load(starts_k + batch + 1) - first_k).to(tl.int32)
+    """One program for each tile of keys of one key head; it goes through the query heads that share it."""
+    tile, head_kv, batch, first_q, first_k, len_q, len_k = place(
+        starts_q, starts_k, heads_kv, len_q, len_k, tl.cdiv(len_k, TILE_K)
+    )
     first_key = tile * TILE_K
     if first_key >= len_k:
         return
 
-    rows = tl.arange(0, TILE_Q)
-    keys = (first_key + tl.arange(0, TILE_K))[:, None]
-    e, ev = tl.arange(0, TILE_E)[None, :], tl.arange(0, TILE_V)[None, :]
-    outer = 0 if PACKED else batch
-    k += outer * stride_kb + head_kv.to(tl.int64) * stride_kh + first_k * stride_ks
-    v += outer * stride_vb + head_kv.to(tl.int64) * stride_vh + first_k * stride_vs
-    k_tile = load(k + keys.to(tl.int64) * stride_ks + e * stride_ke, keys, len_k, e, WIDTH, TILE_E, True)
-    v_tile = load(v + keys.to(tl.int64) * stride_vs + ev * stride_ve, keys, len_k, ev, WIDTH_V, TILE_V, True)
+    of_k, of_v = matrix(k, strides_k, batch, head_kv, first_k), matrix(v, strides_v, batch, head_kv, first_k)
+    view_k = view(of_k, len_k, strides_k, WIDTH, TILE_K, TILE_E, DESCRIPTORS)
+    view_v = view(of_v, len_k, strides_v, WIDTH_V, TILE_K, TILE_V, DESCRIPTORS)
+    k_tile = load(view_k, first_key, len_k, strides_k, WIDTH, TILE_K, TILE_E, True, DESCRIPTORS)
+    v_tile = load(view_v, first_key, len_k, strides_v, WIDTH_V, TILE_K, TILE_V, True, DESCRIPTORS)
+    keys = first_key + tl.arange(0, TILE_K)[:, None]
+    factor = scale * LOG2E if LINEAR else 1.0
     dk_tile = tl.zeros((TILE_K, TILE_E), tl.float32)
     dv_tile = tl.zeros((TILE_K, TILE_V), tl.float32)
 
-    begin, full_begin, full_end, end = queries_that_see(
-        first_key, len_q, len_k, left, right, TILE_Q, TILE_K, HAS_LEFT, HAS_RIGHT
-    )
-    for group in range(GROUPS):
-        head = head_kv * GROUPS + group
-        of_q = q + outer * stride_qb + head.to(tl.int64) * stride_qh + first_q * stride_ql
-        of_dout = dout + outer * stride_db + head.to(tl.int64) * stride_dh + first_q * stride_dl
-        at = outer * stride_lb + head.to(tl.int64) * stride_lh + first_q * stride_ll
-        of_mask = mask + batch * stride_mb + head.to(tl.int64) * stride_mh if MASK != "none" else mask
-        slope = tl.load(slopes + batch * stride_slope_b + head * stride_slope_h) if ALIBI else 0.0
-        random_head = batch * tl.num_programs(1) * GROUPS + head
-        for part in tl.static_range(0 if HAS_RIGHT else 1, 3):
+    begin, full_begin, full_end, end = queries_that_see(first_key, len_q, len_k, left, right, TILE_Q, TILE_K)
+    groups = heads // heads_kv
+    for group in tl.range(0, groups):
+        head = head_kv * groups + group
+        of_q, of_dout = matrix(q, strides_q, batch, head, first_q), matrix(dout, strides_dout, batch, head, first_q)
+        of_lse, step = rows_of(lse, batch, head, heads, first_q, len_q, starts_q is not None)
+        of_delta, _ = rows_of(delta, batch, head, heads, first_q, len_q, starts_q is not None)
+        of_mask = None if mask is None else mask + (batch * strides_mask[0] + head * strides_mask[1])
+        slope = None if slopes is None else tl.load(slopes + (batch * strides_slopes[0] + head * strides_slopes[1]))
+        view_q = view(of_q, len_q, strides_q, WIDTH, TILE_Q, TILE_E, DESCRIPTORS)
+        view_dout = view(of_dout, len_q, strides_dout, WIDTH_V, TILE_Q, TILE_V, DESCRIPTORS)
+        for part in tl.static_range(1 if right is None else 0, 3):
             start = begin if part == 0 else (full_begin if part == 1 else full_end)
             stop = tl.minimum(full_begin, end) if part == 0 else (full_end if part == 1 else end)
             for first_row in tl.range(start, stop, TILE_Q):
-                here = first_row + rows
-                along = here[:, None].to(tl.int64)
-                q_tile = load(of_q + along * stride_ql + e * stride_qe, here[:, None], len_q, e, WIDTH, TILE_E, part != 1)
+                rows = first_row + tl.arange(0, TILE_Q)
+                q_tile = load(
+                    view_q, first_row, len_q, strides_q, WIDTH, TILE_Q, TILE_E, part != 1, DESCRIPTORS
+                )
                 dout_tile = load(
-                    of_dout + along * stride_dl + ev * stride_de, here[:, None], len_q, ev, WIDTH_V, TILE_V, part != 1
+                    view_dout, first_row, len_q, strides_dout, WIDTH_V, TILE_Q, TILE_V, part != 1, DESCRIPTORS
                 )
                 # Beyond the end lse is infinite, and the weights zero.
-                row_lse = tl.load(lse + at + here.to(tl.int64) * stride_ll, mask=here < len_q, other=float("inf"))
-                row_delta = tl.load(delta + at + here.to(tl.int64) * stride_ll, mask=here < len_q, other=0.0)
-                products = dot(k_tile, q_tile.T, PRECISION)
+                row_lse = tl.load(of_lse + rows * step, mask=rows < len_q, other=float("inf")) * LOG2E
+                row_delta = tl.load(of_delta + rows * step, mask=rows < len_q, other=0.0)
                 s, slope_of_cap = logits(
-                    products, here[None, :], keys, len_q, len_k, left, right, scale, softcap, of_mask, stride_mq,
-                    stride_mk, slope, part != 1, HAS_LEFT, HAS_RIGHT, SOFTCAP, MASK, ALIBI,
+                    dot(k_tile, q_tile.T, PRECISION), rows[None, :], keys, len_q, len_k, left, right, scale, softcap,
+                    of_mask, strides_mask, slope, part != 1, LINEAR,
                 )  # fmt: skip
-                weights = tl.exp2(s - row_lse[None, :] * LOG2E)
+                weights = tl.exp2(s * factor - row_lse[None, :])
                 dweights = dot(v_tile, dout_tile.T, PRECISION)
-                if DROPOUT:
-                    keep = kept(rng_state, random_head, here[None, :], keys, dropout_threshold)
+                if rng_state is not None:
+                    keep = kept(rng_state, batch * heads + head, rows[None, :], keys, dropout_threshold)
                     dropped = tl.where(keep, weights * dropout_scale, 0.0)
                     dweights = tl.where(keep, dweights * dropout_scale, 0.0)
                 else:
                     dropped = weights
-                dv_tile = add_dot(dv_tile, dropped.to(dout_tile.dtype), dout_tile, PRECISION)
+                dv_tile = add_dot(dv_tile, dropped.to(v.dtype.element_ty), dout_tile, PRECISION)
                 ds = weights * (dweights - row_delta[None, :]) * slope_of_cap
-                dk_tile = add_dot(dk_tile, ds.to(q_tile.dtype), q_tile, PRECISION)
+                dk_tile = add_dot(dk_tile, ds.to(q.dtype.element_ty), q_tile, PRECISION)
 
-    dk += outer * stride_dkb + head_kv.to(tl.int64) * stride_dkh + first_k * stride_dks
-    dv += outer * stride_dvb + head_kv.to(tl.int64) * stride_dvh + first_k * stride_dvs
-    along = keys.to(tl.int64)
-    tl.store(dk + along * stride_dks + e * stride_dke, (dk_tile * scale).to(dk.dtype.element_ty),
-             mask=(keys < len_k) & (e < WIDTH))  # fmt: skip
-    tl.store(dv + along * stride_dvs + ev * stride_dve, dv_tile.to(dv.dtype.element_ty),
-             mask=(keys < len_k) & (ev < WIDTH_V))  # fmt: skip
-
-
-@triton.jit
-def dq_kernel(
-    q, k, v, dout, lse, delta, dq, mask, slopes, rng_state, starts_q, starts_k,
-    stride_qb, stride_qh, stride_ql, stride_qe,
-    stride_kb, stride_kh, stride_ks, stride_ke,
-    stride_vb, stride_vh, stride_vs, stride_ve,
-    stride_db, stride_dh, stride_dl, stride_de,
-    stride_lb, stride_lh, stride_ll,
-    stride_dqb, stride_dqh, stride_dql, stride_dqe,
-    stride_mb, stride_mh, stride_mq, stride_mk,
-    stride_slope_b, stride_slope_h,
-    len_q, len_k, left, right, scale, softcap, dropout_threshold, dropout_scale,
-    GROUPS: tl.constexpr, WIDTH: tl.constexpr, WIDTH_V: tl.constexpr,
-    HAS_LEFT: tl.constexpr, HAS_RIGHT: tl.constexpr, SOFTCAP: tl.constexpr, MASK: tl.constexpr, ALIBI: tl.constexpr,
-    DROPOUT: tl.constexpr, PACKED: tl.constexpr, PRECISION: tl.constexpr,
-    TILE_Q: tl.constexpr, TILE_K: tl.constexpr, TILE_E: tl.constexpr, TILE_V: tl.constexpr,
-):  # fmt: skip
-    tile, head, batch = tl.num_programs(0) - 1 - tl.program_id(0), tl.program_id(1), tl.program_id(2).to(tl.int64)
-    head_kv = head // GROUPS
-    first_q, first_k = 0, 0
-    if PACKED:
-        first_q, first_k = tl.load(starts_q + batch).to(tl.int64), tl.load(starts_k + batch).to(tl.int64)
-        len_q = (tl.load(starts_q + batch + 1) - first_q).to(tl.int32)
-        len_k = (tl.load(starts_k + batch + 1) - first_k).to(tl.int32)
-    first_row = tile * TILE_Q
-    if first_row >= len_q:
-        return
-
-    rows = first_row + tl.arange(0, TILE_Q)
-    rows_q, along = rows[:, None], rows[:, None].to(tl.int64)
-    keys = tl.arange(0, TILE_K)
-    e, ev = tl.arange(0, TILE_E)[None, :], tl.arange(0, TILE_V)[None, :]
-    outer = 0 if PACKED else batch
-    q += outer * stride_qb + head.to(tl.int64) * stride_qh + first_q * stride_ql
-    k += outer * stride_kb + head_kv.to(tl.int64) * stride_kh + first_k * stride_ks
-    v += outer * stride_vb + head_kv.to(tl.int64) * stride_vh + first_k * stride_vs
-    dout += outer * stride_db + head.to(tl.int64) * stride_dh + first_q * stride_dl
-    dq += outer * stride_dqb + head.to(tl.int64) * stride_dqh + first_q * stride_dql
-    at = outer * stride_lb + head.to(tl.int64) * stride_lh + first_q * stride_ll
-    if MASK != "none":
-        mask += batch * stride_mb + head.to(tl.int64) * stride_mh
-    slope = tl.load(slopes + batch * stride_slope_b + head * stride_slope_h) if ALIBI else 0.0
-
-    q_tile = load(q + along * stride_ql + e * stride_qe, rows_q, len_q, e, WIDTH, TILE_E, True)
-    dout_tile = load(dout + along * stride_dl + ev * stride_de, rows_q, len_q, ev, WIDTH_V, TILE_V, True)
-    row_lse = tl.load(lse + at + rows.to(tl.int64) * stride_ll, mask=rows < len_q, other=float("inf")) * LOG2E
-    row_delta = tl.load(delta + at + rows.to(tl.int64) * stride_ll, mask=rows < len_q, other=0.0)
-    dq_tile = tl.zeros((TILE_Q, TILE_E), tl.float32)
-
-    begin, full_begin, full_end, end = keys_seen(
-        first_row, len_q, len_k, left, right, TILE_Q, TILE_K, HAS_LEFT, HAS_RIGHT
-    )
-    for part in tl.static_range(0 if HAS_LEFT else 1, 3):
-        start = begin if part == 0 else (full_begin if part == 1 else full_end)
-        stop = tl.minimum(full_begin, end) if part == 0 else (full_end if part == 1 else end)
-        for first_key in tl.range(start, stop, TILE_K):
-            here = first_key + keys
-            far = here[:, None].to(tl.int64)
-            k_tile = load(k + far * stride_ks + e * stride_ke, here[:, None], len_k, e, WIDTH, TILE_E, part != 1)
-            v_tile = load(v + far * stride_vs + ev * stride_ve, here[:, None], len_k, ev, WIDTH_V, TILE_V, part != 1)
-            products = dot(q_tile, k_tile.T, PRECISION)
-            s, slope_of_cap = logits(
-                products, rows_q, here[None, :], len_q, len_k, left, right, scale, softcap, mask, stride_mq, stride_mk,
-                slope, part != 1, HAS_LEFT, HAS_RIGHT, SOFTCAP, MASK, ALIBI,
-            )  # fmt: skip
-            weights = tl.exp2(s - row_lse[:, None])
-            dweights = dot(dout_tile, v_tile.T, PRECISION)
-            if DROPOUT:
-                keep = kept(rng_state, batch * tl.num_programs(1) + head, rows_q, here[None, :], dropout_threshold)
-                dweights = tl.where(keep, dweights * dropout_scale, 0.0)
-            ds = weights * (dweights - row_delta[:, None]) * slope_of_cap
-            dq_tile = add_dot(dq_tile, ds.to(k_tile.dtype), k_tile, PRECISION)
-    tl.store(dq + along * stride_dql + e * stride_dqe, (dq_tile * scale).to(dq.dtype.element_ty),
-             mask=(rows_q < len_q) & (e < WIDTH))  # fmt: skip
+    of_dk, of_dv = matrix(dk, strides_dk, batch, head_kv, first_k), matrix(dv, strides_dv, batch, head_kv, first_k)
+    store(of_dk, dk_tile * scale, first_key, len_k, strides_dk, WIDTH, TILE_K, TILE_E)
+    store(of_dv, dv_tile, first_key, len_k, strides_dv, WIDTH_V, TILE_K, TILE_V)

@@ -1,6 +1,7 @@
-"""What the kernels share: how a tile is read, which keys a tile of queries sees, and its logits.
+"""What the kernels share: how a tile is read, which tiles see each other, and their logits.
 
 Everything is in base 2: a logit is `log2(e)` times that of the formulas, because exp2 is what the hardware has.
+An argument that is None (a mask, a side of the window, ...) is None when the kernel is compiled, and costs nothing.
 """
 
 import os
@@ -13,31 +14,94 @@ LN2 = tl.constexpr(0.6931471805599453)
 # Triton's interpreter multiplies the bits of bfloat16 as if they were integers.
 INTERPRETED = tl.constexpr(os.environ.get("TRITON_INTERPRET") == "1")
 
+# The numbers for whose values nothing is compiled anew. (Strides are: once more if they are no multiples of 16.)
+RUN_TIME = ("stride_sinks", "heads", "heads_kv", "len_q", "len_k", "left", "right", "dropout_threshold")
+
 
 @triton.jit
-def load(pointers, rows, row_limit, columns, WIDTH: tl.constexpr, TILE_WIDTH: tl.constexpr, CHECK_ROWS: tl.constexpr):
-    """A tile of a matrix that is WIDTH wide; what lies outside of it is zero."""
-    if CHECK_ROWS and WIDTH != TILE_WIDTH:
-        return tl.load(pointers, mask=(rows < row_limit) & (columns < WIDTH), other=0.0)
-    if CHECK_ROWS:
-        return tl.load(pointers, mask=rows < row_limit, other=0.0)
-    if WIDTH != TILE_WIDTH:
-        return tl.load(pointers, mask=columns < WIDTH, other=0.0)
-    return tl.load(pointers)
+def place(starts_q, starts_k, heads, len_q, len_k, tiles):
+    """Which tile, head and batch this program works on, where its sequences begin, and how long they are."""
+    program = tl.program_id(0)
+    tile, head, batch = program % tiles, (program // tiles) % heads, (program // tiles // heads).to(tl.int64)
+    first_q, first_k = batch * 0, batch * 0
+    if starts_q is not None:  # packed sequences
+        first_q, first_k = tl.load(starts_q + batch).to(tl.int64), tl.load(starts_k + batch).to(tl.int64)
+        len_q = (tl.load(starts_q + batch + 1) - first_q).to(tl.int32)
+        len_k = (tl.load(starts_k + batch + 1) - first_k).to(tl.int32)
+    return tile, head, batch, first_q, first_k, len_q, len_k
+
+
+@triton.jit
+def matrix(x, strides, batch, head, first_row):
+    """Pointer to the first row of a head. (The batch stride of packed tensors is zero.)"""
+    return x + (batch * strides[0] + head.to(tl.int64) * strides[1] + first_row * strides[2])
+
+
+@triton.jit
+def view(
+    x, rows, strides,
+    WIDTH: tl.constexpr, TILE_ROWS: tl.constexpr, TILE_WIDTH: tl.constexpr, DESCRIPTORS: tl.constexpr,
+):  # fmt: skip
+    """What `load` reads the tiles of the matrix at `x` from: a tensor descriptor, or just its pointer."""
+    if DESCRIPTORS:
+        return tl.make_tensor_descriptor(x, [rows, WIDTH], [strides[2], 1], [TILE_ROWS, TILE_WIDTH])
+    else:
+        return x
+
+
+@triton.jit
+def load(
+    view, first_row, rows, strides, WIDTH: tl.constexpr, TILE_ROWS: tl.constexpr, TILE_WIDTH: tl.constexpr,
+    MAY_END: tl.constexpr, DESCRIPTORS: tl.constexpr,
+):  # fmt: skip
+    """The tile that begins at `first_row`, zero outside of the matrix, which ends in this tile only if MAY_END."""
+    if DESCRIPTORS:
+        return view.load([first_row, 0])
+    else:
+        row, column = (first_row + tl.arange(0, TILE_ROWS))[:, None], tl.arange(0, TILE_WIDTH)[None, :]
+        pointers = view + row.to(tl.int64) * strides[2] + column * strides[3]
+        if MAY_END and WIDTH != TILE_WIDTH:
+            return tl.load(pointers, mask=(row < rows) & (column < WIDTH), other=0.0)
+        elif MAY_END:
+            return tl.load(pointers, mask=row < rows, other=0.0)
+        elif WIDTH != TILE_WIDTH:
+            return tl.load(pointers, mask=column < WIDTH, other=0.0)
+        else:
+            return tl.load(pointers)
+
+
+@triton.jit
+def store(
+    x, tile, first_row, rows, strides, WIDTH: tl.constexpr, TILE_ROWS: tl.constexpr, TILE_WIDTH: tl.constexpr,
+):  # fmt: skip
+    row, column = (first_row + tl.arange(0, TILE_ROWS))[:, None], tl.arange(0, TILE_WIDTH)[None, :]
+    pointers = x + row.to(tl.int64) * strides[2] + column * strides[3]
+    tl.store(pointers, tile.to(x.dtype.element_ty), mask=(row < rows) & (column < WIDTH))
+
+
+@triton.jit
+def rows_of(x, batch, head, heads, first_row, len_q, PACKED: tl.constexpr):
+    """Pointer to the first row of a head in a tensor of one number a row, `(B, H, L)` or packed `(T, H)`, and its step."""
+    if PACKED:
+        return x + first_row * heads + head, heads
+    else:
+        return x + (batch * heads + head) * len_q, 1
 
 
 @triton.jit
 def dot(a, b, PRECISION: tl.constexpr):
     if INTERPRETED:
         return tl.dot(a.to(tl.float32), b.to(tl.float32))
-    return tl.dot(a, b, input_precision=PRECISION)
+    else:
+        return tl.dot(a, b, input_precision=PRECISION)
 
 
 @triton.jit
 def add_dot(acc, a, b, PRECISION: tl.constexpr):
     if INTERPRETED:
         return tl.dot(a.to(tl.float32), b.to(tl.float32), acc)
-    return tl.dot(a, b, acc, input_precision=PRECISION)
+    else:
+        return tl.dot(a, b, acc, input_precision=PRECISION)
 
 
 @triton.jit
@@ -51,58 +115,56 @@ def tanh(x):
 @triton.jit
 def logits(
     products,  # of queries and keys, float32
-    rows,  # of the queries, shaped to broadcast with products, and so are the keys: (Q, K) or (K, Q)
-    keys,
-    len_q,
-    len_k,
-    left,
-    right,
-    scale,  # sm_scale; in base 2 unless there is a softcap
-    softcap,
-    mask,  # of this batch and head
-    stride_mask_q,
-    stride_mask_k,
-    slope,
-    BOUNDED: tl.constexpr,  # whether some of the pairs may be out of the window, or beyond the end
-    HAS_LEFT: tl.constexpr,
-    HAS_RIGHT: tl.constexpr,
-    SOFTCAP: tl.constexpr,
-    MASK: tl.constexpr,  # "none", "bool" or "float"
-    ALIBI: tl.constexpr,
-):
-    """Logits in base 2, -inf where a query does not see a key, and the derivative of the softcap (or 1)."""
+    row,  # of the queries; it broadcasts with products, as the keys do: (Q, 1) and (1, K), or (1, Q) and (K, 1)
+    key,
+    len_q, len_k, left, right, scale, softcap,
+    mask,  # of this batch and head, or None
+    strides_mask,
+    slope,  # of ALiBi, or None
+    BOUNDED: tl.constexpr,  # whether some of the pairs may be outside of the window, or beyond the end
+    LINEAR: tl.constexpr,  # whether logits are products times a positive number, which is left to the caller
+):  # fmt: skip
+    """Logits in base 2, -inf where a query does not see a key, and the derivative of the softcap."""
     slope_of_cap = 1.0
-    if SOFTCAP:
+    if LINEAR:
+        s = products
+    elif softcap is not None:
         capped = tanh(products * (scale / softcap))
         slope_of_cap = 1 - capped * capped
         s = capped * (softcap * LOG2E)
     else:
         s = products * (scale * LOG2E)
-    distance = rows + (len_k - len_q) - keys
-    if ALIBI:
+    distance = row + (len_k - len_q) - key
+    if slope is not None:
         s -= tl.abs(distance).to(tl.float32) * (slope * LOG2E)
-    if MASK != "none":
-        inside = (rows < len_q) & (keys < len_k)
-        pointers = mask + rows.to(tl.int64) * stride_mask_q + keys.to(tl.int64) * stride_mask_k
-        if MASK == "bool":
+    if mask is not None:
+        pointers = mask + row.to(tl.int64) * strides_mask[2] + key.to(tl.int64) * strides_mask[3]
+        inside = (row < len_q) & (key < len_k)
+        if mask.dtype.element_ty == tl.uint8:
             s = tl.where(tl.load(pointers, mask=inside, other=0) != 0, s, float("-inf"))
         else:
             s += tl.load(pointers, mask=inside, other=0.0).to(tl.float32) * LOG2E
     if BOUNDED:
-        visible = keys < len_k
-        if HAS_LEFT:
+        visible = key < len_k
+        if left is not None:
             visible &= distance <= left
-        if HAS_RIGHT:
+        if right is not None:
             visible &= -distance <= right
         s = tl.where(visible, s, float("-inf"))
     return s, slope_of_cap
 
 
 @triton.jit
-def keys_seen(
-    first_row, len_q, len_k, left, right,
-    TILE_Q: tl.constexpr, TILE_K: tl.constexpr, HAS_LEFT: tl.constexpr, HAS_RIGHT: tl.constexpr,
-):  # fmt: skip
+def kept(rng_state, head, row, key, threshold):
+    """Which weights dropout keeps: one random number of 31 bits for each pair, whatever the tiles."""
+    seed, offset = tl.load(rng_state), tl.load(rng_state + 1).to(tl.int32)
+    zero = row * 0 + key * 0
+    random, _, _, _ = tl.philox(seed, key + zero, row + zero, head.to(tl.int32) + zero, offset + zero)
+    return (random.to(tl.uint32, bitcast=True) >> 1).to(tl.int32) >= threshold
+
+
+@triton.jit
+def keys_seen(first_row, len_q, len_k, left, right, TILE_Q: tl.constexpr, TILE_K: tl.constexpr):
     """`begin, full_begin, full_end, end`: the keys that a tile of queries sees, and of those the tiles that all see.
 
     All but `end` are multiples of TILE_K.
@@ -110,10 +172,10 @@ def keys_seen(
     first = first_row + (len_k - len_q)
     last = tl.minimum(first_row + TILE_Q, len_q) - 1 + (len_k - len_q)
     begin, full_begin, end, full_end = 0, 0, len_k, len_k
-    if HAS_RIGHT:
+    if right is not None:
         end = tl.maximum(0, tl.minimum(len_k, last + right + 1))
         full_end = tl.maximum(0, tl.minimum(len_k, first + right + 1))
-    if HAS_LEFT:
+    if left is not None:
         begin = tl.maximum(0, first - left) // TILE_K * TILE_K
         full_begin = tl.cdiv(tl.maximum(0, last - left), TILE_K) * TILE_K
     full_end = tl.maximum(full_end // TILE_K * TILE_K, full_begin)
@@ -121,28 +183,15 @@ def keys_seen(
 
 
 @triton.jit
-def kept(rng_state, head, rows, keys, threshold):
-    """Which weights dropout keeps: one random number for each pair, whatever the tiles."""
-    seed = tl.load(rng_state)
-    offset = tl.load(rng_state + 1)
-    zero = rows * 0 + keys * 0
-    random, _, _, _ = tl.philox(seed, keys + zero, rows + zero, head + zero, offset.to(tl.int32) + zero)
-    return random.to(tl.uint32, bitcast=True) >= threshold
-
-
-@triton.jit
-def queries_that_see(
-    first_key, len_q, len_k, left, right,
-    TILE_Q: tl.constexpr, TILE_K: tl.constexpr, HAS_LEFT: tl.constexpr, HAS_RIGHT: tl.constexpr,
-):  # fmt: skip
+def queries_that_see(first_key, len_q, len_k, left, right, TILE_Q: tl.constexpr, TILE_K: tl.constexpr):
     """`begin, full_begin, full_end, end` of the queries that see a tile of keys, as `keys_seen` for the keys."""
     first = first_key - (len_k - len_q)
     last = tl.minimum(first_key + TILE_K, len_k) - 1 - (len_k - len_q)
     begin, full_begin, end, full_end = 0, 0, len_q, len_q
-    if HAS_LEFT:
+    if left is not None:
         end = tl.maximum(0, tl.minimum(len_q, last + left + 1))
         full_end = tl.maximum(0, tl.minimum(len_q, first + left + 1))
-    if HAS_RIGHT:
+    if right is not None:
         begin = tl.maximum(0, first - right) // TILE_Q * TILE_Q
         full_begin = tl.cdiv(tl.maximum(0, last - right), TILE_Q) * TILE_Q
     full_end = tl.maximum(full_end // TILE_Q * TILE_Q, full_begin)
