@@ -146,13 +146,14 @@ class _Shape:
         options = self._options
         p = options.dropout_p
         return (
-            self._heads, self._heads_kv, self._len_q, self._len_k, options.window_left, options.window_right,
+            self._heads, self._len_q, self._len_k, options.window_left, options.window_right,
             options.scale, options.softcap, min(int(p * 2**31), 2**31 - 1), 1 / (1 - p),
         )  # fmt: skip
 
     def constants(self, descriptors: bool) -> dict[str, Any]:
         options = self._options
         return {
+            "GROUPS": self._heads // self._heads_kv,
             "WIDTH": self._width,
             "WIDTH_V": self._width_v,
             "TILE_E": self._tile_e,

@@ -16,8 +16,8 @@ from attn_n.backends.triton.tile import (
 def dq_kernel(
     q, k, v, out, dout, lse, dlse, delta, dq, mask, slopes, rng_state, starts_q, starts_k,
     strides_q, strides_k, strides_v, strides_out, strides_dout, strides_dq, strides_mask, strides_slopes,
-    heads, heads_kv, len_q, len_k, left, right, scale, softcap, dropout_threshold, dropout_scale,
-    WIDTH: tl.constexpr, WIDTH_V: tl.constexpr, TILE_E: tl.constexpr, TILE_V: tl.constexpr,
+    heads, len_q, len_k, left, right, scale, softcap, dropout_threshold, dropout_scale,
+    GROUPS: tl.constexpr, WIDTH: tl.constexpr, WIDTH_V: tl.constexpr, TILE_E: tl.constexpr, TILE_V: tl.constexpr,
     LINEAR: tl.constexpr, PRECISION: tl.constexpr, DESCRIPTORS: tl.constexpr,
     TILE_Q: tl.constexpr, TILE_K: tl.constexpr,
 ):  # fmt: skip
@@ -28,7 +28,7 @@ def dq_kernel(
     if first_row >= len_q:
         return
 
-    head_kv = head // (heads // heads_kv)
+    head_kv = head // GROUPS
     of_q, of_dq = matrix(q, strides_q, batch, head, first_q), matrix(dq, strides_dq, batch, head, first_q)
     of_k, of_v = matrix(k, strides_k, batch, head_kv, first_k), matrix(v, strides_v, batch, head_kv, first_k)
     of_out, of_dout = matrix(out, strides_out, batch, head, first_q), matrix(dout, strides_dout, batch, head, first_q)
@@ -38,19 +38,19 @@ def dq_kernel(
     slope = None if slopes is None else tl.load(slopes + (batch * strides_slopes[0] + head * strides_slopes[1]))
 
     rows = first_row + tl.arange(0, TILE_Q)
-    view_dout = view(of_dout, len_q, strides_dout, WIDTH_V, TILE_Q, TILE_V, DESCRIPTORS)
-    dout_tile = load(view_dout, first_row, len_q, strides_dout, WIDTH_V, TILE_Q, TILE_V, True, DESCRIPTORS)
-    out_tile = load(of_out, first_row, len_q, strides_out, WIDTH_V, TILE_Q, TILE_V, True, False)
+    view_dout = view(of_dout, 1, len_q, strides_dout, WIDTH_V, TILE_Q, TILE_V, DESCRIPTORS)
+    dout_tile = load(view_dout, 0, first_row, len_q, strides_dout, WIDTH_V, TILE_Q, TILE_V, True, DESCRIPTORS)
+    out_tile = load(of_out, 0, first_row, len_q, strides_out, WIDTH_V, TILE_Q, TILE_V, True, False)
     row_delta = tl.sum(out_tile.to(tl.float32) * dout_tile.to(tl.float32), 1)
     if dlse is not None:
         of_dlse, _ = rows_of(dlse, batch, head, heads, first_q, len_q, starts_q is not None)
         row_delta -= tl.load(of_dlse + rows * step, mask=rows < len_q, other=0.0)
     tl.store(of_delta + rows * step, row_delta, mask=rows < len_q)
     row_lse = tl.load(of_lse + rows * step, mask=rows < len_q, other=float("inf")) * LOG2E
-    view_q = view(of_q, len_q, strides_q, WIDTH, TILE_Q, TILE_E, DESCRIPTORS)
-    q_tile = load(view_q, first_row, len_q, strides_q, WIDTH, TILE_Q, TILE_E, True, DESCRIPTORS)
-    view_k = view(of_k, len_k, strides_k, WIDTH, TILE_K, TILE_E, DESCRIPTORS)
-    view_v = view(of_v, len_k, strides_v, WIDTH_V, TILE_K, TILE_V, DESCRIPTORS)
+    view_q = view(of_q, 1, len_q, strides_q, WIDTH, TILE_Q, TILE_E, DESCRIPTORS)
+    q_tile = load(view_q, 0, first_row, len_q, strides_q, WIDTH, TILE_Q, TILE_E, True, DESCRIPTORS)
+    view_k = view(of_k, 1, len_k, strides_k, WIDTH, TILE_K, TILE_E, DESCRIPTORS)
+    view_v = view(of_v, 1, len_k, strides_v, WIDTH_V, TILE_K, TILE_V, DESCRIPTORS)
     factor = scale * LOG2E if LINEAR else 1.0
     dq_tile = tl.zeros((TILE_Q, TILE_E), tl.float32)
 
@@ -61,10 +61,10 @@ def dq_kernel(
         for first_key in tl.range(start, stop, TILE_K):
             here = first_key + tl.arange(0, TILE_K)[None, :]
             k_tile = load(
-                view_k, first_key, len_k, strides_k, WIDTH, TILE_K, TILE_E, part != 1, DESCRIPTORS
+                view_k, 0, first_key, len_k, strides_k, WIDTH, TILE_K, TILE_E, part != 1, DESCRIPTORS
             )
             v_tile = load(
-                view_v, first_key, len_k, strides_v, WIDTH_V, TILE_K, TILE_V, part != 1, DESCRIPTORS
+                view_v, 0, first_key, len_k, strides_v, WIDTH_V, TILE_K, TILE_V, part != 1, DESCRIPTORS
             )
             s, slope_of_cap = logits(
                 dot(q_tile, k_tile.T, PRECISION), rows[:, None], here, len_q, len_k, left, right, scale, softcap,
@@ -84,69 +84,70 @@ def dq_kernel(
 def dkdv_kernel(
     q, k, v, dout, lse, delta, dk, dv, mask, slopes, rng_state, starts_q, starts_k,
     strides_q, strides_k, strides_v, strides_dout, strides_dk, strides_dv, strides_mask, strides_slopes,
-    heads, heads_kv, len_q, len_k, left, right, scale, softcap, dropout_threshold, dropout_scale,
-    WIDTH: tl.constexpr, WIDTH_V: tl.constexpr, TILE_E: tl.constexpr, TILE_V: tl.constexpr,
+    heads, len_q, len_k, left, right, scale, softcap, dropout_threshold, dropout_scale,
+    GROUPS: tl.constexpr, WIDTH: tl.constexpr, WIDTH_V: tl.constexpr, TILE_E: tl.constexpr, TILE_V: tl.constexpr,
     LINEAR: tl.constexpr, PRECISION: tl.constexpr, DESCRIPTORS: tl.constexpr,
     TILE_Q: tl.constexpr, TILE_K: tl.constexpr,
 ):  # fmt: skip
     """One program for each tile of keys of one key head; it goes through the query heads that share it."""
     tile, head_kv, batch, first_q, first_k, len_q, len_k = place(
-        starts_q, starts_k, heads_kv, len_q, len_k, tl.cdiv(len_k, TILE_K)
+        starts_q, starts_k, heads // GROUPS, len_q, len_k, tl.cdiv(len_k, TILE_K)
     )
     first_key = tile * TILE_K
     if first_key >= len_k:
         return
 
+    first_head = head_kv * GROUPS
+    of_q, of_dout = matrix(q, strides_q, batch, first_head, first_q), matrix(dout, strides_dout, batch, first_head, first_q)
     of_k, of_v = matrix(k, strides_k, batch, head_kv, first_k), matrix(v, strides_v, batch, head_kv, first_k)
-    view_k = view(of_k, len_k, strides_k, WIDTH, TILE_K, TILE_E, DESCRIPTORS)
-    view_v = view(of_v, len_k, strides_v, WIDTH_V, TILE_K, TILE_V, DESCRIPTORS)
-    k_tile = load(view_k, first_key, len_k, strides_k, WIDTH, TILE_K, TILE_E, True, DESCRIPTORS)
-    v_tile = load(view_v, first_key, len_k, strides_v, WIDTH_V, TILE_K, TILE_V, True, DESCRIPTORS)
+    view_q = view(of_q, GROUPS, len_q, strides_q, WIDTH, TILE_Q, TILE_E, DESCRIPTORS)
+    view_dout = view(of_dout, GROUPS, len_q, strides_dout, WIDTH_V, TILE_Q, TILE_V, DESCRIPTORS)
+    view_k = view(of_k, 1, len_k, strides_k, WIDTH, TILE_K, TILE_E, DESCRIPTORS)
+    view_v = view(of_v, 1, len_k, strides_v, WIDTH_V, TILE_K, TILE_V, DESCRIPTORS)
+    k_tile = load(view_k, 0, first_key, len_k, strides_k, WIDTH, TILE_K, TILE_E, True, DESCRIPTORS)
+    v_tile = load(view_v, 0, first_key, len_k, strides_v, WIDTH_V, TILE_K, TILE_V, True, DESCRIPTORS)
     keys = first_key + tl.arange(0, TILE_K)[:, None]
     factor = scale * LOG2E if LINEAR else 1.0
     dk_tile = tl.zeros((TILE_K, TILE_E), tl.float32)
     dv_tile = tl.zeros((TILE_K, TILE_V), tl.float32)
 
     begin, full_begin, full_end, end = queries_that_see(first_key, len_q, len_k, left, right, TILE_Q, TILE_K)
-    groups = heads // heads_kv
-    for group in tl.range(0, groups):
-        head = head_kv * groups + group
-        of_q, of_dout = matrix(q, strides_q, batch, head, first_q), matrix(dout, strides_dout, batch, head, first_q)
-        of_lse, step = rows_of(lse, batch, head, heads, first_q, len_q, starts_q is not None)
-        of_delta, _ = rows_of(delta, batch, head, heads, first_q, len_q, starts_q is not None)
-        of_mask = None if mask is None else mask + (batch * strides_mask[0] + head * strides_mask[1])
-        slope = None if slopes is None else tl.load(slopes + (batch * strides_slopes[0] + head * strides_slopes[1]))
-        view_q = view(of_q, len_q, strides_q, WIDTH, TILE_Q, TILE_E, DESCRIPTORS)
-        view_dout = view(of_dout, len_q, strides_dout, WIDTH_V, TILE_Q, TILE_V, DESCRIPTORS)
-        for part in tl.static_range(1 if right is None else 0, 3):
-            start = begin if part == 0 else (full_begin if part == 1 else full_end)
-            stop = tl.minimum(full_begin, end) if part == 0 else (full_end if part == 1 else end)
-            for first_row in tl.range(start, stop, TILE_Q):
-                rows = first_row + tl.arange(0, TILE_Q)
-                q_tile = load(
-                    view_q, first_row, len_q, strides_q, WIDTH, TILE_Q, TILE_E, part != 1, DESCRIPTORS
-                )
-                dout_tile = load(
-                    view_dout, first_row, len_q, strides_dout, WIDTH_V, TILE_Q, TILE_V, part != 1, DESCRIPTORS
-                )
-                # Beyond the end lse is infinite, and the weights zero.
-                row_lse = tl.load(of_lse + rows * step, mask=rows < len_q, other=float("inf")) * LOG2E
-                row_delta = tl.load(of_delta + rows * step, mask=rows < len_q, other=0.0)
-                s, slope_of_cap = logits(
-                    dot(k_tile, q_tile.T, PRECISION), rows[None, :], keys, len_q, len_k, left, right, scale, softcap,
-                    of_mask, strides_mask, slope, part != 1, LINEAR,
-                )  # fmt: skip
-                weights = tl.exp2(s * factor - row_lse[None, :])
-                dweights = dot(v_tile, dout_tile.T, PRECISION)
-                if rng_state is not None:
-                    keep = kept(rng_state, batch * heads + head, rows[None, :], keys, dropout_threshold)
-                    dropped = tl.where(keep, weights * dropout_scale, 0.0)
-                    dweights = tl.where(keep, dweights * dropout_scale, 0.0)
-                else:
-                    dropped = weights
-                dv_tile = add_dot(dv_tile, dropped.to(v.dtype.element_ty), dout_tile, PRECISION)
-                ds = weights * (dweights - row_delta[None, :]) * slope_of_cap
-                dk_tile = add_dot(dk_tile, ds.to(q.dtype.element_ty), q_tile, PRECISION)
+    # The tiles cut by the window's right edge, those that see all keys, and those cut by its left edge. The end of the
+    # queries cuts as well, but needs no care: beyond it lse is infinite, and the weights zero.
+    for part in tl.static_range(1 if right is None else 0, 2 if left is None else 3):
+        start = begin if part == 0 else (full_begin if part == 1 else full_end)
+        stop = tl.minimum(full_begin, end) if part == 0 else (full_end if part == 1 and left is not None else end)
+        count = tl.cdiv(tl.maximum(stop - start, 0), TILE_Q)
+        for step in tl.range(0, count * GROUPS):
+            member = step // count if GROUPS > 1 else 0
+            head = first_head + member
+            first_row = start + (step % count if GROUPS > 1 else step) * TILE_Q
+            rows = first_row + tl.arange(0, TILE_Q)
+            q_tile = load(view_q, member, first_row, len_q, strides_q, WIDTH, TILE_Q, TILE_E, True, DESCRIPTORS)
+            dout_tile = load(
+                view_dout, member, first_row, len_q, strides_dout, WIDTH_V, TILE_Q, TILE_V, True, DESCRIPTORS
+            )
+            of_lse, each = rows_of(lse, batch, head, heads, first_q, len_q, starts_q is not None)
+            of_delta, _ = rows_of(delta, batch, head, heads, first_q, len_q, starts_q is not None)
+            row_lse = tl.load(of_lse + rows * each, mask=rows < len_q, other=float("inf")) * LOG2E
+            row_delta = tl.load(of_delta + rows * each, mask=rows < len_q, other=0.0)
+            of_mask = None if mask is None else mask + (batch * strides_mask[0] + head * strides_mask[1])
+            slope = None if slopes is None else tl.load(slopes + (batch * strides_slopes[0] + head * strides_slopes[1]))
+            s, slope_of_cap = logits(
+                dot(k_tile, q_tile.T, PRECISION), rows[None, :], keys, len_q, len_k, left, right, scale, softcap,
+                of_mask, strides_mask, slope, part != 1, LINEAR,
+            )  # fmt: skip
+            weights = tl.exp2(s * factor - row_lse[None, :])
+            dweights = dot(v_tile, dout_tile.T, PRECISION)
+            if rng_state is not None:
+                keep = kept(rng_state, batch * heads + head, rows[None, :], keys, dropout_threshold)
+                dropped = tl.where(keep, weights * dropout_scale, 0.0)
+                dweights = tl.where(keep, dweights * dropout_scale, 0.0)
+            else:
+                dropped = weights
+            dv_tile = add_dot(dv_tile, dropped.to(v.dtype.element_ty), dout_tile, PRECISION)
+            ds = weights * (dweights - row_delta[None, :]) * slope_of_cap
+            dk_tile = add_dot(dk_tile, ds.to(q.dtype.element_ty), q_tile, PRECISION)
 
     of_dk, of_dv = matrix(dk, strides_dk, batch, head_kv, first_k), matrix(dv, strides_dv, batch, head_kv, first_k)
     store(of_dk, dk_tile * scale, first_key, len_k, strides_dk, WIDTH, TILE_K, TILE_E)

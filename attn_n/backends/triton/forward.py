@@ -15,8 +15,8 @@ from attn_n.backends.triton.tile import (
 def forward_kernel(
     q, k, v, out, lse, sinks, mask, slopes, rng_state, starts_q, starts_k,
     strides_q, strides_k, strides_v, strides_out, strides_mask, strides_slopes, stride_sinks,
-    log_n, heads, heads_kv, len_q, len_k, left, right, scale, softcap, dropout_threshold, dropout_scale,
-    WIDTH: tl.constexpr, WIDTH_V: tl.constexpr, TILE_E: tl.constexpr, TILE_V: tl.constexpr,
+    log_n, heads, len_q, len_k, left, right, scale, softcap, dropout_threshold, dropout_scale,
+    GROUPS: tl.constexpr, WIDTH: tl.constexpr, WIDTH_V: tl.constexpr, TILE_E: tl.constexpr, TILE_V: tl.constexpr,
     LINEAR: tl.constexpr, PRECISION: tl.constexpr, DESCRIPTORS: tl.constexpr,
     TILE_Q: tl.constexpr, TILE_K: tl.constexpr,
 ):  # fmt: skip
@@ -27,17 +27,17 @@ def forward_kernel(
     if first_row >= len_q:
         return
 
-    head_kv = head // (heads // heads_kv)
+    head_kv = head // GROUPS
     of_q, of_out = matrix(q, strides_q, batch, head, first_q), matrix(out, strides_out, batch, head, first_q)
     of_k, of_v = matrix(k, strides_k, batch, head_kv, first_k), matrix(v, strides_v, batch, head_kv, first_k)
     of_lse, step = rows_of(lse, batch, head, heads, first_q, len_q, starts_q is not None)
     of_mask = None if mask is None else mask + (batch * strides_mask[0] + head * strides_mask[1])
     slope = None if slopes is None else tl.load(slopes + (batch * strides_slopes[0] + head * strides_slopes[1]))
 
-    view_q = view(of_q, len_q, strides_q, WIDTH, TILE_Q, TILE_E, DESCRIPTORS)
-    view_k = view(of_k, len_k, strides_k, WIDTH, TILE_K, TILE_E, DESCRIPTORS)
-    view_v = view(of_v, len_k, strides_v, WIDTH_V, TILE_K, TILE_V, DESCRIPTORS)
-    q_tile = load(view_q, first_row, len_q, strides_q, WIDTH, TILE_Q, TILE_E, True, DESCRIPTORS)
+    view_q = view(of_q, 1, len_q, strides_q, WIDTH, TILE_Q, TILE_E, DESCRIPTORS)
+    view_k = view(of_k, 1, len_k, strides_k, WIDTH, TILE_K, TILE_E, DESCRIPTORS)
+    view_v = view(of_v, 1, len_k, strides_v, WIDTH_V, TILE_K, TILE_V, DESCRIPTORS)
+    q_tile = load(view_q, 0, first_row, len_q, strides_q, WIDTH, TILE_Q, TILE_E, True, DESCRIPTORS)
     rows = first_row + tl.arange(0, TILE_Q)
     factor = scale * LOG2E if LINEAR else 1.0
     acc = tl.zeros((TILE_Q, TILE_V), tl.float32)
@@ -52,7 +52,7 @@ def forward_kernel(
         for first_key in tl.range(start, stop, TILE_K):
             here = first_key + tl.arange(0, TILE_K)[None, :]
             k_tile = load(
-                view_k, first_key, len_k, strides_k, WIDTH, TILE_K, TILE_E, part != 1, DESCRIPTORS
+                view_k, 0, first_key, len_k, strides_k, WIDTH, TILE_K, TILE_E, part != 1, DESCRIPTORS
             )
             s, _ = logits(
                 dot(q_tile, k_tile.T, PRECISION), rows[:, None], here, len_q, len_k, left, right, scale, softcap,
@@ -70,7 +70,7 @@ def forward_kernel(
                     kept(rng_state, batch * heads + head, rows[:, None], here, dropout_threshold), weights, 0.0
                 )
             v_tile = load(
-                view_v, first_key, len_k, strides_v, WIDTH_V, TILE_K, TILE_V, part != 1, DESCRIPTORS
+                view_v, 0, first_key, len_k, strides_v, WIDTH_V, TILE_K, TILE_V, part != 1, DESCRIPTORS
             )
             acc = add_dot(acc * rescale[:, None], weights.to(v.dtype.element_ty), v_tile, PRECISION)
             top = new_top

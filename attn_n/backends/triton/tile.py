@@ -15,7 +15,7 @@ LN2 = tl.constexpr(0.6931471805599453)
 INTERPRETED = tl.constexpr(os.environ.get("TRITON_INTERPRET") == "1")
 
 # The numbers for whose values nothing is compiled anew. (Strides are: once more if they are no multiples of 16.)
-RUN_TIME = ("stride_sinks", "heads", "heads_kv", "len_q", "len_k", "left", "right", "dropout_threshold")
+RUN_TIME = ("stride_sinks", "heads", "len_q", "len_k", "left", "right", "dropout_threshold")
 
 
 @triton.jit
@@ -39,27 +39,29 @@ def matrix(x, strides, batch, head, first_row):
 
 @triton.jit
 def view(
-    x, rows, strides,
+    x, heads, rows, strides,
     WIDTH: tl.constexpr, TILE_ROWS: tl.constexpr, TILE_WIDTH: tl.constexpr, DESCRIPTORS: tl.constexpr,
 ):  # fmt: skip
-    """What `load` reads the tiles of the matrix at `x` from: a tensor descriptor, or just its pointer."""
+    """What `load` reads tiles from: the tensor descriptor of `(heads, rows, WIDTH)` at x, or just the pointer x."""
     if DESCRIPTORS:
-        return tl.make_tensor_descriptor(x, [rows, WIDTH], [strides[2], 1], [TILE_ROWS, TILE_WIDTH])
+        return tl.make_tensor_descriptor(
+            x, [heads, rows, WIDTH], [strides[1], strides[2], 1], [1, TILE_ROWS, TILE_WIDTH]
+        )
     else:
         return x
 
 
 @triton.jit
 def load(
-    view, first_row, rows, strides, WIDTH: tl.constexpr, TILE_ROWS: tl.constexpr, TILE_WIDTH: tl.constexpr,
+    view, head, first_row, rows, strides, WIDTH: tl.constexpr, TILE_ROWS: tl.constexpr, TILE_WIDTH: tl.constexpr,
     MAY_END: tl.constexpr, DESCRIPTORS: tl.constexpr,
 ):  # fmt: skip
     """The tile that begins at `first_row`, zero outside of the matrix, which ends in this tile only if MAY_END."""
     if DESCRIPTORS:
-        return view.load([first_row, 0])
+        return view.load([head, first_row, 0]).reshape(TILE_ROWS, TILE_WIDTH)
     else:
         row, column = (first_row + tl.arange(0, TILE_ROWS))[:, None], tl.arange(0, TILE_WIDTH)[None, :]
-        pointers = view + row.to(tl.int64) * strides[2] + column * strides[3]
+        pointers = view + head * strides[1] + row.to(tl.int64) * strides[2] + column * strides[3]
         if MAY_END and WIDTH != TILE_WIDTH:
             return tl.load(pointers, mask=(row < rows) & (column < WIDTH), other=0.0)
         elif MAY_END:
