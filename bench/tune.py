@@ -37,7 +37,9 @@ TARGETS = {
 CHOICES = {
     "forward": ([(64, 32), (64, 64), (64, 128), (128, 32), (128, 64), (128, 128)], [4, 8], [2, 3, 4]),
     "dq": ([(64, 32), (64, 64), (64, 128), (128, 32), (128, 64), (128, 128)], [4, 8], [1, 2, 3]),
-    "dkdv": ([(32, 64), (64, 64), (128, 64), (32, 128), (64, 128), (128, 128)], [4, 8], [1, 2, 3]),
+    "kv": ([(32, 64), (64, 64), (32, 128), (64, 128)], [4, 8], [1, 2, 3]),
+    "k": ([(32, 64), (64, 64), (32, 128), (64, 128)], [4, 8], [1, 2, 3]),
+    "v": ([(32, 64), (64, 64), (128, 64), (32, 128), (64, 128)], [4, 8], [1, 2, 3]),
 }
 
 
@@ -70,7 +72,7 @@ def points(args: argparse.Namespace) -> list[dict]:
         tiles, warps, stages = CHOICES[kernel]
         for width, causal, descriptors in itertools.product(args.width, args.causal, args.descriptors):
             for (tile_q, tile_k), w, s in itertools.product(tiles, warps, stages):
-                if tile_q * tile_k <= 4096 and w == 8 and width < 256:
+                if tile_q * tile_k <= 4096 and w == 8 and width < 256 or (width == 256) == (kernel == 'kv') and kernel in ('kv', 'k', 'v'):
                     continue
                 found.append(point(kernel, width, causal, descriptors, (tile_q, tile_k, w, s)))
     return found
@@ -81,8 +83,8 @@ class Chosen:
 
     def __init__(self, p: dict) -> None:
         config = configs.Config(*p["config"])
-        for name in ("forward", "dq", "dkdv"):
-            setattr(configs, name, lambda *_: config)
+        configs.forward = configs.dq = lambda *_: config
+        configs.dkdv = lambda *_: {p["kernel"]: config}
         backend.fits_descriptor = lambda x: p["descriptors"]
         self.kernel = p["kernel"]
 
@@ -90,7 +92,7 @@ class Chosen:
         self.kept = backend.dq_kernel, backend.dkdv_kernel
         if self.kernel == "dq":
             backend.dkdv_kernel = Nothing()
-        if self.kernel == "dkdv":
+        if self.kernel in ("k", "v", "kv"):
             backend.dq_kernel = Nothing()
         return self
 
@@ -166,6 +168,7 @@ def bench(p: dict, length: int, tensors: dict, flush: torch.Tensor, rounds: int)
         for _ in range(rounds):
             flush.zero_()
             a, b = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+            torch.cuda._sleep(1_000_000)  # so that the host is ahead
             a.record()
             call()
             b.record()
@@ -175,7 +178,7 @@ def bench(p: dict, length: int, tensors: dict, flush: torch.Tensor, rounds: int)
     return statistics.median(times)
 
 
-FLOPS = {"forward": 2, "dq": 3, "dkdv": 4}
+FLOPS = {"forward": 2, "dq": 3, "kv": 4, "k": 3, "v": 2}
 
 
 def main() -> None:
@@ -199,7 +202,7 @@ def main() -> None:
         sound = {json.dumps([p[x] for x in ("kernel", "width", "descriptors", "config")]): p for p in json.load(open(args.sound))}
         def good(p):
             s = sound.get(json.dumps([p[x] for x in ("kernel", "width", "descriptors", "config")]))
-            return s and "error" not in s and s["spills"] <= 64 and s["shared"] <= 232448 and not s["warnings"]
+            return s and "error" not in s and s["spills"] <= 320 and s["shared"] <= 232448 and not s["warnings"]
         todo = [p for p in todo if good(p)]
     print(len(todo), "configurations", flush=True)
     done = []

@@ -14,6 +14,7 @@ from attn_n.backends.base import Backend, empty_in_order, memory_order
 from attn_n.backends.triton import configs
 from attn_n.backends.triton.backward import dkdv_kernel, dq_kernel
 from attn_n.backends.triton.forward import forward_kernel
+from attn_n.backends.triton.tile import ROW_PADDING
 from attn_n.call import AttentionCall, Options
 
 _OLDEST = "3.4"
@@ -82,22 +83,23 @@ class TritonBackend(Backend):
             dout = dout.contiguous()
         lse, dlse = lse.contiguous(), None if dlse is None else dlse.contiguous()
         dq, dk, dv = (empty_in_order(x, x.shape, memory_order(x)) for x in (q, k, v))
-        delta = torch.empty_like(lse)
         shape = _Shape(q, k, v, options)
+        lse_log2, delta = torch.empty(2, q.shape[1], shape.padded, dtype=torch.float32, device=q.device)
         extras, numbers = shape.extras(rng_state), shape.numbers()
         descriptors = all(map(fits_descriptor, (q, k, v, dout)))
         config = configs.dq(shape.widest, q.element_size(), descriptors)
         _launch(
             dq_kernel, shape.programs_of_queries(config.tile_q), config, shape.constants(descriptors),
-            q, k, v, out, dout, lse, dlse, delta, dq, *extras,
-            *map(shape.strides, (q, k, v, out, dout, dq)), *shape.strides_of_extras(), *numbers,
+            q, k, v, out, dout, lse, dlse, lse_log2, delta, dq, *extras,
+            *map(shape.strides, (q, k, v, out, dout, dq)), *shape.strides_of_extras(), shape.padded, *numbers,
         )  # fmt: skip
-        config = configs.dkdv(shape.widest, q.element_size(), descriptors)
-        _launch(
-            dkdv_kernel, shape.programs_of_keys(config.tile_k), config, shape.constants(descriptors),
-            q, k, v, dout, lse, delta, dk, dv, *extras,
-            *map(shape.strides, (q, k, v, dout, dk, dv)), *shape.strides_of_extras(), *numbers,
-        )  # fmt: skip
+        for wanted, config in configs.dkdv(shape.widest, q.element_size(), descriptors).items():
+            _launch(
+                dkdv_kernel, shape.programs_of_keys(config.tile_k), config,
+                {**shape.constants(descriptors), "DK": "k" in wanted, "DV": "v" in wanted},
+                q, k, v, dout, lse_log2, delta, dk, dv, *extras,
+                *map(shape.strides, (q, k, v, dout, dk, dv)), *shape.strides_of_extras(), shape.padded, *numbers,
+            )  # fmt: skip
         return dq, dk, dv
 
 
@@ -116,6 +118,7 @@ class _Shape:
             self._len_q, self._len_k = options.max_seqlen_q, options.max_seqlen_k
         else:
             self._batch, self._len_q, self._len_k = q.shape[0], q.shape[2], k.shape[2]
+        self.padded = q.numel() // (self._heads * self._width) + self._batch * ROW_PADDING.value
 
     def programs_of_queries(self, tile: int) -> int:
         return triton.cdiv(self._len_q, tile) * self._heads * self._batch

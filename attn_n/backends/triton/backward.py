@@ -7,21 +7,24 @@ import triton
 import triton.language as tl
 
 from attn_n.backends.triton.tile import (
-    LOG2E, RUN_TIME, add_dot, dot, kept, keys_seen, load, logits, matrix, place, queries_that_see, rows_of, store,
+    LOG2E, RUN_TIME, add_dot, dot, kept, keys_seen, load, logits, matrix, padded_rows_of, place, queries_that_see, rows_of, store,
     view,
 )  # fmt: skip
 
 
 @triton.jit(do_not_specialize=RUN_TIME)
 def dq_kernel(
-    q, k, v, out, dout, lse, dlse, delta, dq, mask, slopes, rng_state, starts_q, starts_k,
-    strides_q, strides_k, strides_v, strides_out, strides_dout, strides_dq, strides_mask, strides_slopes,
+    q, k, v, out, dout, lse, dlse, lse_log2, delta, dq, mask, slopes, rng_state, starts_q, starts_k,
+    strides_q, strides_k, strides_v, strides_out, strides_dout, strides_dq, strides_mask, strides_slopes, padded,
     heads, len_q, len_k, left, right, scale, softcap, dropout_threshold, dropout_scale,
     GROUPS: tl.constexpr, WIDTH: tl.constexpr, WIDTH_V: tl.constexpr, TILE_E: tl.constexpr, TILE_V: tl.constexpr,
     LINEAR: tl.constexpr, PRECISION: tl.constexpr, DESCRIPTORS: tl.constexpr,
     TILE_Q: tl.constexpr, TILE_K: tl.constexpr,
 ):  # fmt: skip
-    """One program for each tile of queries of one head; it also leaves `delta = rowsum(dout * out) - dlse`."""
+    """One program for each tile of queries of one head.
+
+    It leaves lse in base 2 and `delta = rowsum(dout * out) - dlse` for the other kernel, infinite and 0 beyond the end.
+    """
     tiles = tl.cdiv(len_q, TILE_Q)
     tile, head, batch, first_q, first_k, len_q, len_k = place(starts_q, starts_k, heads, len_q, len_k, tiles)
     first_row = (tiles - 1 - tile) * TILE_Q
@@ -33,7 +36,6 @@ def dq_kernel(
     of_k, of_v = matrix(k, strides_k, batch, head_kv, first_k), matrix(v, strides_v, batch, head_kv, first_k)
     of_out, of_dout = matrix(out, strides_out, batch, head, first_q), matrix(dout, strides_dout, batch, head, first_q)
     of_lse, step = rows_of(lse, batch, head, heads, first_q, len_q, starts_q is not None)
-    of_delta, _ = rows_of(delta, batch, head, heads, first_q, len_q, starts_q is not None)
     of_mask = None if mask is None else mask + (batch * strides_mask[0] + head * strides_mask[1])
     slope = None if slopes is None else tl.load(slopes + (batch * strides_slopes[0] + head * strides_slopes[1]))
 
@@ -45,8 +47,9 @@ def dq_kernel(
     if dlse is not None:
         of_dlse, _ = rows_of(dlse, batch, head, heads, first_q, len_q, starts_q is not None)
         row_delta -= tl.load(of_dlse + rows * step, mask=rows < len_q, other=0.0)
-    tl.store(of_delta + rows * step, row_delta, mask=rows < len_q)
     row_lse = tl.load(of_lse + rows * step, mask=rows < len_q, other=float("inf")) * LOG2E
+    tl.store(padded_rows_of(lse_log2, batch, head, padded, first_q, len_q, starts_q is not None) + rows, row_lse)
+    tl.store(padded_rows_of(delta, batch, head, padded, first_q, len_q, starts_q is not None) + rows, row_delta)
     view_q = view(of_q, 1, len_q, strides_q, WIDTH, TILE_Q, TILE_E, DESCRIPTORS)
     q_tile = load(view_q, 0, first_row, len_q, strides_q, WIDTH, TILE_Q, TILE_E, True, DESCRIPTORS)
     view_k = view(of_k, 1, len_k, strides_k, WIDTH, TILE_K, TILE_E, DESCRIPTORS)
@@ -82,14 +85,17 @@ def dq_kernel(
 
 @triton.jit(do_not_specialize=RUN_TIME)
 def dkdv_kernel(
-    q, k, v, dout, lse, delta, dk, dv, mask, slopes, rng_state, starts_q, starts_k,
-    strides_q, strides_k, strides_v, strides_dout, strides_dk, strides_dv, strides_mask, strides_slopes,
+    q, k, v, dout, lse_log2, delta, dk, dv, mask, slopes, rng_state, starts_q, starts_k,
+    strides_q, strides_k, strides_v, strides_dout, strides_dk, strides_dv, strides_mask, strides_slopes, padded,
     heads, len_q, len_k, left, right, scale, softcap, dropout_threshold, dropout_scale,
     GROUPS: tl.constexpr, WIDTH: tl.constexpr, WIDTH_V: tl.constexpr, TILE_E: tl.constexpr, TILE_V: tl.constexpr,
     LINEAR: tl.constexpr, PRECISION: tl.constexpr, DESCRIPTORS: tl.constexpr,
-    TILE_Q: tl.constexpr, TILE_K: tl.constexpr,
+    TILE_Q: tl.constexpr, TILE_K: tl.constexpr, DK: tl.constexpr, DV: tl.constexpr,
 ):  # fmt: skip
-    """One program for each tile of keys of one key head; it goes through the query heads that share it."""
+    """One program for each tile of keys of one key head; it goes through the query heads that share it.
+
+    It computes dK, dV or both: of wide heads the registers hold but one.
+    """
     tile, head_kv, batch, first_q, first_k, len_q, len_k = place(
         starts_q, starts_k, heads // GROUPS, len_q, len_k, tl.cdiv(len_k, TILE_K)
     )
@@ -127,10 +133,8 @@ def dkdv_kernel(
             dout_tile = load(
                 view_dout, member, first_row, len_q, strides_dout, WIDTH_V, TILE_Q, TILE_V, True, DESCRIPTORS
             )
-            of_lse, each = rows_of(lse, batch, head, heads, first_q, len_q, starts_q is not None)
-            of_delta, _ = rows_of(delta, batch, head, heads, first_q, len_q, starts_q is not None)
-            row_lse = tl.load(of_lse + rows * each, mask=rows < len_q, other=float("inf")) * LOG2E
-            row_delta = tl.load(of_delta + rows * each, mask=rows < len_q, other=0.0)
+            row_lse = tl.load(padded_rows_of(lse_log2, batch, head, padded, first_q, len_q, starts_q is not None) + rows)
+            row_delta = tl.load(padded_rows_of(delta, batch, head, padded, first_q, len_q, starts_q is not None) + rows)
             of_mask = None if mask is None else mask + (batch * strides_mask[0] + head * strides_mask[1])
             slope = None if slopes is None else tl.load(slopes + (batch * strides_slopes[0] + head * strides_slopes[1]))
             s, slope_of_cap = logits(
@@ -138,17 +142,22 @@ def dkdv_kernel(
                 of_mask, strides_mask, slope, part != 1, LINEAR,
             )  # fmt: skip
             weights = tl.exp2(s * factor - row_lse[None, :])
-            dweights = dot(v_tile, dout_tile.T, PRECISION)
-            if rng_state is not None:
-                keep = kept(rng_state, batch * heads + head, rows[None, :], keys, dropout_threshold)
-                dropped = tl.where(keep, weights * dropout_scale, 0.0)
-                dweights = tl.where(keep, dweights * dropout_scale, 0.0)
-            else:
-                dropped = weights
-            dv_tile = add_dot(dv_tile, dropped.to(v.dtype.element_ty), dout_tile, PRECISION)
-            ds = weights * (dweights - row_delta[None, :]) * slope_of_cap
-            dk_tile = add_dot(dk_tile, ds.to(q.dtype.element_ty), q_tile, PRECISION)
+            keep = (
+                None if rng_state is None
+                else kept(rng_state, batch * heads + head, rows[None, :], keys, dropout_threshold)
+            )  # fmt: skip
+            if DV:
+                dropped = weights if keep is None else tl.where(keep, weights * dropout_scale, 0.0)
+                dv_tile = add_dot(dv_tile, dropped.to(v.dtype.element_ty), dout_tile, PRECISION)
+            if DK:
+                dweights = dot(v_tile, dout_tile.T, PRECISION)
+                dweights = dweights if keep is None else tl.where(keep, dweights * dropout_scale, 0.0)
+                ds = weights * (dweights - row_delta[None, :]) * slope_of_cap
+                dk_tile = add_dot(dk_tile, ds.to(q.dtype.element_ty), q_tile, PRECISION)
 
-    of_dk, of_dv = matrix(dk, strides_dk, batch, head_kv, first_k), matrix(dv, strides_dv, batch, head_kv, first_k)
-    store(of_dk, dk_tile * scale, first_key, len_k, strides_dk, WIDTH, TILE_K, TILE_E)
-    store(of_dv, dv_tile, first_key, len_k, strides_dv, WIDTH_V, TILE_K, TILE_V)
+    if DK:
+        of_dk = matrix(dk, strides_dk, batch, head_kv, first_k)
+        store(of_dk, dk_tile * scale, first_key, len_k, strides_dk, WIDTH, TILE_K, TILE_E)
+    if DV:
+        of_dv = matrix(dv, strides_dv, batch, head_kv, first_k)
+        store(of_dv, dv_tile, first_key, len_k, strides_dv, WIDTH_V, TILE_K, TILE_V)

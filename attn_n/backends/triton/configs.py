@@ -26,10 +26,13 @@ def forward(width: int, itemsize: int, descriptors: bool) -> Config:
     return Config(128, 64, 8, 3) if width <= 128 else Config(128, 32, 8, 2)
 
 
-def dkdv(width: int, itemsize: int, descriptors: bool) -> Config:
+def dkdv(width: int, itemsize: int, descriptors: bool) -> dict[str, Config]:
+    """By what one program computes: dK ("k"), dV ("v") or both ("kv")."""
     if itemsize == 4:
-        return Config(32, 32, 4, 1) if width <= 128 else Config(16, 16, 4, 1)
-    return Config(64, 64, 4, 2) if width <= 64 else Config(32, 64, 4, 2) if width <= 128 else Config(32, 32, 8, 1)
+        return {"kv": Config(32, 32, 4, 1) if width <= 128 else Config(16, 16, 4, 1)}
+    if width <= 128:
+        return {"kv": Config(64, 64, 4, 2) if width <= 64 else Config(32, 64, 4, 2)}
+    return {"k": Config(32, 128, 8, 2), "v": Config(64, 128, 8, 2)}
 
 
 def dq(width: int, itemsize: int, descriptors: bool) -> Config:

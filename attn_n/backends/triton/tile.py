@@ -14,8 +14,11 @@ LN2 = tl.constexpr(0.6931471805599453)
 # Triton's interpreter multiplies the bits of bfloat16 as if they were integers.
 INTERPRETED = tl.constexpr(os.environ.get("TRITON_INTERPRET") == "1")
 
+# At least the longest tile of queries.
+ROW_PADDING = tl.constexpr(128)
+
 # The numbers for whose values nothing is compiled anew. (Strides are: once more if they are no multiples of 16.)
-RUN_TIME = ("stride_sinks", "heads", "len_q", "len_k", "left", "right", "dropout_threshold")
+RUN_TIME = ("stride_sinks", "heads", "padded", "len_q", "len_k", "left", "right", "dropout_threshold")
 
 
 @triton.jit
@@ -88,6 +91,15 @@ def rows_of(x, batch, head, heads, first_row, len_q, PACKED: tl.constexpr):
         return x + first_row * heads + head, heads
     else:
         return x + (batch * heads + head) * len_q, 1
+
+
+@triton.jit
+def padded_rows_of(x, batch, head, padded, first_q, len_q, PACKED: tl.constexpr):
+    """The same in the backward's own tensors `(H, padded)`, where ROW_PADDING rows follow each sequence.
+
+    Hence a tile of rows is read there without a mask, which a pipelined load would keep in registers.
+    """
+    return x + (head.to(tl.int64) * padded + (first_q if PACKED else batch * len_q) + batch * ROW_PADDING)
 
 
 @triton.jit
