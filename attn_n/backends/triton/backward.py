@@ -41,8 +41,8 @@ def dq_kernel(
 
     rows = first_row + tl.arange(0, TILE_Q)
     view_dout = view(of_dout, 1, len_q, strides_dout, WIDTH_V, TILE_Q, TILE_V, DESCRIPTORS)
-    dout_tile = load(view_dout, 0, first_row, len_q, strides_dout, WIDTH_V, TILE_Q, TILE_V, True, DESCRIPTORS)
-    out_tile = load(of_out, 0, first_row, len_q, strides_out, WIDTH_V, TILE_Q, TILE_V, True, False)
+    dout_tile = load(view_dout, 0, first_row, len_q, strides_dout, WIDTH_V, TILE_Q, TILE_V, DESCRIPTORS)
+    out_tile = load(of_out, 0, first_row, len_q, strides_out, WIDTH_V, TILE_Q, TILE_V, False)
     row_delta = tl.sum(out_tile.to(tl.float32) * dout_tile.to(tl.float32), 1)
     if dlse is not None:
         of_dlse, _ = rows_of(dlse, batch, head, heads, first_q, len_q, starts_q is not None)
@@ -51,35 +51,28 @@ def dq_kernel(
     tl.store(padded_rows_of(lse_log2, batch, head, padded, first_q, len_q, starts_q is not None) + rows, row_lse)
     tl.store(padded_rows_of(delta, batch, head, padded, first_q, len_q, starts_q is not None) + rows, row_delta)
     view_q = view(of_q, 1, len_q, strides_q, WIDTH, TILE_Q, TILE_E, DESCRIPTORS)
-    q_tile = load(view_q, 0, first_row, len_q, strides_q, WIDTH, TILE_Q, TILE_E, True, DESCRIPTORS)
+    q_tile = load(view_q, 0, first_row, len_q, strides_q, WIDTH, TILE_Q, TILE_E, DESCRIPTORS)
     view_k = view(of_k, 1, len_k, strides_k, WIDTH, TILE_K, TILE_E, DESCRIPTORS)
     view_v = view(of_v, 1, len_k, strides_v, WIDTH_V, TILE_K, TILE_V, DESCRIPTORS)
     factor = scale * LOG2E if LINEAR else 1.0
     dq_tile = tl.zeros((TILE_Q, TILE_E), tl.float32)
 
     begin, full_begin, full_end, end = keys_seen(first_row, len_q, len_k, left, right, TILE_Q, TILE_K)
-    for part in tl.static_range(1 if left is None else 0, 3):
-        start = begin if part == 0 else (full_begin if part == 1 else full_end)
-        stop = tl.minimum(full_begin, end) if part == 0 else (full_end if part == 1 else end)
-        for first_key in tl.range(start, stop, TILE_K):
-            here = first_key + tl.arange(0, TILE_K)[None, :]
-            k_tile = load(
-                view_k, 0, first_key, len_k, strides_k, WIDTH, TILE_K, TILE_E, part != 1, DESCRIPTORS
-            )
-            v_tile = load(
-                view_v, 0, first_key, len_k, strides_v, WIDTH_V, TILE_K, TILE_V, part != 1, DESCRIPTORS
-            )
-            s, slope_of_cap = logits(
-                dot(q_tile, k_tile.T, PRECISION), rows[:, None], here, len_q, len_k, left, right, scale, softcap,
-                of_mask, strides_mask, slope, part != 1, LINEAR,
-            )  # fmt: skip
-            weights = tl.exp2(s * factor - row_lse[:, None])
-            dweights = dot(dout_tile, v_tile.T, PRECISION)
-            if rng_state is not None:
-                keep = kept(rng_state, batch * heads + head, rows[:, None], here, dropout_threshold)
-                dweights = tl.where(keep, dweights * dropout_scale, 0.0)
-            ds = weights * (dweights - row_delta[:, None]) * slope_of_cap
-            dq_tile = add_dot(dq_tile, ds.to(k.dtype.element_ty), k_tile, PRECISION)
+    for first_key in tl.range(begin, end, TILE_K):
+        here = first_key + tl.arange(0, TILE_K)[None, :]
+        k_tile = load(view_k, 0, first_key, len_k, strides_k, WIDTH, TILE_K, TILE_E, DESCRIPTORS)
+        v_tile = load(view_v, 0, first_key, len_k, strides_v, WIDTH_V, TILE_K, TILE_V, DESCRIPTORS)
+        s, slope_of_cap = logits(
+            dot(q_tile, k_tile.T, PRECISION), rows[:, None], here, len_q, len_k, left, right, scale, softcap,
+            of_mask, strides_mask, slope, (first_key < full_begin) | (first_key >= full_end), LINEAR,
+        )  # fmt: skip
+        weights = tl.exp2(s * factor - row_lse[:, None])
+        dweights = dot(dout_tile, v_tile.T, PRECISION)
+        if rng_state is not None:
+            keep = kept(rng_state, batch * heads + head, rows[:, None], here, dropout_threshold)
+            dweights = tl.where(keep, dweights * dropout_scale, 0.0)
+        ds = weights * (dweights - row_delta[:, None]) * slope_of_cap
+        dq_tile = add_dot(dq_tile, ds.to(k.dtype.element_ty), k_tile, PRECISION)
     store(of_dq, dq_tile * scale, first_row, len_q, strides_dq, WIDTH, TILE_Q, TILE_E)
 
 
@@ -110,50 +103,48 @@ def dkdv_kernel(
     view_dout = view(of_dout, GROUPS, len_q, strides_dout, WIDTH_V, TILE_Q, TILE_V, DESCRIPTORS)
     view_k = view(of_k, 1, len_k, strides_k, WIDTH, TILE_K, TILE_E, DESCRIPTORS)
     view_v = view(of_v, 1, len_k, strides_v, WIDTH_V, TILE_K, TILE_V, DESCRIPTORS)
-    k_tile = load(view_k, 0, first_key, len_k, strides_k, WIDTH, TILE_K, TILE_E, True, DESCRIPTORS)
-    v_tile = load(view_v, 0, first_key, len_k, strides_v, WIDTH_V, TILE_K, TILE_V, True, DESCRIPTORS)
+    k_tile = load(view_k, 0, first_key, len_k, strides_k, WIDTH, TILE_K, TILE_E, DESCRIPTORS)
+    v_tile = load(view_v, 0, first_key, len_k, strides_v, WIDTH_V, TILE_K, TILE_V, DESCRIPTORS)
     keys = first_key + tl.arange(0, TILE_K)[:, None]
     factor = scale * LOG2E if LINEAR else 1.0
     dk_tile = tl.zeros((TILE_K, TILE_E), tl.float32)
     dv_tile = tl.zeros((TILE_K, TILE_V), tl.float32)
 
     begin, full_begin, full_end, end = queries_that_see(first_key, len_q, len_k, left, right, TILE_Q, TILE_K)
-    # The tiles cut by the window's right edge, those that see all keys, and those cut by its left edge. The end of the
-    # queries cuts as well, but needs no care: beyond it lse is infinite, and the weights zero.
-    for part in tl.static_range(1 if right is None else 0, 2 if left is None else 3):
-        start = begin if part == 0 else (full_begin if part == 1 else full_end)
-        stop = tl.minimum(full_begin, end) if part == 0 else (full_end if part == 1 and left is not None else end)
-        count = tl.cdiv(tl.maximum(stop - start, 0), TILE_Q)
-        for step in tl.range(0, count * GROUPS):
-            member = step // count if GROUPS > 1 else 0
-            head = first_head + member
-            first_row = start + (step % count if GROUPS > 1 else step) * TILE_Q
-            rows = first_row + tl.arange(0, TILE_Q)
-            q_tile = load(view_q, member, first_row, len_q, strides_q, WIDTH, TILE_Q, TILE_E, True, DESCRIPTORS)
-            dout_tile = load(
-                view_dout, member, first_row, len_q, strides_dout, WIDTH_V, TILE_Q, TILE_V, True, DESCRIPTORS
-            )
-            row_lse = tl.load(padded_rows_of(lse_log2, batch, head, padded, first_q, len_q, starts_q is not None) + rows)
-            row_delta = tl.load(padded_rows_of(delta, batch, head, padded, first_q, len_q, starts_q is not None) + rows)
-            of_mask = None if mask is None else mask + (batch * strides_mask[0] + head * strides_mask[1])
-            slope = None if slopes is None else tl.load(slopes + (batch * strides_slopes[0] + head * strides_slopes[1]))
-            s, slope_of_cap = logits(
-                dot(k_tile, q_tile.T, PRECISION), rows[None, :], keys, len_q, len_k, left, right, scale, softcap,
-                of_mask, strides_mask, slope, part != 1, LINEAR,
-            )  # fmt: skip
-            weights = tl.exp2(s * factor - row_lse[None, :])
-            keep = (
-                None if rng_state is None
-                else kept(rng_state, batch * heads + head, rows[None, :], keys, dropout_threshold)
-            )  # fmt: skip
-            if DV:
-                dropped = weights if keep is None else tl.where(keep, weights * dropout_scale, 0.0)
-                dv_tile = add_dot(dv_tile, dropped.to(v.dtype.element_ty), dout_tile, PRECISION)
-            if DK:
-                dweights = dot(v_tile, dout_tile.T, PRECISION)
-                dweights = dweights if keep is None else tl.where(keep, dweights * dropout_scale, 0.0)
-                ds = weights * (dweights - row_delta[None, :]) * slope_of_cap
-                dk_tile = add_dot(dk_tile, ds.to(q.dtype.element_ty), q_tile, PRECISION)
+    bounded: tl.constexpr = left is not None or right is not None
+    count = tl.cdiv(tl.maximum(end - begin, 0), TILE_Q)
+    for step in tl.range(0, count * GROUPS):
+        member = step // count if GROUPS > 1 else 0
+        head = first_head + member
+        first_row = begin + (step % count if GROUPS > 1 else step) * TILE_Q
+        rows = first_row + tl.arange(0, TILE_Q)
+        q_tile = load(view_q, member, first_row, len_q, strides_q, WIDTH, TILE_Q, TILE_E, DESCRIPTORS)
+        dout_tile = load(
+            view_dout, member, first_row, len_q, strides_dout, WIDTH_V, TILE_Q, TILE_V, DESCRIPTORS
+        )
+        row_lse = tl.load(padded_rows_of(lse_log2, batch, head, padded, first_q, len_q, starts_q is not None) + rows)
+        row_delta = tl.load(padded_rows_of(delta, batch, head, padded, first_q, len_q, starts_q is not None) + rows)
+        # The end of the queries needs no care: beyond it lse is infinite, and the weights zero.
+        edge = (first_row < full_begin) | (first_row >= full_end) if bounded else False
+        of_mask = None if mask is None else mask + (batch * strides_mask[0] + head * strides_mask[1])
+        slope = None if slopes is None else tl.load(slopes + (batch * strides_slopes[0] + head * strides_slopes[1]))
+        s, slope_of_cap = logits(
+            dot(k_tile, q_tile.T, PRECISION), rows[None, :], keys, len_q, len_k, left, right, scale, softcap,
+            of_mask, strides_mask, slope, edge, LINEAR,
+        )  # fmt: skip
+        weights = tl.exp2(s * factor - row_lse[None, :])
+        keep = (
+            None if rng_state is None
+            else kept(rng_state, batch * heads + head, rows[None, :], keys, dropout_threshold)
+        )  # fmt: skip
+        if DV:
+            dropped = weights if keep is None else tl.where(keep, weights * dropout_scale, 0.0)
+            dv_tile = add_dot(dv_tile, dropped.to(v.dtype.element_ty), dout_tile, PRECISION)
+        if DK:
+            dweights = dot(v_tile, dout_tile.T, PRECISION)
+            dweights = dweights if keep is None else tl.where(keep, dweights * dropout_scale, 0.0)
+            ds = weights * (dweights - row_delta[None, :]) * slope_of_cap
+            dk_tile = add_dot(dk_tile, ds.to(q.dtype.element_ty), q_tile, PRECISION)
 
     if DK:
         of_dk = matrix(dk, strides_dk, batch, head_kv, first_k)

@@ -37,7 +37,7 @@ def forward_kernel(
     view_q = view(of_q, 1, len_q, strides_q, WIDTH, TILE_Q, TILE_E, DESCRIPTORS)
     view_k = view(of_k, 1, len_k, strides_k, WIDTH, TILE_K, TILE_E, DESCRIPTORS)
     view_v = view(of_v, 1, len_k, strides_v, WIDTH_V, TILE_K, TILE_V, DESCRIPTORS)
-    q_tile = load(view_q, 0, first_row, len_q, strides_q, WIDTH, TILE_Q, TILE_E, True, DESCRIPTORS)
+    q_tile = load(view_q, 0, first_row, len_q, strides_q, WIDTH, TILE_Q, TILE_E, DESCRIPTORS)
     rows = first_row + tl.arange(0, TILE_Q)
     factor = scale * LOG2E if LINEAR else 1.0
     acc = tl.zeros((TILE_Q, TILE_V), tl.float32)
@@ -45,35 +45,27 @@ def forward_kernel(
     top = tl.full((TILE_Q,), float("-inf"), tl.float32)
 
     begin, full_begin, full_end, end = keys_seen(first_row, len_q, len_k, left, right, TILE_Q, TILE_K)
-    # The tiles cut by the window's left edge, those that all queries see, and those cut by its right edge or the end.
-    for part in tl.static_range(1 if left is None else 0, 3):
-        start = begin if part == 0 else (full_begin if part == 1 else full_end)
-        stop = tl.minimum(full_begin, end) if part == 0 else (full_end if part == 1 else end)
-        for first_key in tl.range(start, stop, TILE_K):
-            here = first_key + tl.arange(0, TILE_K)[None, :]
-            k_tile = load(
-                view_k, 0, first_key, len_k, strides_k, WIDTH, TILE_K, TILE_E, part != 1, DESCRIPTORS
+    for first_key in tl.range(begin, end, TILE_K):
+        here = first_key + tl.arange(0, TILE_K)[None, :]
+        k_tile = load(view_k, 0, first_key, len_k, strides_k, WIDTH, TILE_K, TILE_E, DESCRIPTORS)
+        s, _ = logits(
+            dot(q_tile, k_tile.T, PRECISION), rows[:, None], here, len_q, len_k, left, right, scale, softcap,
+            of_mask, strides_mask, slope, (first_key < full_begin) | (first_key >= full_end), LINEAR,
+        )  # fmt: skip
+        new_top = tl.maximum(top, tl.max(s, 1) * factor)
+        # A row that has seen no key yet has no maximum to subtract.
+        hidden: tl.constexpr = left is not None or right is not None or mask is not None
+        shift = tl.where(new_top == float("-inf"), 0.0, new_top) if hidden else new_top
+        weights = tl.exp2(s * factor - shift[:, None])
+        rescale = tl.exp2(top - shift)
+        total = total * rescale + tl.sum(weights, 1)
+        if rng_state is not None:
+            weights = tl.where(
+                kept(rng_state, batch * heads + head, rows[:, None], here, dropout_threshold), weights, 0.0
             )
-            s, _ = logits(
-                dot(q_tile, k_tile.T, PRECISION), rows[:, None], here, len_q, len_k, left, right, scale, softcap,
-                of_mask, strides_mask, slope, part != 1, LINEAR,
-            )  # fmt: skip
-            new_top = tl.maximum(top, tl.max(s, 1) * factor)
-            # A row that has seen no key yet has no maximum to subtract.
-            some_hidden: tl.constexpr = part != 1 or mask is not None
-            shift = tl.where(new_top == float("-inf"), 0.0, new_top) if some_hidden else new_top
-            weights = tl.exp2(s * factor - shift[:, None])
-            rescale = tl.exp2(top - shift)
-            total = total * rescale + tl.sum(weights, 1)
-            if rng_state is not None:
-                weights = tl.where(
-                    kept(rng_state, batch * heads + head, rows[:, None], here, dropout_threshold), weights, 0.0
-                )
-            v_tile = load(
-                view_v, 0, first_key, len_k, strides_v, WIDTH_V, TILE_K, TILE_V, part != 1, DESCRIPTORS
-            )
-            acc = add_dot(acc * rescale[:, None], weights.to(v.dtype.element_ty), v_tile, PRECISION)
-            top = new_top
+        v_tile = load(view_v, 0, first_key, len_k, strides_v, WIDTH_V, TILE_K, TILE_V, DESCRIPTORS)
+        acc = add_dot(acc * rescale[:, None], weights.to(v.dtype.element_ty), v_tile, PRECISION)
+        top = new_top
 
     if sinks is not None or log_n is not None:
         sink = (tl.load(sinks + head * stride_sinks) if log_n is None else log_n) * LOG2E

@@ -57,22 +57,18 @@ def view(
 @triton.jit
 def load(
     view, head, first_row, rows, strides, WIDTH: tl.constexpr, TILE_ROWS: tl.constexpr, TILE_WIDTH: tl.constexpr,
-    MAY_END: tl.constexpr, DESCRIPTORS: tl.constexpr,
+    DESCRIPTORS: tl.constexpr,
 ):  # fmt: skip
-    """The tile that begins at `first_row`, zero outside of the matrix, which ends in this tile only if MAY_END."""
+    """The tile that begins at `first_row`, zero outside of the matrix."""
     if DESCRIPTORS:
         return view.load([head, first_row, 0]).reshape(TILE_ROWS, TILE_WIDTH)
     else:
         row, column = (first_row + tl.arange(0, TILE_ROWS))[:, None], tl.arange(0, TILE_WIDTH)[None, :]
         pointers = view + head * strides[1] + row.to(tl.int64) * strides[2] + column * strides[3]
-        if MAY_END and WIDTH != TILE_WIDTH:
-            return tl.load(pointers, mask=(row < rows) & (column < WIDTH), other=0.0)
-        elif MAY_END:
+        if WIDTH == TILE_WIDTH:
             return tl.load(pointers, mask=row < rows, other=0.0)
-        elif WIDTH != TILE_WIDTH:
-            return tl.load(pointers, mask=column < WIDTH, other=0.0)
         else:
-            return tl.load(pointers)
+            return tl.load(pointers, mask=(row < rows) & (column < WIDTH), other=0.0)
 
 
 @triton.jit
@@ -135,7 +131,7 @@ def logits(
     mask,  # of this batch and head, or None
     strides_mask,
     slope,  # of ALiBi, or None
-    BOUNDED: tl.constexpr,  # whether some of the pairs may be outside of the window, or beyond the end
+    edge,  # whether some of the pairs may be outside of the window, or beyond the end
     LINEAR: tl.constexpr,  # whether logits are products times a positive number, which is left to the caller
 ):  # fmt: skip
     """Logits in base 2, -inf where a query does not see a key, and the derivative of the softcap."""
@@ -158,7 +154,7 @@ def logits(
             s = tl.where(tl.load(pointers, mask=inside, other=0) != 0, s, float("-inf"))
         else:
             s += tl.load(pointers, mask=inside, other=0.0).to(tl.float32) * LOG2E
-    if BOUNDED:
+    if edge:
         visible = key < len_k
         if left is not None:
             visible &= distance <= left
