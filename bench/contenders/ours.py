@@ -19,17 +19,18 @@ def contenders(device: str) -> tuple[Contender, ...]:
     automatic = tuple(_contender(None, n) for n in KINDS_OF_N)
     if device == "cpu":  # where the automatic choice is the only kernel
         return (*automatic, _contender("reference", "1"))
-    return (*automatic, *(_contender(name, n) for name in _names() for n in ("0", "1")))
+    return (*automatic, *(_contender(name, n) for name, kinds in _names() for n in kinds))
 
 
-def _names() -> Iterator[str]:
-    """Every backend that can be forced; of a family its members."""
+def _names() -> Iterator[tuple[str, tuple[str, ...]]]:
+    """Every backend that can be forced, of a family its members, and the kinds of n to measure it with."""
     for name in attn_n.backends():
         backend, _ = registry.find(name)
+        kinds = KINDS_OF_N if backend is not None and backend.applies_n else KINDS_OF_N[:2]
         if isinstance(backend, Family):
-            yield from (f"{name}:{member}" for member in backend.members if member != "cpu")
+            yield from ((f"{name}:{member}", kinds) for member in backend.members if member != "cpu")
         else:
-            yield name
+            yield name, kinds
 
 
 def _contender(backend: str | None, n: str) -> Contender:

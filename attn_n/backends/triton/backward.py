@@ -7,7 +7,20 @@ import triton
 import triton.language as tl
 
 from attn_n.backends.triton.tile import (
-    LOG2E, RUN_TIME, add_dot, dot, kept, keys_seen, load, logits, matrix, padded_rows_of, place, queries_that_see, rows_of, store,
+    LOG2E,
+    RUN_TIME,
+    add_dot,
+    dot,
+    kept,
+    keys_seen,
+    load,
+    logits,
+    matrix,
+    padded_rows_of,
+    place,
+    queries_that_see,
+    rows_of,
+    store,
     view,
 )  # fmt: skip
 
@@ -97,7 +110,10 @@ def dkdv_kernel(
         return
 
     first_head = head_kv * GROUPS
-    of_q, of_dout = matrix(q, strides_q, batch, first_head, first_q), matrix(dout, strides_dout, batch, first_head, first_q)
+    of_q, of_dout = (
+        matrix(q, strides_q, batch, first_head, first_q),
+        matrix(dout, strides_dout, batch, first_head, first_q),
+    )
     of_k, of_v = matrix(k, strides_k, batch, head_kv, first_k), matrix(v, strides_v, batch, head_kv, first_k)
     view_q = view(of_q, GROUPS, len_q, strides_q, WIDTH, TILE_Q, TILE_E, DESCRIPTORS)
     view_dout = view(of_dout, GROUPS, len_q, strides_dout, WIDTH_V, TILE_Q, TILE_V, DESCRIPTORS)
@@ -119,9 +135,7 @@ def dkdv_kernel(
         first_row = begin + (step % count if GROUPS > 1 else step) * TILE_Q
         rows = first_row + tl.arange(0, TILE_Q)
         q_tile = load(view_q, member, first_row, len_q, strides_q, WIDTH, TILE_Q, TILE_E, DESCRIPTORS)
-        dout_tile = load(
-            view_dout, member, first_row, len_q, strides_dout, WIDTH_V, TILE_Q, TILE_V, DESCRIPTORS
-        )
+        dout_tile = load(view_dout, member, first_row, len_q, strides_dout, WIDTH_V, TILE_Q, TILE_V, DESCRIPTORS)
         row_lse = tl.load(padded_rows_of(lse_log2, batch, head, padded, first_q, len_q, starts_q is not None) + rows)
         row_delta = tl.load(padded_rows_of(delta, batch, head, padded, first_q, len_q, starts_q is not None) + rows)
         # The end of the queries needs no care: beyond it lse is infinite, and the weights zero.

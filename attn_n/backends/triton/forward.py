@@ -7,7 +7,20 @@ import triton
 import triton.language as tl
 
 from attn_n.backends.triton.tile import (
-    LN2, LOG2E, RUN_TIME, add_dot, dot, kept, keys_seen, load, logits, matrix, place, rows_of, store, view,
+    LN2,
+    LOG2E,
+    RUN_TIME,
+    add_dot,
+    dot,
+    kept,
+    keys_seen,
+    load,
+    logits,
+    matrix,
+    place,
+    rows_of,
+    store,
+    view,
 )  # fmt: skip
 
 
