@@ -236,19 +236,22 @@ def _eager_backward(
     backend: str,
     options: Options,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    packed = options.cu_seqlens_q is not None
-    if needs_n_grad:
-        dn = fold.gradient_of_n(dout, dlse, out, lse, log_n_tensor if n_is_logit else None, packed)
-    else:
-        dn = lse.new_empty(0)
+    log_n = log_n_tensor if n_is_logit else None
     if q.numel() == 0 or k.numel() == 0:
-        dq, dk, dv = torch.zeros_like(q), torch.zeros_like(k), torch.zeros_like(v)
+        dq, dk, dv, dn = torch.zeros_like(q), torch.zeros_like(k), torch.zeros_like(v), lse.new_empty(0)
+        if needs_n_grad:
+            dn = fold.gradient_of_n(dout, dlse, out, lse, log_n, options.cu_seqlens_q is not None)
+        return dq, dk, dv, dn
+    # An operator cannot return None: what it returned in its place, and what a bare function did, are one here.
+    rng_state = rng_state if options.dropout_p else None
+    if rows_may_be_empty:
+        lse, dlse = fold.lse_for_backward(lse, dlse)
+    chosen = registry.loaded(backend)
+    if needs_n_grad:
+        dq, dk, dv, dn = chosen.backward_with_n(dout, dlse, q, k, v, out, lse, rng_state, log_n, options)
     else:
-        # An operator cannot return None: what it returned in its place, and what a bare function did, are one here.
-        rng_state = rng_state if options.dropout_p else None
-        if rows_may_be_empty:
-            lse, dlse = fold.lse_for_backward(lse, dlse)
-        dq, dk, dv = registry.loaded(backend).backward(dout, dlse, q, k, v, out, lse, rng_state, options)
+        dq, dk, dv = chosen.backward(dout, dlse, q, k, v, out, lse, rng_state, options)
+        dn = lse.new_empty(0)
     return dq, _sum_groups(dk, k.shape[1]), _sum_groups(dv, k.shape[1]), dn
 
 

@@ -127,7 +127,7 @@ def _versions() -> dict[str, str | None]:
 
 def _support(device: Device) -> Iterator[Support]:
     calls = typical_calls(device)
-    order = registry.automatic_order(calls["bf16"].device)
+    order = registry.automatic_order(calls["bf16"])
     for name in registry.names():
         rank = order.index(name) + 1 if name in order else None
         members = _members(name, device)

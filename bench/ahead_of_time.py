@@ -1,23 +1,29 @@
-"""Compiles the Triton kernels for GPUs that are not there, and says what they take: registers, spills, shared memory."""
+"""Compiles the Triton kernels for GPUs that are not there: registers, spills and shared memory.
+
+`python -m bench.ahead_of_time sm_90` does so for every configuration that is shipped for that GPU, one JSON line each.
+"""
 
 from __future__ import annotations
 
+import functools
+import json
 import re
 import subprocess
+import sys
 import tempfile
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
-from unittest import mock
 
 import torch
 import triton
 from torch import Tensor
 from triton.backends.compiler import GPUTarget
 
-from attn_n.backends import triton as backend
 from attn_n.backends.triton import configs
+from attn_n.backends.triton.configs import Config
+from attn_n.backends.triton.launch import padded_rows, prepared
+from attn_n.backends.triton.problem import describe
 from attn_n.call import Options
 
 
@@ -29,6 +35,7 @@ class Target(NamedTuple):
 
 TARGETS = {
     "sm_80": Target(GPUTarget("cuda", 80, 32), (8, 0), 166912),
+    "sm_89": Target(GPUTarget("cuda", 89, 32), (8, 9), 101376),
     "sm_90": Target(GPUTarget("cuda", 90, 32), (9, 0), 232448),
     "sm_100": Target(GPUTarget("cuda", 100, 32), (10, 0), 232448),
     "gfx942": Target(GPUTarget("hip", "gfx942", 64), None, 65536),
@@ -61,48 +68,47 @@ class _NoGpu:
         return torch.device("cpu")
 
 
-def compiled(
-    target: str, kernel: str, width: int, config: configs.Config, dtype: torch.dtype, options: Options, n: float = 1.0
-) -> Any:
-    """The kernel of that name in `configs`, compiled for a head of `width`."""
+def shipped(target: str) -> Iterator[tuple[str, int, Config, torch.dtype]]:
+    """kernel, width, configuration and dtype of all that a GPU may get."""
+    for dtype in (torch.bfloat16, torch.float32):
+        for kernel, widths in configs.table(TARGETS[target].capability, dtype).items():
+            for width, rows in widths.items():
+                for row in rows:
+                    yield kernel, width, row, dtype
+
+
+def compiled(target: str, kernel: str, width: int, config: Config, dtype: torch.dtype, options: Options) -> Any:
+    """One of the kernels of `configs`, compiled for a head of `width` and n = 1."""
     triton.runtime.driver.set_active(_NoGpu(TARGETS[target].gpu))
-    found = []
-
-    def warm_up(jit: Any, programs: int, config: configs.Config, constants: dict[str, Any], *arguments: Any) -> None:
-        if config is not None:
-            found.append(jit.warmup(*arguments, grid=(programs,), **constants, **config.keywords()))
-
-    q, k, v = (torch.empty(1, 2, 256, width, dtype=dtype) for _ in range(3))
-    with mock.patch.object(backend, "launch", warm_up), only(kernel, config):
-        run(kernel, q, k, v, q, q, torch.empty(q.shape[:-1]), options, n)
-    (one,) = found
-    return one
+    tensors = [torch.empty(1, 2, 256, width, dtype=dtype) for _ in range(8)]
+    return launch_of(kernel, tensors, torch.empty(1, 2, 256), options, config, compile_only=True)()
 
 
-@contextmanager
-def only(kernel: str, config: configs.Config) -> Iterator[None]:
-    """The backend with `config` for that kernel, and without the others."""
-    problem, kinds = backend.Problem, (kernel,) if kernel.startswith("dk") or kernel == "dv" else ()
-    with (
-        mock.patch.object(problem, "config", lambda self, name, *tensors: config if name == kernel else None),
-        mock.patch.object(problem, "kernels_of_keys", lambda self: kinds),
-        mock.patch.object(problem, "programs_of_queries", _unless_left_out(problem.programs_of_queries)),
-    ):
-        yield
+def compiled_for(target: str, length: int, options: Options, n: float) -> Any:
+    """The forward of a bfloat16 call of that length and n, compiled with the tiles that are shipped."""
+    triton.runtime.driver.set_active(_NoGpu(TARGETS[target].gpu))
+    q, k, v, out = (torch.empty(2, 2, length, 64, dtype=torch.bfloat16) for _ in range(4))
+    launch = prepared("forward", describe((q, k, v, out), n, options))
+    return launch.compiled(q, k, v, out, torch.empty(2, 2, length), None, n, None, None, None, None, None)
 
 
-def _unless_left_out(programs: Any) -> Any:
-    return lambda self, config: 0 if config is None else programs(self, config)
-
-
-def run(
-    kernel: str, q: Tensor, k: Tensor, v: Tensor, dout: Tensor, out: Tensor, lse: Tensor, options: Options, n: float
-) -> None:
-    """The pass that the kernel belongs to."""
+def launch_of(
+    kernel: str, tensors: Sequence[Tensor], lse: Tensor, options: Options, config: Config, compile_only: bool = False
+) -> Callable[[], Any]:
+    """The call of one kernel with n = 1; `tensors` are q, k, v, out, dout, dq, dk and dv, heads first."""
+    q, k, v, out, dout, dq, dk, dv = tensors
+    extras = options.mask, options.alibi_slopes, None, None, None
     if kernel == "forward":
-        backend.BACKEND.forward(q, k, v, n, options)
+        problem, arguments = describe((q, k, v, out), 0.0, options), (q, k, v, out, lse, None, 0.0, *extras)
     else:
-        backend.BACKEND.backward(dout, None, q, k, v, out, lse, None, options)
+        problem = describe(tuple(tensors), None, options)
+        lse_log2, delta = q.new_zeros(2, problem.heads, padded_rows(problem), dtype=torch.float32)
+        if kernel == "dq":
+            arguments = (q, k, v, out, dout, lse, None, lse_log2, delta, dq, None, None, *extras)
+        else:
+            arguments = (q, k, v, dout, lse_log2, delta, dk, dv, *extras)
+    launch = prepared(kernel, problem, config)
+    return functools.partial(launch.compiled if compile_only else launch, *arguments)
 
 
 def resources(kernel: Any, target: str) -> Resources:
@@ -120,7 +126,7 @@ def resources(kernel: Any, target: str) -> Resources:
     with tempfile.NamedTemporaryFile("w", suffix=".ptx") as file:
         file.write(kernel.asm["ptx"])
         file.flush()
-        gpu = target if target == "sm_80" else f"{target}a"
+        gpu = f"{target}a" if target in ("sm_90", "sm_100") else target
         said = subprocess.run(
             [str(ptxas), "-v", f"--gpu-name={gpu}", file.name, "-o", "/dev/null"],
             capture_output=True, text=True, check=True,
@@ -131,3 +137,15 @@ def resources(kernel: Any, target: str) -> Resources:
         shared,
         tuple(sorted(set(re.findall(r"C75\d\d", said)))),
     )
+
+
+def main(target: str) -> None:
+    causal = Options(0.1, window_right=0)
+    for kernel, width, config, dtype in shipped(target):
+        found = resources(compiled(target, kernel, width, config, dtype, causal), target)
+        line = {"kernel": kernel, "width": width, "config": config, "dtype": str(dtype), **found._asdict()}
+        print(json.dumps(line), flush=True)
+
+
+if __name__ == "__main__":
+    main(sys.argv[1])

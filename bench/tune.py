@@ -17,10 +17,11 @@ from typing import Any
 
 import torch
 
-from attn_n.backends import triton as backend
+from attn_n.backends.triton import BACKEND
 from attn_n.backends.triton.configs import Config
 from attn_n.call import Options
 from bench import ahead_of_time
+from bench.ahead_of_time import launch_of
 
 TOKENS, HIDDEN = 16384, 2048
 TILES = list(itertools.product((32, 64, 128), (32, 64, 128)))
@@ -103,25 +104,28 @@ def _compile(one: Try) -> Try | None:
 
 
 def _inputs(length: int, width: int, dtype: str) -> tuple[torch.Tensor, ...]:
+    """q, k, v, out, dout, dq, dk, dv, and lse."""
     shape = (TOKENS // length, HIDDEN // width, length, width)
     q, k, v, dout = (torch.randn(shape, dtype=getattr(torch, dtype), device="cuda") for _ in range(4))
-    return q, k, v, dout, *backend.BACKEND.forward(q, k, v, 0.0, Options(width**-0.5))[:2]
+    out, lse, _ = BACKEND.forward(q, k, v, None, Options(width**-0.5))
+    return q, k, v, out, dout, torch.empty_like(q), torch.empty_like(k), torch.empty_like(v), lse
 
 
 def _tflops(one: Try, length: int, inputs: tuple[torch.Tensor, ...], rounds: int = 4) -> float:
     kernel, _, config, _ = one.key
+    *tensors, lse = inputs
+    launch = launch_of(kernel, tensors, lse, one.options(), config)
     cold, times = torch.empty(256 << 20, dtype=torch.uint8, device="cuda"), []
-    with ahead_of_time.only(kernel, config):
-        for _ in range(rounds):
-            start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-            cold.zero_()
-            torch.cuda._sleep(1_000_000)  # so that the host is ahead
-            start.record()
-            ahead_of_time.run(kernel, *inputs, one.options(), 0.0)
-            end.record()
-            torch.cuda.synchronize()
-            times.append(start.elapsed_time(end) * 1e-3)
-            time.sleep(0.01)
+    for _ in range(rounds):
+        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        cold.zero_()
+        torch.cuda._sleep(1_000_000)  # so that the host is ahead
+        start.record()
+        launch()
+        end.record()
+        torch.cuda.synchronize()
+        times.append(start.elapsed_time(end) * 1e-3)
+        time.sleep(0.01)
     flops = 2 * PRODUCTS[kernel] * TOKENS * length * HIDDEN / (2 if one["causal"] else 1)
     return flops / statistics.median(times) / 1e12
 

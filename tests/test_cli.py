@@ -37,6 +37,12 @@ def only_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
 
 
+@pytest.fixture(autouse=True)
+def no_interpreter(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without the backend whose kernels Triton interprets in the tests, at a thousandth of their speed."""
+    monkeypatch.delitem(registry._entries, "triton")
+
+
 @pytest.fixture
 def without_n(monkeypatch: pytest.MonkeyPatch) -> None:
     """A fold that ignores n, as a library without n would."""
@@ -54,7 +60,12 @@ def test_the_command_prints_one_json_object(tmp_path: Path) -> None:
     (package / "METADATA").write_text("Metadata-Version: 2.1\nName: broken\nVersion: 1.0\n")
     (package / "entry_points.txt").write_text("[attn_n.backends]\nbroken = a_missing_library:BACKEND\n")
     paths = [str(tmp_path), str(Path(report.__file__).parents[1])]
-    settings = {"PYTHONPATH": os.pathsep.join(paths), "CUDA_VISIBLE_DEVICES": "", "OMP_WAIT_POLICY": "PASSIVE"}
+    settings = {
+        "PYTHONPATH": os.pathsep.join(paths),
+        "CUDA_VISIBLE_DEVICES": "",
+        "OMP_WAIT_POLICY": "PASSIVE",
+        "TRITON_INTERPRET": "0",
+    }
     command = [sys.executable, "-m", "attn_n", "--json"]
     result = subprocess.run(command, env=os.environ | settings, capture_output=True, text=True, check=False)
     assert result.returncode == 0, result.stderr

@@ -93,10 +93,13 @@ def test_use_backend_ends_after_an_error(ran: list[str]) -> None:
 
 
 def test_unknown_names(monkeypatch: pytest.MonkeyPatch) -> None:
-    with pytest.raises(ValueError, match="backend: expected one of sdpa, reference, got 'fast'"), use_backend("fast"):
+    with (
+        pytest.raises(ValueError, match="backend: expected one of triton, sdpa, reference, got 'fast'"),
+        use_backend("fast"),
+    ):
         pass
     monkeypatch.setenv("ATTN_N_BACKEND", "fastest")
-    with pytest.raises(ValueError, match="ATTN_N_BACKEND: expected one of sdpa, reference, got 'fastest'"):
+    with pytest.raises(ValueError, match="ATTN_N_BACKEND: expected one of triton, sdpa, reference, got 'fastest'"):
         flash_attention_n(*inputs())
     with pytest.raises(ValueError, match="expected one of reference, got 'reference:fast'"):
         flash_attention_n(*inputs(), backend="reference:fast")
@@ -114,14 +117,14 @@ def test_a_forced_backend_never_falls_back(how: str, ran: list[str], monkeypatch
     assert text.startswith(f"backend 'sdpa' ({asked_by}) does not serve this call:\n  q (1, 2, 5, 8)")
     assert "softcap 3" in text
     assert "sdpa: cpu: PyTorch's fused kernels have no softcap" in text
-    assert "To do: use reference, or leave the choice to the library." in text
+    assert "To do: use reference or triton, or leave the choice to the library." in text
     assert ran == []
 
 
 def test_explain(capsys: pytest.CaptureFixture[str], ran: list[str]) -> None:
     explanation = attn_n.explain(*inputs(), True, sm_n=1.0, dropout_p=0.1)
     assert explanation.chosen == "reference"
-    assert [(v.name, v.rank) for v in explanation.verdicts] == [("sdpa", 1), ("reference", 2)]
+    assert [(v.name, v.rank) for v in explanation.verdicts] == [("sdpa", 1), ("reference", 2), ("triton", None)]
     assert explanation.verdicts[0].reason == "cpu: PyTorch's CPU kernel has no dropout"
     assert capsys.readouterr().out.strip() == str(explanation)
     assert "causal, dropout 0.1, n: float" in str(explanation)
@@ -174,7 +177,7 @@ def test_entry_points(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.syspath_prepend(tmp_path)
     importlib.invalidate_caches()
 
-    assert attn_n.backends() == ["sdpa", "reference", "good", "missing", "broken", "number"]
+    assert attn_n.backends() == ["triton", "sdpa", "reference", "good", "missing", "broken", "number"]
     assert flash_attention_n(*inputs(), True, backend="good").shape == (1, 2, 5, 8)
     said = {verdict.name: verdict.reason for verdict in attn_n.explain(*inputs(), True).verdicts}
     assert said["good"] is None
@@ -236,11 +239,16 @@ def gpu_call(**changes: object) -> AttentionCall:
         ({"return_lse": True}, "sdpa:flash"),
         ({"dtype": torch.float32}, "sdpa:efficient"),
         ({"mask_shape": (1, 1, 256, 256), "mask_dtype": torch.bool}, "sdpa:efficient"),
-        ({"alibi": True}, "reference"),
+        ({"alibi": True}, "triton"),
         ({"alibi": True, "dtype": torch.float32}, "sdpa:efficient"),
         ({"alibi": True, "needs_grad": False}, "sdpa:flash"),
         ({"dtype": torch.float64}, "reference"),
-        ({"softcap": 30.0}, "reference"),
+        ({"softcap": 30.0}, "triton"),
+        ({"softcap": 30.0, "capability": (7, 5)}, "reference"),
+        ({"n_kind": "float"}, "triton"),
+        ({"n_kind": "float", "capability": (8, 0)}, "sdpa:flash"),
+        ({"n_kind": "float", "k_shape": (2, 8, 1500, 64), "v_shape": (2, 8, 1500, 64)}, "sdpa:cudnn"),
+        ({"n_kind": "float", "k_shape": (2, 8, 1500, 64), "v_shape": (2, 8, 1500, 64), "needs_grad": False}, "triton"),
         ({"device": "mps", "capability": None}, "reference"),
         ({"device": "cpu", "capability": None}, "sdpa:cpu"),
     ],

@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 
 from torch import Tensor
 
+from attn_n import fold
 from attn_n.call import AttentionCall, Options
 
 
@@ -68,6 +69,23 @@ class Backend:
         without visible keys, which makes their P zero. dk and dv may have Hq heads: the caller sums each group.
         """
         raise NotImplementedError
+
+    def backward_with_n(
+        self,
+        dout: Tensor,
+        dlse: Tensor | None,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        out: Tensor,
+        lse: Tensor,
+        rng_state: Tensor | None,
+        log_n: Tensor | None,
+        options: Options,
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """The same, and the `(Hq,)` gradient of `log_n` `(Hq,)`, or without that the gradient of n itself."""
+        dn = fold.gradient_of_n(dout, dlse, out, lse, log_n, options.cu_seqlens_q is not None)
+        return *self.backward(dout, dlse, q, k, v, out, lse, rng_state, options), dn
 
     def attend(
         self,

@@ -9,9 +9,10 @@ from torch.torch_version import TorchVersion
 from triton.runtime.interpreter import InterpretedFunction
 
 from attn_n.backends.base import Backend, empty_in_order, memory_order
-from attn_n.backends.triton.backward import dkdv_kernel, dq_kernel
+from attn_n.backends.triton import configs
 from attn_n.backends.triton.forward import forward_kernel
-from attn_n.backends.triton.launch import Problem, launch, strides
+from attn_n.backends.triton.launch import padded_rows, prepared
+from attn_n.backends.triton.problem import describe
 from attn_n.call import AttentionCall, Options
 
 _OLDEST = "3.4"
@@ -52,15 +53,9 @@ class TritonBackend(Backend):
         if options.dropout_p:
             # Two random numbers of torch's own generator: they follow its seed, also in a captured graph.
             rng_state = torch.randint(1 << 62, (2,), device=q.device)
-        sinks = log_n if isinstance(log_n, Tensor) else None
-        problem = Problem(q, k, v, options)
-        config = problem.config("forward", q, k, v)
-        launch(
-            forward_kernel, problem.programs_of_queries(config), config, problem.constants(),
-            q, k, v, out, lse, sinks, *problem.extras(rng_state),
-            *map(strides, (q, k, v, out)), *problem.strides_of_extras(),
-            None if sinks is None else sinks.stride(0), None if sinks is not None else log_n, *problem.numbers(),
-        )  # fmt: skip
+        sinks, number = (log_n, None) if isinstance(log_n, Tensor) else (None, log_n)
+        launch = prepared("forward", describe((q, k, v, out), log_n, options))
+        launch(q, k, v, out, lse, sinks, number, *_extras(rng_state, options))
         return out, lse, rng_state
 
     def backward(
@@ -75,29 +70,48 @@ class TritonBackend(Backend):
         rng_state: Tensor | None,
         options: Options,
     ) -> tuple[Tensor, Tensor, Tensor]:
+        return self._backward(dout, dlse, q, k, v, out, lse, rng_state, None, options, dn_wanted=False)[:3]
+
+    def backward_with_n(
+        self,
+        dout: Tensor,
+        dlse: Tensor | None,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        out: Tensor,
+        lse: Tensor,
+        rng_state: Tensor | None,
+        log_n: Tensor | None,
+        options: Options,
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        return self._backward(dout, dlse, q, k, v, out, lse, rng_state, log_n, options, dn_wanted=True)
+
+    def _backward(
+        self, dout: Tensor, dlse: Tensor | None, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor,
+        rng_state: Tensor | None, log_n: Tensor | None, options: Options, dn_wanted: bool,
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
         if dout.stride(-1) != 1:  # that of a sum: read many times, it is worth laying out once
             dout = dout.contiguous()
         lse, dlse = lse.contiguous(), None if dlse is None else dlse.contiguous()
         dq, dk, dv = (empty_in_order(x, x.shape, memory_order(x)) for x in (q, k, v))
-        problem = Problem(q, k, v, options)
-        lse_log2, delta = torch.empty(2, problem.heads, problem.padded, dtype=torch.float32, device=q.device)
-        extras, constants = problem.extras(rng_state), problem.constants()
-        numbers = *problem.strides_of_extras(), problem.padded, *problem.numbers()
-        config = problem.config("dq", q, k, v, dout)
-        launch(
-            dq_kernel, problem.programs_of_queries(config), config, constants,
-            q, k, v, out, dout, lse, dlse, lse_log2, delta, dq, *extras,
-            *map(strides, (q, k, v, out, dout, dq)), *numbers,
-        )  # fmt: skip
-        for wanted in problem.kernels_of_keys():
-            config = problem.config(wanted, q, k, v, dout)
-            launch(
-                dkdv_kernel, problem.programs_of_keys(config), config,
-                {**constants, "DK": "dk" in wanted, "DV": "dv" in wanted},
-                q, k, v, dout, lse_log2, delta, dk, dv, *extras,
-                *map(strides, (q, k, v, dout, dk, dv)), *numbers,
-            )  # fmt: skip
-        return dq, dk, dv
+        problem = describe((q, k, v, out, dout, dq, dk, dv), log_n, options)
+        lse_log2, delta = torch.empty(2, problem.heads, padded_rows(problem), dtype=torch.float32, device=q.device)
+        extras = _extras(rng_state, options)
+        launch = prepared("dq", problem)
+        # The share of each program, added up in a fixed order.
+        dn = torch.zeros(launch.programs if dn_wanted else 0, dtype=torch.float32, device=q.device)
+        launch(q, k, v, out, dout, lse, dlse, lse_log2, delta, dq, log_n, dn if dn_wanted else None, *extras)
+        for kernel in configs.kernels_of_keys(problem):
+            prepared(kernel, problem)(q, k, v, dout, lse_log2, delta, dk, dv, *extras)
+        return dq, dk, dv, dn.view(problem.batch, problem.heads, -1).sum((0, 2)) if dn_wanted else dn
+
+
+def _extras(rng_state: Tensor | None, options: Options) -> tuple[Tensor | None, ...]:
+    mask = options.mask
+    if mask is not None and mask.dtype == torch.bool:
+        mask = mask.view(torch.uint8)
+    return mask, options.alibi_slopes, rng_state, options.cu_seqlens_q, options.cu_seqlens_k
 
 
 BACKEND = TritonBackend()

@@ -27,9 +27,9 @@ from attn_n.backends.triton.tile import (
 
 @triton.jit(do_not_specialize=RUN_TIME)
 def dq_kernel(
-    q, k, v, out, dout, lse, dlse, lse_log2, delta, dq, mask, slopes, rng_state, starts_q, starts_k,
-    strides_q, strides_k, strides_v, strides_out, strides_dout, strides_dq, strides_mask, strides_slopes, padded,
-    heads, len_q, len_k, left, right, scale, softcap, dropout_threshold, dropout_scale,
+    q, k, v, out, dout, lse, dlse, lse_log2, delta, dq, sinks, dn, mask, slopes, rng_state, starts_q, starts_k,
+    strides_q, strides_k, strides_v, strides_out, strides_dout, strides_dq, strides_mask, strides_slopes, stride_n,
+    padded, heads, len_q, len_k, left, right, scale, softcap, dropout_threshold, dropout_scale,
     GROUPS: tl.constexpr, WIDTH: tl.constexpr, WIDTH_V: tl.constexpr, TILE_E: tl.constexpr, TILE_V: tl.constexpr,
     LINEAR: tl.constexpr, PRECISION: tl.constexpr, DESCRIPTORS: tl.constexpr,
     TILE_Q: tl.constexpr, TILE_K: tl.constexpr,
@@ -53,18 +53,22 @@ def dq_kernel(
     slope = None if slopes is None else tl.load(slopes + (batch * strides_slopes[0] + head * strides_slopes[1]))
 
     rows = first_row + tl.arange(0, TILE_Q)
-    view_dout = view(of_dout, 1, len_q, strides_dout, WIDTH_V, TILE_Q, TILE_V, DESCRIPTORS)
-    dout_tile = load(view_dout, 0, first_row, len_q, strides_dout, WIDTH_V, TILE_Q, TILE_V, DESCRIPTORS)
+    # By pointers, all at once: they come once, and a descriptor takes longer to make than that.
+    q_tile = load(of_q, 0, first_row, len_q, strides_q, WIDTH, TILE_Q, TILE_E, False)
+    dout_tile = load(of_dout, 0, first_row, len_q, strides_dout, WIDTH_V, TILE_Q, TILE_V, False)
     out_tile = load(of_out, 0, first_row, len_q, strides_out, WIDTH_V, TILE_Q, TILE_V, False)
+    row_lse = tl.load(of_lse + rows * step, mask=rows < len_q, other=float("inf")) * LOG2E
     row_delta = tl.sum(out_tile.to(tl.float32) * dout_tile.to(tl.float32), 1)
     if dlse is not None:
         of_dlse, _ = rows_of(dlse, batch, head, heads, first_q, len_q, starts_q is not None)
         row_delta -= tl.load(of_dlse + rows * step, mask=rows < len_q, other=0.0)
-    row_lse = tl.load(of_lse + rows * step, mask=rows < len_q, other=float("inf")) * LOG2E
     tl.store(padded_rows_of(lse_log2, batch, head, padded, first_q, len_q, starts_q is not None) + rows, row_lse)
     tl.store(padded_rows_of(delta, batch, head, padded, first_q, len_q, starts_q is not None) + rows, row_delta)
-    view_q = view(of_q, 1, len_q, strides_q, WIDTH, TILE_Q, TILE_E, DESCRIPTORS)
-    q_tile = load(view_q, 0, first_row, len_q, strides_q, WIDTH, TILE_Q, TILE_E, DESCRIPTORS)
+    if dn is not None:
+        # exp(log n - lse) * delta, or without sinks exp(-lse) * delta, which is the gradient of n itself
+        sink = tl.load(sinks + head * stride_n) * LOG2E if sinks is not None else 0.0
+        share = tl.exp2(tl.minimum(sink - row_lse, 126.0))
+        tl.store(dn + tl.program_id(0), -tl.sum(share * row_delta))
     view_k = view(of_k, 1, len_k, strides_k, WIDTH, TILE_K, TILE_E, DESCRIPTORS)
     view_v = view(of_v, 1, len_k, strides_v, WIDTH_V, TILE_K, TILE_V, DESCRIPTORS)
     factor = scale * LOG2E if LINEAR else 1.0
@@ -92,8 +96,8 @@ def dq_kernel(
 @triton.jit(do_not_specialize=RUN_TIME)
 def dkdv_kernel(
     q, k, v, dout, lse_log2, delta, dk, dv, mask, slopes, rng_state, starts_q, starts_k,
-    strides_q, strides_k, strides_v, strides_dout, strides_dk, strides_dv, strides_mask, strides_slopes, padded,
-    heads, len_q, len_k, left, right, scale, softcap, dropout_threshold, dropout_scale,
+    strides_q, strides_k, strides_v, strides_dout, strides_dk, strides_dv, strides_mask, strides_slopes,
+    padded, heads, len_q, len_k, left, right, scale, softcap, dropout_threshold, dropout_scale,
     GROUPS: tl.constexpr, WIDTH: tl.constexpr, WIDTH_V: tl.constexpr, TILE_E: tl.constexpr, TILE_V: tl.constexpr,
     LINEAR: tl.constexpr, PRECISION: tl.constexpr, DESCRIPTORS: tl.constexpr,
     TILE_Q: tl.constexpr, TILE_K: tl.constexpr, DK: tl.constexpr, DV: tl.constexpr,
@@ -117,10 +121,9 @@ def dkdv_kernel(
     of_k, of_v = matrix(k, strides_k, batch, head_kv, first_k), matrix(v, strides_v, batch, head_kv, first_k)
     view_q = view(of_q, GROUPS, len_q, strides_q, WIDTH, TILE_Q, TILE_E, DESCRIPTORS)
     view_dout = view(of_dout, GROUPS, len_q, strides_dout, WIDTH_V, TILE_Q, TILE_V, DESCRIPTORS)
-    view_k = view(of_k, 1, len_k, strides_k, WIDTH, TILE_K, TILE_E, DESCRIPTORS)
-    view_v = view(of_v, 1, len_k, strides_v, WIDTH_V, TILE_K, TILE_V, DESCRIPTORS)
-    k_tile = load(view_k, 0, first_key, len_k, strides_k, WIDTH, TILE_K, TILE_E, DESCRIPTORS)
-    v_tile = load(view_v, 0, first_key, len_k, strides_v, WIDTH_V, TILE_K, TILE_V, DESCRIPTORS)
+    # By pointers, both at once: they come once, and a descriptor takes longer to make than that.
+    k_tile = load(of_k, 0, first_key, len_k, strides_k, WIDTH, TILE_K, TILE_E, False)
+    v_tile = load(of_v, 0, first_key, len_k, strides_v, WIDTH_V, TILE_K, TILE_V, False)
     keys = first_key + tl.arange(0, TILE_K)[:, None]
     factor = scale * LOG2E if LINEAR else 1.0
     dk_tile = tl.zeros((TILE_K, TILE_E), tl.float32)

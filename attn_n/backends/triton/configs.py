@@ -7,6 +7,10 @@ from __future__ import annotations
 
 from typing import Any, NamedTuple
 
+import torch
+
+from attn_n.backends.triton.problem import Problem
+
 
 class Config(NamedTuple):
     tile_q: int
@@ -16,11 +20,8 @@ class Config(NamedTuple):
     descriptors: bool = False  # tiles come by tensor descriptors (the copy engine of sm_90 and later), not by pointers
     longer_than: int = 0  # for loops over more queries or keys than this
 
-    def keywords(self) -> dict[str, Any]:
-        return {
-            "TILE_Q": self.tile_q, "TILE_K": self.tile_k, "DESCRIPTORS": self.descriptors,
-            "num_warps": self.num_warps, "num_stages": self.num_stages,
-        }  # fmt: skip
+    def constants(self) -> dict[str, Any]:
+        return {"TILE_Q": self.tile_q, "TILE_K": self.tile_k, "DESCRIPTORS": self.descriptors}
 
 
 Rows = tuple[Config, ...]  # the longest loops first; the last one is for any length, and by pointers
@@ -31,14 +32,14 @@ Table = dict[str, dict[int, Rows]]
 # An H200, bfloat16, 2026-11-22, PyTorch 2.11, Triton 3.6: the best of each at S = 512, 2048 and 8192, causal and not.
 SM_90: Table = {
     "forward": {
-        64: (Config(64, 128, 4, 2, True, 1500), Config(64, 64, 4, 3)),
+        64: (Config(64, 128, 4, 2, True, 1500), Config(128, 64, 8, 3, False, 400), Config(64, 64, 4, 3)),
         128: (Config(128, 64, 4, 2, True, 400), Config(64, 64, 4, 3)),
         256: (Config(128, 64, 8, 2),),
     },
     "dq": {
-        64: (Config(128, 64, 8, 3, True, 1500), Config(128, 64, 8, 3, False, 700), Config(64, 32, 4, 3)),
-        128: (Config(128, 64, 8, 3, True, 3000), Config(128, 64, 8, 3, False, 700), Config(128, 32, 4, 3)),
-        256: (Config(128, 32, 8, 3, True, 400), Config(128, 32, 8, 3)),
+        64: (Config(128, 64, 8, 3, True, 700), Config(64, 32, 4, 3)),
+        128: (Config(128, 64, 8, 3, True, 700), Config(128, 32, 4, 3)),
+        256: (Config(128, 32, 8, 3, True, 700), Config(128, 32, 8, 3)),
     },
     "dk and dv": {
         64: (Config(32, 64, 4, 3, True, 1500), Config(32, 64, 4, 3)),
@@ -48,9 +49,9 @@ SM_90: Table = {
     "dv": {256: (Config(64, 64, 4, 3, True, 700), Config(64, 128, 8, 2))},
 }
 
-# Not measured: what fits the 163 KB of shared memory of an A100 without spilling registers.
+# Not measured: what fits the 163 KB of shared memory of an A100 and spills no registers on sm_80 and sm_100.
 LARGE: Table = {
-    "forward": {64: (Config(128, 64, 4, 3),), 128: (Config(128, 64, 8, 3),), 256: (Config(64, 32, 4, 2),)},
+    "forward": {64: (Config(128, 64, 8, 3),), 128: (Config(128, 64, 8, 3),), 256: (Config(64, 32, 4, 2),)},
     "dq": {64: (Config(64, 64, 4, 2),), 128: (Config(64, 64, 4, 2),), 256: (Config(64, 32, 8, 2),)},
     "dk and dv": {64: (Config(32, 64, 4, 2),), 128: (Config(32, 64, 4, 2),)},
     "dk": {256: (Config(32, 64, 8, 2),)},
@@ -66,26 +67,56 @@ SMALL: Table = {
     "dv": {256: (Config(16, 32, 4, 1),)},
 }
 
-# float32 on any GPU: its exact products run outside of the matrix units, from registers.
+# float32: its exact products run outside of the matrix units, from registers. Measured as above at S = 1024.
 FLOAT32: Table = {
-    "forward": {64: (Config(32, 32, 4, 1),), 128: (Config(32, 32, 4, 1),), 256: (Config(16, 32, 4, 1),)},
-    "dq": {64: (Config(32, 32, 4, 1),), 128: (Config(32, 16, 4, 1),), 256: (Config(16, 16, 4, 1),)},
-    "dk and dv": {64: (Config(32, 32, 4, 1),), 128: (Config(16, 32, 4, 1),)},
-    "dk": {256: (Config(16, 16, 4, 1),)},
-    "dv": {256: (Config(16, 16, 4, 1),)},
+    "forward": {64: (Config(64, 32, 4, 1),), 128: (Config(32, 64, 4, 1),), 256: (Config(32, 32, 4, 1),)},
+    "dq": {64: (Config(32, 32, 8, 1),), 128: (Config(16, 16, 8, 1),), 256: (Config(16, 16, 8, 1),)},
+    "dk and dv": {64: (Config(32, 64, 4, 1),), 128: (Config(16, 16, 4, 1),)},
+    "dk": {256: (Config(16, 32, 8, 1),)},
+    "dv": {256: (Config(16, 32, 8, 1),)},
 }
 
 _LARGE = ((8, 0), (8, 7), (10, 0), (10, 3))
 
 
-def table(capability: tuple[int, int] | None, itemsize: int) -> Table:
+def find(kernel: str, problem: Problem) -> Config:
+    """The tiles of a kernel for a problem on the GPU that it is on."""
+    capability = None  # of ROCm and of the interpreter
+    if problem.device.type == "cuda" and torch.version.hip is None:
+        capability = torch.cuda.get_device_capability(problem.device)
+    descriptors = capability is not None and capability >= (9, 0) and _fits_descriptors(problem)
+    length = problem.len_q if kernel in ("dk", "dv", "dk and dv") else problem.len_k
+    if problem.left is not None and problem.right is not None:
+        length = min(length, problem.left + problem.right + 1)
+    elif problem.left is not None or problem.right is not None:
+        length //= 2  # on the average
+    rows = table(capability, problem.dtype)[kernel][max(64, widest(problem))]
+    return next(row for row in rows if length > row.longer_than and (descriptors or not row.descriptors))
+
+
+def table(capability: tuple[int, int] | None, dtype: torch.dtype) -> Table:
     """That of a GPU; `capability` is None for ROCm and for the interpreter."""
-    if itemsize == 4:
+    if dtype == torch.float32:
         return FLOAT32
     return SM_90 if capability == (9, 0) else LARGE if capability in _LARGE else SMALL
 
 
-def find(table: Table, kernel: str, width: int, length: int, descriptors: bool) -> Config:
-    """The row for a head of `width` and loops over `length` queries or keys; `descriptors`: the tensors allow them."""
-    rows = table[kernel][max(64, width)]
-    return next(row for row in rows if length > row.longer_than and (descriptors or not row.descriptors))
+def kernels_of_keys(problem: Problem) -> tuple[str, ...]:
+    """One kernel gives dK and dV, unless the registers hold but one of them."""
+    return ("dk and dv",) if widest(problem) <= 128 else ("dk", "dv")
+
+
+def widest(problem: Problem) -> int:
+    return max(tile(problem.width), tile(problem.width_v))
+
+
+def tile(width: int) -> int:
+    return max(16, 1 << (width - 1).bit_length())
+
+
+def _fits_descriptors(problem: Problem) -> bool:
+    """Whether tensor descriptors can address the tensors: everything at multiples of 16 bytes."""
+    step = 16 // problem.dtype.itemsize
+    return problem.aligned and all(
+        column == 1 and not (batch % step or head % step or row % step) for batch, head, row, column in problem.strides
+    )

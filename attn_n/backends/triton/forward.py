@@ -26,9 +26,9 @@ from attn_n.backends.triton.tile import (
 
 @triton.jit(do_not_specialize=RUN_TIME)
 def forward_kernel(
-    q, k, v, out, lse, sinks, mask, slopes, rng_state, starts_q, starts_k,
-    strides_q, strides_k, strides_v, strides_out, strides_mask, strides_slopes, stride_sinks,
-    log_n, heads, len_q, len_k, left, right, scale, softcap, dropout_threshold, dropout_scale,
+    q, k, v, out, lse, sinks, log_n, mask, slopes, rng_state, starts_q, starts_k,
+    strides_q, strides_k, strides_v, strides_out, strides_mask, strides_slopes, stride_n,
+    heads, len_q, len_k, left, right, scale, softcap, dropout_threshold, dropout_scale,
     GROUPS: tl.constexpr, WIDTH: tl.constexpr, WIDTH_V: tl.constexpr, TILE_E: tl.constexpr, TILE_V: tl.constexpr,
     LINEAR: tl.constexpr, PRECISION: tl.constexpr, DESCRIPTORS: tl.constexpr,
     TILE_Q: tl.constexpr, TILE_K: tl.constexpr,
@@ -51,6 +51,8 @@ def forward_kernel(
     view_k = view(of_k, 1, len_k, strides_k, WIDTH, TILE_K, TILE_E, DESCRIPTORS)
     view_v = view(of_v, 1, len_k, strides_v, WIDTH_V, TILE_K, TILE_V, DESCRIPTORS)
     q_tile = load(view_q, 0, first_row, len_q, strides_q, WIDTH, TILE_Q, TILE_E, DESCRIPTORS)
+    # What comes last is asked for first.
+    sink = log_n if sinks is None else tl.load(sinks + head * stride_n)
     rows = first_row + tl.arange(0, TILE_Q)
     factor = scale * LOG2E if LINEAR else 1.0
     acc = tl.zeros((TILE_Q, TILE_V), tl.float32)
@@ -80,8 +82,8 @@ def forward_kernel(
         acc = add_dot(acc * rescale[:, None], weights.to(v.dtype.element_ty), v_tile, PRECISION)
         top = new_top
 
-    if sinks is not None or log_n is not None:
-        sink = (tl.load(sinks + head * stride_sinks) if log_n is None else log_n) * LOG2E
+    if sink is not None:
+        sink *= LOG2E
         new_top = tl.maximum(top, sink)
         shift = tl.where(new_top == float("-inf"), 0.0, new_top)
         rescale = tl.exp2(top - shift)

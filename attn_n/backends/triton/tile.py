@@ -18,7 +18,7 @@ INTERPRETED = tl.constexpr(os.environ.get("TRITON_INTERPRET") == "1")
 ROW_PADDING = tl.constexpr(128)
 
 # The numbers for whose values nothing is compiled anew. (Strides are: once more if they are no multiples of 16.)
-RUN_TIME = ("stride_sinks", "heads", "padded", "len_q", "len_k", "left", "right", "dropout_threshold")
+RUN_TIME = ("stride_n", "heads", "padded", "len_q", "len_k", "left", "right", "dropout_threshold")
 
 
 @triton.jit
@@ -82,7 +82,7 @@ def store(
 
 @triton.jit
 def rows_of(x, batch, head, heads, first_row, len_q, PACKED: tl.constexpr):
-    """Pointer to the first row of a head in a tensor of one number a row, `(B, H, L)` or packed `(T, H)`, and its step."""
+    """Pointer to a head's first row in a tensor of one number a row, `(B, H, L)` or packed `(T, H)`, and its step."""
     if PACKED:
         return x + first_row * heads + head, heads
     else:

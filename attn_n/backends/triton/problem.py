@@ -1,0 +1,75 @@
+"""What the kernels of a call depend on, but for the contents of its tensors."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from attn_n.call import Options
+
+Strides = tuple[int, ...]
+
+
+class Problem(NamedTuple):
+    """Two calls with equal ones run the same kernels with the same numbers: hence it is the key of what is prepared."""
+
+    device: torch.device
+    dtype: torch.dtype
+    batch: int
+    heads: int
+    heads_kv: int
+    len_q: int  # the longest, of packed sequences
+    len_k: int
+    rows: int  # queries of all sequences together
+    width: int
+    width_v: int
+    # Of batch (0 if packed), head, row and column: of q, k, v, out, and in a backward of dout, dq, dk, dv.
+    strides: tuple[Strides, ...]
+    strides_mask: Strides | None
+    strides_slopes: Strides | None
+    stride_n: int | None
+    scale: float
+    left: int | None
+    right: int | None
+    softcap: float | None
+    dropout_p: float
+    mask_dtype: torch.dtype | None
+    aligned: bool  # all of them begin at multiples of 16 bytes
+    tf32: bool  # whether products of float32 may be rounded
+
+    @property
+    def linear(self) -> bool:
+        """Whether the logits are the products of q and k times a positive number."""
+        bent = self.softcap is not None or self.strides_slopes is not None or self.strides_mask is not None
+        return self.scale > 0 and not bent
+
+
+def describe(tensors: tuple[Tensor, ...], log_n: float | Tensor | None, options: Options) -> Problem:
+    """`tensors` are q, k, v, out, and in a backward dout, dq, dk, dv."""
+    q, k, v, *_ = tensors
+    mask, slopes, starts = options.mask, options.alibi_slopes, options.cu_seqlens_q
+    if starts is None:
+        batch, len_q, len_k = q.shape[0], q.shape[2], k.shape[2]
+        rows = batch * len_q
+    else:
+        batch, len_q, len_k, rows = starts.shape[0] - 1, options.max_seqlen_q, options.max_seqlen_k, q.shape[0]
+    return Problem(
+        q.device, q.dtype, batch, q.shape[1], k.shape[1], len_q, len_k, rows, q.shape[-1], v.shape[-1],
+        tuple(map(_strides, tensors)),
+        None if mask is None else _broadcast_strides(mask), None if slopes is None else slopes.stride(),
+        log_n.stride(0) if isinstance(log_n, Tensor) else None,
+        options.scale, options.window_left, options.window_right, options.softcap, options.dropout_p,
+        None if mask is None else mask.dtype, not any(x.data_ptr() % 16 for x in tensors),
+        q.dtype == torch.float32 and torch.get_float32_matmul_precision() != "highest",
+    )  # fmt: skip
+
+
+def _strides(x: Tensor) -> Strides:
+    stride = x.stride()
+    return (0, stride[1], stride[0], stride[2]) if len(stride) == 3 else stride
+
+
+def _broadcast_strides(x: Tensor) -> Strides:
+    return tuple(0 if size == 1 else stride for size, stride in zip(x.shape, x.stride(), strict=True))

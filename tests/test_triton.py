@@ -1,0 +1,237 @@
+"""Our Triton kernels, beyond the table of cases: every shipped tile, every target, and what only a GPU shows."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+
+import pytest
+import torch
+from torch import Tensor
+
+pytest.importorskip("triton")
+
+from attn_n import flash_attention_n
+from attn_n.backends import triton as backend
+from attn_n.backends.triton import configs
+from attn_n.backends.triton.configs import Config
+from attn_n.backends.triton.tile import ROW_PADDING
+from tests import compare
+from tests.cases import Case, make
+from tests.oracle import attention_n
+from tests.test_registry import gpu_call
+
+TABLES = {"sm_90": configs.SM_90, "large": configs.LARGE, "small": configs.SMALL, "float32": configs.FLOAT32}
+
+
+def rows() -> Iterator[tuple[str, str, int, Config]]:
+    for name, table in TABLES.items():
+        for kernel, widths in table.items():
+            for width, found in widths.items():
+                for row in found:
+                    yield name, kernel, width, row
+
+
+@pytest.mark.parametrize("table", TABLES.values(), ids=TABLES)
+def test_the_tables_are_whole(table: configs.Table) -> None:
+    for kernel, widths in {"forward": {64, 128, 256}, "dq": {64, 128, 256}, "dk and dv": {64, 128}, "dk": {256},
+                           "dv": {256}}.items():  # fmt: skip
+        assert set(table[kernel]) == widths
+        for found in table[kernel].values():
+            assert not found[-1].descriptors
+            assert found[-1].longer_than == 0
+            assert [row.longer_than for row in found] == sorted((row.longer_than for row in found), reverse=True)
+    for kernel in ("dk and dv", "dk", "dv"):
+        for width, found in table[kernel].items():
+            # dK and dV read rows that the tiles of dQ have written, up to the end of the last one.
+            assert max(row.tile_q for row in found) <= min(row.tile_q for row in table["dq"][width])
+            assert max(row.tile_q for row in table["dq"][width]) <= ROW_PADDING.value
+
+
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+@pytest.mark.parametrize(("name", "kernel", "width", "row"), list(rows()), ids=str)
+def test_every_row(
+    name: str, kernel: str, width: int, row: Config, device: str, monkeypatch: pytest.MonkeyPatch, ran: list[str]
+) -> None:
+    """Each configuration on a call whose lengths are no multiples of its tiles, with a window and groups of heads."""
+    if device == "cuda" and name == "sm_90" and torch.cuda.get_device_capability() != (9, 0):
+        pytest.skip("its tiles are for sm_90")
+    case = Case(
+        "", batch=1, heads_q=2, heads_kv=1, len_q=150, len_k=170, size=width - 8, size_v=width - 8, window=(90, 10)
+    )
+    table = TABLES[name]
+
+    def find(wanted: str, problem: object) -> Config:
+        return row if wanted == kernel else table[wanted][width][-1]
+
+    monkeypatch.setattr(configs, "find", find)
+    inputs = make(case, torch.float32 if name == "float32" else torch.bfloat16, device)
+    excess = compare.excess(inputs, compare.library(inputs, "triton"))
+    assert max(excess.values()) <= 1, excess
+    assert set(ran) == {"forward triton", "backward triton"}
+
+
+@pytest.mark.parametrize("target", ["sm_80", "sm_89", "sm_90", "sm_100", "gfx942"])
+def test_ahead_of_time(target: str) -> None:
+    """Every shipped configuration compiles, fits the shared memory, and spills next to nothing."""
+    from bench.ahead_of_time import TARGETS
+
+    lines = _compiled(target)
+    assert len(lines) >= 20
+    for line in lines:
+        assert line["shared"] <= TARGETS[target].shared, line
+        assert line["spills"] <= (256 if line["dtype"] == "torch.bfloat16" else 1024), line
+        assert not line["warnings"], line
+
+
+def _compiled(target: str) -> list[dict[str, object]]:
+    command = [sys.executable, "-m", "bench.ahead_of_time", target]
+    environment = {**os.environ, "TRITON_INTERPRET": "0"}
+    printed = subprocess.run(command, env=environment, stdout=subprocess.PIPE, text=True, check=True).stdout
+    return [json.loads(line) for line in printed.splitlines()]
+
+
+def test_numbers_compile_nothing() -> None:
+    """Lengths, window, scale, softcap and n are values: other ones run the same kernel."""
+    code = """
+import torch
+from attn_n.call import Options
+from bench.ahead_of_time import compiled_for
+kernels = [
+    compiled_for("sm_90", length, Options(scale, window_left=left, window_right=right, softcap=cap), n)
+    for length, scale, left, right, cap, n in (
+        (256, 0.1, 5, 0, 2.0, 1.0), (1, 1.0, 16, 1, 1.0, 0.0), (77, 0.3, 1, 7, 16.0, 3.0),
+    )
+]
+assert kernels[0] is kernels[1] is kernels[2]
+"""
+    subprocess.run([sys.executable, "-c", code], env={**os.environ, "TRITON_INTERPRET": "0"}, check=True)
+
+
+@pytest.mark.parametrize(
+    ("changes", "reason"),
+    [
+        ({}, None),
+        ({"dtype": torch.float32, "mask_shape": (1, 1, 1, 256), "mask_dtype": torch.bool, "dropout_p": 0.5}, None),
+        ({"varlen": True, "softcap": 3.0, "alibi": True, "return_lse": True}, None),
+        ({"dtype": torch.float64}, "computes in float16, bfloat16 and float32, not in float64"),
+        ({"capability": (7, 5)}, "needs compute capability 8.0 or later, found 7.5"),
+        ({"v_shape": (2, 8, 256, 264)}, "takes heads of up to 256, got 264"),
+        ({"device": "mps", "capability": None}, "runs on CUDA and ROCm, not on mps"),
+        ({"mask_needs_grad": True}, "no gradient of attn_mask"),
+        ({"alibi_needs_grad": True}, "no gradient of alibi_slopes"),
+    ],
+    ids=str,
+)  # fmt: skip
+def test_why_not(changes: dict[str, object], reason: str | None) -> None:
+    assert backend.BACKEND.why_not(gpu_call(**changes)) == reason
+
+
+def test_why_not_here(monkeypatch: pytest.MonkeyPatch) -> None:
+    call = gpu_call(device="cpu", capability=None)
+    assert backend.BACKEND.why_not(call) is None or torch.cuda.is_available()
+    monkeypatch.setattr(backend, "_INTERPRETED", False)
+    assert "TRITON_INTERPRET=1" in str(backend.BACKEND.why_not(call))
+    monkeypatch.setattr(backend.triton, "__version__", "3.3.1")
+    assert backend.BACKEND.why_not(gpu_call()) == "needs Triton 3.4 or later, found 3.3.1"
+
+
+@pytest.fixture
+def inputs() -> list[Tensor]:
+    return [torch.randn(2, 4, 700, 64, device="cuda", dtype=torch.bfloat16, requires_grad=True) for _ in range(3)]
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("options", [{}, {"dropout_p": 0.2}], ids=str)
+def test_a_cuda_graph_of_both_passes(inputs: list[Tensor], options: dict[str, float]) -> None:
+    n = torch.full((4,), 2.0, device="cuda", requires_grad=True)
+    every, dout = [*inputs, n], torch.randn_like(inputs[0])
+
+    def step() -> list[Tensor]:
+        out = flash_attention_n(*inputs, True, sm_n=n, backend="triton", **options)
+        return [out, *torch.autograd.grad(out, every, dout)]
+
+    stream = torch.cuda.Stream()
+    with torch.cuda.stream(stream):
+        step()
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = step()
+    with torch.no_grad():
+        for x in inputs:
+            x.copy_(torch.randn_like(x))
+    graph.replay()
+    first = [x.clone() for x in captured]
+    if not options:
+        assert all(torch.equal(*pair) for pair in zip(first, step(), strict=True))
+    else:  # each replay drops other weights
+        graph.replay()
+        assert not torch.equal(captured[0], first[0])
+        assert all(bool(x.isfinite().all()) for x in captured)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dropout_p", [0.0, 0.3])
+def test_what_changes_between_calls_that_look_the_same(inputs: list[Tensor], dropout_p: float) -> None:
+    """The launch is prepared once; n, a gradient of lse and the alignment of a tensor are not part of the problem."""
+    q, k, v = inputs
+    per_head = torch.tensor([0.0, 0.5, 1.0, 9.0], device="cuda", requires_grad=True)
+    odd = torch.cat([q.detach().new_zeros(1), k.detach().flatten()])[1:].view(k.shape).requires_grad_()
+    for n in (None, 1.0, 0.0, 7.0, per_head, None):
+        for keys in (k, odd, k):
+            for with_lse in (False, True):
+                calls = []
+                for backend_name in ("triton", "reference"):
+                    out, lse = flash_attention_n(
+                        q, keys, v, sm_n=n, return_lse=True, backend=backend_name, dropout_p=dropout_p
+                    )
+                    loss = (out if dropout_p == 0 else lse).float().square().sum() + (lse.sum() if with_lse else 0)
+                    wanted = [q, keys, *([per_head] if n is per_head else [])]
+                    calls.append([lse, *torch.autograd.grad(loss, wanted)])
+                for got, want in zip(*calls, strict=True):
+                    assert torch.allclose(got.double(), want.double(), atol=2e-2, rtol=3e-2)
+
+
+@pytest.mark.gpu
+def test_twice_the_same_bits(inputs: list[Tensor]) -> None:
+    results = []
+    for _ in range(20):
+        out = flash_attention_n(*inputs, True, sm_n=1.0, backend="triton")
+        results.append([out, *torch.autograd.grad(out.float().square().sum(), inputs)])
+    assert all(torch.equal(a, b) for found in results[1:] for a, b in zip(found, results[0], strict=True))
+
+
+@pytest.mark.gpu
+def test_more_than_2_to_the_31_elements() -> None:
+    """Offsets beyond 32 bits: the last rows of a sequence of 2^31 numbers, which a window keeps linear."""
+    length, width, tail = 2**31 // 64 + 1000, 64, 200
+    q, k, v = (
+        torch.randn(1, 1, length, width, device="cuda", dtype=torch.bfloat16, requires_grad=True) for _ in range(3)
+    )
+    out, lse = flash_attention_n(q, k, v, sm_n=1.0, window=(63, 0), return_lse=True, backend="triton")
+    dout = torch.zeros_like(out)
+    dout[:, :, -tail:] = torch.randn(1, 1, tail, width, device="cuda", dtype=torch.bfloat16)
+    gradients = torch.autograd.grad(out, (q, k, v), dout)
+    ends = [x.detach()[:, :, -tail - 63 :].double().cpu().requires_grad_() for x in (q, k, v)]
+    expected, expected_lse = attention_n(*ends, n=1.0, window=(63, 0))
+    wanted = torch.autograd.grad(expected[:, :, -tail:], ends, dout[:, :, -tail:].double().cpu())
+    assert torch.allclose(out[:, :, -tail:].double().cpu(), expected[:, :, -tail:], atol=2e-2)
+    assert torch.allclose(lse[:, :, -tail:].double().cpu(), expected_lse[:, :, -tail:], atol=1e-3)
+    for got, want in zip(gradients, wanted, strict=True):
+        assert torch.allclose(got[:, :, -tail - 63 :].double().cpu(), want, atol=5e-2)
+        assert not got[:, :, : -tail - 63].any()
+
+
+@pytest.mark.gpu
+def test_learned_n_on_the_long_tiles(ran: list[str]) -> None:
+    """Lengths beyond every threshold of the table, where tiles come by descriptors."""
+    case = Case("", batch=1, heads_q=2, heads_kv=1, len_q=3100, len_k=3333, size=128, size_v=128, n="per head")
+    for changes in ({}, {"causal": True}, {"n": "sinks", "sinks": (-2.0, 1.0)}, {"size": 64, "size_v": 64}):
+        inputs = make(dataclasses.replace(case, **changes), torch.bfloat16, "cuda")
+        excess = compare.excess(inputs, compare.library(inputs, "triton"))
+        assert max(excess.values()) <= 1, (changes, excess)
