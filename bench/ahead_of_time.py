@@ -6,13 +6,13 @@
 from __future__ import annotations
 
 import functools
+import inspect
 import json
 import re
 import subprocess
 import sys
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
@@ -119,16 +119,17 @@ def resources(kernel: Any, target: str) -> Resources:
             int(re.findall(rf"{name}: *(\d+)", text)[0]) for name in ("vgpr_count", "vgpr_spill_count")
         )
         return Resources(registers, spills, shared, ())
-    folder = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
-    ptxas = folder / "ptxas-blackwell"
-    if target != "sm_100" or not ptxas.exists():
-        ptxas = folder / "ptxas"
+    from triton.backends.nvidia.compiler import get_ptxas
+
+    # Which one Triton takes depends on its version: since 3.5 on the architecture.
+    arguments = [TARGETS[target].gpu.arch] if inspect.signature(get_ptxas).parameters else []
+    ptxas = get_ptxas(*arguments).path
     with tempfile.NamedTemporaryFile("w", suffix=".ptx") as file:
         file.write(kernel.asm["ptx"])
         file.flush()
         gpu = f"{target}a" if target in ("sm_90", "sm_100") else target
         said = subprocess.run(
-            [str(ptxas), "-v", f"--gpu-name={gpu}", file.name, "-o", "/dev/null"],
+            [ptxas, "-v", f"--gpu-name={gpu}", file.name, "-o", "/dev/null"],
             capture_output=True, text=True, check=True,
         ).stderr  # fmt: skip
     return Resources(
