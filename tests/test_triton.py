@@ -227,6 +227,23 @@ def test_more_than_2_to_the_31_elements() -> None:
         assert not got[:, :, : -tail - 63].any()
 
 
+WIDTHS = [
+    (40, 24), (40, 20), (36, 20), (40, 8), (24, 8), (64, 24), (72, 40), (100, 36), (200, 72), (192, 128), (256, 16),
+    (8, 24), (20, 40), (36, 100), (72, 200), (128, 256), (1, 1), (33, 33), (72, 72), (88, 88), (96, 96), (255, 255),
+]  # fmt: skip
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize(("size", "size_v"), WIDTHS)
+def test_widths(size: int, size_v: int) -> None:
+    """Pairs of widths around the tiles: compilers have been wrong for some of them alone."""
+    for changes in ({}, {"causal": True, "heads_kv": 1}):
+        case = dataclasses.replace(Case("", batch=1, len_q=90, len_k=130, size=size, size_v=size_v), **changes)
+        inputs = make(case, torch.float16, "cuda")
+        excess = compare.excess(inputs, compare.library(inputs, "triton"))
+        assert max(excess.values()) <= 1, (changes, excess)
+
+
 @pytest.mark.gpu
 def test_learned_n_on_the_long_tiles(ran: list[str]) -> None:
     """Lengths beyond every threshold of the table, where tiles come by descriptors."""

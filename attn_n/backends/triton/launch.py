@@ -69,9 +69,10 @@ class Launch:
 def prepared(kernel: str, problem: Problem, config: Config | None = None) -> Launch:
     """The launch of one of the kernels of `configs`; `config` in place of that of the table."""
     p, config = problem, config or configs.find(kernel, problem)
+    tile_e, tile_v = configs.tiles_of_widths(p)
     constants = {
-        "GROUPS": p.heads // p.heads_kv, "WIDTH": p.width, "WIDTH_V": p.width_v, "TILE_E": configs.tile(p.width),
-        "TILE_V": configs.tile(p.width_v), "LINEAR": p.linear, "PRECISION": "tf32" if p.tf32 else "ieee",
+        "GROUPS": p.heads // p.heads_kv, "WIDTH": p.width, "WIDTH_V": p.width_v, "TILE_E": tile_e, "TILE_V": tile_v,
+        "LINEAR": p.linear, "PRECISION": "tf32" if p.tf32 else "ieee",
     }  # fmt: skip
     numbers: tuple[Any, ...] = (
         p.heads, p.len_q, p.len_k, p.left, p.right, p.scale, p.softcap,
