@@ -113,8 +113,8 @@ def widest(problem: Problem) -> int:
 def tiles_of_widths(problem: Problem) -> tuple[int, int]:
     """Columns of the tiles of q and k, and of v."""
     of_e, of_ev = (max(16, 1 << (width - 1).bit_length()) for width in (problem.width, problem.width_v))
-    # Where v's tile is the narrower one and narrower than 64, ptxas (12.8, sm_90) makes a forward that is wrong; without
-    # its optimisations the same code is right. tests/test_triton.py has such widths.
+    # Where v's tile is the narrower one and narrower than 64, ptxas (12.8, sm_90) compiles a forward that is wrong, and
+    # without its optimisations one that is right. tests/test_triton.py has such widths.
     return of_e, max(of_ev, min(of_e, 64))
 
 
