@@ -140,6 +140,14 @@ def test_why_not_here(monkeypatch: pytest.MonkeyPatch) -> None:
     assert backend.BACKEND.why_not(gpu_call()) == "needs Triton 3.4 or later, found 3.3.1"
 
 
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+def test_a_window_of_more_than_32_bits(device: str) -> None:
+    q, k, v = (torch.randn(1, 2, 40, 16, device=device) for _ in range(3))
+    for window in ((2**40, 3), (5, 2**31 - 1)):
+        out = flash_attention_n(q, k, v, sm_n=1.0, window=window, backend="triton")
+        assert torch.allclose(out, flash_attention_n(q, k, v, sm_n=1.0, window=window, backend="reference"), atol=1e-5)
+
+
 @pytest.fixture
 def inputs() -> list[Tensor]:
     return [torch.randn(2, 4, 700, 64, device="cuda", dtype=torch.bfloat16, requires_grad=True) for _ in range(3)]

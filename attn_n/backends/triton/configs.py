@@ -119,8 +119,9 @@ def tiles_of_widths(problem: Problem) -> tuple[int, int]:
 
 
 def _fits_descriptors(problem: Problem) -> bool:
-    """Whether tensor descriptors can address the tensors: everything at multiples of 16 bytes."""
+    """Whether tensor descriptors can address the tensors: everything at multiples of 16 bytes, nothing expanded."""
     step = 16 // problem.dtype.itemsize
     return problem.aligned and all(
-        column == 1 and not (batch % step or head % step or row % step) for batch, head, row, column in problem.strides
+        column == 1 and head > 0 and row > 0 and not (batch % step or head % step or row % step)
+        for batch, head, row, column in problem.strides
     )
