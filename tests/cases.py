@@ -9,6 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+# Whether Triton's kernels run on the CPU here: see conftest.py.
+INTERPRETED = not torch.cuda.is_available()
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
 
@@ -287,7 +289,7 @@ def must_serve(backend: str, device: str, dtype: torch.dtype, case: Case, lse_gr
         "sdpa:efficient": device == "cuda"
         and dtype != torch.float64
         and not features & ({"softcap", "alibi"} if half else {"softcap"}),
-        "triton": dtype != torch.float64 and "E > 256" not in features,
+        "triton": (device == "cuda" or INTERPRETED) and dtype != torch.float64 and "E > 256" not in features,
     }
     table["sdpa"] = any(serves for name, serves in table.items() if name.startswith("sdpa:"))
     return table[backend]

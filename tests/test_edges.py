@@ -9,9 +9,11 @@ import torch
 from torch import Tensor
 
 from attn_n import UnsupportedError, flash_attention_n, flash_attention_n_varlen
+from tests.cases import INTERPRETED
 from tests.oracle import attention_n
 
-BACKENDS = ["reference", "sdpa"]
+IN_FLOAT64 = ["reference", "sdpa"]
+BACKENDS = [*IN_FLOAT64, *(["triton"] if INTERPRETED else [])]
 
 
 def qkv(batch: int, heads: int, len_q: int, len_k: int, size: int = 8) -> tuple[Tensor, Tensor, Tensor]:
@@ -127,7 +129,7 @@ def test_double_backward_elsewhere_says_so() -> None:
         gradient.sum().backward()
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("backend", IN_FLOAT64)
 @pytest.mark.parametrize(
     "options", [{}, {"causal": True}, {"window": (2, 1)}, {"alibi_slopes": torch.tensor([0.5, 1.0])}]
 )

@@ -144,7 +144,12 @@ BAD = [
     ("slopes dtype", {"alibi_slopes": torch.ones(4, dtype=torch.int8)}, TypeError, r"alibi_slopes: expected float16"),
     ("dropout 1", {"dropout_p": 1.0}, ValueError, r"dropout_p: expected a number in \[0, 1\), got 1.0"),
     ("dropout < 0", {"dropout_p": -0.1}, ValueError, r"dropout_p: expected a number in \[0, 1\), got -0.1"),
-    ("unknown backend", {"backend": "cuda"}, ValueError, r"backend=: expected one of triton, sdpa, reference.*, got 'cuda'"),
+    (
+        "unknown backend",
+        {"backend": "cuda"},
+        ValueError,
+        r"backend=: expected one of triton, sdpa, reference.*, got 'cuda'",
+    ),
     (
         "unknown member",
         {"backend": "sdpa:fast"},

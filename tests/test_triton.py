@@ -21,10 +21,14 @@ from attn_n.backends.triton import configs
 from attn_n.backends.triton.configs import Config
 from attn_n.backends.triton.tile import ROW_PADDING
 from tests import compare
-from tests.cases import Case, make
+from tests.cases import INTERPRETED, Case, make
 from tests.oracle import attention_n
 from tests.test_registry import gpu_call
 
+PLACES = [
+    pytest.param("cpu", marks=pytest.mark.skipif(not INTERPRETED, reason="the kernels are compiled for the GPU here")),
+    pytest.param("cuda", marks=pytest.mark.gpu),
+]
 TABLES = {"sm_90": configs.SM_90, "large": configs.LARGE, "small": configs.SMALL, "float32": configs.FLOAT32}
 
 
@@ -52,7 +56,7 @@ def test_the_tables_are_whole(table: configs.Table) -> None:
             assert max(row.tile_q for row in table["dq"][width]) <= ROW_PADDING.value
 
 
-@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+@pytest.mark.parametrize("device", PLACES)
 @pytest.mark.parametrize(("name", "kernel", "width", "row"), list(rows()), ids=str)
 def test_every_row(
     name: str, kernel: str, width: int, row: Config, device: str, monkeypatch: pytest.MonkeyPatch, ran: list[str]
@@ -140,7 +144,7 @@ def test_why_not_here(monkeypatch: pytest.MonkeyPatch) -> None:
     assert backend.BACKEND.why_not(gpu_call()) == "needs Triton 3.4 or later, found 3.3.1"
 
 
-@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+@pytest.mark.parametrize("device", PLACES)
 def test_a_window_of_more_than_32_bits(device: str) -> None:
     q, k, v = (torch.randn(1, 2, 40, 16, device=device) for _ in range(3))
     for window in ((2**40, 3), (5, 2**31 - 1)):
