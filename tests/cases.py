@@ -91,6 +91,7 @@ def _cases() -> list[Case]:
         Case("causal, more keys, n=0", causal=True, len_q=19, len_k=50, n=0.0),
         Case("causal, fewer keys", causal=True, len_q=50, len_k=19),
         Case("causal, fewer keys, n=0", causal=True, len_q=50, len_k=19, n=0.0),
+        Case("causal, one query, one key", causal=True, len_q=1, len_k=1),
         Case("causal, one query", causal=True, len_q=1, len_k=40),
         Case("window", window=(7, 3)),
         Case("window to the left", window=(7, None), len_q=20, len_k=41),

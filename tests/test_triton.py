@@ -47,8 +47,8 @@ def test_the_tables_are_whole(table: configs.Table) -> None:
         assert set(table[kernel]) == widths
         for found in table[kernel].values():
             assert not found[-1].descriptors
-            assert found[-1].longer_than == 0
-            assert [row.longer_than for row in found] == sorted((row.longer_than for row in found), reverse=True)
+            assert found[-1].at_least == 0
+            assert [row.at_least for row in found] == sorted((row.at_least for row in found), reverse=True)
     for kernel in ("dk and dv", "dk", "dv"):
         for width, found in table[kernel].items():
             # dK and dV read rows that the tiles of dQ have written, up to the end of the last one.

@@ -18,7 +18,7 @@ class Config(NamedTuple):
     num_warps: int
     num_stages: int
     descriptors: bool = False  # tiles come by tensor descriptors (the copy engine of sm_90 and later), not by pointers
-    longer_than: int = 0  # for loops over more queries or keys than this
+    at_least: int = 0  # for loops over as many queries or keys
 
     def constants(self) -> dict[str, Any]:
         return {"TILE_Q": self.tile_q, "TILE_K": self.tile_k, "DESCRIPTORS": self.descriptors}
@@ -91,7 +91,7 @@ def find(kernel: str, problem: Problem) -> Config:
     elif problem.left is not None or problem.right is not None:
         length //= 2  # on the average
     rows = table(capability, problem.dtype)[kernel][max(64, widest(problem))]
-    return next(row for row in rows if length > row.longer_than and (descriptors or not row.descriptors))
+    return next(row for row in rows if length >= row.at_least and (descriptors or not row.descriptors))
 
 
 def table(capability: tuple[int, int] | None, dtype: torch.dtype) -> Table:
