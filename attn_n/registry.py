@@ -11,6 +11,8 @@ from collections.abc import Callable, Iterator
 from contextvars import ContextVar
 from dataclasses import dataclass
 
+import torch
+
 from attn_n.backends.base import Backend, Family
 from attn_n.call import AttentionCall
 from attn_n.compilation import constant_when_compiled
@@ -258,7 +260,8 @@ def why_not(name: str, call: AttentionCall) -> str | None:
 def automatic_order(call: AttentionCall) -> tuple[str, ...]:
     """The backends to try for a call that names none."""
     few = FEW_KEYS if call.needs_grad else FEW_KEYS_FORWARD
-    if call.capability == (9, 0) and call.n_kind != "none" and not call.varlen and call.k_shape[-2] <= few:
+    hopper = call.capability == (9, 0) and torch.version.hip is None
+    if hopper and call.n_kind != "none" and not call.varlen and call.k_shape[-2] <= few:
         return TRITON_FIRST
     return AUTOMATIC.get(call.device, AUTOMATIC_ELSEWHERE)
 

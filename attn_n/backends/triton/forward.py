@@ -21,7 +21,7 @@ from attn_n.backends.triton.tile import (
     rows_of,
     store,
     view,
-)  # fmt: skip
+)
 
 
 @triton.jit(do_not_specialize=RUN_TIME)
