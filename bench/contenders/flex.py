@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch._functorch import config as functorch_config
+from torch._inductor import config as inductor_config
 from torch.nn.attention import flex_attention as flex
 
 from bench.contenders.base import Attend, Contender, by_autograd
@@ -36,6 +37,8 @@ def _compiled(function: Callable[..., Tensor]) -> Callable[[Inputs], Attend]:
     def of(inputs: Inputs) -> Attend:
         # The benchmark differentiates one forward pass many times, which needs its buffers kept.
         functorch_config.donated_buffer = False
+        # Workers would get the SIGTERM of `timeout` as well, and torch waits five minutes for dead ones.
+        inductor_config.compile_threads = 1
         compiled = torch.compile(_copy(function), dynamic=False, fullgraph=True)
         problem, options = inputs.problem, _options(inputs)
 
