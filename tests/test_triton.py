@@ -19,6 +19,7 @@ from attn_n import flash_attention_n
 from attn_n.backends import triton as backend
 from attn_n.backends.triton import configs
 from attn_n.backends.triton.configs import Config
+from attn_n.backends.triton.launch import prepared
 from attn_n.backends.triton.tile import ROW_PADDING
 from tests import compare
 from tests.cases import INTERPRETED, Case, make
@@ -56,6 +57,15 @@ def test_the_tables_are_whole(table: configs.Table) -> None:
             assert max(row.tile_q for row in table["dq"][width]) <= ROW_PADDING.value
 
 
+@pytest.fixture
+def unprepared() -> Iterator[None]:
+    """Calls that look the same share a launch, and with it the tiles: here each test brings its own."""
+    prepared.cache_clear()
+    yield
+    prepared.cache_clear()
+
+
+@pytest.mark.usefixtures("unprepared")
 @pytest.mark.parametrize("device", PLACES)
 @pytest.mark.parametrize(("name", "kernel", "width", "row"), list(rows()), ids=str)
 def test_every_row(
