@@ -77,29 +77,25 @@ def shipped(target: str) -> Iterator[tuple[str, int, Config, torch.dtype]]:
                     yield kernel, width, row, dtype
 
 
-def compiled(target: str, kernel: str, width: int, config: Config, dtype: torch.dtype, options: Options) -> Any:
-    """One of the kernels of `configs`, compiled for a head of `width` and n = 1."""
+def compiled(
+    target: str, kernel: str, width: int, config: Config | None, dtype: torch.dtype, options: Options,
+    length: int = 256, log_n: float = 0.0,
+) -> Any:  # fmt: skip
+    """One of the kernels of `configs`, compiled for a head of `width`; without `config` with the tiles of the table."""
     triton.runtime.driver.set_active(_NoGpu(TARGETS[target].gpu))
-    tensors = [torch.empty(1, 2, 256, width, dtype=dtype) for _ in range(8)]
-    return launch_of(kernel, tensors, torch.empty(1, 2, 256), options, config, compile_only=True)()
-
-
-def compiled_for(target: str, length: int, options: Options, n: float) -> Any:
-    """The forward of a bfloat16 call of that length and n, compiled with the tiles that are shipped."""
-    triton.runtime.driver.set_active(_NoGpu(TARGETS[target].gpu))
-    q, k, v, out = (torch.empty(2, 2, length, 64, dtype=torch.bfloat16) for _ in range(4))
-    launch = prepared("forward", describe((q, k, v, out), n, options))
-    return launch.compiled(q, k, v, out, torch.empty(2, 2, length), None, n, None, None, None, None, None)
+    tensors = [torch.empty(1, 2, length, width, dtype=dtype) for _ in range(8)]
+    return launch_of(kernel, tensors, torch.empty(1, 2, length), options, config, log_n, compile_only=True)()
 
 
 def launch_of(
-    kernel: str, tensors: Sequence[Tensor], lse: Tensor, options: Options, config: Config, compile_only: bool = False
-) -> Callable[[], Any]:
-    """The call of one kernel with n = 1; `tensors` are q, k, v, out, dout, dq, dk and dv, heads first."""
+    kernel: str, tensors: Sequence[Tensor], lse: Tensor, options: Options, config: Config | None, log_n: float = 0.0,
+    compile_only: bool = False,
+) -> Callable[[], Any]:  # fmt: skip
+    """The call of one kernel; `tensors` are q, k, v, out, dout, dq, dk and dv, heads first."""
     q, k, v, out, dout, dq, dk, dv = tensors
     extras = options.mask, options.alibi_slopes, None, None, None
     if kernel == "forward":
-        problem, arguments = describe((q, k, v, out), 0.0, options), (q, k, v, out, lse, None, 0.0, *extras)
+        problem, arguments = describe((q, k, v, out), log_n, options), (q, k, v, out, lse, None, log_n, *extras)
     else:
         problem = describe(tuple(tensors), None, options)
         lse_log2, delta = q.new_zeros(2, problem.heads, padded_rows(problem), dtype=torch.float32)

@@ -114,9 +114,10 @@ def test_numbers_compile_nothing() -> None:
     code = """
 import torch
 from attn_n.call import Options
-from bench.ahead_of_time import compiled_for
+from bench.ahead_of_time import compiled
 kernels = [
-    compiled_for("sm_90", length, Options(scale, window_left=left, window_right=right, softcap=cap), n)
+    compiled("sm_90", "forward", 64, None, torch.bfloat16,
+             Options(scale, window_left=left, window_right=right, softcap=cap), length, n)
     for length, scale, left, right, cap, n in (
         (256, 0.1, 5, 0, 2.0, 1.0), (1, 1.0, 16, 1, 1.0, 0.0), (77, 0.3, 1, 7, 16.0, 3.0),
     )

@@ -70,7 +70,8 @@ class TritonBackend(Backend):
         rng_state: Tensor | None,
         options: Options,
     ) -> tuple[Tensor, Tensor, Tensor]:
-        return self._backward(dout, dlse, q, k, v, out, lse, rng_state, None, options, dn_wanted=False)[:3]
+        dq, dk, dv, _ = self._backward(dout, dlse, q, k, v, out, lse, rng_state, None, options, dn_wanted=False)
+        return dq, dk, dv
 
     def backward_with_n(
         self,
@@ -85,12 +86,15 @@ class TritonBackend(Backend):
         log_n: Tensor | None,
         options: Options,
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        return self._backward(dout, dlse, q, k, v, out, lse, rng_state, log_n, options, dn_wanted=True)
+        dq, dk, dv, shares = self._backward(dout, dlse, q, k, v, out, lse, rng_state, log_n, options, dn_wanted=True)
+        assert shares is not None
+        return dq, dk, dv, shares.sum((0, 2))
 
     def _backward(
         self, dout: Tensor, dlse: Tensor | None, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor,
         rng_state: Tensor | None, log_n: Tensor | None, options: Options, dn_wanted: bool,
-    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:  # fmt: skip
+        """dq, dk, dv, and if wanted the share of each program in the gradient of n, `(B, Hq, tiles)`."""
         if dout.stride(-1) != 1:  # that of a sum: read many times, it is worth laying out once
             dout = dout.contiguous()
         lse, dlse = lse.contiguous(), None if dlse is None else dlse.contiguous()
@@ -99,12 +103,13 @@ class TritonBackend(Backend):
         lse_log2, delta = torch.empty(2, problem.heads, padded_rows(problem), dtype=torch.float32, device=q.device)
         extras = _extras(rng_state, options)
         launch = prepared("dq", problem)
-        # The share of each program, added up in a fixed order.
-        dn = torch.zeros(launch.programs if dn_wanted else 0, dtype=torch.float32, device=q.device)
-        launch(q, k, v, out, dout, lse, dlse, lse_log2, delta, dq, log_n, dn if dn_wanted else None, *extras)
+        shares = None
+        if dn_wanted:  # zeros, for a program beyond the end of its sequence writes nothing
+            shares = torch.zeros(launch.programs, dtype=torch.float32, device=q.device)
+        launch(q, k, v, out, dout, lse, dlse, lse_log2, delta, dq, log_n, shares, *extras)
         for kernel in configs.kernels_of_keys(problem):
             prepared(kernel, problem)(q, k, v, dout, lse_log2, delta, dk, dv, *extras)
-        return dq, dk, dv, dn.view(problem.batch, problem.heads, -1).sum((0, 2)) if dn_wanted else dn
+        return dq, dk, dv, None if shares is None else shares.view(problem.batch, problem.heads, -1)
 
 
 def _extras(rng_state: Tensor | None, options: Options) -> tuple[Tensor | None, ...]:
