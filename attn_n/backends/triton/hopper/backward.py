@@ -1,0 +1,471 @@
+"""The backward on Hopper: dQ, dK and dV by one kernel over tiles of keys, between two small passes over the queries.
+
+A program has three roles. They share nothing but the buffers in shared memory and the barriers on them:
+
+    producer (1 warp)        brings tiles of q, dout and the rows' lse and delta, and once for each tile of keys k and v
+    consumers (2 x 4 warps)  64 keys each: dK and dV stay in their registers, dQ goes to global memory by adding
+
+    producer                          consumer 0 | consumer 1, each with its own 64 keys
+      wait kv_empty                     wait kv_full
+      k, v              -> kv_full      for each tile of queries of each head of the group:
+      for each tile of queries:             wait q_full       S^T  = K Q^T      P = exp2(S - lse)
+        wait empty                          wait dout_full    dP^T = V dO^T - delta
+        q, lse, delta   -> q_full                             dV  += P dO       dS = P * dP
+        dout            -> dout_full        dS to shared memory -> ds_full
+                                            wait ds_full (of both)
+                                                              dQ   = dS K, one half of its columns or rows each
+                                                              dK  += dS Q
+                                            dQ added to global memory; -> empty
+                                        -> kv_empty; dK and dV to global memory
+
+A barrier is waited for by its phase, which flips each time the ring of buffers goes around. P and dS go into their
+products from registers. `empty` and `kv_empty` count two arrivals, one of each consumer, and so does `ds_full`; two
+buffers of dS suffice, because who wrote the second has been told by ds_full that the other one has read the first.
+
+The order in which the tiles of keys add to dQ is not fixed: its last bits may differ from run to run.
+"""
+
+from typing import NamedTuple
+
+import triton
+import triton.language as tl
+from triton._C.libtriton import ir
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.language._core import builtin
+from triton.experimental.gluon.language.nvidia.hopper import (
+    fence_async_shared,
+    mbarrier,
+    tma,
+    warpgroup_mma,
+    warpgroup_mma_wait,
+)
+
+from attn_n.backends.triton.tile import (
+    LN2,
+    LOG2E,
+    ROW_PADDING,
+    load,
+    matrix,
+    place,
+    queries_that_see,
+    rows_of,
+    store,
+)
+
+TILE_K = gl.constexpr(128)  # keys of a program: 64 for each consumer
+STAGES = gl.constexpr(2)  # buffers of q and of dout
+
+RUN_TIME = ("stride_n", "heads", "padded", "len_q", "len_k", "rows_q", "rows_k", "left", "right", "batches")
+
+
+@triton.jit
+def sum_row(batch, first_q, len_q, PACKED: tl.constexpr):
+    """Where the rows of a sequence begin in a head of `stats` and `dq_sum`: ROW_PADDING rows follow each sequence.
+
+    Hence tiles of rows are read, and added, without a mask.
+    """
+    return (first_q if PACKED else batch * len_q) + batch * ROW_PADDING
+
+
+@triton.jit(do_not_specialize=RUN_TIME)
+def prepare_kernel(
+    out, dout, lse, dlse, stats, dq_sum, counter, sinks, dn, starts_q, strides_out, strides_dout, stride_n,
+    padded, heads, len_q, WIDTH: tl.constexpr, TILE_Q: tl.constexpr,
+):  # fmt: skip
+    """For a tile of rows: lse in base 2, `delta = rowsum(dout * out) - dlse`, a sum of zeros for dQ, a share of dn.
+
+    lse is infinite and delta 0 beyond the end. `stats` has lse and -delta.
+    """
+    if tl.program_id(0) == 0:
+        tl.store(counter, 0)
+    tiles = tl.cdiv(len_q, TILE_Q)
+    tile, head, batch, first_q, _, len_q, _ = place(starts_q, starts_q, heads, len_q, len_q, tiles)
+    first_row = tile * TILE_Q
+    if first_row >= len_q:
+        return
+
+    PACKED: tl.constexpr = starts_q is not None
+    rows = first_row + tl.arange(0, TILE_Q)
+    of_out, of_dout = matrix(out, strides_out, batch, head, first_q), matrix(dout, strides_dout, batch, head, first_q)
+    out_tile = load(of_out, 0, first_row, len_q, strides_out, WIDTH, TILE_Q, WIDTH, False)
+    dout_tile = load(of_dout, 0, first_row, len_q, strides_dout, WIDTH, TILE_Q, WIDTH, False)
+    of_lse, step = rows_of(lse, batch, head, heads, first_q, len_q, PACKED)
+    row_lse = tl.load(of_lse + rows * step, mask=rows < len_q, other=float("inf")) * LOG2E
+    row_delta = tl.sum(out_tile.to(tl.float32) * dout_tile.to(tl.float32), 1)
+    if dlse is not None:
+        of_dlse, _ = rows_of(dlse, batch, head, heads, first_q, len_q, PACKED)
+        row_delta -= tl.load(of_dlse + rows * step, mask=rows < len_q, other=0.0)
+    sums = head.to(tl.int64) * padded + sum_row(batch, first_q, len_q, PACKED) + rows
+    tl.store(stats + sums, row_lse)
+    tl.store(stats + heads.to(tl.int64) * padded + sums, -row_delta)
+    columns = tl.arange(0, WIDTH)[None, :]
+    tl.store(dq_sum + sums[:, None] * WIDTH + columns, tl.zeros((TILE_Q, WIDTH), tl.float32))
+    if dn is not None:
+        # exp(log n - lse) * delta, or without sinks exp(-lse) * delta, which is the gradient of n itself
+        sink = tl.load(sinks + head * stride_n) * LOG2E if sinks is not None else 0.0
+        share = tl.exp2(tl.minimum(sink - row_lse, 126.0))
+        tl.store(dn + tl.program_id(0), -tl.sum(share * row_delta))
+
+
+@triton.jit(do_not_specialize=RUN_TIME)
+def round_kernel(
+    dq_sum, dq, starts_q, strides_dq, padded, heads, len_q, scale, WIDTH: tl.constexpr, TILE_Q: tl.constexpr,
+):  # fmt: skip
+    """dQ in its own dtype, from the sum in float32."""
+    tiles = tl.cdiv(len_q, TILE_Q)
+    tile, head, batch, first_q, _, len_q, _ = place(starts_q, starts_q, heads, len_q, len_q, tiles)
+    first_row = tile * TILE_Q
+    if first_row >= len_q:
+        return
+    row = head.to(tl.int64) * padded + sum_row(batch, first_q, len_q, starts_q is not None) + first_row
+    offsets = tl.arange(0, TILE_Q)[:, None] * WIDTH + tl.arange(0, WIDTH)[None, :]
+    tile_of_dq = tl.load(dq_sum + row * WIDTH + offsets) * scale
+    store(matrix(dq, strides_dq, batch, head, first_q), tile_of_dq, first_row, len_q, strides_dq, WIDTH, TILE_Q, WIDTH)
+
+
+class Buffers(NamedTuple):
+    """What the roles share: memory, and the barriers on it."""
+
+    k: gl.shared_memory_descriptor  # [2, 64, E], of each consumer
+    v: gl.shared_memory_descriptor
+    q: gl.shared_memory_descriptor  # [STAGES, TILE_Q, E]
+    dout: gl.shared_memory_descriptor
+    lse: gl.shared_memory_descriptor  # [STAGES, 1, TILE_Q]
+    delta: gl.shared_memory_descriptor
+    ds: gl.shared_memory_descriptor  # [2 * STAGES, 64, TILE_Q], of each consumer
+    dq: gl.shared_memory_descriptor  # [2, 64, 64] float32, of each consumer; dK and dV go through it too
+    tile: gl.shared_memory_descriptor  # [2 * FIELDS, 1]: the numbers of this tile of keys, or of the last one
+    kv_full: gl.shared_memory_descriptor
+    kv_empty: gl.shared_memory_descriptor
+    q_full: gl.shared_memory_descriptor
+    dout_full: gl.shared_memory_descriptor
+    empty: gl.shared_memory_descriptor
+    ds_full: gl.shared_memory_descriptor
+
+
+# What the producer says of a tile of keys, and where among its numbers.
+FIELDS = gl.constexpr(11)
+STEPS = gl.constexpr(0)  # tiles of queries that see it; -1: there are no more tiles of keys
+BEGIN = gl.constexpr(1)  # the first row of the first one
+FULL_BEGIN = gl.constexpr(2)  # those from here
+FULL_END = gl.constexpr(3)  # to there need no mask
+SUM_ROW = gl.constexpr(4)  # the row in dq_sum of the sequence's first query
+KEYS = gl.constexpr(5)  # from the tile's first one to the end of the sequence
+DIAGONAL = gl.constexpr(6)  # the query at the position of the first key
+BATCH = gl.constexpr(7)
+HEAD = gl.constexpr(8)
+ROW_K = gl.constexpr(9)  # the row in k of the first key
+
+
+@gluon.jit
+def following(stage, phase, STAGES: gl.constexpr):
+    last = stage == STAGES - 1
+    return gl.where(last, 0, stage + 1), gl.where(last, phase ^ 1, phase)
+
+
+@gluon.jit
+def describe(x, batches, heads, rows, strides, TILE: gl.constexpr, WIDTH: gl.constexpr):
+    """Made here and not by the host, where it would take longer than a short kernel runs."""
+    return tma.make_tensor_descriptor(
+        x, [batches, heads, rows, WIDTH], [strides[0], strides[1], strides[2], 1], [1, 1, TILE, WIDTH],
+        gl.NVMMASharedLayout(128, 16, rank=4),
+    )  # fmt: skip
+
+
+@gluon.jit
+def fetch(descriptor, batch, head, row, full, buffer):
+    shape: gl.constexpr = descriptor.block_type.shape
+    tma.async_copy_global_to_shared(
+        descriptor, [batch, head, row, 0], full, buffer._reinterpret(descriptor.dtype, shape, descriptor.layout)
+    )
+
+
+@gluon.jit
+def tell(b, slot, FIELD: gl.constexpr, number):
+    b.tile.index(slot * FIELDS + FIELD).store(gl.full([1], number, gl.int32, gl.BlockedLayout([1], [32], [1], [0])))
+
+
+@gluon.jit
+def told(b, slot, FIELD: gl.constexpr):
+    return gl.max(b.tile.index(slot * FIELDS + FIELD).load(gl.BlockedLayout([1], [32], [4], [0])), 0)
+
+
+@gluon.jit
+def produce(
+    b, q, k, v, dout, stats, counter, starts_q, starts_k, strides_q, strides_k, strides_v, strides_dout,
+    rows_q, rows_k, padded, batches, heads, len_q, len_k, left, right,
+    GROUPS: gl.constexpr, WIDTH: gl.constexpr, TILE_Q: gl.constexpr,
+):  # fmt: skip
+    PACKED: gl.constexpr = starts_q is not None
+    STAGES: gl.constexpr = b.q.shape[0]
+    heads_q = heads * GROUPS
+    tiles = gl.cdiv(len_k, TILE_K)
+    items = batches * heads * tiles
+    one = 1 if PACKED else batches
+    of_q = describe(q, one, heads_q, rows_q, strides_q, TILE_Q, WIDTH)
+    of_stats = tma.make_tensor_descriptor(
+        stats, [2 * heads_q, padded], [padded.to(gl.int64), 1], [1, TILE_Q], gl.NVMMASharedLayout(0, 32)
+    )
+    of_k = describe(k, one, heads, rows_k, strides_k, 64, WIDTH)
+    of_v = describe(v, one, heads, rows_k, strides_v, 64, WIDTH)
+    of_dout = describe(dout, one, heads_q, rows_q, strides_dout, TILE_Q, WIDTH)
+
+    stage, phase, slot, kv_phase = 0, 1, 0, 1
+    item = gl.program_id(0)
+    while item < items:
+        tile, head, batch = item % tiles, (item // tiles) % heads, item // tiles // heads
+        first_key = tile * TILE_K
+        first_q, first_k = 0, 0
+        if PACKED:
+            first_q, first_k = gl.load(starts_q + batch), gl.load(starts_k + batch)
+            len_q, len_k = gl.load(starts_q + batch + 1) - first_q, gl.load(starts_k + batch + 1) - first_k
+        if first_key < len_k:
+            begin, full_begin, full_end, end = queries_that_see(first_key, len_q, len_k, left, right, TILE_Q, TILE_K)
+            if first_key + TILE_K > len_k:
+                full_end = full_begin
+            steps = gl.cdiv(gl.maximum(end - begin, 0), TILE_Q)
+            first_sum = sum_row(batch, first_q, len_q, PACKED)
+            of_batch = 0 if PACKED else batch
+            mbarrier.wait(b.kv_empty, kv_phase)
+            kv_phase ^= 1
+            tell(b, slot, STEPS, steps)
+            tell(b, slot, BEGIN, begin)
+            tell(b, slot, FULL_BEGIN, full_begin)
+            tell(b, slot, FULL_END, full_end)
+            tell(b, slot, SUM_ROW, first_sum + head * GROUPS * padded)
+            tell(b, slot, KEYS, len_k - first_key)
+            tell(b, slot, DIAGONAL, first_key - (len_k - len_q))
+            tell(b, slot, BATCH, of_batch)
+            tell(b, slot, HEAD, head)
+            tell(b, slot, ROW_K, first_k + first_key)
+            mbarrier.arrive(b.kv_full, count=1)
+            mbarrier.expect(b.kv_full, 2 * (of_k.block_type.nbytes + of_v.block_type.nbytes))
+            for c in gl.static_range(2):
+                fetch(of_k, of_batch, head, first_k + first_key + 64 * c, b.kv_full, b.k.index(c))
+                fetch(of_v, of_batch, head, first_k + first_key + 64 * c, b.kv_full, b.v.index(c))
+            slot ^= 1
+            for head_q in range(head * GROUPS, head * GROUPS + GROUPS):
+                for step in range(steps):
+                    row = begin + step * TILE_Q
+                    mbarrier.wait(b.empty.index(stage), phase)
+                    q_full = b.q_full.index(stage)
+                    mbarrier.expect(q_full, of_q.block_type.nbytes + 2 * of_stats.block_type.nbytes)
+                    fetch(of_q, of_batch, head_q, first_q + row, q_full, b.q.index(stage))
+                    tma.async_copy_global_to_shared(of_stats, [head_q, first_sum + row], q_full, b.lse.index(stage))
+                    tma.async_copy_global_to_shared(
+                        of_stats, [heads_q + head_q, first_sum + row], q_full, b.delta.index(stage)
+                    )
+                    dout_full = b.dout_full.index(stage)
+                    mbarrier.expect(dout_full, of_dout.block_type.nbytes)
+                    fetch(of_dout, of_batch, head_q, first_q + row, dout_full, b.dout.index(stage))
+                    stage, phase = following(stage, phase, STAGES)
+        # Now, while the consumers have the last tiles of queries before them: they do not notice how long it takes.
+        item = gl.num_programs(0) + gl.atomic_add(counter, 1)
+    mbarrier.wait(b.kv_empty, kv_phase)
+    tell(b, slot, STEPS, -1)
+    mbarrier.arrive(b.kv_full, count=2)
+
+
+@builtin
+def add_to_global(descriptor, coordinates, buffer, _semantic=None):
+    """TMA's reduction, which Gluon 3.6 has no function for."""
+    coordinates = _semantic._convert_to_ir_values(coordinates, require_i64=False)
+    _semantic.builder.create_async_tma_reduce(
+        ir.DESCRIPTOR_REDUCE_KIND.ADD, descriptor.handle, coordinates, buffer.handle
+    )
+
+
+@gluon.jit
+def narrow(x, dtype: gl.constexpr, layout: gl.constexpr):
+    """Two elements by one instruction, which the compiler does not find; then as the operand of a product."""
+    if dtype == gl.bfloat16:
+        x = gl.inline_asm_elementwise("cvt.rn.bf16x2.f32 $0, $2, $1;", "=r,r,r", [x], gl.bfloat16, True, 2)
+    else:
+        x = gl.inline_asm_elementwise("cvt.rn.f16x2.f32 $0, $2, $1;", "=r,r,r", [x], gl.float16, True, 2)
+    return gl.convert_layout(x, layout, assert_trivial=True)
+
+
+@gluon.jit
+def consume(
+    b, dq_sum, dk, dv, strides_dk, strides_dv, padded, batches, heads, len_k, left, right, scale, softcap,
+    GROUPS: gl.constexpr, WIDTH: gl.constexpr, TILE_Q: gl.constexpr, PACKED: gl.constexpr, ME: gl.constexpr,
+):  # fmt: skip
+    dtype: gl.constexpr = b.k.dtype
+    STAGES: gl.constexpr = b.q.shape[0]
+    of_s: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, TILE_Q, 16])
+    of_dkv: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, WIDTH, 16])
+    of_dq: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, 64, 16])
+    operand: gl.constexpr = gl.DotOperandLayout(0, of_dkv, 2)
+
+    sums = tma.make_tensor_descriptor(
+        dq_sum, [heads * GROUPS * padded, WIDTH], [WIDTH, 1], [64, 64], gl.NVMMASharedLayout(128, 32)
+    )
+    of_dk, of_dv = dk, dv
+    if not PACKED:
+        of_dk = describe(dk, batches, heads, len_k, strides_dk, 64, WIDTH)
+        of_dv = describe(dv, batches, heads, len_k, strides_dv, 64, WIDTH)
+    stage, phase, slot, kv_phase = 0, 0, 0, 0
+    mbarrier.wait(b.kv_full, kv_phase)
+    steps = told(b, slot, STEPS)
+    while steps >= 0:
+        dk_tile = gl.zeros([64, WIDTH], gl.float32, of_dkv)
+        dv_tile = gl.zeros([64, WIDTH], gl.float32, of_dkv)
+        begin, full_begin, full_end = told(b, slot, BEGIN), told(b, slot, FULL_BEGIN), told(b, slot, FULL_END)
+        sum_row = told(b, slot, SUM_ROW)
+        for _ in range(GROUPS):
+            for row in range(begin, begin + steps * TILE_Q, TILE_Q):
+                q_tile, dout_tile = b.q.index(stage), b.dout.index(stage)
+                mbarrier.wait(b.q_full.index(stage), phase)
+                zeros = gl.zeros([64, TILE_Q], gl.float32, of_s)
+                s = warpgroup_mma(b.k.index(ME), q_tile.permute((1, 0)), zeros, use_acc=False, is_async=True)
+                minus_delta = row_vector(b.delta.index(stage), of_s) + zeros
+                mbarrier.wait(b.dout_full.index(stage), phase)
+                dp = warpgroup_mma(b.v.index(ME), dout_tile.permute((1, 0)), minus_delta, is_async=True)
+                lse = row_vector(b.lse.index(stage), of_s)
+                s = warpgroup_mma_wait(1, deps=[s])
+                p = gl.exp2(s * scale - lse)
+                if (row < full_begin) | (row >= full_end):
+                    p = gl.where(visible(b, slot, row, left, right, ME, of_s, TILE_Q), p, 0.0)
+                p_operand = narrow(p, dtype, operand)
+                dp = warpgroup_mma_wait(0, deps=[dp])
+                dv_tile = warpgroup_mma(p_operand, dout_tile, dv_tile, is_async=True)
+                ds = narrow(p * dp, dtype, operand)
+                b.ds.index(2 * stage + ME).store(gl.convert_layout(ds, of_s, assert_trivial=True))
+                fence_async_shared()
+                mbarrier.arrive(b.ds_full.index(stage), count=1)
+                mbarrier.wait(b.ds_full.index(stage), phase)
+                dq = dq_part(b, stage, ME, WIDTH, of_dq)
+                dk_tile = warpgroup_mma(ds, q_tile, dk_tile, is_async=True)
+                dv_tile, dq, p_operand = warpgroup_mma_wait(1, deps=[dv_tile, dq, p_operand])
+                tma.store_wait(0)
+                b.dq.index(ME).store(dq)
+                fence_async_shared()
+                if WIDTH == 128:
+                    add_to_global(sums, [sum_row + row, 64 * ME], b.dq.index(ME))
+                else:
+                    add_to_global(sums, [sum_row + row + 64 * ME, 0], b.dq.index(ME))
+                dk_tile, ds = warpgroup_mma_wait(0, deps=[dk_tile, ds])
+                mbarrier.arrive(b.empty.index(stage), count=1)
+                stage, phase = following(stage, phase, STAGES)
+            sum_row += padded
+        mbarrier.arrive(b.kv_empty, count=1)
+        write(dv_tile, b, slot, of_dv, strides_dv, ME, PACKED)
+        write(dk_tile * (scale * LN2), b, slot, of_dk, strides_dk, ME, PACKED)
+        slot ^= 1
+        kv_phase ^= 1
+        mbarrier.wait(b.kv_full, kv_phase)
+        steps = told(b, slot, STEPS)
+    tma.store_wait(0)
+
+
+@gluon.jit
+def row_vector(buffer, layout: gl.constexpr):
+    """(1, LENGTH) in shared memory as (1, LENGTH) in registers."""
+    flat: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [0])
+    return gl.expand_dims(buffer._reinterpret(buffer.dtype, [buffer.shape[1]], flat).load(gl.SliceLayout(0, layout)), 0)
+
+
+@gluon.jit
+def visible(b, slot, first_row, left, right, ME: gl.constexpr, layout: gl.constexpr, TILE_Q: gl.constexpr):
+    keys = gl.expand_dims(64 * ME + gl.arange(0, 64, gl.SliceLayout(1, layout)), 1)
+    seen = keys < told(b, slot, KEYS)
+    rows = gl.expand_dims(first_row - told(b, slot, DIAGONAL) + gl.arange(0, TILE_Q, gl.SliceLayout(0, layout)), 0)
+    if right is not None:
+        seen = seen & (keys <= rows + right)
+    if left is not None:
+        seen = seen & (keys >= rows - left)
+    return seen
+
+
+@gluon.jit
+def dq_part(b, stage, ME: gl.constexpr, WIDTH: gl.constexpr, layout: gl.constexpr):
+    """64 x 64 of dS K: of wide heads a half of the columns, of narrow ones a half of the rows."""
+    zeros = gl.zeros([64, 64], gl.float32, layout)
+    if WIDTH == 128:
+        dq = warpgroup_mma(
+            b.ds.index(2 * stage).permute((1, 0)), b.k.index(0).slice(64 * ME, 64, 1), zeros, use_acc=False, is_async=True
+        )
+        return warpgroup_mma(
+            b.ds.index(2 * stage + 1).permute((1, 0)), b.k.index(1).slice(64 * ME, 64, 1), dq, is_async=True
+        )
+    else:
+        dq = warpgroup_mma(
+            b.ds.index(2 * stage).slice(64 * ME, 64, 1).permute((1, 0)), b.k.index(0), zeros, use_acc=False, is_async=True
+        )
+        return warpgroup_mma(
+            b.ds.index(2 * stage + 1).slice(64 * ME, 64, 1).permute((1, 0)), b.k.index(1), dq, is_async=True
+        )
+
+
+@gluon.jit
+def write(tile, b, slot, x, strides, ME: gl.constexpr, PACKED: gl.constexpr):
+    """64 rows of dK or dV, through shared memory; none beyond the end."""
+    WIDTH: gl.constexpr = tile.shape[1]
+    dtype: gl.constexpr = b.k.dtype
+    layout: gl.constexpr = gl.NVMMASharedLayout(128, 16)
+    staged = b.dq.index(ME)._reinterpret(dtype, [64, WIDTH], layout)
+    tma.store_wait(0)
+    staged.store(tile.to(dtype))
+    batch, head, row = told(b, slot, BATCH), told(b, slot, HEAD), told(b, slot, ROW_K) + 64 * ME
+    if PACKED:  # a descriptor would write into the next sequence
+        lines: gl.constexpr = gl.BlockedLayout([1, 8], [256 // WIDTH, WIDTH // 8], [4, 1], [1, 0])
+        rows = gl.arange(0, 64, gl.SliceLayout(1, lines))
+        columns = gl.arange(0, WIDTH, gl.SliceLayout(0, lines))
+        x += head.to(gl.int64) * strides[1] + row.to(gl.int64) * strides[2]
+        offsets = gl.expand_dims(rows.to(gl.int64) * strides[2], 1) + gl.expand_dims(columns, 0)
+        gl.store(x + offsets, staged.load(lines), mask=gl.expand_dims(rows + 64 * ME < told(b, slot, KEYS), 1))
+    else:
+        fence_async_shared()
+        tma.async_copy_shared_to_global(
+            x, [batch, head, row, 0], staged._reinterpret(dtype, x.block_type.shape, x.layout)
+        )
+
+
+@gluon.jit(do_not_specialize=RUN_TIME)
+def backward_kernel(
+    q, k, v, dout, stats, dq_sum, dk, dv, counter, starts_q, starts_k,
+    strides_q, strides_k, strides_v, strides_dout, strides_dk, strides_dv, rows_q, rows_k,
+    padded, batches, heads, len_q, len_k, left, right, scale, softcap,
+    GROUPS: gl.constexpr, WIDTH: gl.constexpr, TILE_Q: gl.constexpr, STAGES: gl.constexpr,
+):  # fmt: skip
+    """As many programs as fit the GPU at once; each goes through tiles of keys."""
+    dtype: gl.constexpr = q.dtype.element_ty
+    tiled: gl.constexpr = gl.NVMMASharedLayout(128, 16)
+    row: gl.constexpr = gl.NVMMASharedLayout(0, 32)
+    b = Buffers(
+        gl.allocate_shared_memory(dtype, [2, 64, WIDTH], tiled),
+        gl.allocate_shared_memory(dtype, [2, 64, WIDTH], tiled),
+        gl.allocate_shared_memory(dtype, [STAGES, TILE_Q, WIDTH], tiled),
+        gl.allocate_shared_memory(dtype, [STAGES, TILE_Q, WIDTH], tiled),
+        gl.allocate_shared_memory(gl.float32, [STAGES, 1, TILE_Q], row),
+        gl.allocate_shared_memory(gl.float32, [STAGES, 1, TILE_Q], row),
+        gl.allocate_shared_memory(dtype, [2 * STAGES, 64, TILE_Q], tiled),
+        gl.allocate_shared_memory(gl.float32, [2, 64, 64], gl.NVMMASharedLayout(128, 32)),
+        gl.allocate_shared_memory(gl.int32, [2 * FIELDS, 1], gl.SwizzledSharedLayout(1, 1, 1, [0])),
+        barriers(1, 2), barriers(1, 2), barriers(STAGES, 1), barriers(STAGES, 1), barriers(STAGES, 2),
+        barriers(STAGES, 2),
+    )  # fmt: skip
+    fence_async_shared()
+    gl.warp_specialize(
+        [
+            (consume, (b, dq_sum, dk, dv, strides_dk, strides_dv, padded, batches, heads, len_k, left, right, scale, softcap, GROUPS, WIDTH, TILE_Q, starts_q is not None, 0)),
+            (consume, (b, dq_sum, dk, dv, strides_dk, strides_dv, padded, batches, heads, len_k, left, right, scale, softcap, GROUPS, WIDTH, TILE_Q, starts_q is not None, 1)),
+            (produce, (b, q, k, v, dout, stats, counter, starts_q, starts_k, strides_q, strides_k, strides_v, strides_dout, rows_q, rows_k, padded, batches, heads, len_q, len_k, left, right, GROUPS, WIDTH, TILE_Q)),
+        ],
+        [4, 1], [240, 24],
+    )  # fmt: skip
+
+
+@gluon.jit
+def barriers(NUMBER: gl.constexpr, ARRIVALS: gl.constexpr):
+    """A ring of barriers; a single one for NUMBER = 1."""
+    if NUMBER == 1:
+        bars = gl.allocate_shared_memory(gl.int64, [1], mbarrier.MBarrierLayout())
+        mbarrier.init(bars, count=ARRIVALS)
+        return bars
+    else:
+        bars = gl.allocate_shared_memory(gl.int64, [NUMBER, 1], mbarrier.MBarrierLayout())
+        for i in gl.static_range(NUMBER):
+            mbarrier.init(bars.index(i), count=ARRIVALS)
+        return bars
