@@ -138,8 +138,7 @@ class Buffers(NamedTuple):
     tile: gl.shared_memory_descriptor  # [2 * FIELDS, 1]: the numbers of this tile of keys, or of the last one
     kv_full: gl.shared_memory_descriptor
     kv_empty: gl.shared_memory_descriptor
-    q_full: gl.shared_memory_descriptor
-    dout_full: gl.shared_memory_descriptor
+    full: gl.shared_memory_descriptor
     empty: gl.shared_memory_descriptor
     ds_full: gl.shared_memory_descriptor
 
@@ -249,16 +248,14 @@ def produce(
                 for step in range(steps):
                     row = begin + step * TILE_Q
                     mbarrier.wait(b.empty.index(stage), phase)
-                    q_full = b.q_full.index(stage)
-                    mbarrier.expect(q_full, of_q.block_type.nbytes + 2 * of_stats.block_type.nbytes)
-                    fetch(of_q, of_batch, head_q, first_q + row, q_full, b.q.index(stage))
-                    tma.async_copy_global_to_shared(of_stats, [head_q, first_sum + row], q_full, b.lse.index(stage))
+                    full = b.full.index(stage)
+                    mbarrier.expect(full, 2 * (of_q.block_type.nbytes + of_stats.block_type.nbytes))
+                    fetch(of_q, of_batch, head_q, first_q + row, full, b.q.index(stage))
+                    tma.async_copy_global_to_shared(of_stats, [head_q, first_sum + row], full, b.lse.index(stage))
+                    fetch(of_dout, of_batch, head_q, first_q + row, full, b.dout.index(stage))
                     tma.async_copy_global_to_shared(
-                        of_stats, [heads_q + head_q, first_sum + row], q_full, b.delta.index(stage)
+                        of_stats, [heads_q + head_q, first_sum + row], full, b.delta.index(stage)
                     )
-                    dout_full = b.dout_full.index(stage)
-                    mbarrier.expect(dout_full, of_dout.block_type.nbytes)
-                    fetch(of_dout, of_batch, head_q, first_q + row, dout_full, b.dout.index(stage))
                     stage, phase = following(stage, phase, STAGES)
         # Now, while the consumers have the last tiles of queries before them: they do not notice how long it takes.
         item = gl.num_programs(0) + gl.atomic_add(counter, 1)
@@ -289,11 +286,12 @@ def narrow(x, dtype: gl.constexpr, layout: gl.constexpr):
 @gluon.jit
 def consume(
     b, dq_sum, dk, dv, strides_dk, strides_dv, padded, batches, heads, len_k, left, right, scale, softcap,
-    GROUPS: gl.constexpr, WIDTH: gl.constexpr, TILE_Q: gl.constexpr, PACKED: gl.constexpr, ME: gl.constexpr,
+    GROUPS: gl.constexpr, WIDTH: gl.constexpr, TILE_Q: gl.constexpr, PART: gl.constexpr, PACKED: gl.constexpr, ME: gl.constexpr,
 ):  # fmt: skip
     dtype: gl.constexpr = b.k.dtype
     STAGES: gl.constexpr = b.q.shape[0]
-    of_s: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, TILE_Q, 16])
+    PARTS: gl.constexpr = TILE_Q // PART
+    of_s: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, PART, 16])
     of_dkv: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, WIDTH, 16])
     of_dq: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, 64, 16])
     operand: gl.constexpr = gl.DotOperandLayout(0, of_dkv, 2)
@@ -315,29 +313,43 @@ def consume(
         sum_row = told(b, slot, SUM_ROW)
         for _ in range(GROUPS):
             for row in range(begin, begin + steps * TILE_Q, TILE_Q):
-                q_tile, dout_tile = b.q.index(stage), b.dout.index(stage)
-                mbarrier.wait(b.q_full.index(stage), phase)
-                zeros = gl.zeros([64, TILE_Q], gl.float32, of_s)
-                s = warpgroup_mma(b.k.index(ME), q_tile.permute((1, 0)), zeros, use_acc=False, is_async=True)
-                minus_delta = row_vector(b.delta.index(stage), of_s) + zeros
-                mbarrier.wait(b.dout_full.index(stage), phase)
-                dp = warpgroup_mma(b.v.index(ME), dout_tile.permute((1, 0)), minus_delta, is_async=True)
-                lse = row_vector(b.lse.index(stage), of_s)
-                s = warpgroup_mma_wait(1, deps=[s])
-                p = gl.exp2(s * scale - lse)
-                if (row < full_begin) | (row >= full_end):
-                    p = gl.where(visible(b, slot, row, left, right, ME, of_s, TILE_Q), p, 0.0)
-                p_operand = narrow(p, dtype, operand)
-                dp = warpgroup_mma_wait(0, deps=[dp])
-                dv_tile = warpgroup_mma(p_operand, dout_tile, dv_tile, is_async=True)
-                ds = narrow(p * dp, dtype, operand)
-                b.ds.index(2 * stage + ME).store(gl.convert_layout(ds, of_s, assert_trivial=True))
+                mbarrier.wait(b.full.index(stage), phase)
+                s, dp = (), ()
+                for i in gl.static_range(PARTS):
+                    zeros = gl.zeros([64, PART], gl.float32, of_s)
+                    q_tile = b.q.index(stage).slice(i * PART, PART, 0).permute((1, 0))
+                    s += (warpgroup_mma(b.k.index(ME), q_tile, zeros, use_acc=False, is_async=True),)
+                    dout_tile = b.dout.index(stage).slice(i * PART, PART, 0).permute((1, 0))
+                    minus_delta = row_vector(b.delta.index(stage), i * PART, PART, of_s) + zeros
+                    dp += (warpgroup_mma(b.v.index(ME), dout_tile, minus_delta, is_async=True),)
+                p_operands, ds_operands = (), ()
+                for i in gl.static_range(PARTS):
+                    lse = row_vector(b.lse.index(stage), i * PART, PART, of_s)
+                    products = warpgroup_mma_wait(2 * PARTS - 1 - i, deps=[s[i]])
+                    if softcap is None:
+                        p = gl.exp2(products * scale - lse)
+                    else:
+                        capped = tanh(products * (scale / softcap))
+                        p = gl.exp2(capped * softcap - lse)
+                    if (row < full_begin) | (row >= full_end):
+                        p = gl.where(visible(b, slot, row + i * PART, left, right, ME, of_s, PART), p, 0.0)
+                    p_operands += (narrow(p, dtype, operand),)
+                    dp_done = warpgroup_mma_wait(2 * PARTS - 2 - i, deps=[dp[i]])
+                    dv_tile = warpgroup_mma(
+                        p_operands[i], b.dout.index(stage).slice(i * PART, PART, 0), dv_tile, is_async=True
+                    )
+                    ds = p * dp_done if softcap is None else p * dp_done * (1 - capped * capped)
+                    ds = narrow(ds, dtype, operand)
+                    ds_operands += (ds,)
+                    b.ds.index(2 * stage + ME).slice(i * PART, PART, 1).store(gl.convert_layout(ds, of_s, assert_trivial=True))
                 fence_async_shared()
                 mbarrier.arrive(b.ds_full.index(stage), count=1)
                 mbarrier.wait(b.ds_full.index(stage), phase)
                 dq = dq_part(b, stage, ME, WIDTH, of_dq)
-                dk_tile = warpgroup_mma(ds, q_tile, dk_tile, is_async=True)
-                dv_tile, dq, p_operand = warpgroup_mma_wait(1, deps=[dv_tile, dq, p_operand])
+                for i in gl.static_range(PARTS):
+                    q_tile = b.q.index(stage).slice(i * PART, PART, 0)
+                    dk_tile = warpgroup_mma(ds_operands[i], q_tile, dk_tile, is_async=True)
+                dv_tile, dq = warpgroup_mma_wait(PARTS, deps=[dv_tile, dq] + p_operands)[:2]
                 tma.store_wait(0)
                 b.dq.index(ME).store(dq)
                 fence_async_shared()
@@ -345,7 +357,7 @@ def consume(
                     add_to_global(sums, [sum_row + row, 64 * ME], b.dq.index(ME))
                 else:
                     add_to_global(sums, [sum_row + row + 64 * ME, 0], b.dq.index(ME))
-                dk_tile, ds = warpgroup_mma_wait(0, deps=[dk_tile, ds])
+                dk_tile = warpgroup_mma_wait(0, deps=[dk_tile] + ds_operands)[0]
                 mbarrier.arrive(b.empty.index(stage), count=1)
                 stage, phase = following(stage, phase, STAGES)
             sum_row += padded
@@ -360,10 +372,17 @@ def consume(
 
 
 @gluon.jit
-def row_vector(buffer, layout: gl.constexpr):
-    """(1, LENGTH) in shared memory as (1, LENGTH) in registers."""
+def row_vector(buffer, FIRST: gl.constexpr, LENGTH: gl.constexpr, layout: gl.constexpr):
+    """LENGTH numbers in shared memory as (1, LENGTH) in registers."""
     flat: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [0])
-    return gl.expand_dims(buffer._reinterpret(buffer.dtype, [buffer.shape[1]], flat).load(gl.SliceLayout(0, layout)), 0)
+    row = buffer._reinterpret(buffer.dtype, [buffer.shape[1]], flat).slice(FIRST, LENGTH)
+    return gl.expand_dims(row.load(gl.SliceLayout(0, layout)), 0)
+
+
+@gluon.jit
+def tanh(x):
+    """Its error is one of the cap, a small fraction: that of the logits."""
+    return 1 - gl.fdiv(2.0, 1 + gl.exp2(2 * LOG2E * x))
 
 
 @gluon.jit
@@ -427,7 +446,7 @@ def backward_kernel(
     q, k, v, dout, stats, dq_sum, dk, dv, counter, starts_q, starts_k,
     strides_q, strides_k, strides_v, strides_dout, strides_dk, strides_dv, rows_q, rows_k,
     padded, batches, heads, len_q, len_k, left, right, scale, softcap,
-    GROUPS: gl.constexpr, WIDTH: gl.constexpr, TILE_Q: gl.constexpr, STAGES: gl.constexpr,
+    GROUPS: gl.constexpr, WIDTH: gl.constexpr, TILE_Q: gl.constexpr, PART: gl.constexpr, STAGES: gl.constexpr,
 ):  # fmt: skip
     """As many programs as fit the GPU at once; each goes through tiles of keys."""
     dtype: gl.constexpr = q.dtype.element_ty
@@ -443,14 +462,13 @@ def backward_kernel(
         gl.allocate_shared_memory(dtype, [2 * STAGES, 64, TILE_Q], tiled),
         gl.allocate_shared_memory(gl.float32, [2, 64, 64], gl.NVMMASharedLayout(128, 32)),
         gl.allocate_shared_memory(gl.int32, [2 * FIELDS, 1], gl.SwizzledSharedLayout(1, 1, 1, [0])),
-        barriers(1, 2), barriers(1, 2), barriers(STAGES, 1), barriers(STAGES, 1), barriers(STAGES, 2),
-        barriers(STAGES, 2),
+        barriers(1, 2), barriers(1, 2), barriers(STAGES, 1), barriers(STAGES, 2), barriers(STAGES, 2),
     )  # fmt: skip
     fence_async_shared()
     gl.warp_specialize(
         [
-            (consume, (b, dq_sum, dk, dv, strides_dk, strides_dv, padded, batches, heads, len_k, left, right, scale, softcap, GROUPS, WIDTH, TILE_Q, starts_q is not None, 0)),
-            (consume, (b, dq_sum, dk, dv, strides_dk, strides_dv, padded, batches, heads, len_k, left, right, scale, softcap, GROUPS, WIDTH, TILE_Q, starts_q is not None, 1)),
+            (consume, (b, dq_sum, dk, dv, strides_dk, strides_dv, padded, batches, heads, len_k, left, right, scale, softcap, GROUPS, WIDTH, TILE_Q, PART, starts_q is not None, 0)),
+            (consume, (b, dq_sum, dk, dv, strides_dk, strides_dv, padded, batches, heads, len_k, left, right, scale, softcap, GROUPS, WIDTH, TILE_Q, PART, starts_q is not None, 1)),
             (produce, (b, q, k, v, dout, stats, counter, starts_q, starts_k, strides_q, strides_k, strides_v, strides_dout, rows_q, rows_k, padded, batches, heads, len_q, len_k, left, right, GROUPS, WIDTH, TILE_Q)),
         ],
         [4, 1], [240, 24],

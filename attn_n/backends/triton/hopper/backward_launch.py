@@ -13,7 +13,9 @@ from attn_n.backends.triton.problem import Problem, describe
 from attn_n.call import Options
 
 TILES_Q = {64: 128, 128: 64}
+PART = 64  # queries of one product of the kernel
 STAGES = 2
+LOG2E = 1.4426950408889634
 ROWS = 64  # of the two small passes
 
 
@@ -27,7 +29,6 @@ def serves(problem: Problem) -> bool:
         and p.strides_mask is None
         and p.strides_slopes is None
         and p.dropout_p == 0
-        and p.softcap is None
         and p.aligned
         and all(
             column == 1 and head > 0 and row > 0 and not (batch % step or head % step or row % step)
@@ -65,7 +66,7 @@ def backward(
         q, k, v, dout, stats, dq_sum, dk, dv, counter, starts_q, starts_k,
         of_q, of_k, of_v, of_dout, of_dk, of_dv, q.shape[-3] if starts_q is not None else p.len_q,
         k.shape[-3] if starts_q is not None else p.len_k, padded, p.batch, p.heads_kv, p.len_q, p.len_k, left, right,
-        p.scale * 1.4426950408889634, p.softcap, p.heads // p.heads_kv, p.width, tile_q, STAGES,
+        p.scale * LOG2E, None if p.softcap is None else p.softcap * LOG2E, p.heads // p.heads_kv, p.width, tile_q, PART, STAGES,
         num_warps=4, maxnreg=168,
     )  # fmt: skip
     round_kernel[programs,](
