@@ -56,6 +56,8 @@ from attn_n.backends.triton.tile import (
 TILE_K = gl.constexpr(128)  # keys of a program: 64 for each consumer
 STAGES = gl.constexpr(2)  # buffers of q and of dout
 
+FAR = gl.constexpr(2**30)
+
 RUN_TIME = ("stride_n", "heads", "padded", "len_q", "len_k", "rows_q", "rows_k", "left", "right", "batches")
 
 
@@ -112,16 +114,20 @@ def prepare_kernel(
 def round_kernel(
     dq_sum, dq, starts_q, strides_dq, padded, heads, len_q, scale, WIDTH: tl.constexpr, TILE_Q: tl.constexpr,
 ):  # fmt: skip
-    """dQ in its own dtype, from the sum in float32."""
+    """dQ in its own dtype, from the sum in float32.
+
+    That consists of tiles of 64 x 64 in the order in which a product lies in registers: 8 columns by 8; then 4 warps of
+    16 rows, of each 8 x 4 threads, of each 2 x 2 numbers, which are 8 rows apart.
+    """
     tiles = tl.cdiv(len_q, TILE_Q)
     tile, head, batch, first_q, _, len_q, _ = place(starts_q, starts_q, heads, len_q, len_q, tiles)
     first_row = tile * TILE_Q
     if first_row >= len_q:
         return
     row = head.to(tl.int64) * padded + sum_row(batch, first_q, len_q, starts_q is not None) + first_row
-    offsets = tl.arange(0, TILE_Q)[:, None] * WIDTH + tl.arange(0, WIDTH)[None, :]
-    tile_of_dq = tl.load(dq_sum + row * WIDTH + offsets) * scale
-    store(matrix(dq, strides_dq, batch, head, first_q), tile_of_dq, first_row, len_q, strides_dq, WIDTH, TILE_Q, WIDTH)
+    x = tl.load(dq_sum + row * WIDTH + tl.arange(0, TILE_Q * WIDTH)) * scale
+    x = x.reshape(TILE_Q // 64, WIDTH // 64, 8, 4, 8, 4, 2, 2).permute(0, 3, 6, 4, 1, 2, 5, 7).reshape(TILE_Q, WIDTH)
+    store(matrix(dq, strides_dq, batch, head, first_q), x, first_row, len_q, strides_dq, WIDTH, TILE_Q, WIDTH)
 
 
 class Buffers(NamedTuple):
@@ -164,20 +170,40 @@ def following(stage, phase, STAGES: gl.constexpr):
 
 
 @gluon.jit
-def describe(x, batches, heads, rows, strides, TILE: gl.constexpr, WIDTH: gl.constexpr):
-    """Made here and not by the host, where it would take longer than a short kernel runs."""
-    return tma.make_tensor_descriptor(
-        x, [batches, heads, rows, WIDTH], [strides[0], strides[1], strides[2], 1], [1, 1, TILE, WIDTH],
-        gl.NVMMASharedLayout(128, 16, rank=4),
-    )  # fmt: skip
+def describe(x, batches, heads, rows, strides, TILE: gl.constexpr, WIDTH: gl.constexpr, PACKED: gl.constexpr):
+    """A descriptor for tiles of rows. Made here and not by the host, where it takes longer than a short kernel runs.
+
+    That of packed sequences ends where a sequence does, by two more dimensions whose strides cancel: a row that lies n
+    before the end of its sequence is at FAR - n of FAR rows, counted from FAR before that end. Addresses wrap around.
+    """
+    if PACKED:
+        return tma.make_tensor_descriptor(
+            x, [2 * FAR - 1, 2 * FAR - 1, heads, FAR, WIDTH],
+            [2**34 - strides[2].to(gl.int64), strides[2], strides[1], strides[2], 1], [1, 1, 1, TILE, WIDTH],
+            gl.NVMMASharedLayout(128, 16, rank=5),
+        )  # fmt: skip
+    else:
+        return tma.make_tensor_descriptor(
+            x, [batches, heads, rows, WIDTH], [strides[0], strides[1], strides[2], 1], [1, 1, TILE, WIDTH],
+            gl.NVMMASharedLayout(128, 16, rank=4),
+        )  # fmt: skip
 
 
 @gluon.jit
-def fetch(descriptor, batch, head, row, full, buffer):
-    shape: gl.constexpr = descriptor.block_type.shape
+def corner(descriptor, batch, head, row, rows_left):
+    """The coordinates of a tile that begins at `row`, of all packed sequences, and `rows_left` before its sequence ends."""
+    if len(descriptor.block_type.shape) == 5:
+        return FAR, row + rows_left, head, FAR - rows_left, 0
+    else:
+        return batch, head, row, 0
+
+
+@gluon.jit
+def fetch(descriptor, batch, head, row, rows_left, full, buffer):
     tma.async_copy_global_to_shared(
-        descriptor, [batch, head, row, 0], full, buffer._reinterpret(descriptor.dtype, shape, descriptor.layout)
-    )
+        descriptor, corner(descriptor, batch, head, row, rows_left), full,
+        buffer._reinterpret(descriptor.dtype, descriptor.block_type.shape, descriptor.layout),
+    )  # fmt: skip
 
 
 @gluon.jit
@@ -193,7 +219,7 @@ def told(b, slot, FIELD: gl.constexpr):
 @gluon.jit
 def produce(
     b, q, k, v, dout, stats, counter, starts_q, starts_k, strides_q, strides_k, strides_v, strides_dout,
-    rows_q, rows_k, padded, batches, heads, len_q, len_k, left, right,
+    padded, batches, heads, len_q, len_k, left, right,
     GROUPS: gl.constexpr, WIDTH: gl.constexpr, TILE_Q: gl.constexpr,
 ):  # fmt: skip
     PACKED: gl.constexpr = starts_q is not None
@@ -201,14 +227,13 @@ def produce(
     heads_q = heads * GROUPS
     tiles = gl.cdiv(len_k, TILE_K)
     items = batches * heads * tiles
-    one = 1 if PACKED else batches
-    of_q = describe(q, one, heads_q, rows_q, strides_q, TILE_Q, WIDTH)
+    of_q = describe(q, batches, heads_q, len_q, strides_q, TILE_Q, WIDTH, PACKED)
     of_stats = tma.make_tensor_descriptor(
         stats, [2 * heads_q, padded], [padded.to(gl.int64), 1], [1, TILE_Q], gl.NVMMASharedLayout(0, 32)
     )
-    of_k = describe(k, one, heads, rows_k, strides_k, 64, WIDTH)
-    of_v = describe(v, one, heads, rows_k, strides_v, 64, WIDTH)
-    of_dout = describe(dout, one, heads_q, rows_q, strides_dout, TILE_Q, WIDTH)
+    of_k = describe(k, batches, heads, len_k, strides_k, 64, WIDTH, PACKED)
+    of_v = describe(v, batches, heads, len_k, strides_v, 64, WIDTH, PACKED)
+    of_dout = describe(dout, batches, heads_q, len_q, strides_dout, TILE_Q, WIDTH, PACKED)
 
     stage, phase, slot, kv_phase = 0, 1, 0, 1
     item = gl.program_id(0)
@@ -225,7 +250,6 @@ def produce(
                 full_end = full_begin
             steps = gl.cdiv(gl.maximum(end - begin, 0), TILE_Q)
             first_sum = sum_row(batch, first_q, len_q, PACKED)
-            of_batch = 0 if PACKED else batch
             mbarrier.wait(b.kv_empty, kv_phase)
             kv_phase ^= 1
             tell(b, slot, STEPS, steps)
@@ -235,14 +259,14 @@ def produce(
             tell(b, slot, SUM_ROW, first_sum + head * GROUPS * padded)
             tell(b, slot, KEYS, len_k - first_key)
             tell(b, slot, DIAGONAL, first_key - (len_k - len_q))
-            tell(b, slot, BATCH, of_batch)
+            tell(b, slot, BATCH, batch)
             tell(b, slot, HEAD, head)
             tell(b, slot, ROW_K, first_k + first_key)
             mbarrier.arrive(b.kv_full, count=1)
             mbarrier.expect(b.kv_full, 2 * (of_k.block_type.nbytes + of_v.block_type.nbytes))
             for c in gl.static_range(2):
-                fetch(of_k, of_batch, head, first_k + first_key + 64 * c, b.kv_full, b.k.index(c))
-                fetch(of_v, of_batch, head, first_k + first_key + 64 * c, b.kv_full, b.v.index(c))
+                fetch(of_k, batch, head, first_k + first_key + 64 * c, len_k - first_key - 64 * c, b.kv_full, b.k.index(c))
+                fetch(of_v, batch, head, first_k + first_key + 64 * c, len_k - first_key - 64 * c, b.kv_full, b.v.index(c))
             slot ^= 1
             for head_q in range(head * GROUPS, head * GROUPS + GROUPS):
                 for step in range(steps):
@@ -250,9 +274,9 @@ def produce(
                     mbarrier.wait(b.empty.index(stage), phase)
                     full = b.full.index(stage)
                     mbarrier.expect(full, 2 * (of_q.block_type.nbytes + of_stats.block_type.nbytes))
-                    fetch(of_q, of_batch, head_q, first_q + row, full, b.q.index(stage))
+                    fetch(of_q, batch, head_q, first_q + row, len_q - row, full, b.q.index(stage))
                     tma.async_copy_global_to_shared(of_stats, [head_q, first_sum + row], full, b.lse.index(stage))
-                    fetch(of_dout, of_batch, head_q, first_q + row, full, b.dout.index(stage))
+                    fetch(of_dout, batch, head_q, first_q + row, len_q - row, full, b.dout.index(stage))
                     tma.async_copy_global_to_shared(
                         of_stats, [heads_q + head_q, first_sum + row], full, b.delta.index(stage)
                     )
@@ -297,12 +321,10 @@ def consume(
     operand: gl.constexpr = gl.DotOperandLayout(0, of_dkv, 2)
 
     sums = tma.make_tensor_descriptor(
-        dq_sum, [heads * GROUPS * padded, WIDTH], [WIDTH, 1], [64, 64], gl.NVMMASharedLayout(128, 32)
+        dq_sum, [heads * GROUPS * padded, WIDTH], [WIDTH, 1], [4096 // WIDTH, WIDTH], gl.NVMMASharedLayout(0, 32)
     )
-    of_dk, of_dv = dk, dv
-    if not PACKED:
-        of_dk = describe(dk, batches, heads, len_k, strides_dk, 64, WIDTH)
-        of_dv = describe(dv, batches, heads, len_k, strides_dv, 64, WIDTH)
+    of_dk = describe(dk, batches, heads, len_k, strides_dk, 64, WIDTH, PACKED)
+    of_dv = describe(dv, batches, heads, len_k, strides_dv, 64, WIDTH, PACKED)
     stage, phase, slot, kv_phase = 0, 0, 0, 0
     mbarrier.wait(b.kv_full, kv_phase)
     steps = told(b, slot, STEPS)
@@ -353,17 +375,15 @@ def consume(
                 tma.store_wait(0)
                 b.dq.index(ME).store(dq)
                 fence_async_shared()
-                if WIDTH == 128:
-                    add_to_global(sums, [sum_row + row, 64 * ME], b.dq.index(ME))
-                else:
-                    add_to_global(sums, [sum_row + row + 64 * ME, 0], b.dq.index(ME))
+                flat = b.dq.index(ME)._reinterpret(gl.float32, sums.block_type.shape, sums.layout)
+                add_to_global(sums, [sum_row + row + ME * (4096 // WIDTH), 0], flat)
                 dk_tile = warpgroup_mma_wait(0, deps=[dk_tile] + ds_operands)[0]
                 mbarrier.arrive(b.empty.index(stage), count=1)
                 stage, phase = following(stage, phase, STAGES)
             sum_row += padded
         mbarrier.arrive(b.kv_empty, count=1)
-        write(dv_tile, b, slot, of_dv, strides_dv, ME, PACKED)
-        write(dk_tile * (scale * LN2), b, slot, of_dk, strides_dk, ME, PACKED)
+        write(dv_tile, b, slot, of_dv, ME)
+        write(dk_tile * (scale * LN2), b, slot, of_dk, ME)
         slot ^= 1
         kv_phase ^= 1
         mbarrier.wait(b.kv_full, kv_phase)
@@ -418,33 +438,23 @@ def dq_part(b, stage, ME: gl.constexpr, WIDTH: gl.constexpr, layout: gl.constexp
 
 
 @gluon.jit
-def write(tile, b, slot, x, strides, ME: gl.constexpr, PACKED: gl.constexpr):
-    """64 rows of dK or dV, through shared memory; none beyond the end."""
-    WIDTH: gl.constexpr = tile.shape[1]
-    dtype: gl.constexpr = b.k.dtype
-    layout: gl.constexpr = gl.NVMMASharedLayout(128, 16)
-    staged = b.dq.index(ME)._reinterpret(dtype, [64, WIDTH], layout)
+def write(tile, b, slot, descriptor, ME: gl.constexpr):
+    """64 rows of dK or dV, through shared memory."""
+    staged = b.dq.index(ME)._reinterpret(descriptor.dtype, [64, tile.shape[1]], gl.NVMMASharedLayout(128, 16))
     tma.store_wait(0)
-    staged.store(tile.to(dtype))
-    batch, head, row = told(b, slot, BATCH), told(b, slot, HEAD), told(b, slot, ROW_K) + 64 * ME
-    if PACKED:  # a descriptor would write into the next sequence
-        lines: gl.constexpr = gl.BlockedLayout([1, 8], [256 // WIDTH, WIDTH // 8], [4, 1], [1, 0])
-        rows = gl.arange(0, 64, gl.SliceLayout(1, lines))
-        columns = gl.arange(0, WIDTH, gl.SliceLayout(0, lines))
-        x += head.to(gl.int64) * strides[1] + row.to(gl.int64) * strides[2]
-        offsets = gl.expand_dims(rows.to(gl.int64) * strides[2], 1) + gl.expand_dims(columns, 0)
-        gl.store(x + offsets, staged.load(lines), mask=gl.expand_dims(rows + 64 * ME < told(b, slot, KEYS), 1))
-    else:
-        fence_async_shared()
-        tma.async_copy_shared_to_global(
-            x, [batch, head, row, 0], staged._reinterpret(dtype, x.block_type.shape, x.layout)
-        )
+    staged.store(tile.to(descriptor.dtype))
+    fence_async_shared()
+    row, rows_left = told(b, slot, ROW_K) + 64 * ME, told(b, slot, KEYS) - 64 * ME
+    tma.async_copy_shared_to_global(
+        descriptor, corner(descriptor, told(b, slot, BATCH), told(b, slot, HEAD), row, rows_left),
+        staged._reinterpret(descriptor.dtype, descriptor.block_type.shape, descriptor.layout),
+    )  # fmt: skip
 
 
 @gluon.jit(do_not_specialize=RUN_TIME)
 def backward_kernel(
     q, k, v, dout, stats, dq_sum, dk, dv, counter, starts_q, starts_k,
-    strides_q, strides_k, strides_v, strides_dout, strides_dk, strides_dv, rows_q, rows_k,
+    strides_q, strides_k, strides_v, strides_dout, strides_dk, strides_dv,
     padded, batches, heads, len_q, len_k, left, right, scale, softcap,
     GROUPS: gl.constexpr, WIDTH: gl.constexpr, TILE_Q: gl.constexpr, PART: gl.constexpr, STAGES: gl.constexpr,
 ):  # fmt: skip
@@ -452,6 +462,10 @@ def backward_kernel(
     dtype: gl.constexpr = q.dtype.element_ty
     tiled: gl.constexpr = gl.NVMMASharedLayout(128, 16)
     row: gl.constexpr = gl.NVMMASharedLayout(0, 32)
+    # As a product lies in registers: by four numbers of a thread, then by threads. See `round_kernel`.
+    in_order: gl.constexpr = gl.SharedLinearLayout(
+        [[0, 1], [8, 0], [0, 2], [0, 4], [1, 0], [2, 0], [4, 0], [16, 0], [32, 0], [0, 8], [0, 16], [0, 32]]
+    )
     b = Buffers(
         gl.allocate_shared_memory(dtype, [2, 64, WIDTH], tiled),
         gl.allocate_shared_memory(dtype, [2, 64, WIDTH], tiled),
@@ -460,7 +474,7 @@ def backward_kernel(
         gl.allocate_shared_memory(gl.float32, [STAGES, 1, TILE_Q], row),
         gl.allocate_shared_memory(gl.float32, [STAGES, 1, TILE_Q], row),
         gl.allocate_shared_memory(dtype, [2 * STAGES, 64, TILE_Q], tiled),
-        gl.allocate_shared_memory(gl.float32, [2, 64, 64], gl.NVMMASharedLayout(128, 32)),
+        gl.allocate_shared_memory(gl.float32, [2, 64, 64], in_order),
         gl.allocate_shared_memory(gl.int32, [2 * FIELDS, 1], gl.SwizzledSharedLayout(1, 1, 1, [0])),
         barriers(1, 2), barriers(1, 2), barriers(STAGES, 1), barriers(STAGES, 2), barriers(STAGES, 2),
     )  # fmt: skip
@@ -469,7 +483,7 @@ def backward_kernel(
         [
             (consume, (b, dq_sum, dk, dv, strides_dk, strides_dv, padded, batches, heads, len_k, left, right, scale, softcap, GROUPS, WIDTH, TILE_Q, PART, starts_q is not None, 0)),
             (consume, (b, dq_sum, dk, dv, strides_dk, strides_dv, padded, batches, heads, len_k, left, right, scale, softcap, GROUPS, WIDTH, TILE_Q, PART, starts_q is not None, 1)),
-            (produce, (b, q, k, v, dout, stats, counter, starts_q, starts_k, strides_q, strides_k, strides_v, strides_dout, rows_q, rows_k, padded, batches, heads, len_q, len_k, left, right, GROUPS, WIDTH, TILE_Q)),
+            (produce, (b, q, k, v, dout, stats, counter, starts_q, starts_k, strides_q, strides_k, strides_v, strides_dout, padded, batches, heads, len_q, len_k, left, right, GROUPS, WIDTH, TILE_Q)),
         ],
         [4, 1], [240, 24],
     )  # fmt: skip

@@ -64,8 +64,7 @@ def backward(
     triton.set_allocator(_workspace)
     backward_kernel[min(items, processors),](
         q, k, v, dout, stats, dq_sum, dk, dv, counter, starts_q, starts_k,
-        of_q, of_k, of_v, of_dout, of_dk, of_dv, q.shape[-3] if starts_q is not None else p.len_q,
-        k.shape[-3] if starts_q is not None else p.len_k, padded, p.batch, p.heads_kv, p.len_q, p.len_k, left, right,
+        of_q, of_k, of_v, of_dout, of_dk, of_dv, padded, p.batch, p.heads_kv, p.len_q, p.len_k, left, right,
         p.scale * LOG2E, None if p.softcap is None else p.softcap * LOG2E, p.heads // p.heads_kv, p.width, tile_q, PART, STAGES,
         num_warps=4, maxnreg=168,
     )  # fmt: skip
