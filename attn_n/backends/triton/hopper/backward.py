@@ -1,28 +1,30 @@
 """The backward on Hopper: dQ, dK and dV by one kernel over tiles of keys, between two small passes over the queries.
 
-A program has three roles. They share nothing but the buffers in shared memory and the barriers on them:
+A program stays on its processor and goes through tiles of 128 keys. It has three roles, which share nothing but buffers
+in shared memory and the barriers on them:
 
-    producer (1 warp)        brings tiles of q, dout and the rows' lse and delta, and once for each tile of keys k and v
-    consumers (2 x 4 warps)  64 keys each: dK and dV stay in their registers, dQ goes to global memory by adding
+    producer, 1 warp                          consumers, 2 x 4 warps, each with its own 64 keys
 
-    producer                          consumer 0 | consumer 1, each with its own 64 keys
-      wait kv_empty                     wait kv_full
-      k, v              -> kv_full      for each tile of queries of each head of the group:
-      for each tile of queries:             wait q_full       S^T  = K Q^T      P = exp2(S - lse)
-        wait empty                          wait dout_full    dP^T = V dO^T - delta
-        q, lse, delta   -> q_full                             dV  += P dO       dS = P * dP
-        dout            -> dout_full        dS to shared memory -> ds_full
-                                            wait ds_full (of both)
-                                                              dQ   = dS K, one half of its columns or rows each
-                                                              dK  += dS Q
-                                            dQ added to global memory; -> empty
-                                        -> kv_empty; dK and dV to global memory
+    next tile of keys                         wait kv_full
+      wait kv_empty                           for each tile of queries, of each query head of this key head:
+      k, v, the tile's numbers -> kv_full       wait full
+      for each tile of queries:                 S^T = K Q^T          dP^T = V dO^T - delta
+        wait empty                              P^T = exp2(S^T - lse)
+        q, dout, lse, delta    -> full          dV += P^T dO         dS^T = P^T * dP^T, to shared memory
+                                                meet the other consumer
+                                                dQ = dS K, half of it each
+                                                dK += dS^T Q         dQ is added to global memory
+                                                -> empty
+                                              -> kv_empty
+                                              dV and dK to global memory
 
-A barrier is waited for by its phase, which flips each time the ring of buffers goes around. P and dS go into their
-products from registers. `empty` and `kv_empty` count two arrivals, one of each consumer, and so does `ds_full`; two
-buffers of dS suffice, because who wrote the second has been told by ds_full that the other one has read the first.
+A barrier is waited for by its phase, which flips each time its ring of buffers has gone around; `empty` and `kv_empty`
+count an arrival of each consumer. There are two buffers of each kind, of dS too: a consumer overwrites the dS of two
+tiles ago, which the other one has read, for they have met since.
 
-The order in which the tiles of keys add to dQ is not fixed: its last bits may differ from run to run.
+Keys and queries that do not see each other are never loaded; tiles in which only some do are masked. lse is infinite
+and q and dout are zero beyond the end of the queries, so that these rows add nothing. The order in which tiles of keys
+add to dQ is not fixed: its last bits differ from run to run.
 """
 
 from typing import NamedTuple
@@ -53,8 +55,7 @@ from attn_n.backends.triton.tile import (
     store,
 )
 
-TILE_K = gl.constexpr(128)  # keys of a program: 64 for each consumer
-STAGES = gl.constexpr(2)  # buffers of q and of dout
+TILE_K = gl.constexpr(128)  # 64 for each consumer
 
 FAR = gl.constexpr(2**30)
 
@@ -135,22 +136,33 @@ class Buffers(NamedTuple):
 
     k: gl.shared_memory_descriptor  # [2, 64, E], of each consumer
     v: gl.shared_memory_descriptor
-    q: gl.shared_memory_descriptor  # [STAGES, TILE_Q, E]
+    q: gl.shared_memory_descriptor  # [2, TILE_Q, E]
     dout: gl.shared_memory_descriptor
-    lse: gl.shared_memory_descriptor  # [STAGES, 1, TILE_Q]
+    lse: gl.shared_memory_descriptor  # [2, 1, TILE_Q]
     delta: gl.shared_memory_descriptor
-    ds: gl.shared_memory_descriptor  # [2 * STAGES, 64, TILE_Q], of each consumer
+    ds: gl.shared_memory_descriptor  # [4, 64, TILE_Q], of each consumer
     dq: gl.shared_memory_descriptor  # [2, 64, 64] float32, of each consumer; dK and dV go through it too
     tile: gl.shared_memory_descriptor  # [2 * FIELDS, 1]: the numbers of this tile of keys, or of the last one
     kv_full: gl.shared_memory_descriptor
     kv_empty: gl.shared_memory_descriptor
     full: gl.shared_memory_descriptor
     empty: gl.shared_memory_descriptor
-    ds_full: gl.shared_memory_descriptor
+
+
+class Sizes(NamedTuple):
+    starts_q: gl.tensor  # of packed sequences; len_q and len_k are the longest then
+    starts_k: gl.tensor
+    batches: gl.tensor
+    heads: gl.tensor  # of keys
+    len_q: gl.tensor
+    len_k: gl.tensor
+    left: gl.tensor
+    right: gl.tensor
+    padded: gl.tensor  # rows of a head in stats and dq_sum
 
 
 # What the producer says of a tile of keys, and where among its numbers.
-FIELDS = gl.constexpr(11)
+FIELDS = gl.constexpr(10)
 STEPS = gl.constexpr(0)  # tiles of queries that see it; -1: there are no more tiles of keys
 BEGIN = gl.constexpr(1)  # the first row of the first one
 FULL_BEGIN = gl.constexpr(2)  # those from here
@@ -164,19 +176,13 @@ ROW_K = gl.constexpr(9)  # the row in k of the first key
 
 
 @gluon.jit
-def following(stage, phase, STAGES: gl.constexpr):
-    last = stage == STAGES - 1
-    return gl.where(last, 0, stage + 1), gl.where(last, phase ^ 1, phase)
-
-
-@gluon.jit
-def describe(x, batches, heads, rows, strides, TILE: gl.constexpr, WIDTH: gl.constexpr, PACKED: gl.constexpr):
+def describe(x, sizes, heads, rows, strides, TILE: gl.constexpr, WIDTH: gl.constexpr):
     """A descriptor for tiles of rows. Made here and not by the host, where it takes longer than a short kernel runs.
 
     That of packed sequences ends where a sequence does, by two more dimensions whose strides cancel: a row that lies n
     before the end of its sequence is at FAR - n of FAR rows, counted from FAR before that end. Addresses wrap around.
     """
-    if PACKED:
+    if sizes.starts_q is not None:
         return tma.make_tensor_descriptor(
             x, [2 * FAR - 1, 2 * FAR - 1, heads, FAR, WIDTH],
             [2**34 - strides[2].to(gl.int64), strides[2], strides[1], strides[2], 1], [1, 1, 1, TILE, WIDTH],
@@ -184,14 +190,14 @@ def describe(x, batches, heads, rows, strides, TILE: gl.constexpr, WIDTH: gl.con
         )  # fmt: skip
     else:
         return tma.make_tensor_descriptor(
-            x, [batches, heads, rows, WIDTH], [strides[0], strides[1], strides[2], 1], [1, 1, TILE, WIDTH],
+            x, [sizes.batches, heads, rows, WIDTH], [strides[0], strides[1], strides[2], 1], [1, 1, TILE, WIDTH],
             gl.NVMMASharedLayout(128, 16, rank=4),
         )  # fmt: skip
 
 
 @gluon.jit
 def corner(descriptor, batch, head, row, rows_left):
-    """The coordinates of a tile that begins at `row`, of all packed sequences, and `rows_left` before its sequence ends."""
+    """The coordinates of a tile; of packed sequences `row` counts through all, `rows_left` to the end of this one."""
     if len(descriptor.block_type.shape) == 5:
         return FAR, row + rows_left, head, FAR - rows_left, 0
     else:
@@ -218,40 +224,39 @@ def told(b, slot, FIELD: gl.constexpr):
 
 @gluon.jit
 def produce(
-    b, q, k, v, dout, stats, counter, starts_q, starts_k, strides_q, strides_k, strides_v, strides_dout,
-    padded, batches, heads, len_q, len_k, left, right,
+    b, sizes, q, k, v, dout, stats, counter, strides_q, strides_k, strides_v, strides_dout,
     GROUPS: gl.constexpr, WIDTH: gl.constexpr, TILE_Q: gl.constexpr,
 ):  # fmt: skip
-    PACKED: gl.constexpr = starts_q is not None
-    STAGES: gl.constexpr = b.q.shape[0]
-    heads_q = heads * GROUPS
+    PACKED: gl.constexpr = sizes.starts_q is not None
+    heads, heads_q, len_q, len_k, padded = sizes.heads, sizes.heads * GROUPS, sizes.len_q, sizes.len_k, sizes.padded
     tiles = gl.cdiv(len_k, TILE_K)
-    items = batches * heads * tiles
-    of_q = describe(q, batches, heads_q, len_q, strides_q, TILE_Q, WIDTH, PACKED)
+    items = sizes.batches * heads * tiles
+    of_q = describe(q, sizes, heads_q, len_q, strides_q, TILE_Q, WIDTH)
     of_stats = tma.make_tensor_descriptor(
         stats, [2 * heads_q, padded], [padded.to(gl.int64), 1], [1, TILE_Q], gl.NVMMASharedLayout(0, 32)
     )
-    of_k = describe(k, batches, heads, len_k, strides_k, 64, WIDTH, PACKED)
-    of_v = describe(v, batches, heads, len_k, strides_v, 64, WIDTH, PACKED)
-    of_dout = describe(dout, batches, heads_q, len_q, strides_dout, TILE_Q, WIDTH, PACKED)
+    of_k = describe(k, sizes, heads, len_k, strides_k, 64, WIDTH)
+    of_v = describe(v, sizes, heads, len_k, strides_v, 64, WIDTH)
+    of_dout = describe(dout, sizes, heads_q, len_q, strides_dout, TILE_Q, WIDTH)
 
-    stage, phase, slot, kv_phase = 0, 1, 0, 1
+    turn, slot = 0, 0  # how many tiles of queries so far, and how many of keys, modulo 2
     item = gl.program_id(0)
     while item < items:
         tile, head, batch = item % tiles, (item // tiles) % heads, item // tiles // heads
         first_key = tile * TILE_K
         first_q, first_k = 0, 0
         if PACKED:
-            first_q, first_k = gl.load(starts_q + batch), gl.load(starts_k + batch)
-            len_q, len_k = gl.load(starts_q + batch + 1) - first_q, gl.load(starts_k + batch + 1) - first_k
+            first_q, first_k = gl.load(sizes.starts_q + batch), gl.load(sizes.starts_k + batch)
+            len_q, len_k = gl.load(sizes.starts_q + batch + 1) - first_q, gl.load(sizes.starts_k + batch + 1) - first_k
         if first_key < len_k:
-            begin, full_begin, full_end, end = queries_that_see(first_key, len_q, len_k, left, right, TILE_Q, TILE_K)
+            begin, full_begin, full_end, end = queries_that_see(
+                first_key, len_q, len_k, sizes.left, sizes.right, TILE_Q, TILE_K
+            )
             if first_key + TILE_K > len_k:
                 full_end = full_begin
             steps = gl.cdiv(gl.maximum(end - begin, 0), TILE_Q)
             first_sum = sum_row(batch, first_q, len_q, PACKED)
-            mbarrier.wait(b.kv_empty, kv_phase)
-            kv_phase ^= 1
+            mbarrier.wait(b.kv_empty, slot ^ 1)
             tell(b, slot, STEPS, steps)
             tell(b, slot, BEGIN, begin)
             tell(b, slot, FULL_BEGIN, full_begin)
@@ -265,13 +270,15 @@ def produce(
             mbarrier.arrive(b.kv_full, count=1)
             mbarrier.expect(b.kv_full, 2 * (of_k.block_type.nbytes + of_v.block_type.nbytes))
             for c in gl.static_range(2):
-                fetch(of_k, batch, head, first_k + first_key + 64 * c, len_k - first_key - 64 * c, b.kv_full, b.k.index(c))
-                fetch(of_v, batch, head, first_k + first_key + 64 * c, len_k - first_key - 64 * c, b.kv_full, b.v.index(c))
+                key = first_key + 64 * c
+                fetch(of_k, batch, head, first_k + key, len_k - key, b.kv_full, b.k.index(c))
+                fetch(of_v, batch, head, first_k + key, len_k - key, b.kv_full, b.v.index(c))
             slot ^= 1
             for head_q in range(head * GROUPS, head * GROUPS + GROUPS):
                 for step in range(steps):
                     row = begin + step * TILE_Q
-                    mbarrier.wait(b.empty.index(stage), phase)
+                    stage = turn & 1
+                    mbarrier.wait(b.empty.index(stage), (turn >> 1) ^ 1)
                     full = b.full.index(stage)
                     mbarrier.expect(full, 2 * (of_q.block_type.nbytes + of_stats.block_type.nbytes))
                     fetch(of_q, batch, head_q, first_q + row, len_q - row, full, b.q.index(stage))
@@ -280,10 +287,10 @@ def produce(
                     tma.async_copy_global_to_shared(
                         of_stats, [heads_q + head_q, first_sum + row], full, b.delta.index(stage)
                     )
-                    stage, phase = following(stage, phase, STAGES)
+                    turn = (turn + 1) & 3
         # Now, while the consumers have the last tiles of queries before them: they do not notice how long it takes.
         item = gl.num_programs(0) + gl.atomic_add(counter, 1)
-    mbarrier.wait(b.kv_empty, kv_phase)
+    mbarrier.wait(b.kv_empty, slot ^ 1)
     tell(b, slot, STEPS, -1)
     mbarrier.arrive(b.kv_full, count=2)
 
@@ -309,11 +316,11 @@ def narrow(x, dtype: gl.constexpr, layout: gl.constexpr):
 
 @gluon.jit
 def consume(
-    b, dq_sum, dk, dv, strides_dk, strides_dv, padded, batches, heads, len_k, left, right, scale, softcap,
-    GROUPS: gl.constexpr, WIDTH: gl.constexpr, TILE_Q: gl.constexpr, PART: gl.constexpr, PACKED: gl.constexpr, ME: gl.constexpr,
+    ME: gl.constexpr, b, sizes, results,
+    GROUPS: gl.constexpr, WIDTH: gl.constexpr, TILE_Q: gl.constexpr, PART: gl.constexpr,
 ):  # fmt: skip
+    dq_sum, dk, dv, strides_dk, strides_dv, scale, softcap = results
     dtype: gl.constexpr = b.k.dtype
-    STAGES: gl.constexpr = b.q.shape[0]
     PARTS: gl.constexpr = TILE_Q // PART
     of_s: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, PART, 16])
     of_dkv: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, WIDTH, 16])
@@ -321,12 +328,16 @@ def consume(
     operand: gl.constexpr = gl.DotOperandLayout(0, of_dkv, 2)
 
     sums = tma.make_tensor_descriptor(
-        dq_sum, [heads * GROUPS * padded, WIDTH], [WIDTH, 1], [4096 // WIDTH, WIDTH], gl.NVMMASharedLayout(0, 32)
+        dq_sum,
+        [sizes.heads * GROUPS * sizes.padded, WIDTH],
+        [WIDTH, 1],
+        [4096 // WIDTH, WIDTH],
+        gl.NVMMASharedLayout(0, 32),
     )
-    of_dk = describe(dk, batches, heads, len_k, strides_dk, 64, WIDTH, PACKED)
-    of_dv = describe(dv, batches, heads, len_k, strides_dv, 64, WIDTH, PACKED)
-    stage, phase, slot, kv_phase = 0, 0, 0, 0
-    mbarrier.wait(b.kv_full, kv_phase)
+    of_dk = describe(dk, sizes, sizes.heads, sizes.len_k, strides_dk, 64, WIDTH)
+    of_dv = describe(dv, sizes, sizes.heads, sizes.len_k, strides_dv, 64, WIDTH)
+    turn, slot = 0, 0  # as in the producer
+    mbarrier.wait(b.kv_full, slot)
     steps = told(b, slot, STEPS)
     while steps >= 0:
         dk_tile = gl.zeros([64, WIDTH], gl.float32, of_dkv)
@@ -335,14 +346,15 @@ def consume(
         sum_row = told(b, slot, SUM_ROW)
         for _ in range(GROUPS):
             for row in range(begin, begin + steps * TILE_Q, TILE_Q):
-                mbarrier.wait(b.full.index(stage), phase)
+                stage = turn & 1
+                mbarrier.wait(b.full.index(stage), turn >> 1)
                 s, dp = (), ()
                 for i in gl.static_range(PARTS):
                     zeros = gl.zeros([64, PART], gl.float32, of_s)
                     q_tile = b.q.index(stage).slice(i * PART, PART, 0).permute((1, 0))
                     s += (warpgroup_mma(b.k.index(ME), q_tile, zeros, use_acc=False, is_async=True),)
                     dout_tile = b.dout.index(stage).slice(i * PART, PART, 0).permute((1, 0))
-                    minus_delta = row_vector(b.delta.index(stage), i * PART, PART, of_s) + zeros
+                    minus_delta = gl.broadcast(row_vector(b.delta.index(stage), i * PART, PART, of_s), zeros)[0]
                     dp += (warpgroup_mma(b.v.index(ME), dout_tile, minus_delta, is_async=True),)
                 p_operands, ds_operands = (), ()
                 for i in gl.static_range(PARTS):
@@ -354,19 +366,21 @@ def consume(
                         capped = tanh(products * (scale / softcap))
                         p = gl.exp2(capped * softcap - lse)
                     if (row < full_begin) | (row >= full_end):
-                        p = gl.where(visible(b, slot, row + i * PART, left, right, ME, of_s, PART), p, 0.0)
+                        p = gl.where(visible(b, slot, sizes, row + i * PART, ME, of_s, PART), p, 0.0)
                     p_operands += (narrow(p, dtype, operand),)
+                    if softcap is not None:
+                        p *= 1 - capped * capped
                     dp_done = warpgroup_mma_wait(2 * PARTS - 2 - i, deps=[dp[i]])
                     dv_tile = warpgroup_mma(
                         p_operands[i], b.dout.index(stage).slice(i * PART, PART, 0), dv_tile, is_async=True
                     )
-                    ds = p * dp_done if softcap is None else p * dp_done * (1 - capped * capped)
-                    ds = narrow(ds, dtype, operand)
+                    ds = narrow(p * dp_done, dtype, operand)
                     ds_operands += (ds,)
-                    b.ds.index(2 * stage + ME).slice(i * PART, PART, 1).store(gl.convert_layout(ds, of_s, assert_trivial=True))
+                    b.ds.index(2 * stage + ME).slice(i * PART, PART, 1).store(
+                        gl.convert_layout(ds, of_s, assert_trivial=True)
+                    )
                 fence_async_shared()
-                mbarrier.arrive(b.ds_full.index(stage), count=1)
-                mbarrier.wait(b.ds_full.index(stage), phase)
+                meet()
                 dq = dq_part(b, stage, ME, WIDTH, of_dq)
                 for i in gl.static_range(PARTS):
                     q_tile = b.q.index(stage).slice(i * PART, PART, 0)
@@ -379,16 +393,21 @@ def consume(
                 add_to_global(sums, [sum_row + row + ME * (4096 // WIDTH), 0], flat)
                 dk_tile = warpgroup_mma_wait(0, deps=[dk_tile] + ds_operands)[0]
                 mbarrier.arrive(b.empty.index(stage), count=1)
-                stage, phase = following(stage, phase, STAGES)
-            sum_row += padded
+                turn = (turn + 1) & 3
+            sum_row += sizes.padded
         mbarrier.arrive(b.kv_empty, count=1)
         write(dv_tile, b, slot, of_dv, ME)
         write(dk_tile * (scale * LN2), b, slot, of_dk, ME)
         slot ^= 1
-        kv_phase ^= 1
-        mbarrier.wait(b.kv_full, kv_phase)
+        mbarrier.wait(b.kv_full, slot)
         steps = told(b, slot, STEPS)
     tma.store_wait(0)
+
+
+@gluon.jit
+def meet():
+    """A barrier of both consumers. One of memory takes longer, and Gluon 3.6 has no other."""
+    gl.inline_asm_elementwise("mov.b32 $0, $1; bar.sync 8, 256;", "=r,r", [0], gl.int32, False, 1)
 
 
 @gluon.jit
@@ -406,14 +425,14 @@ def tanh(x):
 
 
 @gluon.jit
-def visible(b, slot, first_row, left, right, ME: gl.constexpr, layout: gl.constexpr, TILE_Q: gl.constexpr):
+def visible(b, slot, sizes, first_row, ME: gl.constexpr, layout: gl.constexpr, PART: gl.constexpr):
     keys = gl.expand_dims(64 * ME + gl.arange(0, 64, gl.SliceLayout(1, layout)), 1)
     seen = keys < told(b, slot, KEYS)
-    rows = gl.expand_dims(first_row - told(b, slot, DIAGONAL) + gl.arange(0, TILE_Q, gl.SliceLayout(0, layout)), 0)
-    if right is not None:
-        seen = seen & (keys <= rows + right)
-    if left is not None:
-        seen = seen & (keys >= rows - left)
+    rows = gl.expand_dims(first_row - told(b, slot, DIAGONAL) + gl.arange(0, PART, gl.SliceLayout(0, layout)), 0)
+    if sizes.right is not None:
+        seen = seen & (keys <= rows + sizes.right)
+    if sizes.left is not None:
+        seen = seen & (keys >= rows - sizes.left)
     return seen
 
 
@@ -423,14 +442,22 @@ def dq_part(b, stage, ME: gl.constexpr, WIDTH: gl.constexpr, layout: gl.constexp
     zeros = gl.zeros([64, 64], gl.float32, layout)
     if WIDTH == 128:
         dq = warpgroup_mma(
-            b.ds.index(2 * stage).permute((1, 0)), b.k.index(0).slice(64 * ME, 64, 1), zeros, use_acc=False, is_async=True
+            b.ds.index(2 * stage).permute((1, 0)),
+            b.k.index(0).slice(64 * ME, 64, 1),
+            zeros,
+            use_acc=False,
+            is_async=True,
         )
         return warpgroup_mma(
             b.ds.index(2 * stage + 1).permute((1, 0)), b.k.index(1).slice(64 * ME, 64, 1), dq, is_async=True
         )
     else:
         dq = warpgroup_mma(
-            b.ds.index(2 * stage).slice(64 * ME, 64, 1).permute((1, 0)), b.k.index(0), zeros, use_acc=False, is_async=True
+            b.ds.index(2 * stage).slice(64 * ME, 64, 1).permute((1, 0)),
+            b.k.index(0),
+            zeros,
+            use_acc=False,
+            is_async=True,
         )
         return warpgroup_mma(
             b.ds.index(2 * stage + 1).slice(64 * ME, 64, 1).permute((1, 0)), b.k.index(1), dq, is_async=True
@@ -456,7 +483,7 @@ def backward_kernel(
     q, k, v, dout, stats, dq_sum, dk, dv, counter, starts_q, starts_k,
     strides_q, strides_k, strides_v, strides_dout, strides_dk, strides_dv,
     padded, batches, heads, len_q, len_k, left, right, scale, softcap,
-    GROUPS: gl.constexpr, WIDTH: gl.constexpr, TILE_Q: gl.constexpr, PART: gl.constexpr, STAGES: gl.constexpr,
+    GROUPS: gl.constexpr, WIDTH: gl.constexpr, TILE_Q: gl.constexpr, PART: gl.constexpr,
 ):  # fmt: skip
     """As many programs as fit the GPU at once; each goes through tiles of keys."""
     dtype: gl.constexpr = q.dtype.element_ty
@@ -469,21 +496,25 @@ def backward_kernel(
     b = Buffers(
         gl.allocate_shared_memory(dtype, [2, 64, WIDTH], tiled),
         gl.allocate_shared_memory(dtype, [2, 64, WIDTH], tiled),
-        gl.allocate_shared_memory(dtype, [STAGES, TILE_Q, WIDTH], tiled),
-        gl.allocate_shared_memory(dtype, [STAGES, TILE_Q, WIDTH], tiled),
-        gl.allocate_shared_memory(gl.float32, [STAGES, 1, TILE_Q], row),
-        gl.allocate_shared_memory(gl.float32, [STAGES, 1, TILE_Q], row),
-        gl.allocate_shared_memory(dtype, [2 * STAGES, 64, TILE_Q], tiled),
+        gl.allocate_shared_memory(dtype, [2, TILE_Q, WIDTH], tiled),
+        gl.allocate_shared_memory(dtype, [2, TILE_Q, WIDTH], tiled),
+        gl.allocate_shared_memory(gl.float32, [2, 1, TILE_Q], row),
+        gl.allocate_shared_memory(gl.float32, [2, 1, TILE_Q], row),
+        gl.allocate_shared_memory(dtype, [4, 64, TILE_Q], tiled),
         gl.allocate_shared_memory(gl.float32, [2, 64, 64], in_order),
         gl.allocate_shared_memory(gl.int32, [2 * FIELDS, 1], gl.SwizzledSharedLayout(1, 1, 1, [0])),
-        barriers(1, 2), barriers(1, 2), barriers(STAGES, 1), barriers(STAGES, 2), barriers(STAGES, 2),
+        barriers(1, 2), barriers(1, 2), barriers(2, 1), barriers(2, 2),
     )  # fmt: skip
     fence_async_shared()
+    sizes = Sizes(starts_q, starts_k, batches, heads, len_q, len_k, left, right, padded)
+    results = (dq_sum, dk, dv, strides_dk, strides_dv, scale, softcap)
+    # Of the 504 registers for three threads, one of each role, the producer needs the fewest.
     gl.warp_specialize(
         [
-            (consume, (b, dq_sum, dk, dv, strides_dk, strides_dv, padded, batches, heads, len_k, left, right, scale, softcap, GROUPS, WIDTH, TILE_Q, PART, starts_q is not None, 0)),
-            (consume, (b, dq_sum, dk, dv, strides_dk, strides_dv, padded, batches, heads, len_k, left, right, scale, softcap, GROUPS, WIDTH, TILE_Q, PART, starts_q is not None, 1)),
-            (produce, (b, q, k, v, dout, stats, counter, starts_q, starts_k, strides_q, strides_k, strides_v, strides_dout, padded, batches, heads, len_q, len_k, left, right, GROUPS, WIDTH, TILE_Q)),
+            (consume, (0, b, sizes, results, GROUPS, WIDTH, TILE_Q, PART)),
+            (consume, (1, b, sizes, results, GROUPS, WIDTH, TILE_Q, PART)),
+            (produce, (b, sizes, q, k, v, dout, stats, counter, strides_q, strides_k, strides_v, strides_dout,
+                       GROUPS, WIDTH, TILE_Q)),
         ],
         [4, 1], [240, 24],
     )  # fmt: skip

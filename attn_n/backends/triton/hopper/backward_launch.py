@@ -14,7 +14,6 @@ from attn_n.call import Options
 
 TILES_Q = {64: 128, 128: 64}
 PART = 64  # queries of one product of the kernel
-STAGES = 2
 LOG2E = 1.4426950408889634
 ROWS = 64  # of the two small passes
 
@@ -65,7 +64,7 @@ def backward(
     backward_kernel[min(items, processors),](
         q, k, v, dout, stats, dq_sum, dk, dv, counter, starts_q, starts_k,
         of_q, of_k, of_v, of_dout, of_dk, of_dv, padded, p.batch, p.heads_kv, p.len_q, p.len_k, left, right,
-        p.scale * LOG2E, None if p.softcap is None else p.softcap * LOG2E, p.heads // p.heads_kv, p.width, tile_q, PART, STAGES,
+        p.scale * LOG2E, None if p.softcap is None else p.softcap * LOG2E, p.heads // p.heads_kv, p.width, tile_q, PART,
         num_warps=4, maxnreg=168,
     )  # fmt: skip
     round_kernel[programs,](
