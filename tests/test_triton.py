@@ -15,7 +15,7 @@ from torch import Tensor
 
 pytest.importorskip("triton")
 
-from attn_n import flash_attention_n
+from attn_n import flash_attention_n, flash_attention_n_varlen
 from attn_n.backends import triton as backend
 from attn_n.backends.triton import configs
 from attn_n.backends.triton.configs import Config
@@ -248,6 +248,37 @@ def test_more_than_2_to_the_31_elements() -> None:
     for got, want in zip(gradients, wanted, strict=True):
         assert torch.allclose(got[:, :, -tail - 63 :].double().cpu(), want, atol=5e-2)
         assert not got[:, :, : -tail - 63].any()
+
+
+@pytest.mark.gpu
+def test_heads_far_apart() -> None:
+    """The heads of a group are more than 2^31 elements apart, though no stride is."""
+    distance, length, width = 2**30, 90, 64
+    far = torch.empty(3 * distance, device="cuda", dtype=torch.bfloat16).as_strided(
+        (1, 3, length, width), (3 * distance, distance, width, 1)
+    )
+    case = Case("", batch=1, heads_q=3, heads_kv=1, len_q=length, len_k=length, size=width, size_v=width, causal=True)
+    inputs = make(case, torch.bfloat16, "cuda")
+    inputs.q = far.copy_(inputs.q.detach()).requires_grad_()
+    excess = compare.excess(inputs, compare.library(inputs, "triton"))
+    assert max(excess.values()) <= 1, excess
+
+
+@pytest.mark.gpu
+def test_more_than_2_to_the_31_rows() -> None:
+    """One key: each row of 2^31 and more has the weight `1 / (n + 1)` and the lse `log(n + 1)`."""
+    heads = 17
+    tokens = 2**31 // heads + 1000
+    q = torch.zeros(tokens, heads, 1, device="cuda", dtype=torch.float16)
+    k = v = torch.ones(1, heads, 1, device="cuda", dtype=torch.float16)
+    starts, one = (torch.tensor([0, end], dtype=torch.int32, device="cuda") for end in (tokens, 1))
+    out, lse = flash_attention_n_varlen(
+        q, k, v, starts, one, tokens, 1, sm_n=torch.arange(1.0, heads + 1, device="cuda"), return_lse=True,
+        backend="triton",
+    )  # fmt: skip
+    expected = torch.arange(2.0, heads + 2, device="cuda")
+    assert all(torch.equal(some, (1 / expected).half().expand_as(some)) for some in out[..., 0].split(1 << 24))
+    assert all(torch.allclose(some, expected.log().expand_as(some)) for some in lse.split(1 << 24))
 
 
 WIDTHS = [
