@@ -6,7 +6,7 @@ n joins the denominator at the end, as one more key with logit log n and value z
 import triton
 import triton.language as tl
 
-from attn_n.backends.triton.tile import (
+from attn_n.backends.triton.portable.tile import (
     LN2,
     LOG2E,
     RUN_TIME,

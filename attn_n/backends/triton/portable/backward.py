@@ -6,7 +6,7 @@ n is in the lse and appears nowhere else. Nothing is added by atomics: the same 
 import triton
 import triton.language as tl
 
-from attn_n.backends.triton.tile import (
+from attn_n.backends.triton.portable.tile import (
     LOG2E,
     RUN_TIME,
     add_dot,
