@@ -32,8 +32,8 @@ LN2 = gl.constexpr(0.6931471805599453)
 STRIP = gl.constexpr(64)  # queries of a consumer: the rows of a wgmma
 
 RUN_TIME = (
-    "strides_q", "strides_k", "strides_v", "strides_out", "stride_n", "batch", "heads", "len_q", "len_k", "left", "right",
-    "items",
+    "strides_q", "strides_k", "strides_v", "strides_out", "stride_n", "batch", "heads", "len_q", "len_k", "left",
+    "right", "items",
 )  # fmt: skip
 
 
