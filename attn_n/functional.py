@@ -74,8 +74,9 @@ def flash_attention_n(
     plan = plans.find(key)
     if plan is not None:
         out, lse = ops.attend(
-            q, k, v, None, False, plan.log_n, plan.backend, plan.options, plan.needs_grad, return_lse, False
-        )
+            q, k, v, plans.tensor_n(request), sinks is not None, plan.log_n, plan.backend, plan.options,
+            plan.needs_grad, return_lse, False,
+        )  # fmt: skip
         return (out, lse) if return_lse else out
     prepared = _prepare(q, k, v, request)
     canonical = prepared.q is q and prepared.k is k and prepared.v is v

@@ -20,9 +20,10 @@ import triton
 from torch import Tensor
 from triton.backends.compiler import GPUTarget
 
-from attn_n.backends.triton import configs
-from attn_n.backends.triton.configs import Config
-from attn_n.backends.triton.launch import padded_rows, prepared
+from attn_n.backends.triton import hopper
+from attn_n.backends.triton.hopper.configs import FORWARD
+from attn_n.backends.triton.portable import configs
+from attn_n.backends.triton.portable.prepare import padded_rows, prepared
 from attn_n.backends.triton.problem import describe
 from attn_n.call import Options
 
@@ -68,8 +69,12 @@ class _NoGpu:
         return torch.device("cpu")
 
 
-def shipped(target: str) -> Iterator[tuple[str, int, Config, torch.dtype]]:
+def shipped(target: str) -> Iterator[tuple[str, int, Any, torch.dtype]]:
     """kernel, width, configuration and dtype of all that a GPU may get."""
+    if target == "sm_90" and hopper.tested():
+        for width, found in FORWARD.items():
+            for config in found:
+                yield "hopper forward", width, config, torch.bfloat16
     for dtype in (torch.bfloat16, torch.float32):
         for kernel, widths in configs.table(TARGETS[target].capability, dtype).items():
             for width, rows in widths.items():
@@ -78,7 +83,7 @@ def shipped(target: str) -> Iterator[tuple[str, int, Config, torch.dtype]]:
 
 
 def compiled(
-    target: str, kernel: str, width: int, config: Config | None, dtype: torch.dtype, options: Options,
+    target: str, kernel: str, width: int, config: Any, dtype: torch.dtype, options: Options,
     length: int = 256, log_n: float = 0.0,
 ) -> Any:  # fmt: skip
     """One of the kernels of `configs`, compiled for a head of `width`; without `config` with the tiles of the table."""
@@ -88,11 +93,16 @@ def compiled(
 
 
 def launch_of(
-    kernel: str, tensors: Sequence[Tensor], lse: Tensor, options: Options, config: Config | None, log_n: float = 0.0,
+    kernel: str, tensors: Sequence[Tensor], lse: Tensor, options: Options, config: Any, log_n: float = 0.0,
     compile_only: bool = False,
 ) -> Callable[[], Any]:  # fmt: skip
     """The call of one kernel; `tensors` are q, k, v, out, dout, dq, dk and dv, heads first."""
     q, k, v, out, dout, dq, dk, dv = tensors
+    if kernel == "hopper forward":
+        from attn_n.backends.triton.hopper import prepare
+
+        ready = prepare.prepared(describe((q, k, v, out), log_n, options), config)
+        return functools.partial(ready.compiled if compile_only else ready, q, k, v, out, lse, None, log_n)
     extras = options.mask, options.alibi_slopes, None, None, None
     if kernel == "forward":
         problem, arguments = describe((q, k, v, out), log_n, options), (q, k, v, out, lse, None, log_n, *extras)

@@ -18,7 +18,7 @@ from typing import Any
 import torch
 
 from attn_n.backends.triton import BACKEND
-from attn_n.backends.triton.configs import Config
+from attn_n.backends.triton.portable.configs import Config
 from attn_n.call import Options
 from bench import ahead_of_time
 from bench.ahead_of_time import launch_of

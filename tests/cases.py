@@ -11,6 +11,8 @@ from torch import Tensor
 
 # Whether Triton's kernels run on the CPU here: see conftest.py.
 INTERPRETED = not torch.cuda.is_available()
+# Whether the kernels for Hopper run here.
+HOPPER = torch.cuda.is_available() and torch.cuda.get_device_capability() == (9, 0)
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
 
@@ -290,7 +292,10 @@ def must_serve(backend: str, device: str, dtype: torch.dtype, case: Case, lse_gr
         "sdpa:efficient": device == "cuda"
         and dtype != torch.float64
         and not features & ({"softcap", "alibi"} if half else {"softcap"}),
-        "triton": (device == "cuda" or INTERPRETED) and dtype != torch.float64 and "E > 256" not in features,
-    }
-    table["sdpa"] = any(serves for name, serves in table.items() if name.startswith("sdpa:"))
+        "triton:portable": (device == "cuda" or INTERPRETED) and dtype != torch.float64 and "E > 256" not in features,
+        "triton:hopper": device == "cuda" and HOPPER and half and not features & {"mask", "alibi", "packed", "E != Ev"}
+        and case.size in (64, 128, 256) and case.layout != "transposed",
+    }  # fmt: skip
+    for family in ("sdpa", "triton"):
+        table[family] = any(serves for name, serves in table.items() if name.startswith(f"{family}:"))
     return table[backend]

@@ -19,10 +19,10 @@ COMBINATIONS = [
 PLACES = [
     pytest.param("cpu", "reference"),
     pytest.param("cpu", "sdpa:cpu"),
-    pytest.param("cpu", "triton"),
+    pytest.param("cpu", "triton:portable"),
     *(
         pytest.param("cuda", name, marks=pytest.mark.gpu)
-        for name in ("reference", "sdpa:flash", "sdpa:cudnn", "sdpa:efficient", "triton")
+        for name in ("reference", "sdpa:flash", "sdpa:cudnn", "sdpa:efficient", "triton:portable", "triton:hopper")
     ),
 ]
 

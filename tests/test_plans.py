@@ -88,3 +88,25 @@ def test_plans_are_forgotten_before_they_pile_up(monkeypatch: pytest.MonkeyPatch
     for length in range(2, 10):
         flash_attention_n(*inputs(length), sm_n=1.0)
         assert len(plans._plans) <= 3
+
+
+@pytest.mark.gpu
+def test_a_learned_n_is_planned_on_a_gpu(ran: list[str]) -> None:
+    q, k, v = (x.half().cuda() for x in inputs())
+    for name in ("sm_n", "sinks"):
+        for scale in (1.0, 3.0):  # the same call with other values
+            n = (scale * torch.rand(2, device="cuda")).requires_grad_()
+            exact = n.detach().double().requires_grad_()
+            expected = attention_n(q.double(), k.double(), v.double(), **{"n" if name == "sm_n" else name: exact})[0]
+            with torch.no_grad():
+                assert torch.allclose(flash_attention_n(q, k, v, **{name: n}), expected.half(), atol=1e-3)
+            out = flash_attention_n(q, k, v, **{name: n})
+            (dn,) = torch.autograd.grad(out.sum(), n)
+            (expected_dn,) = torch.autograd.grad(expected.sum(), exact)
+            assert torch.allclose(dn.double(), expected_dn, rtol=1e-2, atol=1e-2)
+    assert len(plans._plans) == 4
+    assert len(ran) == 12
+    with pytest.raises(ValueError, match="sinks: expected None together with sm_n"):
+        flash_attention_n(q, k, v, sm_n=1.0, sinks=n)
+    with pytest.raises(ValueError, match="sm_n: expected shape"):
+        flash_attention_n(q, k, v, sm_n=torch.ones(3, device="cuda"))

@@ -1,4 +1,4 @@
-"""Our Triton kernels, beyond the table of cases: every shipped tile, every target, and what only a GPU shows."""
+"""Our portable kernels, beyond the table of cases: every shipped tile, every target, and what only a GPU shows."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ from torch import Tensor
 
 pytest.importorskip("triton")
 
-from attn_n import flash_attention_n
-from attn_n.backends import triton as backend
-from attn_n.backends.triton import configs
-from attn_n.backends.triton.configs import Config
-from attn_n.backends.triton.launch import prepared
-from attn_n.backends.triton.tile import ROW_PADDING
+from attn_n import flash_attention_n, flash_attention_n_varlen
+from attn_n.backends.triton import portable
+from attn_n.backends.triton.portable import configs
+from attn_n.backends.triton.portable.configs import Config
+from attn_n.backends.triton.portable.prepare import prepared
+from attn_n.backends.triton.portable.tile import ROW_PADDING
 from tests import compare
 from tests.cases import INTERPRETED, Case, make
 from tests.oracle import attention_n
@@ -84,9 +84,9 @@ def test_every_row(
 
     monkeypatch.setattr(configs, "find", find)
     inputs = make(case, torch.float32 if name == "float32" else torch.bfloat16, device)
-    excess = compare.excess(inputs, compare.library(inputs, "triton"))
+    excess = compare.excess(inputs, compare.library(inputs, "triton:portable"))
     assert max(excess.values()) <= 1, excess
-    assert set(ran) == {"forward triton", "backward triton"}
+    assert set(ran) == {"forward triton:portable", "backward triton:portable"}
 
 
 @pytest.mark.parametrize("target", ["sm_80", "sm_89", "sm_90", "sm_100", "gfx942"])
@@ -143,23 +143,23 @@ assert kernels[0] is kernels[1] is kernels[2]
     ids=str,
 )  # fmt: skip
 def test_why_not(changes: dict[str, object], reason: str | None) -> None:
-    assert backend.BACKEND.why_not(gpu_call(**changes)) == reason
+    assert portable.PortableKernels().why_not(gpu_call(**changes)) == reason
 
 
 def test_why_not_here(monkeypatch: pytest.MonkeyPatch) -> None:
     call = gpu_call(device="cpu", capability=None)
-    assert backend.BACKEND.why_not(call) is None or torch.cuda.is_available()
-    monkeypatch.setattr(backend, "_INTERPRETED", False)
-    assert "TRITON_INTERPRET=1" in str(backend.BACKEND.why_not(call))
-    monkeypatch.setattr(backend.triton, "__version__", "3.3.1")
-    assert backend.BACKEND.why_not(gpu_call()) == "needs Triton 3.4 or later, found 3.3.1"
+    assert portable.PortableKernels().why_not(call) is None or torch.cuda.is_available()
+    monkeypatch.setattr(portable, "_INTERPRETED", False)
+    assert "TRITON_INTERPRET=1" in str(portable.PortableKernels().why_not(call))
+    monkeypatch.setattr(portable.triton, "__version__", "3.3.1")
+    assert portable.PortableKernels().why_not(gpu_call()) == "needs Triton 3.4 or later, found 3.3.1"
 
 
 @pytest.mark.parametrize("device", PLACES)
 def test_a_window_of_more_than_32_bits(device: str) -> None:
     q, k, v = (torch.randn(1, 2, 40, 16, device=device) for _ in range(3))
     for window in ((2**40, 3), (5, 2**31 - 1)):
-        out = flash_attention_n(q, k, v, sm_n=1.0, window=window, backend="triton")
+        out = flash_attention_n(q, k, v, sm_n=1.0, window=window, backend="triton:portable")
         assert torch.allclose(out, flash_attention_n(q, k, v, sm_n=1.0, window=window, backend="reference"), atol=1e-5)
 
 
@@ -175,7 +175,7 @@ def test_a_cuda_graph_of_both_passes(inputs: list[Tensor], options: dict[str, fl
     every, dout = [*inputs, n], torch.randn_like(inputs[0])
 
     def step() -> list[Tensor]:
-        out = flash_attention_n(*inputs, True, sm_n=n, backend="triton", **options)
+        out = flash_attention_n(*inputs, True, sm_n=n, backend="triton:portable", **options)
         return [out, *torch.autograd.grad(out, every, dout)]
 
     stream = torch.cuda.Stream()
@@ -209,7 +209,7 @@ def test_what_changes_between_calls_that_look_the_same(inputs: list[Tensor], dro
         for keys in (k, odd, k):
             for with_lse in (False, True):
                 calls = []
-                for backend_name in ("triton", "reference"):
+                for backend_name in ("triton:portable", "reference"):
                     out, lse = flash_attention_n(
                         q, keys, v, sm_n=n, return_lse=True, backend=backend_name, dropout_p=dropout_p
                     )
@@ -224,7 +224,7 @@ def test_what_changes_between_calls_that_look_the_same(inputs: list[Tensor], dro
 def test_twice_the_same_bits(inputs: list[Tensor]) -> None:
     results = []
     for _ in range(20):
-        out = flash_attention_n(*inputs, True, sm_n=1.0, backend="triton")
+        out = flash_attention_n(*inputs, True, sm_n=1.0, backend="triton:portable")
         results.append([out, *torch.autograd.grad(out.float().square().sum(), inputs)])
     assert all(torch.equal(a, b) for found in results[1:] for a, b in zip(found, results[0], strict=True))
 
@@ -236,7 +236,7 @@ def test_more_than_2_to_the_31_elements() -> None:
     q, k, v = (
         torch.randn(1, 1, length, width, device="cuda", dtype=torch.bfloat16, requires_grad=True) for _ in range(3)
     )
-    out, lse = flash_attention_n(q, k, v, sm_n=1.0, window=(63, 0), return_lse=True, backend="triton")
+    out, lse = flash_attention_n(q, k, v, sm_n=1.0, window=(63, 0), return_lse=True, backend="triton:portable")
     dout = torch.zeros_like(out)
     dout[:, :, -tail:] = torch.randn(1, 1, tail, width, device="cuda", dtype=torch.bfloat16)
     gradients = torch.autograd.grad(out, (q, k, v), dout)
@@ -248,6 +248,37 @@ def test_more_than_2_to_the_31_elements() -> None:
     for got, want in zip(gradients, wanted, strict=True):
         assert torch.allclose(got[:, :, -tail - 63 :].double().cpu(), want, atol=5e-2)
         assert not got[:, :, : -tail - 63].any()
+
+
+@pytest.mark.gpu
+def test_heads_far_apart() -> None:
+    """The heads of a group are more than 2^31 elements apart, though no stride is."""
+    distance, length, width = 2**30, 90, 64
+    far = torch.empty(3 * distance, device="cuda", dtype=torch.bfloat16).as_strided(
+        (1, 3, length, width), (3 * distance, distance, width, 1)
+    )
+    case = Case("", batch=1, heads_q=3, heads_kv=1, len_q=length, len_k=length, size=width, size_v=width, causal=True)
+    inputs = make(case, torch.bfloat16, "cuda")
+    inputs.q = far.copy_(inputs.q.detach()).requires_grad_()
+    excess = compare.excess(inputs, compare.library(inputs, "triton:portable"))
+    assert max(excess.values()) <= 1, excess
+
+
+@pytest.mark.gpu
+def test_more_than_2_to_the_31_rows() -> None:
+    """One key: each row of 2^31 and more has the weight `1 / (n + 1)` and the lse `log(n + 1)`."""
+    heads = 17
+    tokens = 2**31 // heads + 1000
+    q = torch.zeros(tokens, heads, 1, device="cuda", dtype=torch.float16)
+    k = v = torch.ones(1, heads, 1, device="cuda", dtype=torch.float16)
+    starts, one = (torch.tensor([0, end], dtype=torch.int32, device="cuda") for end in (tokens, 1))
+    out, lse = flash_attention_n_varlen(
+        q, k, v, starts, one, tokens, 1, sm_n=torch.arange(1.0, heads + 1, device="cuda"), return_lse=True,
+        backend="triton:portable",
+    )  # fmt: skip
+    expected = torch.arange(2.0, heads + 2, device="cuda")
+    assert all(torch.equal(some, (1 / expected).half().expand_as(some)) for some in out[..., 0].split(1 << 24))
+    assert all(torch.allclose(some, expected.log().expand_as(some)) for some in lse.split(1 << 24))
 
 
 WIDTHS = [
@@ -263,7 +294,7 @@ def test_widths(size: int, size_v: int) -> None:
     for changes in ({}, {"causal": True, "heads_kv": 1}):
         case = dataclasses.replace(Case("", batch=1, len_q=90, len_k=130, size=size, size_v=size_v), **changes)
         inputs = make(case, torch.float16, "cuda")
-        excess = compare.excess(inputs, compare.library(inputs, "triton"))
+        excess = compare.excess(inputs, compare.library(inputs, "triton:portable"))
         assert max(excess.values()) <= 1, (changes, excess)
 
 
@@ -273,5 +304,5 @@ def test_learned_n_on_the_long_tiles(ran: list[str]) -> None:
     case = Case("", batch=1, heads_q=2, heads_kv=1, len_q=3100, len_k=3333, size=128, size_v=128, n="per head")
     for changes in ({}, {"causal": True}, {"n": "sinks", "sinks": (-2.0, 1.0)}, {"size": 64, "size_v": 64}):
         inputs = make(dataclasses.replace(case, **changes), torch.bfloat16, "cuda")
-        excess = compare.excess(inputs, compare.library(inputs, "triton"))
+        excess = compare.excess(inputs, compare.library(inputs, "triton:portable"))
         assert max(excess.values()) <= 1, (changes, excess)

@@ -45,6 +45,15 @@ class Problem(NamedTuple):
         bent = self.softcap is not None or self.strides_slopes is not None or self.strides_mask is not None
         return self.scale > 0 and not bent
 
+    @property
+    def fits_descriptors(self) -> bool:
+        """Whether tensor descriptors can address the tensors: everything at multiples of 16 bytes, nothing expanded."""
+        step = 16 // self.dtype.itemsize
+        return self.aligned and all(
+            column == 1 and head > 0 and row > 0 and not (batch % step or head % step or row % step)
+            for batch, head, row, column in self.strides
+        )
+
 
 def describe(tensors: tuple[Tensor, ...], log_n: float | Tensor | None, options: Options) -> Problem:
     """`tensors` are q, k, v, out, and in a backward dout, dq, dk, dv."""

@@ -43,7 +43,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_wait,
 )
 
-from attn_n.backends.triton.tile import (
+from attn_n.backends.triton.portable.tile import (
     LN2,
     LOG2E,
     ROW_PADDING,

@@ -8,7 +8,8 @@ from torch import Tensor
 
 from attn_n.backends.base import empty_in_order, memory_order
 from attn_n.backends.triton.hopper.backward import backward_kernel, prepare_kernel, round_kernel
-from attn_n.backends.triton.launch import _workspace, padded_rows
+from attn_n.backends.triton.launch import _workspace
+from attn_n.backends.triton.portable.prepare import padded_rows
 from attn_n.backends.triton.problem import Problem, describe
 from attn_n.call import Options
 

@@ -6,7 +6,7 @@ n joins the denominator at the end, as one more key with logit log n and value z
 import triton
 import triton.language as tl
 
-from attn_n.backends.triton.tile import (
+from attn_n.backends.triton.portable.tile import (
     LN2,
     LOG2E,
     RUN_TIME,
@@ -43,7 +43,6 @@ def forward_kernel(
     head_kv = head // GROUPS
     of_q, of_out = matrix(q, strides_q, batch, head, first_q), matrix(out, strides_out, batch, head, first_q)
     of_k, of_v = matrix(k, strides_k, batch, head_kv, first_k), matrix(v, strides_v, batch, head_kv, first_k)
-    of_lse, step = rows_of(lse, batch, head, heads, first_q, len_q, starts_q is not None)
     of_mask = None if mask is None else mask + (batch * strides_mask[0] + head * strides_mask[1])
     slope = None if slopes is None else tl.load(slopes + (batch * strides_slopes[0] + head * strides_slopes[1]))
 
@@ -93,5 +92,6 @@ def forward_kernel(
     nothing = total == 0.0
     acc = acc * ((dropout_scale if rng_state is not None else 1.0) / tl.where(nothing, 1.0, total))[:, None]
     found = tl.where(nothing, float("-inf"), (top + tl.log2(total)) * LN2)
-    tl.store(of_lse + rows * step, found, mask=rows < len_q)
+    of_lse = rows_of(lse, batch, head, heads, first_q, rows, len_q, starts_q is not None)
+    tl.store(of_lse, found, mask=rows < len_q)
     store(of_out, acc, first_row, len_q, strides_out, WIDTH_V, TILE_Q, TILE_V)

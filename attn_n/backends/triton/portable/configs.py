@@ -5,7 +5,7 @@ Nothing is tuned while a program runs. `python -m bench.tune` finds new rows.
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 
@@ -19,9 +19,6 @@ class Config(NamedTuple):
     num_stages: int
     descriptors: bool = False  # tiles come by tensor descriptors (the copy engine of sm_90 and later), not by pointers
     at_least: int = 0  # for loops over as many queries or keys
-
-    def constants(self) -> dict[str, Any]:
-        return {"TILE_Q": self.tile_q, "TILE_K": self.tile_k, "DESCRIPTORS": self.descriptors}
 
 
 Rows = tuple[Config, ...]  # the longest loops first; the last one is for any length, and by pointers
@@ -84,7 +81,7 @@ def find(kernel: str, problem: Problem) -> Config:
     capability = None  # of ROCm and of the interpreter
     if problem.device.type == "cuda" and torch.version.hip is None:
         capability = torch.cuda.get_device_capability(problem.device)
-    descriptors = capability is not None and capability >= (9, 0) and _fits_descriptors(problem)
+    descriptors = capability is not None and capability >= (9, 0) and problem.fits_descriptors
     length = problem.len_q if kernel in ("dk", "dv", "dk and dv") else problem.len_k
     if problem.left is not None and problem.right is not None:
         length = min(length, problem.left + problem.right + 1)
@@ -116,12 +113,3 @@ def tiles_of_widths(problem: Problem) -> tuple[int, int]:
     # Where v's tile is the narrower one and narrower than 64, ptxas (12.8, sm_90) compiles a forward that is wrong, and
     # without its optimisations one that is right. tests/test_triton.py has such widths.
     return of_e, max(of_ev, min(of_e, 64))
-
-
-def _fits_descriptors(problem: Problem) -> bool:
-    """Whether tensor descriptors can address the tensors: everything at multiples of 16 bytes, nothing expanded."""
-    step = 16 // problem.dtype.itemsize
-    return problem.aligned and all(
-        column == 1 and head > 0 and row > 0 and not (batch % step or head % step or row % step)
-        for batch, head, row, column in problem.strides
-    )

@@ -64,7 +64,7 @@ def load(
         return view.load([head, first_row, 0]).reshape(TILE_ROWS, TILE_WIDTH)
     else:
         row, column = (first_row + tl.arange(0, TILE_ROWS))[:, None], tl.arange(0, TILE_WIDTH)[None, :]
-        pointers = view + head * strides[1] + row.to(tl.int64) * strides[2] + column * strides[3]
+        pointers = view + tl.cast(head, tl.int64) * strides[1] + row.to(tl.int64) * strides[2] + column * strides[3]
         if WIDTH == TILE_WIDTH:
             return tl.load(pointers, mask=row < rows, other=0.0)
         else:
@@ -81,12 +81,12 @@ def store(
 
 
 @triton.jit
-def rows_of(x, batch, head, heads, first_row, len_q, PACKED: tl.constexpr):
-    """Pointer to a head's first row in a tensor of one number a row, `(B, H, L)` or packed `(T, H)`, and its step."""
+def rows_of(x, batch, head, heads, first_q, rows, len_q, PACKED: tl.constexpr):
+    """Pointers to rows of a head in a tensor of one number a row, `(B, H, L)` or packed `(T, H)`."""
     if PACKED:
-        return x + first_row * heads + head, heads
+        return x + (first_q + rows) * heads + head
     else:
-        return x + (batch * heads + head) * len_q, 1
+        return x + (batch * heads + head) * len_q + rows
 
 
 @triton.jit

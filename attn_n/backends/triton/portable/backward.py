@@ -6,7 +6,7 @@ n is in the lse and appears nowhere else. Nothing is added by atomics: the same 
 import triton
 import triton.language as tl
 
-from attn_n.backends.triton.tile import (
+from attn_n.backends.triton.portable.tile import (
     LOG2E,
     RUN_TIME,
     add_dot,
@@ -48,7 +48,6 @@ def dq_kernel(
     of_q, of_dq = matrix(q, strides_q, batch, head, first_q), matrix(dq, strides_dq, batch, head, first_q)
     of_k, of_v = matrix(k, strides_k, batch, head_kv, first_k), matrix(v, strides_v, batch, head_kv, first_k)
     of_out, of_dout = matrix(out, strides_out, batch, head, first_q), matrix(dout, strides_dout, batch, head, first_q)
-    of_lse, step = rows_of(lse, batch, head, heads, first_q, len_q, starts_q is not None)
     of_mask = None if mask is None else mask + (batch * strides_mask[0] + head * strides_mask[1])
     slope = None if slopes is None else tl.load(slopes + (batch * strides_slopes[0] + head * strides_slopes[1]))
 
@@ -57,11 +56,12 @@ def dq_kernel(
     q_tile = load(of_q, 0, first_row, len_q, strides_q, WIDTH, TILE_Q, TILE_E, False)
     dout_tile = load(of_dout, 0, first_row, len_q, strides_dout, WIDTH_V, TILE_Q, TILE_V, False)
     out_tile = load(of_out, 0, first_row, len_q, strides_out, WIDTH_V, TILE_Q, TILE_V, False)
-    row_lse = tl.load(of_lse + rows * step, mask=rows < len_q, other=float("inf")) * LOG2E
+    of_lse = rows_of(lse, batch, head, heads, first_q, rows, len_q, starts_q is not None)
+    row_lse = tl.load(of_lse, mask=rows < len_q, other=float("inf")) * LOG2E
     row_delta = tl.sum(out_tile.to(tl.float32) * dout_tile.to(tl.float32), 1)
     if dlse is not None:
-        of_dlse, _ = rows_of(dlse, batch, head, heads, first_q, len_q, starts_q is not None)
-        row_delta -= tl.load(of_dlse + rows * step, mask=rows < len_q, other=0.0)
+        of_dlse = rows_of(dlse, batch, head, heads, first_q, rows, len_q, starts_q is not None)
+        row_delta -= tl.load(of_dlse, mask=rows < len_q, other=0.0)
     tl.store(padded_rows_of(lse_log2, batch, head, padded, first_q, len_q, starts_q is not None) + rows, row_lse)
     tl.store(padded_rows_of(delta, batch, head, padded, first_q, len_q, starts_q is not None) + rows, row_delta)
     if dn is not None:

@@ -1,0 +1,359 @@
+"""The forward kernel for Hopper (sm_90): warps with roles, and wgmma on tiles that the copy engine brings.
+
+    producer, one warp      q --> [Q strip per consumer]    k --> [K ring]    v --> [V ring]
+                                  full | empty                full | empty      full | empty
+    consumers, 4 warps each  S = Q K^T, softmax, O += P V of 64 queries;  O --> [out strip] --> out
+
+Every buffer has two barriers: `full` ends a phase when the bytes that the producer asked for have come, `empty` when
+each consumer that reads it has arrived. A role counts the stage of a ring and the parity of its phase by itself. K and
+V have barriers of their own, so that the next S need not wait for this V.
+
+A consumer keeps two products in flight: S of a block begins before O of the block in front of it, and the softmax of S
+runs while that O is computed. Blocks of keys come from the last to the first, so that those under the diagonal come
+first. Programs stay and take items in turn (+7 % at 2,048 keys); under a causal mask an item is a pair of tiles, one
+from each end of the sequence, so that all items take equally long (+8 to 26 % over heavy ones first).
+n joins the denominator at the end, as one more key with logit log n and value zero.
+"""
+
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.language.nvidia.hopper import (
+    fence_async_shared,
+    mbarrier,
+    tma,
+    warpgroup_mma,
+    warpgroup_mma_wait,
+)
+
+from attn_n.backends.triton.hopper.pipeline import barriers, blocks_seen, following
+
+LOG2E = gl.constexpr(1.4426950408889634)
+LN2 = gl.constexpr(0.6931471805599453)
+STRIP = gl.constexpr(64)  # queries of a consumer: the rows of a wgmma
+
+RUN_TIME = (
+    "strides_q", "strides_k", "strides_v", "strides_out", "stride_n", "batch", "heads", "len_q", "len_k", "left",
+    "right", "items",
+)  # fmt: skip
+
+
+@gluon.jit
+def item_tiles(item, tiles, left, right):
+    """Batch times heads plus head of an item, its first tile of queries, and its second one or -1."""
+    if left is None and right is not None:
+        pairs = (tiles + 1) // 2
+        one, other = tiles - 1 - item % pairs, item % pairs
+        return item // pairs, one, gl.where(one == other, -1, other)
+    else:
+        return item // tiles, item % tiles, -1
+
+
+@gluon.jit
+def tanh(x):
+    """By its series near zero, where the difference of two exponentials would cancel."""
+    square = x * x
+    series = 1 + square * (-1 / 3 + square * (2 / 15 + square * (-17 / 315 + square * (62 / 2835))))
+    return gl.where(gl.abs(x) < 0.3, x * series, 1 - 2 / (1 + gl.exp2(2 * LOG2E * x)))
+
+
+@gluon.jit
+def rounded(p, LAYOUT: gl.constexpr, dtype: gl.constexpr, IN_PAIRS: gl.constexpr):
+    """p as the left operand of the next product."""
+    if not IN_PAIRS:
+        x = p.to(dtype)
+    elif dtype == gl.bfloat16:  # one instruction for two numbers: +9 % where three consumers share the registers
+        x = gl.inline_asm_elementwise("cvt.rn.bf16x2.f32 $0, $2, $1;", "=r,r,r", [p], gl.bfloat16, is_pure=True, pack=2)
+    else:
+        x = gl.inline_asm_elementwise("cvt.rn.f16x2.f32 $0, $2, $1;", "=r,r,r", [p], gl.float16, is_pure=True, pack=2)
+    return gl.convert_layout(x, LAYOUT, assert_trivial=True)
+
+
+@gluon.jit
+def sums_of_threads(p, TILE_K: gl.constexpr, LAYOUT: gl.constexpr):
+    """Row sums that each thread makes of its own numbers, `(64, 4)`: they meet once, at the end (up to +5 %)."""
+    parts = gl.sum(gl.sum(gl.reshape(p, [STRIP, TILE_K // 8, 4, 2]), axis=3), axis=1)
+    return gl.convert_layout(parts, LAYOUT, assert_trivial=True)
+
+
+@gluon.jit
+def boxed(buffer, descriptor):
+    """A buffer `(rows, E)` in the shape in which a descriptor of `(B, H, rows, E)` copies."""
+    return buffer._reinterpret(descriptor.dtype, descriptor.block_type.shape, descriptor.layout)
+
+
+@gluon.jit
+def produce(
+    of_q, of_k, of_v, buffers, signals, extent, left, right,
+    GROUPS: gl.constexpr, TILE_K: gl.constexpr, STAGES: gl.constexpr, CONSUMERS: gl.constexpr,
+):  # fmt: skip
+    q_strips, k_ring, v_ring, _out_strips = buffers
+    q_full, q_empty, k_full, k_empty, v_full, v_empty = signals
+    items, heads, len_q, len_k = extent
+    TILE_Q: gl.constexpr = CONSUMERS * STRIP
+    tiles = (len_q + TILE_Q - 1) // TILE_Q
+    stage, phase, q_phase = 0, 1, 1
+    for item in range(gl.program_id(0), items, gl.num_programs(0)):
+        place, tile, second = item_tiles(item, tiles, left, right)
+        batch, head = place // heads, place % heads
+        while tile >= 0:
+            first = tile * TILE_Q
+            begin, _full_begin, _full_end, end = blocks_seen(
+                first, first + TILE_Q - 1, len_q, len_k, left, right, TILE_K
+            )
+            for c in gl.static_range(CONSUMERS):
+                mbarrier.wait(q_empty.index(c), q_phase)
+                mbarrier.expect(q_full.index(c), of_q.block_type.nbytes)
+                tma.async_copy_global_to_shared(
+                    of_q, [batch, head, first + c * STRIP, 0], q_full.index(c), boxed(q_strips.index(c), of_q)
+                )
+            q_phase ^= 1
+            for i in range(end - begin):
+                key = (end - 1 - i) * TILE_K
+                mbarrier.wait(k_empty.index(stage), phase)
+                mbarrier.expect(k_full.index(stage), of_k.block_type.nbytes)
+                tma.async_copy_global_to_shared(
+                    of_k, [batch, head // GROUPS, key, 0], k_full.index(stage), boxed(k_ring.index(stage), of_k)
+                )
+                mbarrier.wait(v_empty.index(stage), phase)
+                mbarrier.expect(v_full.index(stage), of_v.block_type.nbytes)
+                tma.async_copy_global_to_shared(
+                    of_v, [batch, head // GROUPS, key, 0], v_full.index(stage), boxed(v_ring.index(stage), of_v)
+                )
+                stage, phase = following(stage, phase, STAGES)
+            tile, second = second, -1
+
+
+@gluon.jit
+def consume(
+    of_out, lse, sinks, log_n, stride_n, buffers, signals, extent, left, right, scale, softcap,
+    E: gl.constexpr, TILE_K: gl.constexpr, STAGES: gl.constexpr, Q_IN_REGISTERS: gl.constexpr,
+    OUT_APART: gl.constexpr, IN_PAIRS: gl.constexpr, CONSUMERS: gl.constexpr, CONSUMER: gl.constexpr,
+):  # fmt: skip
+    q_strips, k_ring, v_ring, out_strips = buffers
+    q_full, q_empty, k_full, k_empty, v_full, v_empty = signals
+    items, heads, len_q, len_k = extent
+    dtype: gl.constexpr = of_out.dtype
+    S: gl.constexpr = gl.NVMMADistributedLayout(version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, TILE_K, 16])
+    OUT: gl.constexpr = gl.NVMMADistributedLayout(version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, E, 16])
+    P: gl.constexpr = gl.DotOperandLayout(operand_index=0, parent=OUT, k_width=2)
+    ROWS: gl.constexpr = gl.SliceLayout(1, S)
+    # Of the sums that each thread makes of its own numbers.
+    PARTS: gl.constexpr = gl.DistributedLinearLayout(
+        reg_bases=[[8, 0]], lane_bases=[[0, 1], [0, 2], [1, 0], [2, 0], [4, 0]], warp_bases=[[16, 0], [32, 0]],
+        block_bases=[], shape=[STRIP, 4],
+    )  # fmt: skip
+    TILE_Q: gl.constexpr = CONSUMERS * STRIP
+    BOUNDED: gl.constexpr = left is not None or right is not None
+    tiles = (len_q + TILE_Q - 1) // TILE_Q
+    factor = scale * LOG2E if softcap is None else 1.0
+    stage, phase, q_phase = 0, 0, 0
+    for item in range(gl.program_id(0), items, gl.num_programs(0)):
+        place, tile, second = item_tiles(item, tiles, left, right)
+        batch, head = place // heads, place % heads
+        while tile >= 0:
+            first = tile * TILE_Q
+            begin, _full_begin, _full_end, end = blocks_seen(
+                first, first + TILE_Q - 1, len_q, len_k, left, right, TILE_K
+            )
+            first += CONSUMER * STRIP
+            own_begin, full_begin, full_end, own_end = begin, 0, len_k // TILE_K, end
+            if BOUNDED:
+                own_begin, full_begin, full_end, own_end = blocks_seen(
+                    first, first + STRIP - 1, len_q, len_k, left, right, TILE_K
+                )
+                own_end = gl.minimum(own_end, end)
+                own_begin = gl.maximum(gl.minimum(own_begin, own_end - 1), begin)
+            rows = first + gl.arange(0, STRIP, layout=ROWS)
+
+            mbarrier.wait(q_full.index(CONSUMER), q_phase)
+            if Q_IN_REGISTERS:
+                q = q_strips.index(CONSUMER).load(gl.DotOperandLayout(operand_index=0, parent=S, k_width=2))
+                fence_async_shared()
+                mbarrier.arrive(q_empty.index(CONSUMER), count=1)
+            else:
+                q = q_strips.index(CONSUMER)
+            if BOUNDED:
+                stage, phase = skip(end - own_end, stage, phase, k_full, k_empty, v_full, v_empty, STAGES)
+            mbarrier.wait(k_full.index(stage), phase)
+            s = gl.zeros([STRIP, TILE_K], gl.float32, layout=S)
+            s = warpgroup_mma(q, k_ring.index(stage).permute((1, 0)), s, use_acc=False, is_async=True)
+            s = warpgroup_mma_wait(0, deps=[s])
+            mbarrier.arrive(k_empty.index(stage), count=1)
+            s = capped(s, scale, softcap)
+            if (own_end <= full_begin) | (own_end > full_end):
+                s = visible(s, rows, (own_end - 1) * TILE_K, len_q, len_k, left, right, TILE_K, S)
+            top = gl.max(s, axis=1) * factor
+            p = gl.exp2(s * factor - gl.expand_dims(finite(top, BOUNDED), 1))
+            sums = sums_of_threads(p, TILE_K, PARTS)
+            weights = rounded(p, P, dtype, IN_PAIRS)
+            acc = gl.zeros([STRIP, E], gl.float32, layout=OUT)
+
+            for i in range(1, own_end - own_begin):
+                block = own_end - 1 - i
+                next_stage, next_phase = following(stage, phase, STAGES)
+                mbarrier.wait(k_full.index(next_stage), next_phase)
+                s = warpgroup_mma(q, k_ring.index(next_stage).permute((1, 0)), p, use_acc=False, is_async=True)
+                mbarrier.wait(v_full.index(stage), phase)
+                acc = warpgroup_mma(weights, v_ring.index(stage), acc, is_async=True)
+                s = warpgroup_mma_wait(1, deps=[s])
+                mbarrier.arrive(k_empty.index(next_stage), count=1)
+                s = capped(s, scale, softcap)
+                if BOUNDED and ((block < full_begin) | (block >= full_end)):
+                    s = visible(s, rows, block * TILE_K, len_q, len_k, left, right, TILE_K, S)
+                new_top = gl.maximum(top, gl.max(s, axis=1) * factor)
+                shift = finite(new_top, BOUNDED)
+                p = gl.exp2(s * factor - gl.expand_dims(shift, 1))
+                rescale = gl.exp2(top - shift)
+                top = new_top
+                parts_rescale = gl.convert_layout(rescale, gl.SliceLayout(1, PARTS), assert_trivial=True)
+                sums = sums * gl.expand_dims(parts_rescale, 1) + sums_of_threads(p, TILE_K, PARTS)
+                # Waiting for p as well keeps ptxas from moving the wait in front of the softmax.
+                acc, weights, p = warpgroup_mma_wait(0, deps=[acc, weights, p])
+                mbarrier.arrive(v_empty.index(stage), count=1)
+                acc = acc * gl.expand_dims(gl.convert_layout(rescale, gl.SliceLayout(1, OUT), assert_trivial=True), 1)
+                weights = rounded(p, P, dtype, IN_PAIRS)
+                stage, phase = next_stage, next_phase
+
+            if OUT_APART and not Q_IN_REGISTERS:
+                mbarrier.arrive(q_empty.index(CONSUMER), count=1)
+            mbarrier.wait(v_full.index(stage), phase)
+            acc = warpgroup_mma(weights, v_ring.index(stage), acc, is_async=True)
+            total = gl.convert_layout(gl.sum(sums, axis=1), ROWS, assert_trivial=True)
+            rescale = gl.full([STRIP], 1.0, gl.float32, layout=ROWS)
+            if sinks is not None or log_n is not None:
+                sink = (log_n if sinks is None else gl.load(sinks + head * stride_n)) * LOG2E
+                new_top = gl.maximum(top, sink)
+                shift = finite(new_top, True)
+                rescale = gl.exp2(top - shift)
+                total = total * rescale + gl.exp2(sink - shift)
+                top = new_top
+            nothing = total == 0.0
+            rescale = rescale / gl.where(nothing, 1.0, total)
+            found = gl.where(nothing, float("-inf"), (top + gl.log2(total)) * LN2)
+            gl.store(lse + place.to(gl.int64) * len_q + rows, found, mask=rows < len_q)
+            acc, weights = warpgroup_mma_wait(0, deps=[acc, weights])
+            mbarrier.arrive(v_empty.index(stage), count=1)
+            stage, phase = following(stage, phase, STAGES)
+            if BOUNDED:
+                stage, phase = skip(own_begin - begin, stage, phase, k_full, k_empty, v_full, v_empty, STAGES)
+
+            acc = acc * gl.expand_dims(gl.convert_layout(rescale, gl.SliceLayout(1, OUT), assert_trivial=True), 1)
+            if OUT_APART:
+                strip = out_strips.index(CONSUMER)
+                tma.store_wait(0)
+            else:
+                strip = q_strips.index(CONSUMER)
+            strip.store(acc.to(dtype))
+            fence_async_shared()
+            if first < len_q:
+                tma.async_copy_shared_to_global(of_out, [batch, head, first, 0], boxed(strip, of_out))
+            if not OUT_APART:
+                tma.store_wait(0)
+                mbarrier.arrive(q_empty.index(CONSUMER), count=1)
+            q_phase ^= 1
+            tile, second = second, -1
+    tma.store_wait(0)
+
+
+@gluon.jit
+def skip(blocks, stage, phase, k_full, k_empty, v_full, v_empty, STAGES: gl.constexpr):
+    """Let blocks pass that other consumers read."""
+    for _ in range(blocks):
+        mbarrier.wait(k_full.index(stage), phase)
+        mbarrier.arrive(k_empty.index(stage), count=1)
+        mbarrier.wait(v_full.index(stage), phase)
+        mbarrier.arrive(v_empty.index(stage), count=1)
+        stage, phase = following(stage, phase, STAGES)
+    return stage, phase
+
+
+@gluon.jit
+def capped(s, scale, softcap):
+    if softcap is not None:
+        s = tanh(s * (scale / softcap)) * (softcap * LOG2E)
+    return s
+
+
+@gluon.jit
+def visible(
+    s, rows, first_key, len_q, len_k, left, right, TILE_K: gl.constexpr,
+    LAYOUT: gl.constexpr,
+):  # fmt: skip
+    """s with -inf where a query does not see a key."""
+    keys = gl.expand_dims(first_key + gl.arange(0, TILE_K, layout=gl.SliceLayout(0, LAYOUT)), 0)
+    distance = gl.expand_dims(rows + (len_k - len_q), 1) - keys
+    seen = keys < len_k
+    if left is not None:
+        seen = seen & (distance <= left)
+    if right is not None:
+        seen = seen & (-distance <= right)
+    return gl.where(seen, s, float("-inf"))
+
+
+@gluon.jit
+def finite(top, BOUNDED: gl.constexpr):
+    """What to subtract from logits: a row that has seen no key yet has no maximum."""
+    return gl.where(top == float("-inf"), 0.0, top) if BOUNDED else top
+
+
+@gluon.jit(do_not_specialize=RUN_TIME)
+def forward_kernel(
+    q, k, v, out, lse, sinks, log_n, strides_q, strides_k, strides_v, strides_out, stride_n,
+    batch, heads, len_q, len_k, left, right, scale, softcap, items,
+    GROUPS: gl.constexpr, E: gl.constexpr, CONSUMERS: gl.constexpr, TILE_K: gl.constexpr, STAGES: gl.constexpr,
+    Q_IN_REGISTERS: gl.constexpr, OUT_APART: gl.constexpr, IN_PAIRS: gl.constexpr,
+):  # fmt: skip
+    dtype: gl.constexpr = q.dtype.element_ty
+    OF_STRIP: gl.constexpr = gl.NVMMASharedLayout.get_default_for([1, 1, STRIP, E], dtype)
+    OF_BLOCK: gl.constexpr = gl.NVMMASharedLayout.get_default_for([1, 1, TILE_K, E], dtype)
+    heads_kv = heads // GROUPS
+    of_q = tma.make_tensor_descriptor(
+        q, [batch, heads, len_q, E], [strides_q[0], strides_q[1], strides_q[2], 1], [1, 1, STRIP, E], OF_STRIP
+    )
+    of_k = tma.make_tensor_descriptor(
+        k, [batch, heads_kv, len_k, E], [strides_k[0], strides_k[1], strides_k[2], 1], [1, 1, TILE_K, E], OF_BLOCK
+    )
+    of_v = tma.make_tensor_descriptor(
+        v, [batch, heads_kv, len_k, E], [strides_v[0], strides_v[1], strides_v[2], 1], [1, 1, TILE_K, E], OF_BLOCK
+    )
+    of_out = tma.make_tensor_descriptor(
+        out, [batch, heads, len_q, E], [strides_out[0], strides_out[1], strides_out[2], 1], [1, 1, STRIP, E], OF_STRIP
+    )
+
+    OF_STRIPS: gl.constexpr = gl.NVMMASharedLayout.get_default_for([STRIP, E], dtype)
+    OF_BLOCKS: gl.constexpr = gl.NVMMASharedLayout.get_default_for([TILE_K, E], dtype)
+    q_strips = gl.allocate_shared_memory(dtype, [CONSUMERS, STRIP, E], OF_STRIPS)
+    k_ring = gl.allocate_shared_memory(dtype, [STAGES, TILE_K, E], OF_BLOCKS)
+    v_ring = gl.allocate_shared_memory(dtype, [STAGES, TILE_K, E], OF_BLOCKS)
+    out_strips = gl.allocate_shared_memory(dtype, [CONSUMERS, STRIP, E], OF_STRIPS) if OUT_APART else q_strips
+    q_full, q_empty = barriers(CONSUMERS, 1), barriers(CONSUMERS, 1)
+    k_full, k_empty = barriers(STAGES, 1), barriers(STAGES, CONSUMERS)
+    v_full, v_empty = barriers(STAGES, 1), barriers(STAGES, CONSUMERS)
+    fence_async_shared()
+    buffers = q_strips, k_ring, v_ring, out_strips
+    signals = q_full, q_empty, k_full, k_empty, v_full, v_empty
+    extent = items, heads, len_q, len_k
+    if CONSUMERS == 2:
+        gl.warp_specialize(
+            [
+                (consume, (of_out, lse, sinks, log_n, stride_n, buffers, signals, extent, left, right, scale, softcap,
+                           E, TILE_K, STAGES, Q_IN_REGISTERS, OUT_APART, IN_PAIRS, CONSUMERS, 0)),
+                (consume, (of_out, lse, sinks, log_n, stride_n, buffers, signals, extent, left, right, scale, softcap,
+                           E, TILE_K, STAGES, Q_IN_REGISTERS, OUT_APART, IN_PAIRS, CONSUMERS, 1)),
+                (produce, (of_q, of_k, of_v, buffers, signals, extent, left, right, GROUPS, TILE_K, STAGES, CONSUMERS)),
+            ],
+            [4, 1], [240, 24],
+        )  # fmt: skip
+    else:
+        gl.warp_specialize(
+            [
+                (consume, (of_out, lse, sinks, log_n, stride_n, buffers, signals, extent, left, right, scale, softcap,
+                           E, TILE_K, STAGES, Q_IN_REGISTERS, OUT_APART, IN_PAIRS, CONSUMERS, 0)),
+                (consume, (of_out, lse, sinks, log_n, stride_n, buffers, signals, extent, left, right, scale, softcap,
+                           E, TILE_K, STAGES, Q_IN_REGISTERS, OUT_APART, IN_PAIRS, CONSUMERS, 1)),
+                (consume, (of_out, lse, sinks, log_n, stride_n, buffers, signals, extent, left, right, scale, softcap,
+                           E, TILE_K, STAGES, Q_IN_REGISTERS, OUT_APART, IN_PAIRS, CONSUMERS, 2)),
+                (produce, (of_q, of_k, of_v, buffers, signals, extent, left, right, GROUPS, TILE_K, STAGES, CONSUMERS)),
+            ],
+            [4, 4, 1], [160, 160, 24],
+        )  # fmt: skip
