@@ -57,23 +57,21 @@ from attn_n.backends.triton.portable.tile import (
 
 TILE_K = gl.constexpr(128)  # 64 for each consumer
 
-FAR = gl.constexpr(2**30)
-
 RUN_TIME = ("stride_n", "heads", "padded", "len_q", "len_k", "rows_q", "rows_k", "left", "right", "batches")
 
 
 @triton.jit
-def sum_row(batch, first_q, len_q, PACKED: tl.constexpr):
+def sum_row(batch, len_q):
     """Where the rows of a sequence begin in a head of `stats` and `dq_sum`: ROW_PADDING rows follow each sequence.
 
     Hence tiles of rows are read, and added, without a mask.
     """
-    return (first_q if PACKED else batch * len_q) + batch * ROW_PADDING
+    return batch * len_q + batch * ROW_PADDING
 
 
 @triton.jit(do_not_specialize=RUN_TIME)
 def prepare_kernel(
-    out, dout, lse, dlse, stats, dq_sum, counter, sinks, dn, starts_q, strides_out, strides_dout, stride_n,
+    out, dout, lse, dlse, stats, dq_sum, counter, sinks, dn, strides_out, strides_dout, stride_n,
     padded, heads, len_q, WIDTH: tl.constexpr, TILE_Q: tl.constexpr,
 ):  # fmt: skip
     """For a tile of rows: lse in base 2, `delta = rowsum(dout * out) - dlse`, a sum of zeros for dQ, a share of dn.
@@ -83,23 +81,20 @@ def prepare_kernel(
     if tl.program_id(0) == 0:
         tl.store(counter, 0)
     tiles = tl.cdiv(len_q, TILE_Q)
-    tile, head, batch, first_q, _, len_q, _ = place(starts_q, starts_q, heads, len_q, len_q, tiles)
+    tile, head, batch, first_q, _, len_q, _ = place(None, None, heads, len_q, len_q, tiles)
     first_row = tile * TILE_Q
-    if first_row >= len_q:
-        return
 
-    PACKED: tl.constexpr = starts_q is not None
     rows = first_row + tl.arange(0, TILE_Q)
     of_out, of_dout = matrix(out, strides_out, batch, head, first_q), matrix(dout, strides_dout, batch, head, first_q)
     out_tile = load(of_out, 0, first_row, len_q, strides_out, WIDTH, TILE_Q, WIDTH, False)
     dout_tile = load(of_dout, 0, first_row, len_q, strides_dout, WIDTH, TILE_Q, WIDTH, False)
-    of_lse, step = rows_of(lse, batch, head, heads, first_q, len_q, PACKED)
+    of_lse, step = rows_of(lse, batch, head, heads, first_q, len_q, False)
     row_lse = tl.load(of_lse + rows * step, mask=rows < len_q, other=float("inf")) * LOG2E
     row_delta = tl.sum(out_tile.to(tl.float32) * dout_tile.to(tl.float32), 1)
     if dlse is not None:
-        of_dlse, _ = rows_of(dlse, batch, head, heads, first_q, len_q, PACKED)
+        of_dlse, _ = rows_of(dlse, batch, head, heads, first_q, len_q, False)
         row_delta -= tl.load(of_dlse + rows * step, mask=rows < len_q, other=0.0)
-    sums = head.to(tl.int64) * padded + sum_row(batch, first_q, len_q, PACKED) + rows
+    sums = head.to(tl.int64) * padded + sum_row(batch, len_q) + rows
     tl.store(stats + sums, row_lse)
     tl.store(stats + heads.to(tl.int64) * padded + sums, -row_delta)
     columns = tl.arange(0, WIDTH)[None, :]
@@ -113,7 +108,7 @@ def prepare_kernel(
 
 @triton.jit(do_not_specialize=RUN_TIME)
 def round_kernel(
-    dq_sum, dq, starts_q, strides_dq, padded, heads, len_q, scale, WIDTH: tl.constexpr, TILE_Q: tl.constexpr,
+    dq_sum, dq, strides_dq, padded, heads, len_q, scale, WIDTH: tl.constexpr, TILE_Q: tl.constexpr,
 ):  # fmt: skip
     """dQ in its own dtype, from the sum in float32.
 
@@ -121,11 +116,9 @@ def round_kernel(
     16 rows, of each 8 x 4 threads, of each 2 x 2 numbers, which are 8 rows apart.
     """
     tiles = tl.cdiv(len_q, TILE_Q)
-    tile, head, batch, first_q, _, len_q, _ = place(starts_q, starts_q, heads, len_q, len_q, tiles)
+    tile, head, batch, first_q, _, len_q, _ = place(None, None, heads, len_q, len_q, tiles)
     first_row = tile * TILE_Q
-    if first_row >= len_q:
-        return
-    row = head.to(tl.int64) * padded + sum_row(batch, first_q, len_q, starts_q is not None) + first_row
+    row = head.to(tl.int64) * padded + sum_row(batch, len_q) + first_row
     x = tl.load(dq_sum + row * WIDTH + tl.arange(0, TILE_Q * WIDTH)) * scale
     x = x.reshape(TILE_Q // 64, WIDTH // 64, 8, 4, 8, 4, 2, 2).permute(0, 3, 6, 4, 1, 2, 5, 7).reshape(TILE_Q, WIDTH)
     store(matrix(dq, strides_dq, batch, head, first_q), x, first_row, len_q, strides_dq, WIDTH, TILE_Q, WIDTH)
@@ -150,8 +143,6 @@ class Buffers(NamedTuple):
 
 
 class Sizes(NamedTuple):
-    starts_q: gl.tensor  # of packed sequences; len_q and len_k are the longest then
-    starts_k: gl.tensor
     batches: gl.tensor
     heads: gl.tensor  # of keys
     len_q: gl.tensor
@@ -177,37 +168,17 @@ ROW_K = gl.constexpr(9)  # the row in k of the first key
 
 @gluon.jit
 def describe(x, sizes, heads, rows, strides, TILE: gl.constexpr, WIDTH: gl.constexpr):
-    """A descriptor for tiles of rows. Made here and not by the host, where it takes longer than a short kernel runs.
-
-    That of packed sequences ends where a sequence does, by two more dimensions whose strides cancel: a row that lies n
-    before the end of its sequence is at FAR - n of FAR rows, counted from FAR before that end. Addresses wrap around.
-    """
-    if sizes.starts_q is not None:
-        return tma.make_tensor_descriptor(
-            x, [2 * FAR - 1, 2 * FAR - 1, heads, FAR, WIDTH],
-            [2**34 - strides[2].to(gl.int64), strides[2], strides[1], strides[2], 1], [1, 1, 1, TILE, WIDTH],
-            gl.NVMMASharedLayout(128, 16, rank=5),
-        )  # fmt: skip
-    else:
-        return tma.make_tensor_descriptor(
-            x, [sizes.batches, heads, rows, WIDTH], [strides[0], strides[1], strides[2], 1], [1, 1, TILE, WIDTH],
-            gl.NVMMASharedLayout(128, 16, rank=4),
-        )  # fmt: skip
+    """A descriptor for tiles of rows. Made here and not by the host, where it takes longer than a short kernel runs."""
+    return tma.make_tensor_descriptor(
+        x, [sizes.batches, heads, rows, WIDTH], [strides[0], strides[1], strides[2], 1], [1, 1, TILE, WIDTH],
+        gl.NVMMASharedLayout(128, 16, rank=4),
+    )  # fmt: skip
 
 
 @gluon.jit
-def corner(descriptor, batch, head, row, rows_left):
-    """The coordinates of a tile; of packed sequences `row` counts through all, `rows_left` to the end of this one."""
-    if len(descriptor.block_type.shape) == 5:
-        return FAR, row + rows_left, head, FAR - rows_left, 0
-    else:
-        return batch, head, row, 0
-
-
-@gluon.jit
-def fetch(descriptor, batch, head, row, rows_left, full, buffer):
+def fetch(descriptor, batch, head, row, full, buffer):
     tma.async_copy_global_to_shared(
-        descriptor, corner(descriptor, batch, head, row, rows_left), full,
+        descriptor, [batch, head, row, 0], full,
         buffer._reinterpret(descriptor.dtype, descriptor.block_type.shape, descriptor.layout),
     )  # fmt: skip
 
@@ -227,7 +198,6 @@ def produce(
     b, sizes, q, k, v, dout, stats, counter, strides_q, strides_k, strides_v, strides_dout,
     GROUPS: gl.constexpr, WIDTH: gl.constexpr, TILE_Q: gl.constexpr,
 ):  # fmt: skip
-    PACKED: gl.constexpr = sizes.starts_q is not None
     heads, heads_q, len_q, len_k, padded = sizes.heads, sizes.heads * GROUPS, sizes.len_q, sizes.len_k, sizes.padded
     tiles = gl.cdiv(len_k, TILE_K)
     items = sizes.batches * heads * tiles
@@ -244,50 +214,45 @@ def produce(
     while item < items:
         tile, head, batch = item % tiles, (item // tiles) % heads, item // tiles // heads
         first_key = tile * TILE_K
-        first_q, first_k = 0, 0
-        if PACKED:
-            first_q, first_k = gl.load(sizes.starts_q + batch), gl.load(sizes.starts_k + batch)
-            len_q, len_k = gl.load(sizes.starts_q + batch + 1) - first_q, gl.load(sizes.starts_k + batch + 1) - first_k
-        if first_key < len_k:
-            begin, full_begin, full_end, end = queries_that_see(
-                first_key, len_q, len_k, sizes.left, sizes.right, TILE_Q, TILE_K
-            )
-            if first_key + TILE_K > len_k:
-                full_end = full_begin
-            steps = gl.cdiv(gl.maximum(end - begin, 0), TILE_Q)
-            first_sum = sum_row(batch, first_q, len_q, PACKED)
-            mbarrier.wait(b.kv_empty, slot ^ 1)
-            tell(b, slot, STEPS, steps)
-            tell(b, slot, BEGIN, begin)
-            tell(b, slot, FULL_BEGIN, full_begin)
-            tell(b, slot, FULL_END, full_end)
-            tell(b, slot, SUM_ROW, first_sum + head * GROUPS * padded)
-            tell(b, slot, KEYS, len_k - first_key)
-            tell(b, slot, DIAGONAL, first_key - (len_k - len_q))
-            tell(b, slot, BATCH, batch)
-            tell(b, slot, HEAD, head)
-            tell(b, slot, ROW_K, first_k + first_key)
-            mbarrier.arrive(b.kv_full, count=1)
-            mbarrier.expect(b.kv_full, 2 * (of_k.block_type.nbytes + of_v.block_type.nbytes))
-            for c in gl.static_range(2):
-                key = first_key + 64 * c
-                fetch(of_k, batch, head, first_k + key, len_k - key, b.kv_full, b.k.index(c))
-                fetch(of_v, batch, head, first_k + key, len_k - key, b.kv_full, b.v.index(c))
-            slot ^= 1
-            for head_q in range(head * GROUPS, head * GROUPS + GROUPS):
-                for step in range(steps):
-                    row = begin + step * TILE_Q
-                    stage = turn & 1
-                    mbarrier.wait(b.empty.index(stage), (turn >> 1) ^ 1)
-                    full = b.full.index(stage)
-                    mbarrier.expect(full, 2 * (of_q.block_type.nbytes + of_stats.block_type.nbytes))
-                    fetch(of_q, batch, head_q, first_q + row, len_q - row, full, b.q.index(stage))
-                    tma.async_copy_global_to_shared(of_stats, [head_q, first_sum + row], full, b.lse.index(stage))
-                    fetch(of_dout, batch, head_q, first_q + row, len_q - row, full, b.dout.index(stage))
-                    tma.async_copy_global_to_shared(
-                        of_stats, [heads_q + head_q, first_sum + row], full, b.delta.index(stage)
-                    )
-                    turn = (turn + 1) & 3
+        begin, full_begin, full_end, end = queries_that_see(
+            first_key, len_q, len_k, sizes.left, sizes.right, TILE_Q, TILE_K
+        )
+        if first_key + TILE_K > len_k:
+            full_end = full_begin
+        steps = gl.cdiv(gl.maximum(end - begin, 0), TILE_Q)
+        first_sum = sum_row(batch, len_q)
+        mbarrier.wait(b.kv_empty, slot ^ 1)
+        tell(b, slot, STEPS, steps)
+        tell(b, slot, BEGIN, begin)
+        tell(b, slot, FULL_BEGIN, full_begin)
+        tell(b, slot, FULL_END, full_end)
+        tell(b, slot, SUM_ROW, first_sum + head * GROUPS * padded)
+        tell(b, slot, KEYS, len_k - first_key)
+        tell(b, slot, DIAGONAL, first_key - (len_k - len_q))
+        tell(b, slot, BATCH, batch)
+        tell(b, slot, HEAD, head)
+        tell(b, slot, ROW_K, first_key)
+        mbarrier.arrive(b.kv_full, count=1)
+        mbarrier.expect(b.kv_full, 2 * (of_k.block_type.nbytes + of_v.block_type.nbytes))
+        for c in gl.static_range(2):
+            key = first_key + 64 * c
+            fetch(of_k, batch, head, key, b.kv_full, b.k.index(c))
+            fetch(of_v, batch, head, key, b.kv_full, b.v.index(c))
+        slot ^= 1
+        for head_q in range(head * GROUPS, head * GROUPS + GROUPS):
+            for step in range(steps):
+                row = begin + step * TILE_Q
+                stage = turn & 1
+                mbarrier.wait(b.empty.index(stage), (turn >> 1) ^ 1)
+                full = b.full.index(stage)
+                mbarrier.expect(full, 2 * (of_q.block_type.nbytes + of_stats.block_type.nbytes))
+                fetch(of_q, batch, head_q, row, full, b.q.index(stage))
+                tma.async_copy_global_to_shared(of_stats, [head_q, first_sum + row], full, b.lse.index(stage))
+                fetch(of_dout, batch, head_q, row, full, b.dout.index(stage))
+                tma.async_copy_global_to_shared(
+                    of_stats, [heads_q + head_q, first_sum + row], full, b.delta.index(stage)
+                )
+                turn = (turn + 1) & 3
         # Now, while the consumers have the last tiles of queries before them: they do not notice how long it takes.
         item = gl.num_programs(0) + gl.atomic_add(counter, 1)
     mbarrier.wait(b.kv_empty, slot ^ 1)
@@ -471,16 +436,16 @@ def write(tile, b, slot, descriptor, ME: gl.constexpr):
     tma.store_wait(0)
     staged.store(tile.to(descriptor.dtype))
     fence_async_shared()
-    row, rows_left = told(b, slot, ROW_K) + 64 * ME, told(b, slot, KEYS) - 64 * ME
+    row = told(b, slot, ROW_K) + 64 * ME
     tma.async_copy_shared_to_global(
-        descriptor, corner(descriptor, told(b, slot, BATCH), told(b, slot, HEAD), row, rows_left),
+        descriptor, [told(b, slot, BATCH), told(b, slot, HEAD), row, 0],
         staged._reinterpret(descriptor.dtype, descriptor.block_type.shape, descriptor.layout),
     )  # fmt: skip
 
 
 @gluon.jit(do_not_specialize=RUN_TIME)
 def backward_kernel(
-    q, k, v, dout, stats, dq_sum, dk, dv, counter, starts_q, starts_k,
+    q, k, v, dout, stats, dq_sum, dk, dv, counter,
     strides_q, strides_k, strides_v, strides_dout, strides_dk, strides_dv,
     padded, batches, heads, len_q, len_k, left, right, scale, softcap,
     GROUPS: gl.constexpr, WIDTH: gl.constexpr, TILE_Q: gl.constexpr, PART: gl.constexpr,
@@ -506,7 +471,7 @@ def backward_kernel(
         barriers(1, 2), barriers(1, 2), barriers(2, 1), barriers(2, 2),
     )  # fmt: skip
     fence_async_shared()
-    sizes = Sizes(starts_q, starts_k, batches, heads, len_q, len_k, left, right, padded)
+    sizes = Sizes(batches, heads, len_q, len_k, left, right, padded)
     results = (dq_sum, dk, dv, strides_dk, strides_dv, scale, softcap)
     # Of the 504 registers for three threads, one of each role, the producer needs the fewest.
     gl.warp_specialize(

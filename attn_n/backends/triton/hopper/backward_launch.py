@@ -49,26 +49,25 @@ def backward(
     stats = torch.empty(2, p.heads, padded, dtype=torch.float32, device=p.device)
     dq_sum = torch.empty(p.heads, padded, p.width, dtype=torch.float32, device=p.device)
     counter = torch.empty(1, dtype=torch.int32, device=p.device)
-    starts_q, starts_k = options.cu_seqlens_q, options.cu_seqlens_k
     left, right = (None if side is None else min(side, p.len_q + p.len_k) for side in (p.left, p.right))
     tile_q = TILES_Q[p.width]
 
     programs = p.batch * p.heads * triton.cdiv(p.len_q, tile_q)
     shares = torch.zeros(programs, dtype=torch.float32, device=p.device) if dn_wanted else None
     prepare_kernel[programs,](
-        out, dout, lse, dlse, stats, dq_sum, counter, log_n, shares, starts_q, of_out, of_dout, p.stride_n,
+        out, dout, lse, dlse, stats, dq_sum, counter, log_n, shares, of_out, of_dout, p.stride_n,
         padded, p.heads, p.len_q, p.width, tile_q, num_warps=4,
     )  # fmt: skip
     items = p.batch * p.heads_kv * triton.cdiv(p.len_k, 128)
     processors = torch.cuda.get_device_properties(p.device).multi_processor_count
     triton.set_allocator(_workspace)
     backward_kernel[min(items, processors),](
-        q, k, v, dout, stats, dq_sum, dk, dv, counter, starts_q, starts_k,
+        q, k, v, dout, stats, dq_sum, dk, dv, counter,
         of_q, of_k, of_v, of_dout, of_dk, of_dv, padded, p.batch, p.heads_kv, p.len_q, p.len_k, left, right,
         p.scale * LOG2E, None if p.softcap is None else p.softcap * LOG2E, p.heads // p.heads_kv, p.width, tile_q, PART,
         num_warps=4, maxnreg=168,
     )  # fmt: skip
     round_kernel[programs,](
-        dq_sum, dq, starts_q, of_dq, padded, p.heads, p.len_q, p.scale, p.width, tile_q, num_warps=4,
+        dq_sum, dq, of_dq, padded, p.heads, p.len_q, p.scale, p.width, tile_q, num_warps=4,
     )  # fmt: skip
     return dq, dk, dv, None if shares is None else shares.view(p.batch, p.heads, -1)
