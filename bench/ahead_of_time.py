@@ -21,7 +21,7 @@ from torch import Tensor
 from triton.backends.compiler import GPUTarget
 
 from attn_n.backends.triton import hopper
-from attn_n.backends.triton.hopper.configs import FORWARD
+from attn_n.backends.triton.hopper.configs import BACKWARD, FORWARD
 from attn_n.backends.triton.portable import configs
 from attn_n.backends.triton.portable.prepare import padded_rows, prepared
 from attn_n.backends.triton.problem import describe
@@ -75,6 +75,9 @@ def shipped(target: str) -> Iterator[tuple[str, int, Any, torch.dtype]]:
         for width, found in FORWARD.items():
             for config in found:
                 yield "hopper forward", width, config, torch.bfloat16
+        for width in BACKWARD:
+            for kernel in ("prepare", "main", "round"):
+                yield f"hopper backward {kernel}", width, None, torch.bfloat16
     for dtype in (torch.bfloat16, torch.float32):
         for kernel, widths in configs.table(TARGETS[target].capability, dtype).items():
             for width, rows in widths.items():
@@ -103,6 +106,17 @@ def launch_of(
 
         ready = prepare.prepared(describe((q, k, v, out), log_n, options), config)
         return functools.partial(ready.compiled if compile_only else ready, q, k, v, out, lse, None, log_n)
+    if kernel.startswith("hopper backward"):
+        from attn_n.backends.triton.hopper import prepare
+
+        launches = prepare.prepared_backward(describe(tensors, None, options))
+        stats, dq_sum = (q.new_empty(size, dtype=torch.float32) for size in (launches.stats, launches.dq_sum))
+        launch, arguments = {
+            "prepare": (launches.prepare, (out, dout, lse, None, stats, dq_sum, None, None)),
+            "main": (launches.main, (q, k, v, dout, stats, dq_sum, dk, dv)),
+            "round": (launches.round, (dq_sum, dq)),
+        }[kernel.split()[-1]]
+        return functools.partial(launch.compiled if compile_only else launch, *arguments)
     extras = options.mask, options.alibi_slopes, None, None, None
     if kernel == "forward":
         problem, arguments = describe((q, k, v, out), log_n, options), (q, k, v, out, lse, None, log_n, *extras)

@@ -47,12 +47,15 @@ class Problem(NamedTuple):
 
     @property
     def fits_descriptors(self) -> bool:
-        """Whether tensor descriptors can address the tensors: everything at multiples of 16 bytes, nothing expanded."""
-        step = 16 // self.dtype.itemsize
-        return self.aligned and all(
-            column == 1 and head > 0 and row > 0 and not (batch % step or head % step or row % step)
-            for batch, head, row, column in self.strides
-        )
+        """Whether tensor descriptors can address all of the tensors."""
+        return self.aligned and all(fits_descriptors(strides, self.dtype.itemsize) for strides in self.strides)
+
+
+def fits_descriptors(strides: Strides, itemsize: int) -> bool:
+    """Whether a tensor descriptor can step so: by multiples of 16 bytes, nothing expanded over heads or rows."""
+    batch, head, row, column = strides
+    step = 16 // itemsize
+    return column == 1 and head > 0 and row > 0 and not (batch % step or head % step or row % step)
 
 
 def describe(tensors: tuple[Tensor, ...], log_n: float | Tensor | None, options: Options) -> Problem:

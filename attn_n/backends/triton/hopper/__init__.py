@@ -1,6 +1,7 @@
 """The kernels for Hopper (sm_90), in Gluon: warps with roles, the copy engine, asynchronous products.
 
-What they do not serve is left to the portable kernels; so is the backward.
+What they do not serve is left to the portable kernels: among it the backward of heads of 256, and, under
+`torch.use_deterministic_algorithms(True)`, every backward, for that of Hopper adds up dq in no fixed order.
 """
 
 from __future__ import annotations
@@ -9,9 +10,10 @@ import torch
 import triton
 from torch import Tensor
 
-from attn_n.backends.base import empty_in_order
+from attn_n.backends.base import empty_in_order, memory_order
+from attn_n.backends.triton.hopper import configs
 from attn_n.backends.triton.portable import PortableKernels
-from attn_n.backends.triton.problem import describe
+from attn_n.backends.triton.problem import describe, fits_descriptors
 from attn_n.call import AttentionCall, Options
 
 # Gluon changes from release to release: these are those that the tests have run on, on a GPU.
@@ -21,7 +23,7 @@ WIDTHS = (64, 128, 256)
 
 class HopperKernels(PortableKernels):
     name = "triton:hopper"
-    summary = "for the usual calls on sm_90; the backward is the portable one"
+    summary = "for the usual calls on sm_90; dq varies in its last bits, but for deterministic algorithms"
 
     def why_not(self, call: AttentionCall) -> str | None:
         if call.device != "cuda" or torch.version.hip is not None or call.capability != (9, 0):
@@ -36,7 +38,8 @@ class HopperKernels(PortableKernels):
             return "no packed sequences"
         if call.mask_shape is not None or call.alibi or call.dropout_p:
             return "no attn_mask, alibi_slopes or dropout"
-        if not all(map(_fits_descriptors, (call.q_stride, call.k_stride, call.v_stride))):
+        strides = (call.q_stride, call.k_stride, call.v_stride)
+        if not all(fits_descriptors(stride, call.dtype.itemsize) for stride in strides):
             return "reads strides that are multiples of 16 bytes, and nothing expanded over heads or rows"
         return super().why_not(call)
 
@@ -55,12 +58,35 @@ class HopperKernels(PortableKernels):
         prepared(problem)(q, k, v, out, lse, sinks, number)
         return out, lse, None
 
+    def _backward(
+        self, dout: Tensor, dlse: Tensor | None, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor,
+        rng_state: Tensor | None, log_n: Tensor | None, options: Options, dn_wanted: bool,
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:  # fmt: skip
+        from attn_n.backends.triton.hopper.prepare import prepared_backward
+
+        arguments = dlse, q, k, v, out, lse, rng_state, log_n, options, dn_wanted
+        if q.shape[-1] not in configs.BACKWARD or torch.are_deterministic_algorithms_enabled():
+            return super()._backward(dout, *arguments)
+        if not fits_descriptors(dout.stride(), dout.itemsize) or dout.data_ptr() % 16:  # that of a sum, of a slice
+            dout = dout.clone(memory_format=torch.contiguous_format)
+        lse, dlse = lse.contiguous(), None if dlse is None else dlse.contiguous()
+        dq, dk, dv = (empty_in_order(x, x.shape, memory_order(x)) for x in (q, k, v))
+        p = describe((q, k, v, out, dout, dq, dk, dv), log_n, options)
+        if not p.fits_descriptors:
+            return super()._backward(dout, *arguments)
+        launches = prepared_backward(p)
+        stats, dq_sum = (
+            torch.empty(size, dtype=torch.float32, device=q.device) for size in (launches.stats, launches.dq_sum)
+        )
+        shares = None
+        if dn_wanted:
+            shares = torch.empty(launches.prepare.programs, dtype=torch.float32, device=q.device)
+        launches.prepare(out, dout, lse, dlse, stats, dq_sum, log_n, shares)
+        launches.main(q, k, v, dout, stats, dq_sum, dk, dv)
+        launches.round(dq_sum, dq)
+        return dq, dk, dv, None if shares is None else shares.view(p.batch, p.heads, -1)
+
 
 def tested() -> bool:
     """Whether this release of Triton is one that the kernels have run on."""
     return triton.__version__.rpartition(".")[0] in _TESTED
-
-
-def _fits_descriptors(strides: tuple[int, ...]) -> bool:
-    batch, head, row, column = strides
-    return column == 1 and head > 0 and row > 0 and not (batch % 8 or head % 8 or row % 8)

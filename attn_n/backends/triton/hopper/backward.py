@@ -1,4 +1,4 @@
-"""The backward on Hopper: dQ, dK and dV by one kernel over tiles of keys, between two small passes over the queries.
+"""The backward kernel for Hopper: dQ, dK and dV together, by tiles of keys.
 
 A program stays on its processor and goes through tiles of 128 keys. It has three roles, which share nothing but buffers
 in shared memory and the barriers on them:
@@ -23,14 +23,12 @@ count an arrival of each consumer. There are two buffers of each kind, of dS too
 tiles ago, which the other one has read, for they have met since.
 
 Keys and queries that do not see each other are never loaded; tiles in which only some do are masked. lse is infinite
-and q and dout are zero beyond the end of the queries, so that these rows add nothing. The order in which tiles of keys
-add to dQ is not fixed: its last bits differ from run to run.
+and q and dout are zero beyond the end of the queries, so that these rows add nothing. n is in the lse and appears
+nowhere else. The order in which tiles of keys add to dQ is not fixed: its last bits differ from run to run.
 """
 
 from typing import NamedTuple
 
-import triton
-import triton.language as tl
 from triton._C.libtriton import ir
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
@@ -43,85 +41,16 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_wait,
 )
 
-from attn_n.backends.triton.portable.tile import (
-    LN2,
-    LOG2E,
-    ROW_PADDING,
-    load,
-    matrix,
-    place,
-    queries_that_see,
-    rows_of,
-    store,
-)
+from attn_n.backends.triton.hopper.passes import counter_of
+from attn_n.backends.triton.hopper.pipeline import LOG2E, barriers, boxed, in_pairs, tanh, tiles_of
+from attn_n.backends.triton.portable.tile import queries_that_see
 
 TILE_K = gl.constexpr(128)  # 64 for each consumer
 
-RUN_TIME = ("stride_n", "heads", "padded", "len_q", "len_k", "rows_q", "rows_k", "left", "right", "batches")
-
-
-@triton.jit
-def sum_row(batch, len_q):
-    """Where the rows of a sequence begin in a head of `stats` and `dq_sum`: ROW_PADDING rows follow each sequence.
-
-    Hence tiles of rows are read, and added, without a mask.
-    """
-    return batch * len_q + batch * ROW_PADDING
-
-
-@triton.jit(do_not_specialize=RUN_TIME)
-def prepare_kernel(
-    out, dout, lse, dlse, stats, dq_sum, counter, sinks, dn, strides_out, strides_dout, stride_n,
-    padded, heads, len_q, WIDTH: tl.constexpr, TILE_Q: tl.constexpr,
-):  # fmt: skip
-    """For a tile of rows: lse in base 2, `delta = rowsum(dout * out) - dlse`, a sum of zeros for dQ, a share of dn.
-
-    lse is infinite and delta 0 beyond the end. `stats` has lse and -delta.
-    """
-    if tl.program_id(0) == 0:
-        tl.store(counter, 0)
-    tiles = tl.cdiv(len_q, TILE_Q)
-    tile, head, batch, first_q, _, len_q, _ = place(None, None, heads, len_q, len_q, tiles)
-    first_row = tile * TILE_Q
-
-    rows = first_row + tl.arange(0, TILE_Q)
-    of_out, of_dout = matrix(out, strides_out, batch, head, first_q), matrix(dout, strides_dout, batch, head, first_q)
-    out_tile = load(of_out, 0, first_row, len_q, strides_out, WIDTH, TILE_Q, WIDTH, False)
-    dout_tile = load(of_dout, 0, first_row, len_q, strides_dout, WIDTH, TILE_Q, WIDTH, False)
-    of_lse, step = rows_of(lse, batch, head, heads, first_q, len_q, False)
-    row_lse = tl.load(of_lse + rows * step, mask=rows < len_q, other=float("inf")) * LOG2E
-    row_delta = tl.sum(out_tile.to(tl.float32) * dout_tile.to(tl.float32), 1)
-    if dlse is not None:
-        of_dlse, _ = rows_of(dlse, batch, head, heads, first_q, len_q, False)
-        row_delta -= tl.load(of_dlse + rows * step, mask=rows < len_q, other=0.0)
-    sums = head.to(tl.int64) * padded + sum_row(batch, len_q) + rows
-    tl.store(stats + sums, row_lse)
-    tl.store(stats + heads.to(tl.int64) * padded + sums, -row_delta)
-    columns = tl.arange(0, WIDTH)[None, :]
-    tl.store(dq_sum + sums[:, None] * WIDTH + columns, tl.zeros((TILE_Q, WIDTH), tl.float32))
-    if dn is not None:
-        # exp(log n - lse) * delta, or without sinks exp(-lse) * delta, which is the gradient of n itself
-        sink = tl.load(sinks + head * stride_n) * LOG2E if sinks is not None else 0.0
-        share = tl.exp2(tl.minimum(sink - row_lse, 126.0))
-        tl.store(dn + tl.program_id(0), -tl.sum(share * row_delta))
-
-
-@triton.jit(do_not_specialize=RUN_TIME)
-def round_kernel(
-    dq_sum, dq, strides_dq, padded, heads, len_q, scale, WIDTH: tl.constexpr, TILE_Q: tl.constexpr,
-):  # fmt: skip
-    """dQ in its own dtype, from the sum in float32.
-
-    That consists of tiles of 64 x 64 in the order in which a product lies in registers: 8 columns by 8; then 4 warps of
-    16 rows, of each 8 x 4 threads, of each 2 x 2 numbers, which are 8 rows apart.
-    """
-    tiles = tl.cdiv(len_q, TILE_Q)
-    tile, head, batch, first_q, _, len_q, _ = place(None, None, heads, len_q, len_q, tiles)
-    first_row = tile * TILE_Q
-    row = head.to(tl.int64) * padded + sum_row(batch, len_q) + first_row
-    x = tl.load(dq_sum + row * WIDTH + tl.arange(0, TILE_Q * WIDTH)) * scale
-    x = x.reshape(TILE_Q // 64, WIDTH // 64, 8, 4, 8, 4, 2, 2).permute(0, 3, 6, 4, 1, 2, 5, 7).reshape(TILE_Q, WIDTH)
-    store(matrix(dq, strides_dq, batch, head, first_q), x, first_row, len_q, strides_dq, WIDTH, TILE_Q, WIDTH)
+RUN_TIME = (
+    "strides_q", "strides_k", "strides_v", "strides_dout", "strides_dk", "strides_dv", "batches", "heads", "len_q",
+    "len_k", "left", "right",
+)  # fmt: skip
 
 
 class Buffers(NamedTuple):
@@ -144,43 +73,25 @@ class Buffers(NamedTuple):
 
 class Sizes(NamedTuple):
     batches: gl.tensor
-    heads: gl.tensor  # of keys
+    heads: gl.tensor
+    heads_kv: gl.tensor
     len_q: gl.tensor
     len_k: gl.tensor
     left: gl.tensor
     right: gl.tensor
-    padded: gl.tensor  # rows of a head in stats and dq_sum
 
 
-# What the producer says of a tile of keys, and where among its numbers.
-FIELDS = gl.constexpr(10)
+# What the producer says of a tile of keys, and where among its numbers: it spares the consumers registers.
+FIELDS = gl.constexpr(9)
 STEPS = gl.constexpr(0)  # tiles of queries that see it; -1: there are no more tiles of keys
 BEGIN = gl.constexpr(1)  # the first row of the first one
 FULL_BEGIN = gl.constexpr(2)  # those from here
 FULL_END = gl.constexpr(3)  # to there need no mask
-SUM_ROW = gl.constexpr(4)  # the row in dq_sum of the sequence's first query
-KEYS = gl.constexpr(5)  # from the tile's first one to the end of the sequence
+SUM_ROW = gl.constexpr(4)  # the row in dq_sum of its first head's first query
+FIRST_KEY = gl.constexpr(5)
 DIAGONAL = gl.constexpr(6)  # the query at the position of the first key
 BATCH = gl.constexpr(7)
 HEAD = gl.constexpr(8)
-ROW_K = gl.constexpr(9)  # the row in k of the first key
-
-
-@gluon.jit
-def describe(x, sizes, heads, rows, strides, TILE: gl.constexpr, WIDTH: gl.constexpr):
-    """A descriptor for tiles of rows. Made here and not by the host, where it takes longer than a short kernel runs."""
-    return tma.make_tensor_descriptor(
-        x, [sizes.batches, heads, rows, WIDTH], [strides[0], strides[1], strides[2], 1], [1, 1, TILE, WIDTH],
-        gl.NVMMASharedLayout(128, 16, rank=4),
-    )  # fmt: skip
-
-
-@gluon.jit
-def fetch(descriptor, batch, head, row, full, buffer):
-    tma.async_copy_global_to_shared(
-        descriptor, [batch, head, row, 0], full,
-        buffer._reinterpret(descriptor.dtype, descriptor.block_type.shape, descriptor.layout),
-    )  # fmt: skip
 
 
 @gluon.jit
@@ -195,69 +106,193 @@ def told(b, slot, FIELD: gl.constexpr):
 
 @gluon.jit
 def produce(
-    b, sizes, q, k, v, dout, stats, counter, strides_q, strides_k, strides_v, strides_dout,
-    GROUPS: gl.constexpr, WIDTH: gl.constexpr, TILE_Q: gl.constexpr,
+    b, sizes, q, k, v, dout, stats, strides_q, strides_k, strides_v, strides_dout,
+    GROUPS: gl.constexpr, E: gl.constexpr, TILE_Q: gl.constexpr,
 ):  # fmt: skip
-    heads, heads_q, len_q, len_k, padded = sizes.heads, sizes.heads * GROUPS, sizes.len_q, sizes.len_k, sizes.padded
-    tiles = gl.cdiv(len_k, TILE_K)
-    items = sizes.batches * heads * tiles
-    of_q = describe(q, sizes, heads_q, len_q, strides_q, TILE_Q, WIDTH)
+    batches, heads, heads_kv, len_q, len_k, left, right = sizes
+    tiles, rows = gl.cdiv(len_k, TILE_K), gl.cdiv(len_q, TILE_Q) * TILE_Q
+    items = batches * heads_kv * tiles
+    of_q = tiles_of(q, batches, heads, len_q, strides_q, TILE_Q, E)
+    of_k = tiles_of(k, batches, heads_kv, len_k, strides_k, 64, E)
+    of_v = tiles_of(v, batches, heads_kv, len_k, strides_v, 64, E)
+    of_dout = tiles_of(dout, batches, heads, len_q, strides_dout, TILE_Q, E)
     of_stats = tma.make_tensor_descriptor(
-        stats, [2 * heads_q, padded], [padded.to(gl.int64), 1], [1, TILE_Q], gl.NVMMASharedLayout(0, 32)
+        stats, [2 * batches * heads, rows], [rows.to(gl.int64), 1], [1, TILE_Q], gl.NVMMASharedLayout(0, 32)
     )
-    of_k = describe(k, sizes, heads, len_k, strides_k, 64, WIDTH)
-    of_v = describe(v, sizes, heads, len_k, strides_v, 64, WIDTH)
-    of_dout = describe(dout, sizes, heads_q, len_q, strides_dout, TILE_Q, WIDTH)
+    counter = counter_of(stats, batches.to(gl.int64) * heads * rows)
 
-    turn, slot = 0, 0  # how many tiles of queries so far, and how many of keys, modulo 2
+    turn, slot = 0, 0  # how many tiles of queries so far, modulo 4, and how many of keys, modulo 2
     item = gl.program_id(0)
     while item < items:
-        tile, head, batch = item % tiles, (item // tiles) % heads, item // tiles // heads
-        first_key = tile * TILE_K
-        begin, full_begin, full_end, end = queries_that_see(
-            first_key, len_q, len_k, sizes.left, sizes.right, TILE_Q, TILE_K
-        )
+        first_key, head_kv, batch = item % tiles * TILE_K, item // tiles % heads_kv, item // tiles // heads_kv
+        place = batch * heads + head_kv * GROUPS
+        begin, full_begin, full_end, end = queries_that_see(first_key, len_q, len_k, left, right, TILE_Q, TILE_K)
         if first_key + TILE_K > len_k:
             full_end = full_begin
         steps = gl.cdiv(gl.maximum(end - begin, 0), TILE_Q)
-        first_sum = sum_row(batch, len_q)
-        mbarrier.wait(b.kv_empty, slot ^ 1)
+        mbarrier.wait(b.kv_empty.index(0), slot ^ 1)
         tell(b, slot, STEPS, steps)
         tell(b, slot, BEGIN, begin)
         tell(b, slot, FULL_BEGIN, full_begin)
         tell(b, slot, FULL_END, full_end)
-        tell(b, slot, SUM_ROW, first_sum + head * GROUPS * padded)
-        tell(b, slot, KEYS, len_k - first_key)
+        tell(b, slot, SUM_ROW, place * rows)
+        tell(b, slot, FIRST_KEY, first_key)
         tell(b, slot, DIAGONAL, first_key - (len_k - len_q))
         tell(b, slot, BATCH, batch)
-        tell(b, slot, HEAD, head)
-        tell(b, slot, ROW_K, first_key)
-        mbarrier.arrive(b.kv_full, count=1)
-        mbarrier.expect(b.kv_full, 2 * (of_k.block_type.nbytes + of_v.block_type.nbytes))
+        tell(b, slot, HEAD, head_kv)
+        kv_full = b.kv_full.index(0)
+        mbarrier.arrive(kv_full, count=1)
+        mbarrier.expect(kv_full, 2 * (of_k.block_type.nbytes + of_v.block_type.nbytes))
         for c in gl.static_range(2):
-            key = first_key + 64 * c
-            fetch(of_k, batch, head, key, b.kv_full, b.k.index(c))
-            fetch(of_v, batch, head, key, b.kv_full, b.v.index(c))
+            at = [batch, head_kv, first_key + 64 * c, 0]
+            tma.async_copy_global_to_shared(of_k, at, kv_full, boxed(b.k.index(c), of_k))
+            tma.async_copy_global_to_shared(of_v, at, kv_full, boxed(b.v.index(c), of_v))
         slot ^= 1
-        for head_q in range(head * GROUPS, head * GROUPS + GROUPS):
+        for group in range(GROUPS):
             for step in range(steps):
-                row = begin + step * TILE_Q
-                stage = turn & 1
+                row, stage = begin + step * TILE_Q, turn & 1
+                at, of_lse = [batch, head_kv * GROUPS + group, row, 0], place + group
                 mbarrier.wait(b.empty.index(stage), (turn >> 1) ^ 1)
                 full = b.full.index(stage)
                 mbarrier.expect(full, 2 * (of_q.block_type.nbytes + of_stats.block_type.nbytes))
-                fetch(of_q, batch, head_q, row, full, b.q.index(stage))
-                tma.async_copy_global_to_shared(of_stats, [head_q, first_sum + row], full, b.lse.index(stage))
-                fetch(of_dout, batch, head_q, row, full, b.dout.index(stage))
-                tma.async_copy_global_to_shared(
-                    of_stats, [heads_q + head_q, first_sum + row], full, b.delta.index(stage)
-                )
+                tma.async_copy_global_to_shared(of_q, at, full, boxed(b.q.index(stage), of_q))
+                tma.async_copy_global_to_shared(of_stats, [of_lse, row], full, b.lse.index(stage))
+                tma.async_copy_global_to_shared(of_dout, at, full, boxed(b.dout.index(stage), of_dout))
+                tma.async_copy_global_to_shared(of_stats, [batches * heads + of_lse, row], full, b.delta.index(stage))
                 turn = (turn + 1) & 3
         # Now, while the consumers have the last tiles of queries before them: they do not notice how long it takes.
         item = gl.num_programs(0) + gl.atomic_add(counter, 1)
-    mbarrier.wait(b.kv_empty, slot ^ 1)
+    mbarrier.wait(b.kv_empty.index(0), slot ^ 1)
     tell(b, slot, STEPS, -1)
-    mbarrier.arrive(b.kv_full, count=2)
+    mbarrier.arrive(b.kv_full.index(0), count=2)
+
+
+@gluon.jit
+def consume(
+    ME: gl.constexpr, b, sizes, dq_sum, dk, dv, strides_dk, strides_dv, scale, softcap,
+    GROUPS: gl.constexpr, E: gl.constexpr, TILE_Q: gl.constexpr,
+):  # fmt: skip
+    batches, heads, heads_kv, len_q, len_k, left, right = sizes
+    rows = gl.cdiv(len_q, TILE_Q) * TILE_Q
+    dtype: gl.constexpr = b.k.dtype
+    OF_S: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, TILE_Q, 16])
+    OF_DKV: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, E, 16])
+    OPERAND: gl.constexpr = gl.DotOperandLayout(0, OF_DKV, 2)
+    HALF: gl.constexpr = 64 * 64 // E  # rows of dq_sum that are as much as a consumer's part of dQ
+
+    sums = tma.make_tensor_descriptor(
+        dq_sum, [batches * heads * rows, E], [E, 1], [HALF, E], gl.NVMMASharedLayout(0, 32)
+    )  # fmt: skip
+    of_dk = tiles_of(dk, batches, heads_kv, len_k, strides_dk, 64, E)
+    of_dv = tiles_of(dv, batches, heads_kv, len_k, strides_dv, 64, E)
+    factor = (scale if softcap is None else softcap) * LOG2E
+    turn, slot = 0, 0  # as in the producer
+    mbarrier.wait(b.kv_full.index(0), slot)
+    steps = told(b, slot, STEPS)
+    while steps >= 0:
+        dk_tile = gl.zeros([64, E], gl.float32, OF_DKV)
+        dv_tile = gl.zeros([64, E], gl.float32, OF_DKV)
+        begin, full_begin, full_end = told(b, slot, BEGIN), told(b, slot, FULL_BEGIN), told(b, slot, FULL_END)
+        sum_row = told(b, slot, SUM_ROW)
+        for _ in range(GROUPS):
+            for row in range(begin, begin + steps * TILE_Q, TILE_Q):
+                stage = turn & 1
+                mbarrier.wait(b.full.index(stage), turn >> 1)
+                q_tile, dout_tile = b.q.index(stage), b.dout.index(stage)
+                zeros = gl.zeros([64, TILE_Q], gl.float32, OF_S)
+                minus_delta = here(gl.broadcast(row_vector(b.delta.index(stage), OF_S), zeros)[0])
+                s = warpgroup_mma(b.k.index(ME), q_tile.permute((1, 0)), zeros, use_acc=False, is_async=True)
+                dp = warpgroup_mma(b.v.index(ME), dout_tile.permute((1, 0)), minus_delta, is_async=True)
+                s = warpgroup_mma_wait(1, deps=[s])
+                edge = (row < full_begin) | (row >= full_end)
+                # Masked are the weights, or the logits if these are needed once more: either way few registers wait.
+                if softcap is not None:
+                    s = tanh(s * (scale / softcap))
+                    if edge:
+                        s = gl.where(visible(b, slot, row, len_k, left, right, ME, TILE_Q, OF_S), s, float("-inf"))
+                p = gl.exp2(s * factor - row_vector(b.lse.index(stage), OF_S))
+                if softcap is None and edge:
+                    p = gl.where(visible(b, slot, row, len_k, left, right, ME, TILE_Q, OF_S), p, 0.0)
+                weights = operand(p, dtype, OPERAND)
+                if softcap is not None:
+                    p *= gl.maximum(1 - s * s, 0.0)  # not -inf where s is
+                dp = warpgroup_mma_wait(0, deps=[dp])
+                dv_tile = warpgroup_mma(weights, dout_tile, dv_tile, is_async=True)
+                ds = operand(p * dp, dtype, OPERAND)
+                b.ds.index(2 * stage + ME).store(gl.convert_layout(ds, OF_S, assert_trivial=True))
+                fence_async_shared()
+                meet()
+                dq = dq_part(b, stage, ME, E)
+                dk_tile = warpgroup_mma(ds, q_tile, dk_tile, is_async=True)
+                dv_tile, dq, weights = warpgroup_mma_wait(1, deps=[dv_tile, dq, weights])
+                tma.store_wait(0)
+                b.dq.index(ME).store(dq)
+                fence_async_shared()
+                flat = b.dq.index(ME)._reinterpret(gl.float32, sums.block_type.shape, sums.layout)
+                add_to_global(sums, [sum_row + row + ME * HALF, 0], flat)
+                dk_tile, ds = warpgroup_mma_wait(0, deps=[dk_tile, ds])
+                mbarrier.arrive(b.empty.index(stage), count=1)
+                turn = (turn + 1) & 3
+            sum_row += rows
+        mbarrier.arrive(b.kv_empty.index(0), count=1)
+        write(dv_tile, b, slot, of_dv, ME)
+        write(dk_tile * scale, b, slot, of_dk, ME)
+        slot ^= 1
+        mbarrier.wait(b.kv_full.index(0), slot)
+        steps = told(b, slot, STEPS)
+    tma.store_wait(0)
+
+
+@gluon.jit
+def row_vector(buffer, layout: gl.constexpr):
+    """Numbers in shared memory as `(1, length)` in registers."""
+    flat = buffer._reinterpret(buffer.dtype, [buffer.shape[1]], gl.SwizzledSharedLayout(1, 1, 1, [0]))
+    return gl.expand_dims(flat.load(gl.SliceLayout(0, layout)), 0)
+
+
+@gluon.jit
+def here(x):
+    """x, computed at this place: the compiler would put it between two products, and wait for the first one there."""
+    return gl.inline_asm_elementwise("mov.b32 $0, $1;", "=r,r", [x], gl.float32, False, 1)
+
+
+@gluon.jit
+def operand(x, dtype: gl.constexpr, layout: gl.constexpr):
+    return gl.convert_layout(in_pairs(x, dtype), layout, assert_trivial=True)
+
+
+@gluon.jit
+def visible(b, slot, row, len_k, left, right, ME: gl.constexpr, TILE_Q: gl.constexpr, layout: gl.constexpr):
+    """Counted from the first key of the tile."""
+    keys = gl.expand_dims(64 * ME + gl.arange(0, 64, gl.SliceLayout(1, layout)), 1)
+    rows = gl.expand_dims(row - told(b, slot, DIAGONAL) + gl.arange(0, TILE_Q, gl.SliceLayout(0, layout)), 0)
+    seen = keys < len_k - told(b, slot, FIRST_KEY)
+    if right is not None:
+        seen = seen & (keys <= rows + right)
+    if left is not None:
+        seen = seen & (keys >= rows - left)
+    return seen
+
+
+@gluon.jit
+def meet():
+    """A barrier of both consumers. One of memory takes longer, and Gluon 3.6 has no other."""
+    gl.inline_asm_elementwise("mov.b32 $0, $1; bar.sync 8, 256;", "=r,r", [0], gl.int32, False, 1)
+
+
+@gluon.jit
+def dq_part(b, stage, ME: gl.constexpr, E: gl.constexpr):
+    """64 x 64 of dS K, begun: of wide heads a half of the columns, of narrow ones a half of the rows."""
+    OF_DQ: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, 64, 16])
+    dq = gl.zeros([64, 64], gl.float32, OF_DQ)
+    for c in gl.static_range(2):
+        ds, keys = b.ds.index(2 * stage + c), b.k.index(c)
+        if E == 128:
+            keys = keys.slice(64 * ME, 64, 1)
+        else:
+            ds = ds.slice(64 * ME, 64, 1)
+        dq = warpgroup_mma(ds.permute((1, 0)), keys, dq, use_acc=c > 0, is_async=True)
+    return dq
 
 
 @builtin
@@ -270,199 +305,36 @@ def add_to_global(descriptor, coordinates, buffer, _semantic=None):
 
 
 @gluon.jit
-def narrow(x, dtype: gl.constexpr, layout: gl.constexpr):
-    """Two elements by one instruction, which the compiler does not find; then as the operand of a product."""
-    if dtype == gl.bfloat16:
-        x = gl.inline_asm_elementwise("cvt.rn.bf16x2.f32 $0, $2, $1;", "=r,r,r", [x], gl.bfloat16, True, 2)
-    else:
-        x = gl.inline_asm_elementwise("cvt.rn.f16x2.f32 $0, $2, $1;", "=r,r,r", [x], gl.float16, True, 2)
-    return gl.convert_layout(x, layout, assert_trivial=True)
-
-
-@gluon.jit
-def consume(
-    ME: gl.constexpr, b, sizes, results,
-    GROUPS: gl.constexpr, WIDTH: gl.constexpr, TILE_Q: gl.constexpr, PART: gl.constexpr,
-):  # fmt: skip
-    dq_sum, dk, dv, strides_dk, strides_dv, scale, softcap = results
-    dtype: gl.constexpr = b.k.dtype
-    PARTS: gl.constexpr = TILE_Q // PART
-    of_s: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, PART, 16])
-    of_dkv: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, WIDTH, 16])
-    of_dq: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, 64, 16])
-    operand: gl.constexpr = gl.DotOperandLayout(0, of_dkv, 2)
-
-    sums = tma.make_tensor_descriptor(
-        dq_sum,
-        [sizes.heads * GROUPS * sizes.padded, WIDTH],
-        [WIDTH, 1],
-        [4096 // WIDTH, WIDTH],
-        gl.NVMMASharedLayout(0, 32),
-    )
-    of_dk = describe(dk, sizes, sizes.heads, sizes.len_k, strides_dk, 64, WIDTH)
-    of_dv = describe(dv, sizes, sizes.heads, sizes.len_k, strides_dv, 64, WIDTH)
-    turn, slot = 0, 0  # as in the producer
-    mbarrier.wait(b.kv_full, slot)
-    steps = told(b, slot, STEPS)
-    while steps >= 0:
-        dk_tile = gl.zeros([64, WIDTH], gl.float32, of_dkv)
-        dv_tile = gl.zeros([64, WIDTH], gl.float32, of_dkv)
-        begin, full_begin, full_end = told(b, slot, BEGIN), told(b, slot, FULL_BEGIN), told(b, slot, FULL_END)
-        sum_row = told(b, slot, SUM_ROW)
-        for _ in range(GROUPS):
-            for row in range(begin, begin + steps * TILE_Q, TILE_Q):
-                stage = turn & 1
-                mbarrier.wait(b.full.index(stage), turn >> 1)
-                s, dp = (), ()
-                for i in gl.static_range(PARTS):
-                    zeros = gl.zeros([64, PART], gl.float32, of_s)
-                    q_tile = b.q.index(stage).slice(i * PART, PART, 0).permute((1, 0))
-                    s += (warpgroup_mma(b.k.index(ME), q_tile, zeros, use_acc=False, is_async=True),)
-                    dout_tile = b.dout.index(stage).slice(i * PART, PART, 0).permute((1, 0))
-                    minus_delta = gl.broadcast(row_vector(b.delta.index(stage), i * PART, PART, of_s), zeros)[0]
-                    dp += (warpgroup_mma(b.v.index(ME), dout_tile, minus_delta, is_async=True),)
-                p_operands, ds_operands = (), ()
-                for i in gl.static_range(PARTS):
-                    lse = row_vector(b.lse.index(stage), i * PART, PART, of_s)
-                    products = warpgroup_mma_wait(2 * PARTS - 1 - i, deps=[s[i]])
-                    if softcap is None:
-                        p = gl.exp2(products * scale - lse)
-                    else:
-                        capped = tanh(products * (scale / softcap))
-                        p = gl.exp2(capped * softcap - lse)
-                    if (row < full_begin) | (row >= full_end):
-                        p = gl.where(visible(b, slot, sizes, row + i * PART, ME, of_s, PART), p, 0.0)
-                    p_operands += (narrow(p, dtype, operand),)
-                    if softcap is not None:
-                        p *= 1 - capped * capped
-                    dp_done = warpgroup_mma_wait(2 * PARTS - 2 - i, deps=[dp[i]])
-                    dv_tile = warpgroup_mma(
-                        p_operands[i], b.dout.index(stage).slice(i * PART, PART, 0), dv_tile, is_async=True
-                    )
-                    ds = narrow(p * dp_done, dtype, operand)
-                    ds_operands += (ds,)
-                    b.ds.index(2 * stage + ME).slice(i * PART, PART, 1).store(
-                        gl.convert_layout(ds, of_s, assert_trivial=True)
-                    )
-                fence_async_shared()
-                meet()
-                dq = dq_part(b, stage, ME, WIDTH, of_dq)
-                for i in gl.static_range(PARTS):
-                    q_tile = b.q.index(stage).slice(i * PART, PART, 0)
-                    dk_tile = warpgroup_mma(ds_operands[i], q_tile, dk_tile, is_async=True)
-                dv_tile, dq = warpgroup_mma_wait(PARTS, deps=[dv_tile, dq] + p_operands)[:2]
-                tma.store_wait(0)
-                b.dq.index(ME).store(dq)
-                fence_async_shared()
-                flat = b.dq.index(ME)._reinterpret(gl.float32, sums.block_type.shape, sums.layout)
-                add_to_global(sums, [sum_row + row + ME * (4096 // WIDTH), 0], flat)
-                dk_tile = warpgroup_mma_wait(0, deps=[dk_tile] + ds_operands)[0]
-                mbarrier.arrive(b.empty.index(stage), count=1)
-                turn = (turn + 1) & 3
-            sum_row += sizes.padded
-        mbarrier.arrive(b.kv_empty, count=1)
-        write(dv_tile, b, slot, of_dv, ME)
-        write(dk_tile * (scale * LN2), b, slot, of_dk, ME)
-        slot ^= 1
-        mbarrier.wait(b.kv_full, slot)
-        steps = told(b, slot, STEPS)
-    tma.store_wait(0)
-
-
-@gluon.jit
-def meet():
-    """A barrier of both consumers. One of memory takes longer, and Gluon 3.6 has no other."""
-    gl.inline_asm_elementwise("mov.b32 $0, $1; bar.sync 8, 256;", "=r,r", [0], gl.int32, False, 1)
-
-
-@gluon.jit
-def row_vector(buffer, FIRST: gl.constexpr, LENGTH: gl.constexpr, layout: gl.constexpr):
-    """LENGTH numbers in shared memory as (1, LENGTH) in registers."""
-    flat: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [0])
-    row = buffer._reinterpret(buffer.dtype, [buffer.shape[1]], flat).slice(FIRST, LENGTH)
-    return gl.expand_dims(row.load(gl.SliceLayout(0, layout)), 0)
-
-
-@gluon.jit
-def tanh(x):
-    """Its error is one of the cap, a small fraction: that of the logits."""
-    return 1 - gl.fdiv(2.0, 1 + gl.exp2(2 * LOG2E * x))
-
-
-@gluon.jit
-def visible(b, slot, sizes, first_row, ME: gl.constexpr, layout: gl.constexpr, PART: gl.constexpr):
-    keys = gl.expand_dims(64 * ME + gl.arange(0, 64, gl.SliceLayout(1, layout)), 1)
-    seen = keys < told(b, slot, KEYS)
-    rows = gl.expand_dims(first_row - told(b, slot, DIAGONAL) + gl.arange(0, PART, gl.SliceLayout(0, layout)), 0)
-    if sizes.right is not None:
-        seen = seen & (keys <= rows + sizes.right)
-    if sizes.left is not None:
-        seen = seen & (keys >= rows - sizes.left)
-    return seen
-
-
-@gluon.jit
-def dq_part(b, stage, ME: gl.constexpr, WIDTH: gl.constexpr, layout: gl.constexpr):
-    """64 x 64 of dS K: of wide heads a half of the columns, of narrow ones a half of the rows."""
-    zeros = gl.zeros([64, 64], gl.float32, layout)
-    if WIDTH == 128:
-        dq = warpgroup_mma(
-            b.ds.index(2 * stage).permute((1, 0)),
-            b.k.index(0).slice(64 * ME, 64, 1),
-            zeros,
-            use_acc=False,
-            is_async=True,
-        )
-        return warpgroup_mma(
-            b.ds.index(2 * stage + 1).permute((1, 0)), b.k.index(1).slice(64 * ME, 64, 1), dq, is_async=True
-        )
-    else:
-        dq = warpgroup_mma(
-            b.ds.index(2 * stage).slice(64 * ME, 64, 1).permute((1, 0)),
-            b.k.index(0),
-            zeros,
-            use_acc=False,
-            is_async=True,
-        )
-        return warpgroup_mma(
-            b.ds.index(2 * stage + 1).slice(64 * ME, 64, 1).permute((1, 0)), b.k.index(1), dq, is_async=True
-        )
-
-
-@gluon.jit
 def write(tile, b, slot, descriptor, ME: gl.constexpr):
     """64 rows of dK or dV, through shared memory."""
     staged = b.dq.index(ME)._reinterpret(descriptor.dtype, [64, tile.shape[1]], gl.NVMMASharedLayout(128, 16))
     tma.store_wait(0)
     staged.store(tile.to(descriptor.dtype))
     fence_async_shared()
-    row = told(b, slot, ROW_K) + 64 * ME
-    tma.async_copy_shared_to_global(
-        descriptor, [told(b, slot, BATCH), told(b, slot, HEAD), row, 0],
-        staged._reinterpret(descriptor.dtype, descriptor.block_type.shape, descriptor.layout),
-    )  # fmt: skip
+    at = [told(b, slot, BATCH), told(b, slot, HEAD), told(b, slot, FIRST_KEY) + 64 * ME, 0]
+    tma.async_copy_shared_to_global(descriptor, at, boxed(staged, descriptor))
 
 
 @gluon.jit(do_not_specialize=RUN_TIME)
 def backward_kernel(
-    q, k, v, dout, stats, dq_sum, dk, dv, counter,
+    q, k, v, dout, stats, dq_sum, dk, dv,
     strides_q, strides_k, strides_v, strides_dout, strides_dk, strides_dv,
-    padded, batches, heads, len_q, len_k, left, right, scale, softcap,
-    GROUPS: gl.constexpr, WIDTH: gl.constexpr, TILE_Q: gl.constexpr, PART: gl.constexpr,
+    batches, heads, len_q, len_k, left, right, scale, softcap,
+    GROUPS: gl.constexpr, E: gl.constexpr, TILE_Q: gl.constexpr,
 ):  # fmt: skip
     """As many programs as fit the GPU at once; each goes through tiles of keys."""
     dtype: gl.constexpr = q.dtype.element_ty
     tiled: gl.constexpr = gl.NVMMASharedLayout(128, 16)
     row: gl.constexpr = gl.NVMMASharedLayout(0, 32)
-    # As a product lies in registers: by four numbers of a thread, then by threads. See `round_kernel`.
+    # As a product lies in registers: by four numbers of a thread, then by threads. `round_kernel` reads them so.
     in_order: gl.constexpr = gl.SharedLinearLayout(
         [[0, 1], [8, 0], [0, 2], [0, 4], [1, 0], [2, 0], [4, 0], [16, 0], [32, 0], [0, 8], [0, 16], [0, 32]]
     )
     b = Buffers(
-        gl.allocate_shared_memory(dtype, [2, 64, WIDTH], tiled),
-        gl.allocate_shared_memory(dtype, [2, 64, WIDTH], tiled),
-        gl.allocate_shared_memory(dtype, [2, TILE_Q, WIDTH], tiled),
-        gl.allocate_shared_memory(dtype, [2, TILE_Q, WIDTH], tiled),
+        gl.allocate_shared_memory(dtype, [2, 64, E], tiled),
+        gl.allocate_shared_memory(dtype, [2, 64, E], tiled),
+        gl.allocate_shared_memory(dtype, [2, TILE_Q, E], tiled),
+        gl.allocate_shared_memory(dtype, [2, TILE_Q, E], tiled),
         gl.allocate_shared_memory(gl.float32, [2, 1, TILE_Q], row),
         gl.allocate_shared_memory(gl.float32, [2, 1, TILE_Q], row),
         gl.allocate_shared_memory(dtype, [4, 64, TILE_Q], tiled),
@@ -471,29 +343,14 @@ def backward_kernel(
         barriers(1, 2), barriers(1, 2), barriers(2, 1), barriers(2, 2),
     )  # fmt: skip
     fence_async_shared()
-    sizes = Sizes(batches, heads, len_q, len_k, left, right, padded)
-    results = (dq_sum, dk, dv, strides_dk, strides_dv, scale, softcap)
+    sizes = Sizes(batches, heads, heads // GROUPS, len_q, len_k, left, right)
     # Of the 504 registers for three threads, one of each role, the producer needs the fewest.
     gl.warp_specialize(
         [
-            (consume, (0, b, sizes, results, GROUPS, WIDTH, TILE_Q, PART)),
-            (consume, (1, b, sizes, results, GROUPS, WIDTH, TILE_Q, PART)),
-            (produce, (b, sizes, q, k, v, dout, stats, counter, strides_q, strides_k, strides_v, strides_dout,
-                       GROUPS, WIDTH, TILE_Q)),
+            (consume, (0, b, sizes, dq_sum, dk, dv, strides_dk, strides_dv, scale, softcap, GROUPS, E, TILE_Q)),
+            (consume, (1, b, sizes, dq_sum, dk, dv, strides_dk, strides_dv, scale, softcap, GROUPS, E, TILE_Q)),
+            (produce, (b, sizes, q, k, v, dout, stats, strides_q, strides_k, strides_v, strides_dout,
+                       GROUPS, E, TILE_Q)),
         ],
         [4, 1], [240, 24],
     )  # fmt: skip
-
-
-@gluon.jit
-def barriers(NUMBER: gl.constexpr, ARRIVALS: gl.constexpr):
-    """A ring of barriers; a single one for NUMBER = 1."""
-    if NUMBER == 1:
-        bars = gl.allocate_shared_memory(gl.int64, [1], mbarrier.MBarrierLayout())
-        mbarrier.init(bars, count=ARRIVALS)
-        return bars
-    else:
-        bars = gl.allocate_shared_memory(gl.int64, [NUMBER, 1], mbarrier.MBarrierLayout())
-        for i in gl.static_range(NUMBER):
-            mbarrier.init(bars.index(i), count=ARRIVALS)
-        return bars

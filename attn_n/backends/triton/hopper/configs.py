@@ -24,6 +24,9 @@ FORWARD: dict[int, tuple[Config, ...]] = {
     256: (Config(2, 64, 2, out_apart=False),),
 }
 
+# Queries of a tile of the backward, which has 128 keys. Wider heads do not fit: they are the portable kernels'.
+BACKWARD = {64: 128, 128: 64}
+
 
 def find(problem: Problem) -> Config:
     """The tiles of the forward."""

@@ -25,10 +25,18 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_wait,
 )
 
-from attn_n.backends.triton.hopper.pipeline import barriers, blocks_seen, following
+from attn_n.backends.triton.hopper.pipeline import (
+    LN2,
+    LOG2E,
+    barriers,
+    blocks_seen,
+    boxed,
+    following,
+    in_pairs,
+    tanh,
+    tiles_of,
+)
 
-LOG2E = gl.constexpr(1.4426950408889634)
-LN2 = gl.constexpr(0.6931471805599453)
 STRIP = gl.constexpr(64)  # queries of a consumer: the rows of a wgmma
 
 RUN_TIME = (
@@ -49,22 +57,9 @@ def item_tiles(item, tiles, left, right):
 
 
 @gluon.jit
-def tanh(x):
-    """By its series near zero, where the difference of two exponentials would cancel."""
-    square = x * x
-    series = 1 + square * (-1 / 3 + square * (2 / 15 + square * (-17 / 315 + square * (62 / 2835))))
-    return gl.where(gl.abs(x) < 0.3, x * series, 1 - 2 / (1 + gl.exp2(2 * LOG2E * x)))
-
-
-@gluon.jit
 def rounded(p, LAYOUT: gl.constexpr, dtype: gl.constexpr, IN_PAIRS: gl.constexpr):
-    """p as the left operand of the next product."""
-    if not IN_PAIRS:
-        x = p.to(dtype)
-    elif dtype == gl.bfloat16:  # one instruction for two numbers: +9 % where three consumers share the registers
-        x = gl.inline_asm_elementwise("cvt.rn.bf16x2.f32 $0, $2, $1;", "=r,r,r", [p], gl.bfloat16, is_pure=True, pack=2)
-    else:
-        x = gl.inline_asm_elementwise("cvt.rn.f16x2.f32 $0, $2, $1;", "=r,r,r", [p], gl.float16, is_pure=True, pack=2)
+    """p as the left operand of the next product; in pairs is +9 % where three consumers share the registers."""
+    x = in_pairs(p, dtype) if IN_PAIRS else p.to(dtype)
     return gl.convert_layout(x, LAYOUT, assert_trivial=True)
 
 
@@ -73,12 +68,6 @@ def sums_of_threads(p, TILE_K: gl.constexpr, LAYOUT: gl.constexpr):
     """Row sums that each thread makes of its own numbers, `(64, 4)`: they meet once, at the end (up to +5 %)."""
     parts = gl.sum(gl.sum(gl.reshape(p, [STRIP, TILE_K // 8, 4, 2]), axis=3), axis=1)
     return gl.convert_layout(parts, LAYOUT, assert_trivial=True)
-
-
-@gluon.jit
-def boxed(buffer, descriptor):
-    """A buffer `(rows, E)` in the shape in which a descriptor of `(B, H, rows, E)` copies."""
-    return buffer._reinterpret(descriptor.dtype, descriptor.block_type.shape, descriptor.layout)
 
 
 @gluon.jit
@@ -304,21 +293,11 @@ def forward_kernel(
     Q_IN_REGISTERS: gl.constexpr, OUT_APART: gl.constexpr, IN_PAIRS: gl.constexpr,
 ):  # fmt: skip
     dtype: gl.constexpr = q.dtype.element_ty
-    OF_STRIP: gl.constexpr = gl.NVMMASharedLayout.get_default_for([1, 1, STRIP, E], dtype)
-    OF_BLOCK: gl.constexpr = gl.NVMMASharedLayout.get_default_for([1, 1, TILE_K, E], dtype)
     heads_kv = heads // GROUPS
-    of_q = tma.make_tensor_descriptor(
-        q, [batch, heads, len_q, E], [strides_q[0], strides_q[1], strides_q[2], 1], [1, 1, STRIP, E], OF_STRIP
-    )
-    of_k = tma.make_tensor_descriptor(
-        k, [batch, heads_kv, len_k, E], [strides_k[0], strides_k[1], strides_k[2], 1], [1, 1, TILE_K, E], OF_BLOCK
-    )
-    of_v = tma.make_tensor_descriptor(
-        v, [batch, heads_kv, len_k, E], [strides_v[0], strides_v[1], strides_v[2], 1], [1, 1, TILE_K, E], OF_BLOCK
-    )
-    of_out = tma.make_tensor_descriptor(
-        out, [batch, heads, len_q, E], [strides_out[0], strides_out[1], strides_out[2], 1], [1, 1, STRIP, E], OF_STRIP
-    )
+    of_q = tiles_of(q, batch, heads, len_q, strides_q, STRIP, E)
+    of_k = tiles_of(k, batch, heads_kv, len_k, strides_k, TILE_K, E)
+    of_v = tiles_of(v, batch, heads_kv, len_k, strides_v, TILE_K, E)
+    of_out = tiles_of(out, batch, heads, len_q, strides_out, STRIP, E)
 
     OF_STRIPS: gl.constexpr = gl.NVMMASharedLayout.get_default_for([STRIP, E], dtype)
     OF_BLOCKS: gl.constexpr = gl.NVMMASharedLayout.get_default_for([TILE_K, E], dtype)

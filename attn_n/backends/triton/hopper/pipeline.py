@@ -1,8 +1,11 @@
-"""What the roles of the Hopper kernels share: rings of buffers, and which blocks of keys a strip of queries sees."""
+"""What the Hopper kernels share: rings of buffers, tiles of rows in memory, arithmetic, and which keys queries see."""
 
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
-from triton.experimental.gluon.language.nvidia.hopper import mbarrier
+from triton.experimental.gluon.language.nvidia.hopper import mbarrier, tma
+
+LOG2E = gl.constexpr(1.4426950408889634)
+LN2 = gl.constexpr(0.6931471805599453)
 
 
 @gluon.jit
@@ -22,6 +25,41 @@ def following(stage, phase, STAGES: gl.constexpr):
         stage = 0
         phase ^= 1
     return stage, phase
+
+
+@gluon.jit
+def tiles_of(x, batch, heads, rows, strides, ROWS: gl.constexpr, E: gl.constexpr):
+    """A descriptor for tiles of rows of `(B, H, L, E)`.
+
+    Made by the kernel: the host takes longer for one than a short kernel runs.
+    """
+    LAYOUT: gl.constexpr = gl.NVMMASharedLayout.get_default_for([1, 1, ROWS, E], x.dtype.element_ty)
+    return tma.make_tensor_descriptor(
+        x, [batch, heads, rows, E], [strides[0], strides[1], strides[2], 1], [1, 1, ROWS, E], LAYOUT
+    )
+
+
+@gluon.jit
+def boxed(buffer, descriptor):
+    """A buffer `(rows, E)` in the shape in which a descriptor of `(B, H, rows, E)` copies."""
+    return buffer._reinterpret(descriptor.dtype, descriptor.block_type.shape, descriptor.layout)
+
+
+@gluon.jit
+def tanh(x):
+    """By its series near zero, where the difference of two exponentials would cancel."""
+    square = x * x
+    series = 1 + square * (-1 / 3 + square * (2 / 15 + square * (-17 / 315 + square * (62 / 2835))))
+    return gl.where(gl.abs(x) < 0.3, x * series, 1 - 2 / (1 + gl.exp2(2 * LOG2E * x)))
+
+
+@gluon.jit
+def in_pairs(x, dtype: gl.constexpr):
+    """Rounded by one instruction for two numbers, which the compiler does not find."""
+    if dtype == gl.bfloat16:
+        return gl.inline_asm_elementwise("cvt.rn.bf16x2.f32 $0, $2, $1;", "=r,r,r", [x], gl.bfloat16, True, 2)
+    else:
+        return gl.inline_asm_elementwise("cvt.rn.f16x2.f32 $0, $2, $1;", "=r,r,r", [x], gl.float16, True, 2)
 
 
 @gluon.jit

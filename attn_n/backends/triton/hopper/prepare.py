@@ -1,15 +1,18 @@
-"""From a problem to the launch of a Hopper kernel."""
+"""From a problem to the launches of the Hopper kernels."""
 
 from __future__ import annotations
 
 import functools
+from typing import NamedTuple
 
 import torch
 import triton
 
 from attn_n.backends.triton.hopper import configs
+from attn_n.backends.triton.hopper.backward import TILE_K, backward_kernel
 from attn_n.backends.triton.hopper.configs import Config
 from attn_n.backends.triton.hopper.forward import STRIP, forward_kernel
+from attn_n.backends.triton.hopper.passes import prepare_kernel, round_kernel
 from attn_n.backends.triton.launch import Launch
 from attn_n.backends.triton.problem import Problem
 
@@ -18,8 +21,7 @@ from attn_n.backends.triton.problem import Problem
 def prepared(problem: Problem, config: Config | None = None) -> Launch:
     """The launch of the forward; `config` in place of that of the table."""
     p, config = problem, config or configs.find(problem)
-    # A wider window sees nothing more, and its edges would overflow.
-    left, right = (None if side is None else min(side, p.len_q + p.len_k) for side in (p.left, p.right))
+    left, right = _window(p)
     tiles = triton.cdiv(p.len_q, config.consumers * STRIP.value)
     if left is None and right is not None:
         tiles = triton.cdiv(tiles, 2)  # an item is a pair of them
@@ -34,5 +36,50 @@ def prepared(problem: Problem, config: Config | None = None) -> Launch:
     }  # fmt: skip
     # The registers of the SM, shared among the consumers, the producer and the warps that round them up to 4.
     options = {"num_warps": 4, "maxnreg": {2: 168, 3: 128}[config.consumers]}
-    processors = torch.cuda.get_device_properties(p.device).multi_processor_count if p.device.type == "cuda" else 132
-    return Launch(forward_kernel, min(items, processors), p.device, numbers, constants, options, descriptors=True)
+    return Launch(
+        forward_kernel, min(items, _processors(p.device)), p.device, numbers, constants, options, descriptors=True
+    )
+
+
+class Backward(NamedTuple):
+    """The launches of a backward, in their order."""
+
+    prepare: Launch
+    main: Launch
+    round: Launch
+    stats: int  # elements of what they share, see `passes`
+    dq_sum: int
+
+
+@functools.lru_cache(1024)
+def prepared_backward(problem: Problem) -> Backward:
+    p, tile_q = problem, configs.BACKWARD[problem.width]
+    q, k, v, out, dout, dq, dk, dv = p.strides
+    constants = {"GROUPS": p.heads // p.heads_kv, "E": p.width, "TILE_Q": tile_q}
+    tiles = p.batch * p.heads * triton.cdiv(p.len_q, tile_q)
+    items = p.batch * p.heads_kv * triton.cdiv(p.len_k, TILE_K.value)
+    numbers = (q, k, v, dout, dk, dv, p.batch, p.heads, p.len_q, p.len_k, *_window(p), p.scale, p.softcap)
+    before, after = (out, dout, p.stride_n, p.heads, p.len_q), (dq, p.heads, p.len_q, p.scale)
+    small = {"num_warps": 4}
+    return Backward(
+        Launch(prepare_kernel, tiles, p.device, before, constants, small, descriptors=False),
+        Launch(
+            backward_kernel, min(items, _processors(p.device)), p.device, numbers, constants, small | {"maxnreg": 168},
+            descriptors=True,
+        ),
+        Launch(round_kernel, tiles, p.device, after, constants, small, descriptors=False),
+        2 * tiles * tile_q + 1,
+        tiles * tile_q * p.width,
+    )  # fmt: skip
+
+
+def _window(problem: Problem) -> tuple[int | None, int | None]:
+    """A wider one than the sequences are long sees nothing more, and its edges would overflow."""
+    left, right = problem.left, problem.right
+    most = problem.len_q + problem.len_k
+    return None if left is None else min(left, most), None if right is None else min(right, most)
+
+
+def _processors(device: torch.device) -> int:
+    """As many programs run at once; without a GPU kernels are but compiled."""
+    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 132

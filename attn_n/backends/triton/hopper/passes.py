@@ -1,0 +1,67 @@
+"""The two small passes over the queries, before and after the backward kernel.
+
+They and the kernel share `stats`, lse in base 2 and -delta of all rows and a counter, and `dq_sum`, the sum for dQ in
+float32. In these each head has a whole number of tiles of rows, so that tiles are read and added without a mask.
+"""
+
+import triton
+import triton.language as tl
+
+from attn_n.backends.triton.portable.tile import LOG2E, load, matrix, place, rows_of, store
+
+RUN_TIME = ("stride_n", "heads", "len_q")
+
+
+@triton.jit
+def counter_of(stats, rows):
+    """Where the tiles of keys are counted that have been taken; `rows` are those of all heads."""
+    return (stats + 2 * rows).to(tl.pointer_type(tl.int32), bitcast=True)
+
+
+@triton.jit(do_not_specialize=RUN_TIME)
+def prepare_kernel(
+    out, dout, lse, dlse, stats, dq_sum, sinks, dn, strides_out, strides_dout, stride_n, heads, len_q,
+    E: tl.constexpr, TILE_Q: tl.constexpr,
+):  # fmt: skip
+    """For a tile of rows: lse in base 2, `delta = rowsum(dout * out) - dlse`, a sum of zeros for dQ, a share of dn.
+
+    lse is infinite and delta 0 beyond the end.
+    """
+    tile, head, batch, _, _, _, _ = place(None, None, heads, len_q, len_q, tl.cdiv(len_q, TILE_Q))
+    first_row = tile * TILE_Q
+    rows = first_row + tl.arange(0, TILE_Q)
+    of_out, of_dout = matrix(out, strides_out, batch, head, 0), matrix(dout, strides_dout, batch, head, 0)
+    out_tile = load(of_out, 0, first_row, len_q, strides_out, E, TILE_Q, E, False)
+    dout_tile = load(of_dout, 0, first_row, len_q, strides_dout, E, TILE_Q, E, False)
+    of_lse = rows_of(lse, batch, head, heads, 0, rows, len_q, False)
+    row_lse = tl.load(of_lse, mask=rows < len_q, other=float("inf")) * LOG2E
+    row_delta = tl.sum(out_tile.to(tl.float32) * dout_tile.to(tl.float32), 1)
+    if dlse is not None:
+        of_dlse = rows_of(dlse, batch, head, heads, 0, rows, len_q, False)
+        row_delta -= tl.load(of_dlse, mask=rows < len_q, other=0.0)
+
+    first, all_rows = tl.program_id(0).to(tl.int64) * TILE_Q, tl.num_programs(0).to(tl.int64) * TILE_Q
+    tl.store(stats + first + tl.arange(0, TILE_Q), row_lse)
+    tl.store(stats + all_rows + first + tl.arange(0, TILE_Q), -row_delta)
+    tl.store(dq_sum + first * E + tl.arange(0, TILE_Q * E), tl.zeros((TILE_Q * E,), tl.float32))
+    if tl.program_id(0) == 0:
+        tl.store(counter_of(stats, all_rows), 0)
+    if dn is not None:
+        # exp(log n - lse) * delta, or without sinks exp(-lse) * delta, which is the gradient of n itself
+        sink = tl.load(sinks + head * stride_n) * LOG2E if sinks is not None else 0.0
+        share = tl.exp2(tl.minimum(sink - row_lse, 126.0))
+        tl.store(dn + tl.program_id(0), -tl.sum(share * row_delta))
+
+
+@triton.jit(do_not_specialize=RUN_TIME)
+def round_kernel(dq_sum, dq, strides_dq, heads, len_q, scale, E: tl.constexpr, TILE_Q: tl.constexpr):
+    """dQ in its own dtype, from the sum in float32.
+
+    That consists of tiles of 64 x 64 in the order in which a product lies in registers: 8 columns by 8; then 4 warps of
+    16 rows, of each 8 x 4 threads, of each 2 x 2 numbers, which are 8 rows apart.
+    """
+    tile, head, batch, _, _, _, _ = place(None, None, heads, len_q, len_q, tl.cdiv(len_q, TILE_Q))
+    first = tl.program_id(0).to(tl.int64) * TILE_Q
+    x = tl.load(dq_sum + first * E + tl.arange(0, TILE_Q * E)) * scale
+    x = x.reshape(TILE_Q // 64, E // 64, 8, 4, 8, 4, 2, 2).permute(0, 3, 6, 4, 1, 2, 5, 7).reshape(TILE_Q, E)
+    store(matrix(dq, strides_dq, batch, head, 0), x, tile * TILE_Q, len_q, strides_dq, E, TILE_Q, E)
