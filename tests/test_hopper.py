@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
+import math
+import os
 import random
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -13,13 +17,18 @@ pytest.importorskip("triton")
 import attn_n
 from attn_n import flash_attention_n
 from attn_n.backends.triton.hopper import HopperKernels
+from attn_n.backends.triton.hopper.configs import BACKWARD
 from tests import compare
-from tests.cases import CASES, HOPPER, Case, make, must_serve
+from tests.cases import CASES, HOPPER, INTERPRETED, Case, make, must_serve
 from tests.test_registry import gpu_call
 
 WIDTHS = (64, 128, 256)
 HALF = (torch.bfloat16, torch.float16)
 
+PLACES = [
+    pytest.param("cpu", marks=pytest.mark.skipif(not INTERPRETED, reason="the kernels are compiled for the GPU here")),
+    pytest.param("cuda", marks=pytest.mark.gpu),
+]
 on_hopper = pytest.mark.skipif(not HOPPER, reason="no GPU of compute capability 9.0")
 
 
@@ -93,9 +102,61 @@ def test_random_shapes(seed: int) -> None:
 @pytest.mark.parametrize("width", WIDTHS)
 @pytest.mark.parametrize("causal", [False, True])
 def test_the_same_bits_a_hundred_times(width: int, causal: bool) -> None:
-    q, k, v = (torch.randn(2, 4, 1500, width, device="cuda", dtype=torch.bfloat16) for _ in range(3))
-    outs = [flash_attention_n(q, k, v, causal, sm_n=1.0, return_lse=True, backend="triton:hopper") for _ in range(100)]
-    assert all(torch.equal(a, b) for found in outs[1:] for a, b in zip(found, outs[0], strict=True))
+    """All but dq of narrow heads, whose sum is in no fixed order."""
+    q, k, v = (torch.randn(2, 4, 1500, width, device="cuda", dtype=torch.bfloat16, requires_grad=True) for _ in "qkv")
+    dout, first = torch.randn_like(q), None
+    for _ in range(100):
+        out, lse = flash_attention_n(q, k, v, causal, sm_n=1.0, return_lse=True, backend="triton:hopper")
+        dq, dk, dv = torch.autograd.grad(out, (q, k, v), dout)
+        found = (out, lse, dk, dv, *([dq] if width == 256 else []))
+        first = first or found
+        assert all(torch.equal(a, b) for a, b in zip(found, first, strict=True))
+
+
+@pytest.mark.gpu
+@on_hopper
+@pytest.mark.parametrize("width", WIDTHS)
+def test_deterministic_algorithms(width: int) -> None:
+    q, k, v = (torch.randn(1, 4, 4000, width, device="cuda", dtype=torch.bfloat16, requires_grad=True) for _ in "qkv")
+    dout = torch.randn_like(q)
+
+    def gradients(member: str) -> tuple[torch.Tensor, ...]:
+        out = flash_attention_n(q, k, v, sm_n=1.0, backend=f"triton:{member}")
+        return torch.autograd.grad(out, (q, k, v), dout)
+
+    try:
+        torch.use_deterministic_algorithms(True)
+        first = gradients("hopper")
+        for _ in range(20):
+            assert all(torch.equal(a, b) for a, b in zip(gradients("hopper"), first, strict=True))
+    finally:
+        torch.use_deterministic_algorithms(False)
+    if width < 256:  # the switch changes what runs
+        assert not all(torch.equal(gradients("hopper")[0], first[0]) for _ in range(5))
+
+
+@pytest.mark.gpu
+@on_hopper
+@pytest.mark.parametrize("width", WIDTHS)
+@pytest.mark.parametrize("layout", ["sum", "over heads", "rows apart", "columns apart", "odd rows", "odd beginning"])
+def test_gradients_of_out_in_any_layout(layout: str, width: int, ran: list[str]) -> None:
+    q, k, v = (torch.randn(2, 3, 300, width, device="cuda", dtype=torch.bfloat16, requires_grad=True) for _ in "qkv")
+    dout = {
+        "sum": lambda: torch.ones((), device="cuda", dtype=torch.bfloat16).expand(q.shape),
+        "over heads": lambda: torch.randn_like(q[:, :1]).expand(q.shape),
+        "rows apart": lambda: torch.randn(300, 2, 3, 2 * width).cuda().bfloat16()[..., :width].permute(1, 2, 0, 3),
+        "columns apart": lambda: torch.randn_like(q.mT.contiguous()).mT,
+        "odd rows": lambda: torch.randn(2, 3, 300, width + 3).cuda().bfloat16()[..., :width],
+        "odd beginning": lambda: torch.randn(1 + q.numel()).cuda().bfloat16()[1:].view(q.shape),
+    }[layout]()
+    found = []
+    for given in (dout, dout.clone(memory_format=torch.contiguous_format)):
+        out = flash_attention_n(q, k, v, True, sm_n=1.0, backend="triton:hopper")
+        found.append(torch.autograd.grad(out, (q, k, v), given))
+    (dq, *same), (other_dq, *others) = found
+    assert all(torch.equal(a, b) for a, b in zip(same, others, strict=True))
+    assert torch.allclose(dq, other_dq, rtol=2e-2, atol=1e-2)
+    assert ran == ["forward triton:hopper", "backward triton:hopper"] * 2
 
 
 @pytest.mark.gpu
@@ -114,6 +175,63 @@ def test_what_tma_cannot_address(ran: list[str]) -> None:
     assert ran == ["forward triton:hopper", "forward triton:portable"] * 2
     with pytest.raises(attn_n.UnsupportedError, match="multiples of 16 bytes"):
         flash_attention_n(torch.randn(1, 2, 64, 68).cuda().bfloat16()[..., :64], k, v, backend="triton:hopper")
+
+
+@pytest.mark.parametrize("device", PLACES)
+@pytest.mark.parametrize(("width", "tile_q"), BACKWARD.items())
+def test_the_passes_around_the_backward(width: int, tile_q: int, device: str) -> None:
+    """150 queries in each head: what they leave in whole tiles of rows, and dq out of those."""
+    from attn_n.backends.triton.hopper.passes import prepare_kernel, round_kernel
+
+    batch, heads, length, tiles = 2, 3, 150, -(-150 // tile_q)
+    out, dout = (torch.randn(batch, heads, length, width, device=device).half() for _ in "od")
+    lse, dlse = (torch.randn(batch, heads, length, device=device) for _ in "ld")
+    log_n, programs = torch.randn(heads, device=device), batch * heads * tiles
+    stats = torch.full((2 * programs * tile_q + 1,), math.nan, device=device)
+    dq_sum, shares = stats.new_full((programs * tile_q, width), math.nan), stats.new_full((programs,), math.nan)
+    prepare_kernel[(programs,)](
+        out, dout, lse, dlse, stats, dq_sum, log_n, shares, out.stride(), dout.stride(), 1, heads, length, width, tile_q
+    )
+    delta = (out.double() * dout.double()).sum(-1) - dlse
+    lse_log2, minus_delta = stats[:-1].view(2, batch, heads, tiles * tile_q).double()
+    assert torch.allclose(lse_log2[..., :length], lse.double() / math.log(2), atol=1e-5)
+    assert torch.allclose(minus_delta[..., :length], -delta, atol=1e-3)
+    assert bool((lse_log2[..., length:] == math.inf).all())
+    assert not minus_delta[..., length:].any()
+    assert not dq_sum.any()
+    assert stats[-1:].view(torch.int32).item() == 0
+    dn = -(torch.exp(log_n.double()[:, None] - lse) * delta).sum(-1)
+    assert torch.allclose(shares.view(batch, heads, tiles).sum(-1).double(), dn, rtol=1e-3, atol=1e-3)
+
+    # The order of the accumulators of wgmma: where each bit of a place in 64 x 64 numbers leads, rows and columns.
+    bits = [(0, 1), (8, 0), (0, 2), (0, 4), (1, 0), (2, 0), (4, 0), (16, 0), (32, 0), (0, 8), (0, 16), (0, 32)]
+    places = torch.arange(64 * 64)
+    row, column = (sum(((places >> i) & 1) * bit[side] for i, bit in enumerate(bits)) for side in (0, 1))
+    exact = torch.randn(programs, tile_q, width, device=device)
+    blocks = exact.view(programs, tile_q // 64, 64, width // 64, 64).transpose(2, 3).reshape(-1, 64, 64)
+    dq = torch.full_like(out, math.nan)
+    round_kernel[(programs,)](blocks[:, row, column].contiguous(), dq, dq.stride(), heads, length, 0.5, width, tile_q)
+    assert torch.equal(dq, (exact.view(batch, heads, -1, width)[:, :, :length] * 0.5).half())
+
+
+@pytest.mark.parametrize("width", BACKWARD)
+def test_variants_of_the_backward_ahead_of_time(width: int) -> None:
+    """Windows, softcap and float16 spill next to nothing, no product waits for another, and numbers compile nothing."""
+    code = f"""
+import torch
+from attn_n.call import Options
+from bench.ahead_of_time import compiled, resources
+def kernel(length, dtype=torch.bfloat16, **options):
+    return compiled("sm_90", "hopper backward main", {width}, None, dtype, Options(**options), length)
+for found in (
+    kernel(256, scale=0.1), kernel(256, torch.float16, scale=0.1), kernel(256, scale=0.1, softcap=3.0),
+    kernel(256, scale=0.1, window_left=9), kernel(256, scale=0.1, window_left=9, window_right=5, softcap=3.0),
+):
+    said = resources(found, "sm_90")
+    assert said.spills <= 300 and not said.warnings, said
+assert kernel(256, scale=0.1, window_left=9) is kernel(1, scale=1.0, window_left=16)
+"""
+    subprocess.run([sys.executable, "-c", code], env={**os.environ, "TRITON_INTERPRET": "0"}, check=True)
 
 
 @pytest.mark.parametrize(
