@@ -22,7 +22,7 @@ from attn_n.call import AttentionCall, Options
 from attn_n.compilation import constant_when_compiled
 
 
-def _load(module: str) -> Any:
+def load(module: str) -> Any:
     """xFormers takes any `flash_attn` for FlashAttention 2, and fails where FlashAttention 4 has made a namespace of
     it: then it is imported as if there were none, and runs PyTorch's kernels."""
     only_4 = "xformers.ops" not in sys.modules and _has("flash_attn") and not _has("flash_attn.flash_attn_interface")
@@ -42,7 +42,7 @@ def _has(module: str) -> bool:
     return importlib.util.find_spec(module) is not None
 
 
-LIBRARY = Library("xformers", "xformers.ops", "pip install xformers", ("xformers",), oldest="0.0.32", load=_load)
+LIBRARY = Library("xformers", "xformers.ops", "pip install xformers", ("xformers",), oldest="0.0.32", load=load)
 
 
 @constant_when_compiled
