@@ -29,7 +29,7 @@ def scale_(out: Tensor, lse: Tensor, log_n: float | Tensor, packed: bool) -> Ten
     stride_n = 0 if sinks is None else sinks.stride(0)
     views = [_by_batch(x, packed) for x in (out, lse, lse_n)]
     of_out, *of_rows = (x.stride() for x in views)
-    launch = _prepared("scale", out.device, out.dtype, views[0].shape, (of_out,), tuple(of_rows), stride_n)
+    launch = prepared("scale", out.device, out.dtype, views[0].shape, (of_out,), tuple(of_rows), stride_n)
     launch(*views, sinks, number)
     return lse_n
 
@@ -43,7 +43,7 @@ def gradient_of_n(
     assert view_dout is not None
     assert view_out is not None
     assert view_lse is not None
-    launch = _prepared(
+    launch = prepared(
         "gradient", out.device, out.dtype, view_out.shape, (view_dout.stride(), view_out.stride()),
         (None if view_dlse is None else view_dlse.stride(), view_lse.stride()),
         0 if log_n is None else log_n.stride(0),
@@ -59,7 +59,7 @@ def _by_batch(x: Tensor, packed: bool) -> Tensor:
 
 
 @functools.lru_cache(1024)
-def _prepared(
+def prepared(
     kernel: str, device: torch.device, dtype: torch.dtype, shape: tuple[int, ...], strides: tuple[Any, ...],
     row_strides: tuple[Any, ...], stride_n: int,
 ) -> Launch:  # fmt: skip
