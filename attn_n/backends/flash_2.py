@@ -25,7 +25,7 @@ def visible(options: Options, lengths: Sequences) -> Visible:
     left, right, max_k = options.window_left, options.window_right, lengths.max_k
     if left is None and right == 0:
         if options.alibi_slopes is None:
-            return Visible(True, -1, 0, max_k)
+            return Visible(True, -1, -1, max_k)
         # Their causal ALiBi is `slope * j`: the same weights, but with another lse. Beside a window it is ours.
         return Visible(False, max_k - 1, 0, max_k)
     if lengths.starts_q is not None and (left, right) != (None, None):
