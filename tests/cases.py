@@ -324,7 +324,7 @@ def must_serve(backend: str, device: str, dtype: torch.dtype, case: Case, lse_gr
     table = {
         "reference": True,
         "sdpa:cpu": device == "cpu" and "softcap" not in features,
-        "sdpa:flash": half_on_gpu and not features & (flash_2 | {"softcap"} | ({"alibi"} if grad else set())),
+        "sdpa:flash": half_on_gpu and not features & (flash_2 | {"softcap", "alibi"}),
         "sdpa:cudnn": half_on_gpu and not features & cudnn_features and not (lse_grad and grad),
         "sdpa:efficient": efficient,
         "triton:portable": (on_gpu or INTERPRETED) and dtype != torch.float64 and "E > 256" not in features,

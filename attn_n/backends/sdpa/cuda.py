@@ -1,7 +1,7 @@
 """PyTorch's fused kernels for CUDA, by the operators beneath SDPA.
 
 Those operators know more than SDPA offers: FlashAttention-2 and the memory-efficient kernel align a causal mask with
-the last query and the last key, take windows, and FlashAttention-2 takes ALiBi and packed sequences too.
+the last query and the last key, take windows, and FlashAttention-2 takes packed sequences too.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ class FlashAttention(FlashBackend):
 
     _signatures = (
         "aten::_flash_attention_forward(query, key, value, cum_seq_q, cum_seq_k, max_q, max_k, dropout_p, is_causal,"
-        " return_debug_mask, *, scale, window_size_left, window_size_right, alibi_slopes) -> 5",
+        " return_debug_mask, *, scale, window_size_left, window_size_right) -> 5",
         "aten::_flash_attention_backward(grad_out, query, key, value, out, logsumexp, cum_seq_q, cum_seq_k, max_q,"
         " max_k, dropout_p, is_causal, rng_state, unused, *, scale, window_size_left, window_size_right) -> 3",
     )
@@ -45,8 +45,8 @@ class FlashAttention(FlashBackend):
             return unserved
         if call.capability is None or call.capability < (8, 0):
             return f"needs compute capability 8.0 or later, got {call.capability}"
-        if call.alibi and call.needs_grad:
-            return "PyTorch's operator has no backward with ALiBi"
+        if call.alibi:
+            return "PyTorch builds FlashAttention without ALiBi"
         return flash_2.unserved(call)
 
     def kernel_forward(self, q: Tensor, k: Tensor, v: Tensor, options: Options) -> tuple[Tensor, Tensor, Tensor | None]:
@@ -54,7 +54,7 @@ class FlashAttention(FlashBackend):
         causal, left, right, max_k = flash_2.visible(options, lengths)
         out, lse, rng_state, _, _ = torch.ops.aten._flash_attention_forward(
             q, k, v, *lengths[:3], max_k, options.dropout_p, causal, False,
-            scale=options.scale, window_size_left=left, window_size_right=right, alibi_slopes=options.alibi_slopes,
+            scale=options.scale, window_size_left=left, window_size_right=right,
         )  # fmt: skip
         lse = flash_2.rows_without_keys(lse, options, lengths)
         return out, lse, rng_state.view(torch.int64) if options.dropout_p else None
