@@ -2,14 +2,32 @@
 
 With `lse_n = logaddexp(lse, log n)`, the logarithm of the whole denominator: `out_n = out * exp(lse - lse_n)`.
 All of it works in the dtype of lse: an lse in bfloat16 would cost up to 10 % in the factor.
+
+Here by torch, and on a GPU with Triton by the kernels of `attn_n.fused_fold`, which move less memory.
 """
 
 from __future__ import annotations
 
+import functools
+import importlib
 import math
+from typing import Any
 
 import torch
 from torch import Tensor
+
+
+def apply_(out: Tensor, lse: Tensor, log_n: float | Tensor, packed: bool, lse_wanted: bool) -> tuple[Tensor, bool]:
+    """`out` at n = 0 becomes `out` at n, in place; `log_n` is a number or `(Hq,)`.
+
+    Returns the lse at n, or unless it is `lse_wanted` maybe still that at n = 0, and whether it lacks n: what has no
+    other use than the backward can be computed there.
+    """
+    fused = _fused(out, lse)
+    if fused is not None:
+        return fused.scale_(out, lse, log_n, packed), False
+    scale_(out, lse, log_n, packed)
+    return (with_n(lse, log_n, packed), False) if lse_wanted else (lse, True)
 
 
 def scale_(out: Tensor, lse: Tensor, log_n: float | Tensor, packed: bool) -> None:
@@ -40,6 +58,10 @@ def gradient_of_n(
 
     `log_n` `(Hq,)`; None stands for zeros and gives the gradient of n itself, which is finite at n = 0 too.
     """
+    fused = _fused(out, lse)
+    if fused is not None:
+        gradient: Tensor = fused.gradient_of_n(dout, dlse, out, lse, log_n, packed)
+        return gradient
     delta = (dout.to(lse.dtype) * out.to(lse.dtype)).sum(-1)
     if dlse is not None:
         delta = delta - dlse
@@ -47,6 +69,19 @@ def gradient_of_n(
     # A row without visible keys has lse = log n: at n = 0 that is -inf, and n does not reach its zero output.
     rows = (share * delta).masked_fill(lse == -math.inf, 0.0)
     return -rows.sum(0 if packed else (0, 2))
+
+
+def _fused(out: Tensor, lse: Tensor) -> Any:
+    """`attn_n.fused_fold` for tensors that its kernels serve, or None."""
+    return _kernels() if out.is_cuda and lse.dtype == torch.float32 and out.numel() else None
+
+
+@functools.cache
+def _kernels() -> Any:
+    try:
+        return importlib.import_module("attn_n.fused_fold")
+    except ImportError:  # without Triton, torch gives the same numbers
+        return None
 
 
 def bounded_exp(x: Tensor) -> Tensor:

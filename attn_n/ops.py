@@ -216,8 +216,8 @@ def _eager_forward(
     if n is None or chosen.applies_n:
         return *chosen.forward(q, k, v, n, options), False
     out, lse, rng_state = chosen.forward(q, k, v, None, options)
-    fold.scale_(out, lse, n, packed)
-    return out, fold.with_n(lse, n, packed) if lse_wanted else lse, rng_state, not lse_wanted
+    lse, lacks_n = fold.apply_(out, lse, n, packed, lse_wanted)
+    return out, lse, rng_state, lacks_n
 
 
 def _eager_backward(

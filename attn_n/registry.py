@@ -24,19 +24,21 @@ ENTRY_POINT_GROUP = "attn_n.backends"
 BUILT_IN = {
     "triton": "attn_n.backends.triton",
     "sdpa": "attn_n.backends.sdpa",
+    "flash_attn": "attn_n.backends.flash_attn",
+    "xformers": "attn_n.backends.xformers",
     "reference": "attn_n.backends.reference",
 }
 
 # What is tried, in this order, when nobody names a backend.
 AUTOMATIC = {
     "cpu": ("sdpa", "reference"),
-    "cuda": ("sdpa", "triton", "reference"),
+    "cuda": ("sdpa", "triton", "flash_attn", "xformers", "reference"),
 }
 AUTOMATIC_ELSEWHERE = ("reference",)
 # On sm_90 our kernel wins where the passes over `out` that give n to another library's result weigh most, in calls of
 # few keys (bench/results, H200: at 512 keys, forward + backward, 1.0 to 1.4 x; at 2048 keys, forward alone, 1.0 to
 # 1.3 x, with the backward 0.8 to 1.0 x).
-TRITON_FIRST = ("triton", "sdpa", "reference")
+TRITON_FIRST = ("triton", "sdpa", "flash_attn", "xformers", "reference")
 FEW_KEYS, FEW_KEYS_FORWARD = 1024, 2048
 
 

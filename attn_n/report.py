@@ -15,7 +15,7 @@ from attn_n import registry, selfcheck, timing
 from attn_n.backends.base import Family
 from attn_n.call import AttentionCall
 
-DISTRIBUTIONS = ("triton", "flash-attn", "flash-attn-3", "flash-attn-4", "xformers")
+DISTRIBUTIONS = ("triton", "flash-attn", "flash-attn-3", "tokenspeed-fa3", "flash-attn-4", "xformers")
 
 
 @dataclass(frozen=True)

@@ -20,6 +20,7 @@ import triton
 from torch import Tensor
 from triton.backends.compiler import GPUTarget
 
+from attn_n import fused_fold
 from attn_n.backends.triton import hopper
 from attn_n.backends.triton.hopper.configs import BACKWARD, FORWARD
 from attn_n.backends.triton.portable import configs
@@ -109,7 +110,7 @@ def launch_of(
     if kernel.startswith("hopper backward"):
         from attn_n.backends.triton.hopper import prepare
 
-        launches = prepare.prepared_backward(describe(tensors, None, options))
+        launches = prepare.prepared_backward(describe(tuple(tensors), None, options))
         stats, dq_sum = (q.new_empty(size, dtype=torch.float32) for size in (launches.stats, launches.dq_sum))
         launch, arguments = {
             "prepare": (launches.prepare, (out, dout, lse, None, stats, dq_sum, None, None)),
@@ -129,6 +130,19 @@ def launch_of(
             arguments = (q, k, v, dout, lse_log2, delta, dk, dv, *extras)
     launch = prepared(kernel, problem, config)
     return functools.partial(launch.compiled if compile_only else launch, *arguments)
+
+
+def compiled_folds(target: str) -> Iterator[tuple[str, int, Any]]:
+    """Name, width and compiled kernel of the fold and of the gradient of n."""
+    triton.runtime.driver.set_active(_NoGpu(TARGETS[target].gpu))
+    lse, sinks, shares = torch.empty(1, 2, 256), torch.empty(2), torch.empty(99)
+    for width in (64, 96, 128, 256):
+        out = torch.empty(1, 2, 256, width, dtype=torch.bfloat16)
+        row, tile = lse.stride(), out.stride()
+        fold = fused_fold.prepared("scale", out.device, out.dtype, out.shape, (tile,), (row, row), 0)
+        yield "fold", width, fold.compiled(out, lse, lse, None, 1.0)
+        gradient = fused_fold.prepared("gradient", out.device, out.dtype, out.shape, (tile, tile), (None, row), 1)
+        yield "gradient of n", width, gradient.compiled(out, out, None, lse, sinks, shares)
 
 
 def resources(kernel: Any, target: str) -> Resources:
@@ -166,6 +180,9 @@ def main(target: str) -> None:
         found = resources(compiled(target, kernel, width, config, dtype, causal), target)
         line = {"kernel": kernel, "width": width, "config": config, "dtype": str(dtype), **found._asdict()}
         print(json.dumps(line), flush=True)
+    for kernel, width, binary in compiled_folds(target):
+        found = resources(binary, target)
+        print(json.dumps({"kernel": kernel, "width": width, "dtype": "torch.bfloat16", **found._asdict()}), flush=True)
 
 
 if __name__ == "__main__":

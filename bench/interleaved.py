@@ -4,17 +4,20 @@ from __future__ import annotations
 
 import random
 from collections.abc import Mapping, Sequence
+from typing import TypeVar
 
 from pytest_benchmark.fixture import BenchmarkFixture
 
 from bench.clocks import Clock, Run
 
+Key = TypeVar("Key")
 
-def measure(runs: Mapping[str, Run], clock: Clock) -> dict[str, list[float]]:
+
+def measure(runs: Mapping[Key, Run], clock: Clock) -> dict[Key, list[float]]:
     """The seconds of each run; a round has a turn of each."""
     if not runs:
         return {}
-    times: dict[str, list[float]] = {name: [] for name in runs}
+    times: dict[Key, list[float]] = {name: [] for name in runs}
     order, shuffle = list(runs), random.Random(0).shuffle
     for _ in range(clock.rounds(list(runs.values()))):
         # A mere rotation would put each run always behind the same other one and what that leaves in the caches.

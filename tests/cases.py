@@ -9,6 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from attn_n.backends import xformers
+from attn_n.backends.flash_attn import version_2, version_3, version_4
+
 # Whether Triton's kernels run on the CPU here: see conftest.py.
 INTERPRETED = not torch.cuda.is_available()
 # Whether the kernels for Hopper run here.
@@ -55,6 +58,8 @@ class Case:
             "window": self.window is not None,
             "causal, L != S": self.causal and (self.packed or self.len_q != self.len_k) and self.len_q > 1,
             "packed": self.packed,
+            "packed, window": self.packed and self.window is not None and not self.causal,
+            "window, open far before the keys": self._open_far_before_the_keys,
             "one query, one key": self.len_q == self.len_k == 1,
             "E != Ev": self.size != self.size_v,
             "E % 8": bool(self.size % 8),
@@ -62,6 +67,13 @@ class Case:
             "E + 1 > 256": max(self.size, self.size_v) + 1 > 256,
         }
         return {name for name, present in used.items() if present}
+
+    @property
+    def _open_far_before_the_keys(self) -> bool:
+        """FlashAttention 2 takes S for the bound of a right side without one."""
+        if self.window is None or self.causal or self.packed or self.len_q <= self.len_k + 1:
+            return False
+        return self.window[1] is None or self.window[1] >= self.len_k
 
     def __str__(self) -> str:
         return self.name
@@ -99,6 +111,8 @@ def _cases() -> list[Case]:
         Case("window to the left", window=(7, None), len_q=20, len_k=41),
         Case("window to the right", window=(None, 2), len_q=20, len_k=41),
         Case("window one short of everything", window=(4, 3), len_q=5, len_k=6),
+        Case("window to the left, far more queries", window=(3, None), len_q=40, len_k=9),
+        Case("window wider than the keys, far more queries", window=(3, 12), len_q=40, len_k=9),
         Case("window of one key", window=(0, 0)),
         Case("causal window", causal=True, window=(5, 9), len_q=70, len_k=70),
         Case("window, rows without keys", window=(3, 2), len_q=40, len_k=9),
@@ -116,6 +130,7 @@ def _cases() -> list[Case]:
         Case("bool mask, causal", mask="bool", causal=True, len_q=20, len_k=30),
         Case("bool mask, window", mask="bool", window=(6, 1)),
         Case("ALiBi", alibi="per head"),
+        Case("ALiBi, causal", alibi="per head", causal=True),
         Case("ALiBi per batch, causal", alibi="per batch", causal=True, len_q=20, len_k=31),
         Case("ALiBi, mask, window", alibi="per head", mask="float", window=(9, 9)),
         Case("GQA", heads_q=6, heads_kv=2, n="per head"),
@@ -145,6 +160,9 @@ def _cases() -> list[Case]:
         Case(
             "packed, GQA, sinks", lengths_q=(9, 8), lengths_k=(3, 8), heads_q=4, n="sinks", sinks=(0.0, 1.0, 2.0, -1.0)
         ),
+        Case("packed, ALiBi, causal", lengths_q=(9, 18), lengths_k=(12, 18), alibi="per batch", causal=True),
+        Case("packed, causal window", lengths_q=(9, 18), lengths_k=(12, 18), causal=True, window=(4, None)),
+        Case("packed, window to the left", lengths_q=(40, 5), lengths_k=(9, 12), window=(3, None)),
         Case("packed, window, ALiBi", lengths_q=(9, 18), lengths_k=(9, 18), window=(4, 2), alibi="per batch"),
         Case("packed, mask", lengths_q=(9, 18), lengths_k=(3, 18), mask="per head"),
         Case("packed, mask per sequence", lengths_q=(9, 18), lengths_k=(3, 18), mask="bool"),
@@ -276,26 +294,53 @@ def _laid_out(x: Tensor, layout: str) -> Tensor:
     return x
 
 
-def must_serve(backend: str, device: str, dtype: torch.dtype, case: Case, lse_grad: bool) -> bool:
-    """Whether `backend` has to serve the case there; a refusal or an acceptance against this table fails."""
+def absent(backend: str) -> str | None:
+    """Why the library of `backend` cannot be used here; None if it can."""
+    problems = {
+        "flash_attn:2": version_2.problem,
+        "flash_attn:3": version_3.problem,
+        "flash_attn:4": version_4.problem,
+        "xformers:flash": lambda: xformers.problem("flash"),
+        "xformers:cutlass": lambda: xformers.problem("cutlass"),
+    }
+    return problems[backend]() if backend in problems else None
+
+
+def must_serve(backend: str, device: str, dtype: torch.dtype, case: Case, lse_grad: bool, grad: bool = True) -> bool:
+    """Whether `backend` has to serve the case there; a refusal or an acceptance against this table fails.
+
+    `lse_grad`: lse is returned and differentiated; `grad`: anything is.
+    """
     features, half = case.features, dtype in (torch.bfloat16, torch.float16)
-    flash_features = {"softcap", "mask", "E > 256"} | ({"E + 1 > 256"} if lse_grad else set())
+    on_gpu, half_on_gpu = device == "cuda", device == "cuda" and half
+    flash = {"mask", "E > 256"}
+    flash_2 = flash | {"window, open far before the keys"} | ({"E + 1 > 256"} if lse_grad and grad else set())
     cudnn_features = {
         "softcap", "mask", "alibi", "window", "causal, L != S", "packed", "one query, one key", "E != Ev", "E % 8",
         "E > 256",
     }  # fmt: skip
+    efficient = on_gpu and dtype != torch.float64 and not features & ({"softcap", "alibi"} if half else {"softcap"})
+    softcap_3 = {"softcap"} if version_3.left_out("SOFTCAP") else set()
     table = {
         "reference": True,
         "sdpa:cpu": device == "cpu" and "softcap" not in features,
-        "sdpa:flash": device == "cuda" and half and not features & (flash_features | {"alibi"}),
-        "sdpa:cudnn": device == "cuda" and half and not features & cudnn_features and not lse_grad,
-        "sdpa:efficient": device == "cuda"
-        and dtype != torch.float64
-        and not features & ({"softcap", "alibi"} if half else {"softcap"}),
-        "triton:portable": (device == "cuda" or INTERPRETED) and dtype != torch.float64 and "E > 256" not in features,
-        "triton:hopper": device == "cuda" and HOPPER and half and not features & {"mask", "alibi", "packed", "E != Ev"}
-        and case.size in (64, 128, 256) and case.layout != "transposed",
-    }  # fmt: skip
+        "sdpa:flash": half_on_gpu and not features & (flash_2 | {"softcap", "alibi"}),
+        "sdpa:cudnn": half_on_gpu and not features & cudnn_features and not (lse_grad and grad),
+        "sdpa:efficient": efficient,
+        "triton:portable": (on_gpu or INTERPRETED) and dtype != torch.float64 and "E > 256" not in features,
+        "triton:hopper": half_on_gpu
+        and HOPPER
+        and not features & {"mask", "alibi", "packed", "E != Ev"}
+        and case.size in (64, 128, 256)
+        and case.layout != "transposed",
+        "flash_attn:2": half_on_gpu and not features & flash_2,
+        "flash_attn:3": half_on_gpu
+        and not features & (flash | softcap_3 | {"alibi"})
+        and not (grad and version_3.left_out("BACKWARD")),
+        "flash_attn:4": half_on_gpu and not features & (flash | {"alibi"}),
+        "xformers:flash": half_on_gpu and not features & (flash_2 | {"softcap", "alibi", "packed, window"}),
+        "xformers:cutlass": efficient,
+    }
     for family in ("sdpa", "triton"):
         table[family] = any(serves for name, serves in table.items() if name.startswith(f"{family}:"))
     return table[backend]

@@ -7,7 +7,7 @@ import torch
 
 import attn_n
 from tests import compare
-from tests.cases import CASES, DTYPES, Case, make, must_serve
+from tests.cases import CASES, DTYPES, Case, absent, make, must_serve
 
 # With logits around 46 a half-precision baseline has no digits left, and its error would allow anything.
 COMBINATIONS = [
@@ -22,7 +22,19 @@ PLACES = [
     pytest.param("cpu", "triton:portable"),
     *(
         pytest.param("cuda", name, marks=pytest.mark.gpu)
-        for name in ("reference", "sdpa:flash", "sdpa:cudnn", "sdpa:efficient", "triton:portable", "triton:hopper")
+        for name in (
+            "reference",
+            "sdpa:flash",
+            "sdpa:cudnn",
+            "sdpa:efficient",
+            "triton:portable",
+            "triton:hopper",
+            "flash_attn:2",
+            "flash_attn:3",
+            "flash_attn:4",
+            "xformers:flash",
+            "xformers:cutlass",
+        )
     ),
 ]
 
@@ -33,6 +45,8 @@ PLACES = [
 def test_against_float64(
     device: str, backend: str, dtype: torch.dtype, case: Case, lse_grad: bool, ran: list[str]
 ) -> None:
+    if absent(backend):
+        pytest.skip(f"{backend}: {absent(backend)}")
     inputs = make(case, dtype, device)
     if not must_serve(backend, device, dtype, case, lse_grad):
         with pytest.raises(attn_n.UnsupportedError, match=backend):
@@ -44,6 +58,24 @@ def test_against_float64(
         {f"attend {backend}"} if backend == "reference" else {f"forward {backend}", f"backward {backend}"}
     )
     excess = compare.excess(inputs, got, lse_grad)
+    assert max(excess.values()) <= 1, {name: f"{value:.2f} x the allowed error" for name, value in excess.items()}
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize(("dtype", "case"), COMBINATIONS)
+def test_the_forward_alone(dtype: torch.dtype, case: Case, ran: list[str]) -> None:
+    """FlashAttention 3 is mostly built without a backward."""
+    backend = "flash_attn:3"
+    if absent(backend):
+        pytest.skip(f"{backend}: {absent(backend)}")
+    inputs = make(case, dtype, "cuda")
+    if not must_serve(backend, "cuda", dtype, case, lse_grad=True, grad=False):
+        with pytest.raises(attn_n.UnsupportedError, match=backend):
+            compare.forward_of_library(inputs, backend)
+        return
+    got = compare.forward_of_library(inputs, backend)
+    assert ran == [f"forward {backend}"]
+    excess = compare.excess(inputs, got)
     assert max(excess.values()) <= 1, {name: f"{value:.2f} x the allowed error" for name, value in excess.items()}
 
 

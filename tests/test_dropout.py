@@ -7,11 +7,14 @@ import torch
 from torch import Tensor
 
 from attn_n import flash_attention_n
-from tests.cases import INTERPRETED
+from tests.cases import INTERPRETED, absent
 from tests.oracle import attention_n
 
 PLACES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
-BACKENDS = {"cpu": ["reference", *(["triton"] if INTERPRETED else [])], "cuda": ["reference", "sdpa:flash", "triton"]}
+BACKENDS = {
+    "cpu": ["reference", *(["triton"] if INTERPRETED else [])],
+    "cuda": ["reference", "sdpa:flash", "triton", *([] if absent("flash_attn:2") else ["flash_attn:2"])],
+}
 P, LENGTH = 0.4, 64
 
 

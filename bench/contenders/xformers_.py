@@ -2,37 +2,19 @@
 
 from __future__ import annotations
 
-import importlib
-import sys
-from types import ModuleType
 from typing import Any
 
 from torch import Tensor
 
+from attn_n.backends.xformers import load
 from bench.contenders.base import Attend, Contender, by_autograd
 from bench.contenders.library import why_absent
 from bench.problem import Inputs, Problem
 
 
-def _load(name: str) -> ModuleType:
-    """xFormers by itself, which is with PyTorch's kernels.
-
-    It takes any `flash_attn` for FlashAttention 2 and fails at that of FlashAttention 4, and any `flash_attn_3` for one
-    that has a backward pass.
-    """
-    hidden = {other: sys.modules.pop(other, None) for other in ("flash_attn", "flash_attn_3")}
-    sys.modules.update(dict.fromkeys(hidden))  # type: ignore[arg-type]  # with None a module counts as absent
-    try:
-        return importlib.import_module(name)
-    finally:
-        for other, module in hidden.items():
-            del sys.modules[other]
-            if module is not None:
-                sys.modules[other] = module
-
-
 def _attend(inputs: Inputs) -> Attend:
-    operators, packed = _load("xformers.ops"), bool(inputs.problem.sequences)
+    operators, packed = load("xformers.ops"), bool(inputs.problem.sequences)
+    operators.fmha._set_use_fa3(False)  # it takes any FlashAttention 3 for one that has a backward pass
     bias = (_bias_packed if packed else _bias)(operators.fmha.attn_bias, inputs.problem)
 
     def attend(q: Tensor, k: Tensor, v: Tensor, sinks: Tensor | None) -> Tensor:
@@ -62,7 +44,7 @@ def _why_not(problem: Problem) -> str | None:
         return "grouped heads in the forward pass alone"
     if problem.window is not None and not problem.causal:
         return "a window only with a causal mask"
-    return why_absent("xformers.ops", _load)
+    return why_absent("xformers.ops", load)
 
 
 CONTENDERS = (Contender("xformers n=0", "0", by_autograd(_attend, "0", token_first=True), _why_not),)

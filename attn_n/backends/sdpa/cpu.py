@@ -6,13 +6,16 @@ import torch
 from torch import Tensor
 from torch.torch_version import TorchVersion
 
+from attn_n.backends.layout import key_head_each
+from attn_n.backends.rectangles import RectangleBackend
 from attn_n.backends.sdpa import aten
-from attn_n.backends.sdpa.rectangles import RectangleBackend, key_head_each
+from attn_n.backends.signatures import changed_operator
 from attn_n.call import AttentionCall
 
 _SIGNATURES = (
-    "_scaled_dot_product_flash_attention_for_cpu(query, key, value, dropout_p, is_causal, *, attn_mask, scale) -> 2",
-    "_scaled_dot_product_flash_attention_for_cpu_backward"
+    "aten::_scaled_dot_product_flash_attention_for_cpu"
+    "(query, key, value, dropout_p, is_causal, *, attn_mask, scale) -> 2",
+    "aten::_scaled_dot_product_flash_attention_for_cpu_backward"
     "(grad_out, query, key, value, out, logsumexp, dropout_p, is_causal, *, attn_mask, scale) -> 3",
 )
 # The kernel of PyTorch 2.8 overruns its buffers where there are fewer key heads; those of 2.11 and 2.13 were tested.
@@ -30,7 +33,7 @@ class CpuFlash(RectangleBackend):
             return f"runs on CPU, not on {call.device}"
         if call.dropout_p:
             return "PyTorch's CPU kernel has no dropout"
-        return aten.unserved_field(call) or aten.changed_operator(*_SIGNATURES)
+        return aten.unserved_field(call) or changed_operator(*_SIGNATURES)
 
     def lse_order(self, q: Tensor) -> tuple[int, ...]:
         """The kernel writes lse and gradients token by token, whatever the order of the inputs."""

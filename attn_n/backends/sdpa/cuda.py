@@ -1,7 +1,7 @@
 """PyTorch's fused kernels for CUDA, by the operators beneath SDPA.
 
 Those operators know more than SDPA offers: FlashAttention-2 and the memory-efficient kernel align a causal mask with
-the last query and the last key, take windows, and FlashAttention-2 takes ALiBi and packed sequences too.
+the last query and the last key, take windows, and FlashAttention-2 takes packed sequences too.
 """
 
 from __future__ import annotations
@@ -12,75 +12,54 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from attn_n.backends import flash_2
 from attn_n.backends.base import Backend
+from attn_n.backends.flash import FlashBackend, sequences
+from attn_n.backends.layout import HALF, aligned_bias, key_head_each, of_width, rounds_bias
+from attn_n.backends.rectangles import RectangleBackend
 from attn_n.backends.sdpa import aten
-from attn_n.backends.sdpa.rectangles import RectangleBackend, key_head_each, of_width
+from attn_n.backends.signatures import changed_operator
 from attn_n.call import AttentionCall, Options
-from attn_n.fold import lse_as_value_column
-
-_HALF = (torch.float16, torch.bfloat16)
 
 
 def _unserved(call: AttentionCall, *signatures: str) -> str | None:
     if call.device != "cuda":
         return f"runs on CUDA, not on {call.device}"
-    return aten.unserved_field(call) or aten.changed_operator(*signatures)
+    return aten.unserved_field(call) or changed_operator(*signatures)
 
 
-def _width(size: int, size_v: int, extra: int = 0) -> int:
-    """The head size that a kernel of one head size, a multiple of 8, runs at."""
-    return -(-max(size, size_v + extra) // 8) * 8
-
-
-class FlashAttention(Backend):
+class FlashAttention(FlashBackend):
     name = "sdpa:flash"
     summary = "FlashAttention-2 as PyTorch carries it"
 
     _signatures = (
-        "_flash_attention_forward(query, key, value, cum_seq_q, cum_seq_k, max_q, max_k, dropout_p, is_causal,"
-        " return_debug_mask, *, scale, window_size_left, window_size_right, alibi_slopes) -> 5",
-        "_flash_attention_backward(grad_out, query, key, value, out, logsumexp, cum_seq_q, cum_seq_k, max_q, max_k,"
-        " dropout_p, is_causal, rng_state, unused, *, scale, window_size_left, window_size_right) -> 3",
+        "aten::_flash_attention_forward(query, key, value, cum_seq_q, cum_seq_k, max_q, max_k, dropout_p, is_causal,"
+        " return_debug_mask, *, scale, window_size_left, window_size_right) -> 5",
+        "aten::_flash_attention_backward(grad_out, query, key, value, out, logsumexp, cum_seq_q, cum_seq_k, max_q,"
+        " max_k, dropout_p, is_causal, rng_state, unused, *, scale, window_size_left, window_size_right) -> 3",
     )
 
     def why_not(self, call: AttentionCall) -> str | None:
-        unserved = _unserved(call, *self._signatures)
+        unserved = self.unserved(call) or _unserved(call, *self._signatures)
         if unserved is not None:
             return unserved
-        if torch.version.hip is not None:
-            return "PyTorch's FlashAttention for ROCm has not been tested here"
         if call.capability is None or call.capability < (8, 0):
             return f"needs compute capability 8.0 or later, got {call.capability}"
-        if call.dtype not in _HALF:
-            return f"takes float16 and bfloat16, not {str(call.dtype).removeprefix('torch.')}"
-        if call.mask_shape is not None:
-            return "FlashAttention-2 takes no attn_mask"
-        if call.alibi and call.needs_grad:
-            return "PyTorch's operator has no backward with ALiBi"
-        extra = 1 if call.return_lse and call.needs_grad else 0
-        width = _width(call.head_dim, call.head_dim_v, extra)
-        if width > 256:
-            of = ", of which one carries the gradient of lse" if extra else ""
-            return f"takes head sizes up to 256, got {width}{of}"
-        return None
+        if call.alibi:
+            return "PyTorch builds FlashAttention without ALiBi"
+        return flash_2.unserved(call)
 
-    def forward(
-        self, q: Tensor, k: Tensor, v: Tensor, log_n: float | Tensor | None, options: Options
-    ) -> tuple[Tensor, Tensor, Tensor | None]:
-        size_v = v.shape[-1]
-        q, k, v = _tokens_first(options, _width(q.shape[-1], size_v), q, k, v)
+    def kernel_forward(self, q: Tensor, k: Tensor, v: Tensor, options: Options) -> tuple[Tensor, Tensor, Tensor | None]:
+        lengths = sequences(options, q, k)
+        causal, left, right, max_k = flash_2.visible(options, lengths)
         out, lse, rng_state, _, _ = torch.ops.aten._flash_attention_forward(
-            q, k, v, *_sequences(options, q, k), options.dropout_p, options.window_right == 0, False,
-            scale=options.scale, **_windows(options), alibi_slopes=options.alibi_slopes,
+            q, k, v, *lengths[:3], max_k, options.dropout_p, causal, False,
+            scale=options.scale, window_size_left=left, window_size_right=right,
         )  # fmt: skip
-        lse = lse.masked_fill(lse == math.inf, -math.inf)  # what the kernel writes for rows without visible keys
-        if options.cu_seqlens_q is None:
-            out = out.transpose(1, 2)
-        else:
-            lse = lse.transpose(0, 1)
-        return out[..., :size_v], lse, rng_state.view(torch.int64) if options.dropout_p else None
+        lse = flash_2.rows_without_keys(lse, options, lengths)
+        return out, lse, rng_state.view(torch.int64) if options.dropout_p else None
 
-    def backward(
+    def kernel_backward(
         self,
         dout: Tensor,
         dlse: Tensor | None,
@@ -92,22 +71,15 @@ class FlashAttention(Backend):
         rng_state: Tensor | None,
         options: Options,
     ) -> tuple[Tensor, Tensor, Tensor]:
-        size, size_v = q.shape[-1], v.shape[-1]
-        width = _width(size, size_v, 0 if dlse is None else 1)
-        if dlse is not None:
-            dout, v, out = lse_as_value_column(dout, dlse, v, out, width)
-        dout, q, k, v, out = _tokens_first(options, width, dout, q, k, v, out)
-        if options.cu_seqlens_q is not None:
-            lse = lse.transpose(0, 1).contiguous()
+        lengths = sequences(options, q, k)
+        causal, left, right, max_k = flash_2.visible(options, lengths)
         state = q.new_empty(2, dtype=torch.uint64) if rng_state is None else rng_state.view(torch.uint64)
-        gradients = torch.ops.aten._flash_attention_backward(
-            dout, q, k, v, out, lse, *_sequences(options, q, k), options.dropout_p, options.window_right == 0,
-            state, q.new_empty(0, dtype=torch.uint64), scale=options.scale, **_windows(options),
+        gradients: tuple[Tensor, Tensor, Tensor] = torch.ops.aten._flash_attention_backward(
+            dout, q, k, v, out, lse, *lengths[:3], max_k, options.dropout_p, causal,
+            state, q.new_empty(0, dtype=torch.uint64), scale=options.scale,
+            window_size_left=left, window_size_right=right,
         )  # fmt: skip
-        if options.cu_seqlens_q is None:
-            gradients = [gradient.transpose(1, 2) for gradient in gradients]
-        dq, dk, dv = gradients
-        return dq[..., :size], dk[..., :size], dv[..., :size_v]
+        return gradients
 
 
 class CudnnAttention(Backend):
@@ -115,9 +87,9 @@ class CudnnAttention(Backend):
     summary = "cuDNN's fused attention"
 
     _signatures = (
-        "_scaled_dot_product_cudnn_attention(query, key, value, attn_bias, compute_log_sumexp, dropout_p, is_causal,"
-        " return_debug_mask, *, scale) -> 9",
-        "_scaled_dot_product_cudnn_attention_backward(grad_out, query, key, value, out, logsumexp, philox_seed,"
+        "aten::_scaled_dot_product_cudnn_attention(query, key, value, attn_bias, compute_log_sumexp, dropout_p,"
+        " is_causal, return_debug_mask, *, scale) -> 9",
+        "aten::_scaled_dot_product_cudnn_attention_backward(grad_out, query, key, value, out, logsumexp, philox_seed,"
         " philox_offset, attn_bias, cum_seq_q, cum_seq_k, max_q, max_k, dropout_p, is_causal, *, scale) -> 3",
     )
 
@@ -127,7 +99,7 @@ class CudnnAttention(Backend):
             return unserved
         if call.capability is None or call.capability < (8, 0) or not torch.backends.cudnn.is_available():
             return f"needs cuDNN and compute capability 8.0 or later, got {call.capability}"
-        if call.dtype not in _HALF:
+        if call.dtype not in HALF:
             return f"takes float16 and bfloat16, not {str(call.dtype).removeprefix('torch.')}"
         if call.mask_shape is not None or call.alibi or call.windowed or call.dropout_p or call.varlen:
             return "is used here without mask, ALiBi, window, dropout and packed sequences"
@@ -180,9 +152,9 @@ class EfficientAttention(RectangleBackend):
     most_rows = 2048
 
     _signatures = (
-        "_efficient_attention_forward(query, key, value, bias, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k,"
-        " dropout_p, custom_mask_type, compute_log_sumexp, *, scale) -> 6",
-        "_efficient_attention_backward(grad_out_, query, key, value, bias, out, cu_seqlens_q, cu_seqlens_k,"
+        "aten::_efficient_attention_forward(query, key, value, bias, cu_seqlens_q, cu_seqlens_k, max_seqlen_q,"
+        " max_seqlen_k, dropout_p, custom_mask_type, compute_log_sumexp, *, scale) -> 6",
+        "aten::_efficient_attention_backward(grad_out_, query, key, value, bias, out, cu_seqlens_q, cu_seqlens_k,"
         " max_seqlen_q, max_seqlen_k, logsumexp, dropout_p, philox_seed, philox_offset, custom_mask_type,"
         " bias_requires_grad, *, scale) -> 4",
     )
@@ -199,10 +171,7 @@ class EfficientAttention(RectangleBackend):
             return f"takes bfloat16 from compute capability 8.0 on, got {call.capability}"
         if call.dropout_p:
             return "keeps the state of its dropout on the host"
-        bias = torch.float32 if call.alibi else call.mask_dtype
-        if bias is not None and bias.is_floating_point and torch.promote_types(bias, call.dtype) != call.dtype:
-            return f"rounds what is added to the logits to {str(call.dtype).removeprefix('torch.')}"
-        return None
+        return rounds_bias(call)
 
     def out_order(self, q: Tensor) -> tuple[int, ...]:
         """Token by token: the backward kernel reads out so, whatever strides it is given."""
@@ -219,7 +188,7 @@ class EfficientAttention(RectangleBackend):
     ) -> tuple[Tensor, Tensor]:
         tensors = self._tensors(q, k, v)
         out, lse, *_ = torch.ops.aten._efficient_attention_forward(
-            *tensors, self._bias(q, k, bias), None, None, None, None, 0.0, int(causal), True, scale=scale
+            *tensors, aligned_bias(q, k, bias), None, None, None, None, 0.0, int(causal), True, scale=scale
         )
         return out.transpose(1, 2), lse[:, :, : q.shape[2]]
 
@@ -240,7 +209,7 @@ class EfficientAttention(RectangleBackend):
         lse = F.pad(lse, (0, -q.shape[2] % 32), value=math.inf)  # it is read in blocks of 32 rows
         no_dropout = torch.zeros((), dtype=torch.int64)
         dq, dk, dv, _ = torch.ops.aten._efficient_attention_backward(
-            dout, *tensors, self._bias(q, k, bias), out, None, None, q.shape[2], k.shape[2], lse, 0.0,
+            dout, *tensors, aligned_bias(q, k, bias), out, None, None, q.shape[2], k.shape[2], lse, 0.0,
             no_dropout, no_dropout, int(causal), False, scale=scale,
         )  # fmt: skip
         return dq.transpose(1, 2), dk.transpose(1, 2), dv.transpose(1, 2)
@@ -248,28 +217,3 @@ class EfficientAttention(RectangleBackend):
     def _tensors(self, q: Tensor, k: Tensor, v: Tensor) -> list[Tensor]:
         """Tokens first, and a key head for each query head."""
         return [x.transpose(1, 2) for x in (q, *key_head_each(q, k, v))]
-
-    def _bias(self, q: Tensor, k: Tensor, bias: Tensor | None) -> Tensor | None:
-        """(B, H, L, S) by strides, in the dtype of q, its rows on 16-byte boundaries."""
-        if bias is None:
-            return None
-        len_q, len_k = q.shape[2], k.shape[2]
-        rows = F.pad(bias.to(q.dtype).expand(-1, -1, -1, len_k), (0, -len_k % 16))[..., :len_k]
-        return rows.expand(q.shape[0], q.shape[1], len_q, len_k)
-
-
-def _tokens_first(options: Options, width: int, *tensors: Tensor) -> list[Tensor]:
-    """(B, H, L, E) as (B, L, H, E), the order of FlashAttention; packed tensors have it already."""
-    wide = [of_width(x, width) for x in tensors]
-    return wide if options.cu_seqlens_q is not None else [x.transpose(1, 2) for x in wide]
-
-
-def _sequences(options: Options, q: Tensor, k: Tensor) -> tuple[Tensor | None, Tensor | None, int, int]:
-    if options.cu_seqlens_q is None:
-        return None, None, q.shape[1], k.shape[1]
-    return options.cu_seqlens_q, options.cu_seqlens_k, options.max_seqlen_q, options.max_seqlen_k
-
-
-def _windows(options: Options) -> dict[str, int | None]:
-    """FlashAttention's window: a side without a limit is None here and -1 in the kernel."""
-    return {"window_size_left": options.window_left, "window_size_right": options.window_right}

@@ -46,6 +46,21 @@ class Problem(NamedTuple):
         return self.scale > 0 and not bent
 
     @property
+    def keys_on_average(self) -> int:
+        """How many keys a query sees, roughly: what decides which tiles are worth their preparation."""
+        return self._seen(self.len_k)
+
+    @property
+    def queries_on_average(self) -> int:
+        """The same for the queries that see a key."""
+        return self._seen(self.len_q)
+
+    def _seen(self, length: int) -> int:
+        if self.left is not None and self.right is not None:
+            return min(length, self.left + self.right + 1)
+        return length if self.left is None and self.right is None else length // 2
+
+    @property
     def fits_descriptors(self) -> bool:
         """Whether tensor descriptors can address all of the tensors."""
         return self.aligned and all(fits_descriptors(strides, self.dtype.itemsize) for strides in self.strides)

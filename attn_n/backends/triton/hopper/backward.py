@@ -42,7 +42,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 
 from attn_n.backends.triton.hopper.passes import counter_of
-from attn_n.backends.triton.hopper.pipeline import LOG2E, barriers, boxed, in_pairs, tanh, tiles_of
+from attn_n.backends.triton.hopper.pipeline import LOG2E, barriers, boxed, rounded, tanh, tiles_of
 from attn_n.backends.triton.portable.tile import queries_that_see
 
 TILE_K = gl.constexpr(128)  # 64 for each consumer
@@ -213,12 +213,12 @@ def consume(
                 p = gl.exp2(s * factor - row_vector(b.lse.index(stage), OF_S))
                 if softcap is None and edge:
                     p = gl.where(visible(b, slot, row, len_k, left, right, ME, TILE_Q, OF_S), p, 0.0)
-                weights = operand(p, dtype, OPERAND)
+                weights = rounded(p, OPERAND, dtype)
                 if softcap is not None:
                     p *= gl.maximum(1 - s * s, 0.0)  # not -inf where s is
                 dp = warpgroup_mma_wait(0, deps=[dp])
                 dv_tile = warpgroup_mma(weights, dout_tile, dv_tile, is_async=True)
-                ds = operand(p * dp, dtype, OPERAND)
+                ds = rounded(p * dp, OPERAND, dtype)
                 b.ds.index(2 * stage + ME).store(gl.convert_layout(ds, OF_S, assert_trivial=True))
                 fence_async_shared()
                 meet()
@@ -254,11 +254,6 @@ def row_vector(buffer, layout: gl.constexpr):
 def here(x):
     """x, computed at this place: the compiler would put it between two products, and wait for the first one there."""
     return gl.inline_asm_elementwise("mov.b32 $0, $1;", "=r,r", [x], gl.float32, False, 1)
-
-
-@gluon.jit
-def operand(x, dtype: gl.constexpr, layout: gl.constexpr):
-    return gl.convert_layout(in_pairs(x, dtype), layout, assert_trivial=True)
 
 
 @gluon.jit

@@ -32,7 +32,7 @@ from attn_n.backends.triton.hopper.pipeline import (
     blocks_seen,
     boxed,
     following,
-    in_pairs,
+    rounded,
     tanh,
     tiles_of,
 )
@@ -47,20 +47,13 @@ RUN_TIME = (
 
 @gluon.jit
 def item_tiles(item, tiles, left, right):
-    """Batch times heads plus head of an item, its first tile of queries, and its second one or -1."""
+    """Batch times heads plus head of an item, and its tiles of queries: the first one, the second, and how many."""
     if left is None and right is not None:
         pairs = (tiles + 1) // 2
         one, other = tiles - 1 - item % pairs, item % pairs
-        return item // pairs, one, gl.where(one == other, -1, other)
+        return item // pairs, one, other, gl.where(one == other, 1, 2)
     else:
-        return item // tiles, item % tiles, -1
-
-
-@gluon.jit
-def rounded(p, LAYOUT: gl.constexpr, dtype: gl.constexpr, IN_PAIRS: gl.constexpr):
-    """p as the left operand of the next product; in pairs is +9 % where three consumers share the registers."""
-    x = in_pairs(p, dtype) if IN_PAIRS else p.to(dtype)
-    return gl.convert_layout(x, LAYOUT, assert_trivial=True)
+        return item // tiles, item % tiles, item % tiles, 1
 
 
 @gluon.jit
@@ -82,9 +75,9 @@ def produce(
     tiles = (len_q + TILE_Q - 1) // TILE_Q
     stage, phase, q_phase = 0, 1, 1
     for item in range(gl.program_id(0), items, gl.num_programs(0)):
-        place, tile, second = item_tiles(item, tiles, left, right)
+        place, tile, second, count = item_tiles(item, tiles, left, right)
         batch, head = place // heads, place % heads
-        while tile >= 0:
+        for _ in range(count):
             first = tile * TILE_Q
             begin, _full_begin, _full_end, end = blocks_seen(
                 first, first + TILE_Q - 1, len_q, len_k, left, right, TILE_K
@@ -109,14 +102,14 @@ def produce(
                     of_v, [batch, head // GROUPS, key, 0], v_full.index(stage), boxed(v_ring.index(stage), of_v)
                 )
                 stage, phase = following(stage, phase, STAGES)
-            tile, second = second, -1
+            tile = second
 
 
 @gluon.jit
 def consume(
     of_out, lse, sinks, log_n, stride_n, buffers, signals, extent, left, right, scale, softcap,
     E: gl.constexpr, TILE_K: gl.constexpr, STAGES: gl.constexpr, Q_IN_REGISTERS: gl.constexpr,
-    OUT_APART: gl.constexpr, IN_PAIRS: gl.constexpr, CONSUMERS: gl.constexpr, CONSUMER: gl.constexpr,
+    OUT_APART: gl.constexpr, ONE_EDGE: gl.constexpr, CONSUMERS: gl.constexpr, CONSUMER: gl.constexpr,
 ):  # fmt: skip
     q_strips, k_ring, v_ring, out_strips = buffers
     q_full, q_empty, k_full, k_empty, v_full, v_empty = signals
@@ -137,9 +130,9 @@ def consume(
     factor = scale * LOG2E if softcap is None else 1.0
     stage, phase, q_phase = 0, 0, 0
     for item in range(gl.program_id(0), items, gl.num_programs(0)):
-        place, tile, second = item_tiles(item, tiles, left, right)
+        place, tile, second, count = item_tiles(item, tiles, left, right)
         batch, head = place // heads, place % heads
-        while tile >= 0:
+        for _ in range(count):
             first = tile * TILE_Q
             begin, _full_begin, _full_end, end = blocks_seen(
                 first, first + TILE_Q - 1, len_q, len_k, left, right, TILE_K
@@ -174,7 +167,7 @@ def consume(
             top = gl.max(s, axis=1) * factor
             p = gl.exp2(s * factor - gl.expand_dims(finite(top, BOUNDED), 1))
             sums = sums_of_threads(p, TILE_K, PARTS)
-            weights = rounded(p, P, dtype, IN_PAIRS)
+            weights = rounded(p, P, dtype)
             acc = gl.zeros([STRIP, E], gl.float32, layout=OUT)
 
             for i in range(1, own_end - own_begin):
@@ -187,7 +180,7 @@ def consume(
                 s = warpgroup_mma_wait(1, deps=[s])
                 mbarrier.arrive(k_empty.index(next_stage), count=1)
                 s = capped(s, scale, softcap)
-                if BOUNDED and ((block < full_begin) | (block >= full_end)):
+                if not ONE_EDGE and ((block < full_begin) | (block >= full_end)):
                     s = visible(s, rows, block * TILE_K, len_q, len_k, left, right, TILE_K, S)
                 new_top = gl.maximum(top, gl.max(s, axis=1) * factor)
                 shift = finite(new_top, BOUNDED)
@@ -200,7 +193,7 @@ def consume(
                 acc, weights, p = warpgroup_mma_wait(0, deps=[acc, weights, p])
                 mbarrier.arrive(v_empty.index(stage), count=1)
                 acc = acc * gl.expand_dims(gl.convert_layout(rescale, gl.SliceLayout(1, OUT), assert_trivial=True), 1)
-                weights = rounded(p, P, dtype, IN_PAIRS)
+                weights = rounded(p, P, dtype)
                 stage, phase = next_stage, next_phase
 
             if OUT_APART and not Q_IN_REGISTERS:
@@ -240,7 +233,7 @@ def consume(
                 tma.store_wait(0)
                 mbarrier.arrive(q_empty.index(CONSUMER), count=1)
             q_phase ^= 1
-            tile, second = second, -1
+            tile = second
     tma.store_wait(0)
 
 
@@ -290,7 +283,7 @@ def forward_kernel(
     q, k, v, out, lse, sinks, log_n, strides_q, strides_k, strides_v, strides_out, stride_n,
     batch, heads, len_q, len_k, left, right, scale, softcap, items,
     GROUPS: gl.constexpr, E: gl.constexpr, CONSUMERS: gl.constexpr, TILE_K: gl.constexpr, STAGES: gl.constexpr,
-    Q_IN_REGISTERS: gl.constexpr, OUT_APART: gl.constexpr, IN_PAIRS: gl.constexpr,
+    Q_IN_REGISTERS: gl.constexpr, OUT_APART: gl.constexpr, ONE_EDGE: gl.constexpr,
 ):  # fmt: skip
     dtype: gl.constexpr = q.dtype.element_ty
     heads_kv = heads // GROUPS
@@ -316,9 +309,9 @@ def forward_kernel(
         gl.warp_specialize(
             [
                 (consume, (of_out, lse, sinks, log_n, stride_n, buffers, signals, extent, left, right, scale, softcap,
-                           E, TILE_K, STAGES, Q_IN_REGISTERS, OUT_APART, IN_PAIRS, CONSUMERS, 0)),
+                           E, TILE_K, STAGES, Q_IN_REGISTERS, OUT_APART, ONE_EDGE, CONSUMERS, 0)),
                 (consume, (of_out, lse, sinks, log_n, stride_n, buffers, signals, extent, left, right, scale, softcap,
-                           E, TILE_K, STAGES, Q_IN_REGISTERS, OUT_APART, IN_PAIRS, CONSUMERS, 1)),
+                           E, TILE_K, STAGES, Q_IN_REGISTERS, OUT_APART, ONE_EDGE, CONSUMERS, 1)),
                 (produce, (of_q, of_k, of_v, buffers, signals, extent, left, right, GROUPS, TILE_K, STAGES, CONSUMERS)),
             ],
             [4, 1], [240, 24],
@@ -327,11 +320,11 @@ def forward_kernel(
         gl.warp_specialize(
             [
                 (consume, (of_out, lse, sinks, log_n, stride_n, buffers, signals, extent, left, right, scale, softcap,
-                           E, TILE_K, STAGES, Q_IN_REGISTERS, OUT_APART, IN_PAIRS, CONSUMERS, 0)),
+                           E, TILE_K, STAGES, Q_IN_REGISTERS, OUT_APART, ONE_EDGE, CONSUMERS, 0)),
                 (consume, (of_out, lse, sinks, log_n, stride_n, buffers, signals, extent, left, right, scale, softcap,
-                           E, TILE_K, STAGES, Q_IN_REGISTERS, OUT_APART, IN_PAIRS, CONSUMERS, 1)),
+                           E, TILE_K, STAGES, Q_IN_REGISTERS, OUT_APART, ONE_EDGE, CONSUMERS, 1)),
                 (consume, (of_out, lse, sinks, log_n, stride_n, buffers, signals, extent, left, right, scale, softcap,
-                           E, TILE_K, STAGES, Q_IN_REGISTERS, OUT_APART, IN_PAIRS, CONSUMERS, 2)),
+                           E, TILE_K, STAGES, Q_IN_REGISTERS, OUT_APART, ONE_EDGE, CONSUMERS, 2)),
                 (produce, (of_q, of_k, of_v, buffers, signals, extent, left, right, GROUPS, TILE_K, STAGES, CONSUMERS)),
             ],
             [4, 4, 1], [160, 160, 24],

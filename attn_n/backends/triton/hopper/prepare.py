@@ -32,7 +32,7 @@ def prepared(problem: Problem, config: Config | None = None) -> Launch:
     constants = {
         "GROUPS": p.heads // p.heads_kv, "E": p.width, "CONSUMERS": config.consumers, "TILE_K": config.tile_k,
         "STAGES": config.stages, "Q_IN_REGISTERS": config.q_in_registers, "OUT_APART": config.out_apart,
-        "IN_PAIRS": config.in_pairs,
+        "ONE_EDGE": left is None and (right is None or (p.len_k - p.len_q + right + 1) % STRIP.value <= 1),
     }  # fmt: skip
     # The registers of the SM, shared among the consumers, the producer and the warps that round them up to 4.
     options = {"num_warps": 4, "maxnreg": {2: 168, 3: 128}[config.consumers]}

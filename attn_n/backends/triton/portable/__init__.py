@@ -104,8 +104,10 @@ class PortableKernels(Backend):
         extras = _extras(rng_state, options)
         launch = prepared("dq", problem)
         shares = None
-        if dn_wanted:  # zeros, for a program beyond the end of its sequence writes nothing
-            shares = torch.zeros(launch.programs, dtype=torch.float32, device=q.device)
+        if dn_wanted:
+            # A program beyond the end of a packed sequence writes nothing.
+            new = torch.empty if options.cu_seqlens_q is None else torch.zeros
+            shares = new(launch.programs, dtype=torch.float32, device=q.device)
         launch(q, k, v, out, dout, lse, dlse, lse_log2, delta, dq, log_n, shares, *extras)
         for kernel in configs.kernels_of_keys(problem):
             prepared(kernel, problem)(q, k, v, dout, lse_log2, delta, dk, dv, *extras)

@@ -82,11 +82,8 @@ def find(kernel: str, problem: Problem) -> Config:
     if problem.device.type == "cuda" and torch.version.hip is None:
         capability = torch.cuda.get_device_capability(problem.device)
     descriptors = capability is not None and capability >= (9, 0) and problem.fits_descriptors
-    length = problem.len_q if kernel in ("dk", "dv", "dk and dv") else problem.len_k
-    if problem.left is not None and problem.right is not None:
-        length = min(length, problem.left + problem.right + 1)
-    elif problem.left is not None or problem.right is not None:
-        length //= 2  # on the average
+    of_keys = kernel in ("dk", "dv", "dk and dv")
+    length = problem.queries_on_average if of_keys else problem.keys_on_average
     rows = table(capability, problem.dtype)[kernel][max(64, widest(problem))]
     return next(row for row in rows if length >= row.at_least and (descriptors or not row.descriptors))
 

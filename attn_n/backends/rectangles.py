@@ -17,6 +17,7 @@ from torch import Tensor
 
 from attn_n import packed
 from attn_n.backends.base import Backend, empty_in_order, memory_order
+from attn_n.backends.layout import narrowed, of_width
 from attn_n.bias import dense_bias
 from attn_n.call import Options
 from attn_n.fold import lse_as_value_column
@@ -94,13 +95,13 @@ class RectangleBackend(Backend):
                 part = part.masked_fill(hidden[..., None], 0.0)
                 part_lse = part_lse.masked_fill(hidden, -math.inf)
             if piece.whole:
-                return _narrowed(part, size_v), part_lse
+                return narrowed(part, size_v), part_lse
             if out is None or lse is None:
                 out, lse = _nothing(q, width_v)
             _merge_(out[:, :, piece.rows], lse[:, :, piece.rows], part, part_lse)
         if out is None or lse is None:
             out, lse = _nothing(q, width_v)
-        return _narrowed(out, size_v).to(q.dtype), lse
+        return narrowed(out, size_v).to(q.dtype), lse
 
     def _backward(
         self,
@@ -137,7 +138,7 @@ class RectangleBackend(Backend):
         if gradients is None:
             gradients = [torch.zeros_like(x) for x in (q, k, v)]
         dq, dk, dv = (gradient.to(q.dtype) for gradient in gradients)
-        return _narrowed(dq, size), _narrowed(dk, size), _narrowed(dv, size_v)
+        return narrowed(dq, size), narrowed(dk, size), narrowed(dv, size_v)
 
     def _pieces(self, q: Tensor, k: Tensor, options: Options) -> Iterator[_Piece]:
         len_q, len_k = q.shape[2], k.shape[2]
@@ -186,32 +187,6 @@ class _Piece(NamedTuple):
     causal: bool = False
     bias: Tensor | None = None
     whole: bool = False  # it is all there is
-
-
-def of_width(x: Tensor, width: int) -> Tensor:
-    """x as a kernel reads it: filled up to `width` with zeros, unit stride in the last dimension, and on CUDA on
-    16-byte boundaries; x itself if it is so already."""
-    if x.shape[-1] != width:
-        return torch.nn.functional.pad(x, (0, width - x.shape[-1]))
-    if x.stride(-1) != 1:
-        return x.contiguous()
-    if x.is_cuda:
-        aligned = all(stride * x.element_size() % 16 == 0 for stride in x.stride()[:-1])
-        if not aligned or x.data_ptr() % 16:
-            return x.clone(memory_format=torch.contiguous_format)
-    return x
-
-
-def _narrowed(x: Tensor, size: int) -> Tensor:
-    return x if x.shape[-1] == size else x[..., :size]
-
-
-def key_head_each(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-    """k and v with a head for each head of q, for kernels without GQA: a copy unless the strides allow a view."""
-    groups = q.shape[1] // k.shape[1]
-    if groups > 1:
-        k, v = (x[:, :, None].expand(-1, -1, groups, -1, -1).flatten(1, 2) for x in (k, v))
-    return k, v
 
 
 def _nothing(q: Tensor, width_v: int) -> tuple[Tensor, Tensor]:

@@ -1,0 +1,126 @@
+"""Libraries of FlashAttention's shape: tokens first, windows, packed sequences, one width for q, k and v."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from attn_n.backends.base import Backend, empty_in_order, memory_order
+from attn_n.backends.layout import HALF, common_width, narrowed, of_width
+from attn_n.call import AttentionCall, Options
+from attn_n.fold import lse_as_value_column
+
+
+class FlashBackend(Backend):
+    """A backend by a library that takes `(B, L, H, E)`, or packed `(T, H, E)`, and lse `(B, H, L)`, or packed `(H, T)`.
+
+    Attributes:
+        takes_dlse: its backward takes the gradient of lse; otherwise that travels as one more column of v.
+    """
+
+    takes_dlse = False
+
+    def kernel_forward(self, q: Tensor, k: Tensor, v: Tensor, options: Options) -> tuple[Tensor, Tensor, Tensor | None]:
+        """out and lse, -inf for rows without visible keys, and the state of dropout."""
+        raise NotImplementedError
+
+    def kernel_backward(
+        self,
+        dout: Tensor,
+        dlse: Tensor | None,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        out: Tensor,
+        lse: Tensor,
+        rng_state: Tensor | None,
+        options: Options,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """dq, dk and dv; dlse is not None only for a library that takes it."""
+        raise NotImplementedError
+
+    def unserved(self, call: AttentionCall, widest: int = 256) -> str | None:
+        """Why no such library serves the call."""
+        if call.device != "cuda":
+            return f"runs on CUDA, not on {call.device}"
+        if torch.version.hip is not None:
+            return "has not been tested on ROCm"
+        if call.dtype not in HALF:
+            return f"takes float16 and bfloat16, not {str(call.dtype).removeprefix('torch.')}"
+        if call.mask_shape is not None:
+            return "FlashAttention takes no attn_mask"
+        if call.alibi_needs_grad:
+            return "no gradient of alibi_slopes"
+        extra = 1 if call.return_lse and call.needs_grad and not self.takes_dlse else 0
+        width = common_width(call.head_dim, call.head_dim_v, extra)
+        if width > widest:
+            of = ", of which one carries the gradient of lse" if extra else ""
+            return f"takes head sizes up to {widest}, got {width}{of}"
+        return None
+
+    def forward(
+        self, q: Tensor, k: Tensor, v: Tensor, log_n: float | Tensor | None, options: Options
+    ) -> tuple[Tensor, Tensor, Tensor | None]:
+        size_v = v.shape[-1]
+        q, k, v = _tokens_first(options, common_width(q.shape[-1], size_v), q, k, v)
+        out, lse, rng_state = self.kernel_forward(q, k, v, options)
+        if options.cu_seqlens_q is None:
+            out = out.transpose(1, 2)
+        else:
+            lse = lse.transpose(0, 1)
+        return narrowed(out, size_v), lse, rng_state
+
+    def backward(
+        self,
+        dout: Tensor,
+        dlse: Tensor | None,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        out: Tensor,
+        lse: Tensor,
+        rng_state: Tensor | None,
+        options: Options,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        size, size_v, packed = q.shape[-1], v.shape[-1], options.cu_seqlens_q is not None
+        as_column = dlse is not None and not self.takes_dlse
+        width = common_width(size, size_v, 1 if as_column else 0)
+        if dlse is not None and not self.takes_dlse:
+            dout, v, out = lse_as_value_column(dout, dlse, v, out, width)
+            dlse = None
+        dout, q, k, v, out = _tokens_first(options, width, dout, q, k, v, out)
+        if packed:
+            lse, dlse = lse.transpose(0, 1), None if dlse is None else dlse.transpose(0, 1)
+        lse, dlse = lse.contiguous(), None if dlse is None else dlse.contiguous()
+        gradients = self.kernel_backward(dout, dlse, q, k, v, out, lse, rng_state, options)
+        dq, dk, dv = gradients if packed else (gradient.transpose(1, 2) for gradient in gradients)
+        return narrowed(dq, size), narrowed(dk, size), narrowed(dv, size_v)
+
+
+class Sequences(NamedTuple):
+    """Where packed sequences start, and the longest of them; of batches their lengths."""
+
+    starts_q: Tensor | None
+    starts_k: Tensor | None
+    max_q: int
+    max_k: int
+
+
+def sequences(options: Options, q: Tensor, k: Tensor) -> Sequences:
+    """Of tensors whose tokens come first."""
+    if options.cu_seqlens_q is None:
+        return Sequences(None, None, q.shape[1], k.shape[1])
+    return Sequences(options.cu_seqlens_q, options.cu_seqlens_k, options.max_seqlen_q, options.max_seqlen_k)
+
+
+def gradients_like(*tensors: Tensor) -> list[Tensor]:
+    """Uninitialised dense tensors that lie in memory as their inputs do."""
+    return [empty_in_order(x, x.shape, memory_order(x)) for x in tensors]
+
+
+def _tokens_first(options: Options, width: int, *tensors: Tensor) -> list[Tensor]:
+    """(B, H, L, E) as (B, L, H, E); packed tensors have that order already."""
+    wide = [of_width(x, width) for x in tensors]
+    return wide if options.cu_seqlens_q is not None else [x.transpose(1, 2) for x in wide]

@@ -1,0 +1,86 @@
+"""FlashAttention 2, the package flash-attn."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from attn_n.backends import flash_2
+from attn_n.backends.flash import FlashBackend, gradients_like, sequences
+from attn_n.backends.library import Library
+from attn_n.backends.signatures import changed_operator
+from attn_n.call import AttentionCall, Options
+from attn_n.compilation import constant_when_compiled
+
+LIBRARY = Library(
+    "flash-attn 2", "flash_attn.flash_attn_interface", "pip install flash-attn", ("flash-attn",), oldest="2.7"
+)
+_PACKED = "cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, "
+_OPTIONS = "dropout_p, softmax_scale, causal, window_size_left, window_size_right, softcap, alibi_slopes"
+_GRADIENTS = "dout, q, k, v, out, softmax_lse, dq, dk, dv, "
+
+
+@constant_when_compiled
+def problem() -> str | None:
+    return LIBRARY.problem() or changed_operator(
+        f"flash_attn::_flash_attn_forward(q, k, v, {_OPTIONS}, return_softmax) -> 4",
+        f"flash_attn::_flash_attn_varlen_forward(q, k, v, {_PACKED}{_OPTIONS}) -> 4",
+        f"flash_attn::_flash_attn_backward({_GRADIENTS}{_OPTIONS}, deterministic, rng_state) -> 1",
+        f"flash_attn::_flash_attn_varlen_backward({_GRADIENTS}{_PACKED}{_OPTIONS}, deterministic, rng_state) -> 1",
+    )
+
+
+class FlashAttention2(FlashBackend):
+    name = "flash_attn:2"
+    summary = "FlashAttention 2, the package flash-attn"
+
+    def why_not(self, call: AttentionCall) -> str | None:
+        unserved = self.unserved(call)
+        if unserved is not None:
+            return unserved
+        if call.capability is None or call.capability < (8, 0):
+            return f"needs compute capability 8.0 or later, got {call.capability}"
+        if call.softcap is not None and call.dropout_p:
+            return "takes no dropout together with softcap"
+        return flash_2.unserved(call) or problem()
+
+    def kernel_forward(self, q: Tensor, k: Tensor, v: Tensor, options: Options) -> tuple[Tensor, Tensor, Tensor | None]:
+        lengths = sequences(options, q, k)
+        visible = flash_2.visible(options, lengths)
+        how = _how(options, visible)
+        library = torch.ops.flash_attn
+        if lengths.starts_q is None:
+            out, lse, _, rng_state = library._flash_attn_forward(q, k, v, *how, False)
+        else:
+            out, lse, _, rng_state = library._flash_attn_varlen_forward(q, k, v, *lengths[:3], visible.max_k, *how)
+        return out, flash_2.rows_without_keys(lse, options, lengths), rng_state if options.dropout_p else None
+
+    def kernel_backward(
+        self,
+        dout: Tensor,
+        dlse: Tensor | None,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        out: Tensor,
+        lse: Tensor,
+        rng_state: Tensor | None,
+        options: Options,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        lengths = sequences(options, q, k)
+        visible = flash_2.visible(options, lengths)
+        how = *_how(options, visible), torch.are_deterministic_algorithms_enabled(), rng_state
+        dq, dk, dv = gradients_like(q, k, v)
+        library = torch.ops.flash_attn
+        if lengths.starts_q is None:
+            library._flash_attn_backward(dout, q, k, v, out, lse, dq, dk, dv, *how)
+        else:
+            library._flash_attn_varlen_backward(dout, q, k, v, out, lse, dq, dk, dv, *lengths[:3], visible.max_k, *how)
+        return dq, dk, dv
+
+
+def _how(options: Options, visible: flash_2.Visible) -> tuple[float, float, bool, int, int, float, Tensor | None]:
+    return (
+        options.dropout_p, options.scale, visible.causal, visible.left, visible.right, options.softcap or 0.0,
+        options.alibi_slopes,
+    )  # fmt: skip

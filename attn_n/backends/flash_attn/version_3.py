@@ -1,0 +1,119 @@
+"""FlashAttention 3, the module flash_attn_interface of several packages, most of them built without a backward."""
+
+from __future__ import annotations
+
+import importlib
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from attn_n.backends.flash import FlashBackend, gradients_like, sequences
+from attn_n.backends.library import Library
+from attn_n.backends.signatures import changed_operator
+from attn_n.call import AttentionCall, Options
+from attn_n.compilation import constant_when_compiled
+
+LIBRARY = Library(
+    "FlashAttention 3",
+    "flash_attn_interface",
+    "from its source, or the forward alone by pip install tokenspeed-fa3",
+    ("flash-attn-3", "tokenspeed-fa3"),
+)
+_OPTIONS = (
+    "cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, softmax_scale, is_causal, window_size_left,"
+    " window_size_right, softcap"
+)
+
+
+@constant_when_compiled
+def problem() -> str | None:
+    return LIBRARY.problem() or changed_operator(
+        f"flash_attn_3::fwd(q, k, v, *, {_OPTIONS}, num_splits) -> 4",
+        f"flash_attn_3::bwd(dout, q, k, v, out, softmax_lse, dq, dk, dv, *, {_OPTIONS}, deterministic)",
+    )
+
+
+@constant_when_compiled
+def left_out(what: str) -> str | None:
+    """The reason if the build lacks `what`, as its own list of flags says."""
+    try:
+        flags: dict[str, bool] = importlib.import_module("flash_attn_config").CONFIG["build_flags"]
+    except ImportError:
+        return None
+    if not flags.get(f"FLASHATTENTION_DISABLE_{what}"):
+        return None
+    return f"this build of FlashAttention 3 ({LIBRARY.version()}) was made without {what.lower()}"
+
+
+class FlashAttention3(FlashBackend):
+    name = "flash_attn:3"
+    summary = "FlashAttention 3, for Hopper"
+
+    def why_not(self, call: AttentionCall) -> str | None:
+        unserved = self.unserved(call)
+        if unserved is not None:
+            return unserved
+        if call.capability != (9, 0):
+            return f"is for compute capability 9.0, got {call.capability}"
+        if call.alibi or call.dropout_p:
+            return "FlashAttention 3 has no ALiBi and no dropout"
+        return problem() or _why_not_built(call)
+
+    def out_order(self, q: Tensor) -> tuple[int, ...]:
+        """Token by token, whatever the order of q."""
+        return (0, 2, 1, 3) if q.dim() == 4 else (0, 1, 2)
+
+    def kernel_forward(self, q: Tensor, k: Tensor, v: Tensor, options: Options) -> tuple[Tensor, Tensor, Tensor | None]:
+        out, lse, *_ = torch.ops.flash_attn_3.fwd(q, k, v, num_splits=1, **_how(options, q, k))
+        return out, lse, None
+
+    def kernel_backward(
+        self,
+        dout: Tensor,
+        dlse: Tensor | None,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        out: Tensor,
+        lse: Tensor,
+        rng_state: Tensor | None,
+        options: Options,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        dq, dk, dv = gradients_like(q, k, v)
+        deterministic = torch.are_deterministic_algorithms_enabled()
+        torch.ops.flash_attn_3.bwd(
+            dout, q, k, v, out, lse, dq, dk, dv, deterministic=deterministic, **_how(options, q, k)
+        )
+        return dq, dk, dv
+
+
+def _why_not_built(call: AttentionCall) -> str | None:
+    wanted = {
+        "BACKWARD": call.needs_grad,
+        "SOFTCAP": call.softcap is not None,
+        "LOCAL": call.windowed,
+        "VARLEN": call.varlen,
+        "FP16": call.dtype == torch.float16,
+        "HDIM256": max(call.head_dim, call.head_dim_v) > 192,
+    }
+    reasons = (left_out(what) for what, asked_for in wanted.items() if asked_for)
+    return next((reason for reason in reasons if reason is not None), None)
+
+
+def _how(options: Options, q: Tensor, k: Tensor) -> dict[str, Any]:
+    starts_q, starts_k, max_q, max_k = sequences(options, q, k)
+    left, right = options.window_left, options.window_right
+    packed: dict[str, Any] = {}
+    if starts_q is not None:
+        packed = {
+            "cu_seqlens_q": starts_q, "cu_seqlens_k": starts_k, "max_seqlen_q": max_q, "max_seqlen_k": max_k,
+        }  # fmt: skip
+    return {
+        "softmax_scale": options.scale,
+        "is_causal": left is None and right == 0,
+        "window_size_left": -1 if left is None else left,
+        "window_size_right": -1 if right is None else right,
+        "softcap": options.softcap or 0.0,
+        **packed,
+    }

@@ -1,0 +1,95 @@
+"""FlashAttention 4 (CuTe), the package flash-attn-4: compiled when first called, with a gradient of lse of its own."""
+
+from __future__ import annotations
+
+import importlib
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from attn_n.backends.flash import FlashBackend, gradients_like, sequences
+from attn_n.backends.library import Library
+from attn_n.backends.signatures import changed_function
+from attn_n.call import AttentionCall, Options
+from attn_n.compilation import constant_when_compiled
+
+LIBRARY = Library("flash-attn 4", "flash_attn.cute.interface", "pip install flash-attn-4", ("flash-attn-4",))
+_OPTIONS = (
+    "softmax_scale", "softcap", "window_size_left", "window_size_right", "cu_seqlens_q", "cu_seqlens_k", "max_seqlen_q",
+    "max_seqlen_k",
+)  # fmt: skip
+
+
+@constant_when_compiled
+def problem() -> str | None:
+    reason = LIBRARY.problem()
+    if reason is not None:
+        return reason
+    module = _module()
+    return changed_function(module, "_flash_attn_fwd", "q", "k", "v", "return_lse", *_OPTIONS) or changed_function(
+        module, "_flash_attn_bwd", "q", "k", "v", "out", "dout", "lse", "dq", "dk", "dv", "dlse", "deterministic",
+        *_OPTIONS,
+    )  # fmt: skip
+
+
+def _module() -> Any:
+    return importlib.import_module(LIBRARY.module)
+
+
+class FlashAttention4(FlashBackend):
+    name = "flash_attn:4"
+    summary = "FlashAttention 4, for Hopper and Blackwell"
+    takes_dlse = True
+
+    def why_not(self, call: AttentionCall) -> str | None:
+        hopper = call.capability is not None and call.capability[0] == 9
+        unserved = self.unserved(call, 256 if hopper else 128)
+        if unserved is not None:
+            return unserved
+        if call.capability is None or call.capability[0] not in (9, 10, 11):
+            return f"is used here for compute capability 9.0 to 11.0, got {call.capability}"
+        if call.alibi or call.dropout_p:
+            return "FlashAttention 4 has no ALiBi and no dropout"
+        return problem()
+
+    def out_order(self, q: Tensor) -> tuple[int, ...]:
+        """Token by token, whatever the order of q."""
+        return (0, 2, 1, 3) if q.dim() == 4 else (0, 1, 2)
+
+    def kernel_forward(self, q: Tensor, k: Tensor, v: Tensor, options: Options) -> tuple[Tensor, Tensor, Tensor | None]:
+        out, lse, *_ = _module()._flash_attn_fwd(q, k, v, return_lse=True, **_how(options, q, k))
+        return out, lse, None
+
+    def kernel_backward(
+        self,
+        dout: Tensor,
+        dlse: Tensor | None,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        out: Tensor,
+        lse: Tensor,
+        rng_state: Tensor | None,
+        options: Options,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        dq, dk, dv = gradients_like(q, k, v)
+        _module()._flash_attn_bwd(
+            q, k, v, out, dout, lse, dq=dq, dk=dk, dv=dv, dlse=dlse,
+            deterministic=torch.are_deterministic_algorithms_enabled(), **_how(options, q, k),
+        )  # fmt: skip
+        return dq, dk, dv
+
+
+def _how(options: Options, q: Tensor, k: Tensor) -> dict[str, Any]:
+    starts_q, starts_k, max_q, max_k = sequences(options, q, k)
+    return {
+        "softmax_scale": options.scale,
+        "softcap": options.softcap or 0.0,
+        "window_size_left": options.window_left,
+        "window_size_right": options.window_right,
+        "cu_seqlens_q": starts_q,
+        "cu_seqlens_k": starts_k,
+        "max_seqlen_q": None if starts_q is None else max_q,
+        "max_seqlen_k": None if starts_q is None else max_k,
+    }

@@ -1,0 +1,243 @@
+"""xFormers, by the explicit forward and backward of memory_efficient_attention; `attn_n.fold` applies n."""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+import sys
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from attn_n.backends import flash_2
+from attn_n.backends.base import Backend, Family
+from attn_n.backends.flash import FlashBackend, sequences
+from attn_n.backends.layout import aligned_bias, key_head_each, rounds_bias
+from attn_n.backends.library import Library
+from attn_n.backends.rectangles import RectangleBackend
+from attn_n.backends.signatures import changed_function
+from attn_n.call import AttentionCall, Options
+from attn_n.compilation import constant_when_compiled
+
+
+def load(module: str) -> Any:
+    """xFormers takes any `flash_attn` for FlashAttention 2, and fails where FlashAttention 4 has made a namespace of
+    it: then it is imported as if there were none, and runs PyTorch's kernels."""
+    only_4 = "xformers.ops" not in sys.modules and _has("flash_attn") and not _has("flash_attn.flash_attn_interface")
+    if not only_4:
+        return importlib.import_module(module)
+    hidden = sys.modules.pop("flash_attn", None)
+    sys.modules["flash_attn"] = None  # type: ignore[assignment]  # with None a module counts as absent
+    try:
+        return importlib.import_module(module)
+    finally:
+        del sys.modules["flash_attn"]
+        if hidden is not None:
+            sys.modules["flash_attn"] = hidden
+
+
+def _has(module: str) -> bool:
+    return importlib.util.find_spec(module) is not None
+
+
+LIBRARY = Library("xformers", "xformers.ops", "pip install xformers", ("xformers",), oldest="0.0.32", load=load)
+
+
+@constant_when_compiled
+def problem(kernel: str) -> str | None:
+    """Why the operators of `kernel`, "flash" or "cutlass", cannot be used."""
+    reason = LIBRARY.problem()
+    if reason is not None:
+        return reason
+    if not importlib.import_module("xformers._cpp_lib")._built_with_cuda:
+        return (
+            f"the operators of xformers {LIBRARY.version()} cannot be loaded: it was built for another PyTorch, or its"
+            " CUDA libraries are missing (pip install nvidia-cuda-runtime-cu12 for a wheel that was built with CUDA 12)"
+        )
+    fmha = _fmha()
+    operators = getattr(fmha, kernel)
+    if not (operators.FwOp.is_available() and operators.BwOp.is_available()):
+        return f"xformers {LIBRARY.version()} has no {kernel} kernels here"
+    arguments = "query", "key", "value", "attn_bias", "scale", "op"
+    return changed_function(fmha, "memory_efficient_attention_forward_requires_grad", *arguments) or changed_function(
+        fmha, "memory_efficient_attention_backward", "grad", "output", "lse", *arguments
+    )
+
+
+def _fmha() -> Any:
+    return importlib.import_module("xformers.ops.fmha")
+
+
+def _unserved(call: AttentionCall) -> str | None:
+    if call.device != "cuda":
+        return f"runs on CUDA, not on {call.device}"
+    if torch.version.hip is not None:
+        return "has not been tested on ROCm"
+    if call.capability is None or not (8, 0) <= call.capability <= (9, 0):
+        return f"is used here for compute capability 8.0 to 9.0, got {call.capability}"
+    if call.softcap is not None:
+        return "xFormers has no softcap"
+    if call.dropout_p:
+        return "xFormers' explicit forward and backward have no dropout"
+    if call.mask_needs_grad:
+        return "no gradient of attn_mask"
+    if call.alibi_needs_grad:
+        return "no gradient of alibi_slopes"
+    return None
+
+
+class Flash(FlashBackend):
+    name = "xformers:flash"
+    summary = "FlashAttention 2 as xFormers calls it"
+
+    def why_not(self, call: AttentionCall) -> str | None:
+        unserved = _unserved(call) or self.unserved(call)
+        if unserved is not None:
+            return unserved
+        if call.alibi:
+            return "has no ALiBi"
+        if call.varlen and call.windowed and call.window_right != 0:
+            return "has masks of packed sequences for full and for causal attention and causal windows alone"
+        if call.needs_grad and torch.are_deterministic_algorithms_enabled():
+            return "is not deterministic"
+        return flash_2.unserved(call) or problem("flash")
+
+    def kernel_forward(self, q: Tensor, k: Tensor, v: Tensor, options: Options) -> tuple[Tensor, Tensor, Tensor | None]:
+        fmha, lengths = _fmha(), sequences(options, q, k)
+        out, lse = fmha.memory_efficient_attention_forward_requires_grad(
+            *_tensors(options, q, k, v), attn_bias=_mask(options, q, k), scale=options.scale,
+            op=fmha.flash.FwOp,
+        )  # fmt: skip
+        lse = flash_2.rows_without_keys(lse, options, lengths)
+        return (out, lse, None) if lengths.starts_q is None else (out[0], lse[0], None)
+
+    def kernel_backward(
+        self,
+        dout: Tensor,
+        dlse: Tensor | None,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        out: Tensor,
+        lse: Tensor,
+        rng_state: Tensor | None,
+        options: Options,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        fmha = _fmha()
+        dq, dk, dv = fmha.memory_efficient_attention_backward(
+            *_as_batch(options, dout, out, lse), *_tensors(options, q, k, v),
+            attn_bias=_mask(options, q, k), scale=options.scale, op=fmha.flash.BwOp,
+        )  # fmt: skip
+        return (dq, dk, dv) if options.cu_seqlens_q is None else (dq[0], dk[0], dv[0])
+
+
+class Cutlass(RectangleBackend):
+    name = "xformers:cutlass"
+    summary = "xFormers' memory-efficient kernel"
+    bias_elements = 1 << 25
+    most_rows = 2048
+
+    def why_not(self, call: AttentionCall) -> str | None:
+        unserved = _unserved(call)
+        if unserved is not None:
+            return unserved
+        if call.dtype == torch.float64:
+            return "takes float16, bfloat16 and float32, not float64"
+        return rounds_bias(call) or problem("cutlass")
+
+    def out_order(self, q: Tensor) -> tuple[int, ...]:
+        """Token by token, whatever the order of q."""
+        return (0, 2, 1, 3) if q.dim() == 4 else (0, 1, 2)
+
+    def gradient_order(self, x: Tensor) -> tuple[int, ...]:
+        return self.out_order(x)
+
+    def widths(self, size: int, size_v: int) -> tuple[int, int]:
+        return -(-size // 8) * 8, -(-size_v // 8) * 8
+
+    def kernel_forward(
+        self, q: Tensor, k: Tensor, v: Tensor, causal: bool, bias: Tensor | None, scale: float
+    ) -> tuple[Tensor, Tensor]:
+        fmha = _fmha()
+        out, lse = fmha.memory_efficient_attention_forward_requires_grad(
+            *self._tensors(q, k, v), attn_bias=self._mask(q, k, causal, bias), scale=scale, op=fmha.cutlass.FwOp
+        )
+        return out.transpose(1, 2), lse[:, :, : q.shape[2]]
+
+    def kernel_backward(
+        self,
+        dout: Tensor,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        out: Tensor,
+        lse: Tensor,
+        causal: bool,
+        bias: Tensor | None,
+        scale: float,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        fmha = _fmha()
+        dout, out = (x.transpose(1, 2).contiguous() for x in (dout, out))
+        dq, dk, dv = fmha.memory_efficient_attention_backward(
+            dout, out, lse, *self._tensors(q, k, v), attn_bias=self._mask(q, k, causal, bias), scale=scale,
+            op=fmha.cutlass.BwOp,
+        )  # fmt: skip
+        return dq.transpose(1, 2), dk.transpose(1, 2), dv.transpose(1, 2)
+
+    def _tensors(self, q: Tensor, k: Tensor, v: Tensor) -> list[Tensor]:
+        """Tokens first, and a key head for each query head."""
+        return [x.transpose(1, 2) for x in (q, *key_head_each(q, k, v))]
+
+    def _mask(self, q: Tensor, k: Tensor, causal: bool, bias: Tensor | None) -> Any:
+        return _fmha().attn_bias.LowerTriangularMask() if causal else aligned_bias(q, k, bias)
+
+
+class Xformers(Family):
+    name = "xformers"
+    summary = "xFormers' memory_efficient_attention: FlashAttention 2, or its own kernel"
+
+    def __init__(self) -> None:
+        kernels: tuple[Backend, ...] = (Flash(), Cutlass())
+        self.members = {kernel.name.partition(":")[2]: kernel for kernel in kernels}
+
+    def order(self, call: AttentionCall) -> Sequence[str]:
+        return tuple(self.members) if call.device == "cuda" else ()
+
+
+def _tensors(options: Options, q: Tensor, k: Tensor, v: Tensor) -> list[Tensor]:
+    """A key head for each query head, of tensors whose tokens come first."""
+    return _as_batch(options, q, *key_head_each(q, k, v, q.dim() - 2))
+
+
+def _as_batch(options: Options, *tensors: Tensor) -> list[Tensor]:
+    return list(tensors) if options.cu_seqlens_q is None else [x[None] for x in tensors]
+
+
+def _mask(options: Options, q: Tensor, k: Tensor) -> Any:
+    """The mask of a call, its last query at its last key: xFormers' plain causal masks begin at the first ones."""
+    masks, lengths = _fmha().attn_bias, sequences(options, q, k)
+    left, right = options.window_left, options.window_right
+    if lengths.starts_q is not None:
+        # The lists of starts are for its helpers on the host; filling them would wait for the GPU.
+        blocks = [
+            masks._SeqLenInfo(seqstart=starts, max_seqlen=longest, min_seqlen=0, seqstart_py=[])
+            for starts, longest in ((lengths.starts_q, lengths.max_q), (lengths.starts_k, lengths.max_k))
+        ]
+        if right is None:
+            return masks.BlockDiagonalMask(*blocks)
+        if left is None:
+            return masks.BlockDiagonalCausalFromBottomRightMask(*blocks)
+        return masks.BlockDiagonalCausalLocalAttentionFromBottomRightMask(*blocks, _window_size=left + 1)
+    if left is None and right is None:
+        return None
+    if left is None and right == 0:
+        return masks.LowerTriangularFromBottomRightMask()
+    # A bound from S on counts as none.
+    return masks.LocalAttentionFromBottomRightMask(
+        lengths.max_k if left is None else left, lengths.max_k if right is None else right
+    )
+
+
+BACKEND = Xformers()

@@ -1,0 +1,73 @@
+"""The kernels of `attn_n.fused_fold`, in Triton's own language."""
+
+import triton
+import triton.language as tl
+
+_RUN_TIME = ("stride_n", "heads", "rows")  # nothing is compiled anew for their values
+
+
+@triton.jit(do_not_specialize=_RUN_TIME)
+def scale_kernel(
+    out, lse, lse_n, sinks, number, strides, strides_lse, strides_lse_n, stride_n, heads, rows,
+    WIDTH: tl.constexpr, TILE: tl.constexpr, TILE_E: tl.constexpr,
+):  # fmt: skip
+    # The last rows first: the kernel before wrote them last, so that they may still be in the cache.
+    batch, head, first = place(tl.num_programs(0) - 1 - tl.program_id(0), heads, rows, TILE)
+    row = first + tl.arange(0, TILE)
+    inside = row < rows
+    log_n = number if sinks is None else tl.load(sinks + head * stride_n)
+    row_lse = tl.load(row_of(lse, strides_lse, batch, head, row), mask=inside, other=0.0)
+    high, low = tl.maximum(row_lse, log_n), tl.minimum(row_lse, log_n)
+    nothing = high == float("-inf")  # a row without visible keys at n = 0
+    sum_lse = tl.where(nothing, high, high + tl.log(1.0 + tl.exp(low - high)))
+    tl.store(row_of(lse_n, strides_lse_n, batch, head, row), sum_lse, mask=inside)
+    # exp(row_lse - sum_lse), without the difference of two large numbers
+    factor = tl.where(nothing, 0.0, 1.0 / (1.0 + tl.exp(log_n - row_lse)))
+    pointers, mask = tile_of(out, strides, batch, head, row, inside, WIDTH, TILE_E)
+    tl.store(pointers, tl.load(pointers, mask=mask).to(tl.float32) * factor[:, None], mask=mask)
+
+
+@triton.jit(do_not_specialize=_RUN_TIME)
+def gradient_kernel(
+    dout, out, dlse, lse, sinks, shares, strides_dout, strides_out, strides_dlse, strides_lse, stride_n, heads, rows,
+    WIDTH: tl.constexpr, TILE: tl.constexpr, TILE_E: tl.constexpr,
+):  # fmt: skip
+    batch, head, first = place(tl.program_id(0), heads, rows, TILE)
+    row = first + tl.arange(0, TILE)
+    inside = row < rows
+    pointers, mask = tile_of(out, strides_out, batch, head, row, inside, WIDTH, TILE_E)
+    out_tile = tl.load(pointers, mask=mask, other=0.0).to(tl.float32)
+    pointers, mask = tile_of(dout, strides_dout, batch, head, row, inside, WIDTH, TILE_E)
+    dout_tile = tl.load(pointers, mask=mask, other=0.0).to(tl.float32)
+    delta = tl.sum(out_tile * dout_tile, 1)
+    if dlse is not None:
+        delta -= tl.load(row_of(dlse, strides_dlse, batch, head, row), mask=inside, other=0.0)
+    row_lse = tl.load(row_of(lse, strides_lse, batch, head, row), mask=inside, other=float("inf"))
+    log_n = 0.0 if sinks is None else tl.load(sinks + head * stride_n)
+    # Bounded below infinity, which times a delta of zero would be NaN. At n = 0 a row without visible keys has
+    # lse = log n = -inf, and n does not reach its zero output.
+    share = tl.where(row_lse == float("-inf"), 0.0, tl.exp(tl.minimum(log_n - row_lse, 87.0)))
+    tl.store(shares + tl.program_id(0), -tl.sum(share * delta))
+
+
+@triton.jit
+def place(program, heads, rows, TILE: tl.constexpr):
+    """Batch, head and first row of a program."""
+    head = (program % heads).to(tl.int64)
+    tile = program // heads
+    tiles = tl.cdiv(rows, TILE)
+    return (tile // tiles).to(tl.int64), head, tile % tiles * TILE
+
+
+@triton.jit
+def row_of(x, strides, batch, head, row):
+    return x + batch * strides[0] + head * strides[1] + row.to(tl.int64) * strides[2]
+
+
+@triton.jit
+def tile_of(x, strides, batch, head, row, inside, WIDTH: tl.constexpr, TILE_E: tl.constexpr):
+    """The pointers and the mask of a tile of rows of one head."""
+    column = tl.arange(0, TILE_E)
+    return row_of(x, strides, batch, head, row)[:, None] + column[None, :] * strides[3], inside[:, None] & (
+        column < WIDTH
+    )[None, :]

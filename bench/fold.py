@@ -1,0 +1,132 @@
+"""What n costs behind the kernels of other libraries: python -m bench.fold OUT.json, on a GPU.
+
+First the fold alone: its time over that of a device copy of `out`, and that of the gradient of n over the time of
+reading `out` and `dout` once. Then whole calls at S = 8192, E = 128: each backend that does not apply n itself, with
+n = 1 over n = 0, forward and backward.
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import json
+import statistics
+from collections.abc import Iterator
+from typing import Any, TypeVar
+
+import torch
+
+from attn_n import UnsupportedError, flash_attention_n, fused_fold, registry
+from attn_n.backends.base import Family
+from bench import interleaved
+from bench.clocks import CudaClock, Run
+from bench.problem import Inputs, Problem, make_inputs
+
+Key = TypeVar("Key")
+
+TOKENS, HIDDEN, LENGTH = 16384, 2048, 8192
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("out")
+    parser.add_argument("--quick", action="store_true", help="fewer rounds")
+    args = parser.parse_args()
+    clock, found = CudaClock(args.quick), []
+    for line in itertools.chain(_alone(clock), _behind_kernels(clock)):
+        print(json.dumps(line), flush=True)
+        found.append(line)
+    with open(args.out, "w") as file:
+        json.dump({"device": torch.cuda.get_device_name(), "torch": torch.__version__, "lines": found}, file, indent=1)
+
+
+def _alone(clock: CudaClock) -> Iterator[dict[str, Any]]:
+    for width in (64, 128, 256):
+        for layout in ("heads first", "tokens first", "packed"):
+            yield _one_fold(width, layout, clock)
+
+
+def _one_fold(width: int, layout: str, clock: CudaClock) -> dict[str, Any]:
+    heads, batch = HIDDEN // width, TOKENS // LENGTH
+    shape = (TOKENS, heads) if layout == "packed" else (batch, heads, LENGTH)
+    packed = layout == "packed"
+    lse = torch.randn(shape, device="cuda")
+
+    def like_out() -> torch.Tensor:
+        x = torch.randn(*shape, width, device="cuda", dtype=torch.bfloat16)
+        return x.transpose(1, 2).contiguous().transpose(1, 2) if layout == "tokens first" else x
+
+    out, dout = like_out(), like_out()
+    copy, per_head = torch.empty_like(out), torch.zeros(heads, device="cuda")
+    runs: dict[str, Run] = {
+        "copy": lambda: copy.copy_(out),
+        "fold, n = 1": lambda: fused_fold.scale_(out, lse, 0.0, packed),
+        "fold, n per head": lambda: fused_fold.scale_(out, lse, per_head, packed),
+        "gradient of n": lambda: fused_fold.gradient_of_n(dout, None, out, lse, per_head, packed),
+    }
+    seconds = _medians(runs, clock)
+    ratios = {name: round(seconds[name] / seconds["copy"], 3) for name in runs if name != "copy"}
+    return {"E": width, "out": layout, "copy, us": round(seconds["copy"] * 1e6, 1), "over the copy": ratios}
+
+
+def _behind_kernels(clock: CudaClock) -> Iterator[dict[str, Any]]:
+    for causal in (False, True):
+        problem = Problem(
+            LENGTH, causal, TOKENS // LENGTH, HIDDEN // 128, 128, dtype=torch.bfloat16, device="cuda"
+        )  # fmt: skip
+        inputs = make_inputs(problem)
+        for measure, passes in (("forward", _forward), ("backward", _backward)):
+            runs = {(name, n): passes(name, n, inputs) for name in _kernels() for n in (0.0, 1.0)}
+            seconds = _medians({each: run for each, run in runs.items() if run is not None}, clock)
+            for name in dict.fromkeys(name for name, _ in seconds):
+                plain, with_n = seconds[name, 0.0], seconds[name, 1.0]
+                cost = f"{100 * (with_n / plain - 1):.1f} %"
+                yield {
+                    "backend": name, "problem": str(problem), "pass": measure, "n = 0, ms": round(plain * 1e3, 3),
+                    "n = 1 costs": cost,
+                }  # fmt: skip
+
+
+def _kernels() -> Iterator[str]:
+    """The kernels of other libraries: they leave n to the fold."""
+    for name in registry.names():
+        backend, _ = registry.find(name)
+        if isinstance(backend, Family) and not backend.applies_n:
+            yield from (f"{name}:{member}" for member in backend.members if member != "cpu")
+
+
+def _forward(backend: str, n: float, inputs: Inputs) -> Run | None:
+    def run() -> object:
+        with torch.no_grad():
+            return flash_attention_n(inputs.q, inputs.k, inputs.v, inputs.problem.causal, sm_n=n, backend=backend)
+
+    return run if _serves(run) else None
+
+
+def _backward(backend: str, n: float, inputs: Inputs) -> Run | None:
+    def run() -> object:
+        return torch.autograd.grad(out, (inputs.q, inputs.k, inputs.v), inputs.dout, retain_graph=True)
+
+    out: Any = None
+
+    def forward() -> None:
+        nonlocal out
+        out = flash_attention_n(inputs.q, inputs.k, inputs.v, inputs.problem.causal, sm_n=n, backend=backend)
+
+    return run if _serves(forward) else None
+
+
+def _serves(run: Run) -> bool:
+    try:
+        run()
+    except UnsupportedError:
+        return False
+    return True
+
+
+def _medians(runs: dict[Key, Run], clock: CudaClock) -> dict[Key, float]:
+    return {name: statistics.median(times) for name, times in interleaved.measure(runs, clock).items()}
+
+
+if __name__ == "__main__":
+    main()

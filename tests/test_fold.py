@@ -1,0 +1,133 @@
+"""The fold: by torch and by its Triton kernels, under the interpreter on a CPU, against float64."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from torch import Tensor
+
+from attn_n import flash_attention_n, fold
+from tests.cases import INTERPRETED
+
+pytest.importorskip("triton")
+
+from attn_n import fused_fold
+
+PLACES = [
+    pytest.param("cpu", marks=pytest.mark.skipif(not INTERPRETED, reason="the kernels are compiled for the GPU here")),
+    pytest.param("cuda", marks=pytest.mark.gpu),
+]
+BATCH, HEADS, ROWS = 2, 3, 70
+LAYOUTS = ("heads first", "tokens first", "packed", "narrowed", "a stride in the last dimension")
+LOG_N = {
+    "1": 0.0,
+    "1e-3": math.log(1e-3),
+    "1e4": math.log(1e4),
+    "per head": (-2.0, 0.5, 3.0),
+    "zero": (-math.inf, 1.0, 90.0),
+}
+
+
+def log_n_of(kind: str, device: str) -> float | Tensor:
+    log_n = LOG_N[kind]
+    return torch.tensor(log_n, device=device) if isinstance(log_n, tuple) else log_n
+
+
+def laid_out(x: Tensor, layout: str) -> Tensor:
+    """`(B, H, L, E)`, or packed `(T, H, E)`, in another memory layout."""
+    if layout == "tokens first":
+        return x.transpose(1, 2).contiguous().transpose(1, 2)
+    if layout == "packed":
+        return x.transpose(1, 2).flatten(0, 1)
+    if layout == "narrowed":
+        return torch.cat([x, x], -1)[..., : x.shape[-1]]
+    if layout == "a stride in the last dimension":
+        return x.mT.contiguous().mT
+    return x
+
+
+def rows_of(layout: str, device: str) -> Tensor:
+    """lse, with rows without visible keys; packed `(T, H)` as FlashAttention lays it out."""
+    lse = torch.randn(BATCH, HEADS, ROWS, device=device) * 4
+    lse[:, :, ::5] = -math.inf
+    return lse.transpose(1, 2).flatten(0, 1).T.contiguous().T if layout == "packed" else lse
+
+
+@pytest.mark.parametrize("device", PLACES)
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("width", [64, 40])
+@pytest.mark.parametrize("kind", LOG_N)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_scale(device: str, layout: str, width: int, kind: str, dtype: torch.dtype) -> None:
+    packed = layout == "packed"
+    out, lse = (
+        laid_out(torch.randn(BATCH, HEADS, ROWS, width, device=device, dtype=dtype), layout),
+        rows_of(layout, device),
+    )
+    log_n = log_n_of(kind, device)
+    exact_n = log_n.double() if isinstance(log_n, Tensor) else log_n
+    exact, exact_lse = out.double(), lse.double()
+    fold.scale_(exact, exact_lse, exact_n, packed)
+    exact_lse = fold.with_n(exact_lse, exact_n, packed)
+    lse_n = fused_fold.scale_(out, lse, log_n, packed)
+    assert lse_n.stride() == lse.stride()
+    relative = 2e-6 if dtype == torch.float32 else torch.finfo(dtype).eps
+    assert torch.allclose(out.double(), exact, rtol=relative, atol=1e-7)
+    assert torch.equal(lse_n.isinf(), exact_lse.isinf())
+    finite = exact_lse.isfinite()
+    assert torch.allclose(lse_n.double()[finite], exact_lse[finite], rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize("device", PLACES)
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("of", ["n", "log n"])
+@pytest.mark.parametrize("with_dlse", [True, False])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_gradient_of_n(device: str, layout: str, of: str, with_dlse: bool, dtype: torch.dtype) -> None:
+    packed = layout == "packed"
+    out, dout = (laid_out(torch.randn(BATCH, HEADS, ROWS, 40, device=device, dtype=dtype), layout) for _ in range(2))
+    lse, dlse = rows_of(layout, device), rows_of(layout, device).nan_to_num(0.0, neginf=0.3) if with_dlse else None
+    log_n = torch.tensor([-1.0, -math.inf, 2.0], device=device) if of == "log n" else None
+    wide = [None if x is None else x.double() for x in (dout, dlse, out, lse, log_n)]
+    exact = fold.gradient_of_n(*wide, packed)  # type: ignore[arg-type]
+    for of_dout in (dout, dout[..., :1].expand(dout.shape)):
+        if of_dout is not dout:
+            exact = fold.gradient_of_n(of_dout.double(), *wide[1:], packed)  # type: ignore[arg-type]
+        got = [fused_fold.gradient_of_n(of_dout, dlse, out, lse, log_n, packed) for _ in range(2)]
+        assert torch.equal(*got), "the same bits each time"
+        assert torch.allclose(got[0].double(), exact, rtol=2e-5, atol=1e-3)
+
+
+@pytest.mark.parametrize("device", PLACES)
+def test_a_gradient_that_exp_would_overflow(device: str) -> None:
+    out, lse = torch.zeros(1, 2, 4, 8, device=device), torch.full((1, 2, 4), -300.0, device=device)
+    assert torch.equal(fused_fold.gradient_of_n(out, None, out, lse, None, False).cpu(), torch.zeros(2))
+
+
+@pytest.mark.gpu
+def test_the_kernels_are_what_runs_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    ran = []
+    for name in ("scale_", "gradient_of_n"):
+        original = getattr(fused_fold, name)
+        monkeypatch.setattr(
+            fused_fold, name, lambda *x, name=name, original=original: (ran.append(name), original(*x))[1]
+        )
+    q, k, v = (torch.randn(1, 2, 40, 64, device="cuda", dtype=torch.bfloat16, requires_grad=True) for _ in range(3))
+    n = torch.ones(2, device="cuda", requires_grad=True)
+    flash_attention_n(q, k, v, sm_n=n, backend="sdpa:flash").sum().backward()
+    assert ran == ["scale_", "gradient_of_n"]
+
+
+@pytest.mark.gpu
+def test_more_than_2_to_the_31_elements() -> None:
+    out = torch.ones(2, 16, 2**21, 64, device="cuda", dtype=torch.bfloat16)
+    lse = torch.zeros(out.shape[:3], device="cuda")
+    lse = fused_fold.scale_(out, lse, 0.0, False)
+    assert bool((out == 0.5).all())
+    assert torch.allclose(lse, torch.full((), math.log(2.0), device="cuda"))
+    assert torch.allclose(
+        fused_fold.gradient_of_n(out, None, out, lse, None, False).double(),
+        torch.tensor(-(2**22) * 0.5 * 16.0, device="cuda", dtype=torch.float64), rtol=1e-3,
+    )  # fmt: skip
