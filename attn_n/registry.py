@@ -35,9 +35,7 @@ AUTOMATIC = {
     "cuda": ("sdpa", "triton", "flash_attn", "xformers", "reference"),
 }
 AUTOMATIC_ELSEWHERE = ("reference",)
-# On sm_90 our kernel wins where the passes over `out` that give n to another library's result weigh most, in calls of
-# few keys (bench/results, H200: at 512 keys, forward + backward, 1.0 to 1.4 x; at 2048 keys, forward alone, 1.0 to
-# 1.3 x, with the backward 0.8 to 1.0 x).
+# On sm_90 with n, where our kernels are the fastest (see `_ours_first`).
 TRITON_FIRST = ("triton", "sdpa", "flash_attn", "xformers", "reference")
 FEW_KEYS, FEW_KEYS_FORWARD = 1024, 2048
 
@@ -261,11 +259,24 @@ def why_not(name: str, call: AttentionCall) -> str | None:
 
 def automatic_order(call: AttentionCall) -> tuple[str, ...]:
     """The backends to try for a call that names none."""
-    few = FEW_KEYS if call.needs_grad else FEW_KEYS_FORWARD
-    hopper = call.capability == (9, 0) and torch.version.hip is None
-    if hopper and call.n_kind != "none" and not call.varlen and call.k_shape[-2] <= few:
+    if _ours_first(call):
         return TRITON_FIRST
     return AUTOMATIC.get(call.device, AUTOMATIC_ELSEWHERE)
+
+
+def _ours_first(call: AttentionCall) -> bool:
+    """Whether our kernels are the fastest for the call, as measured on an H200.
+
+    Another library's kernel needs one more pass over `out` for n. Without that, the Hopper kernels against cuDNN's take
+    0.98 to 1.17 x its speed forward and, up to heads of 128, 1.03 x and more backward; wider heads have the portable
+    backward, 0.75 to 1.0 x. The portable kernels win in calls of few keys, where that pass weighs most.
+    """
+    hopper = call.capability == (9, 0) and torch.version.hip is None
+    if not hopper or call.n_kind == "none" or call.varlen or call.dtype.itemsize != 2:
+        return False
+    if call.k_shape[-2] <= (FEW_KEYS if call.needs_grad else FEW_KEYS_FORWARD):
+        return True
+    return (call.head_dim <= 128 or not call.needs_grad) and why_not("triton:hopper", call) is None
 
 
 def _refusal(call: AttentionCall, name: str | None, asked_by: str) -> str:

@@ -16,8 +16,8 @@ pytest.importorskip("triton")
 
 import attn_n
 from attn_n import flash_attention_n
-from attn_n.backends.triton.hopper import HopperKernels
-from attn_n.backends.triton.hopper.configs import BACKWARD
+from attn_n.backends.triton.hopper import HopperKernels, configs, prepare
+from attn_n.backends.triton.hopper.configs import BACKWARD, FORWARD, Config
 from tests import compare
 from tests.cases import CASES, HOPPER, INTERPRETED, Case, make, must_serve
 from tests.test_registry import gpu_call
@@ -72,6 +72,25 @@ def test_lengths(len_q: int, len_k: int, width: int) -> None:
         inputs = make(dataclasses.replace(case, **changes), torch.bfloat16, "cuda")
         excess = compare.excess(inputs, compare.library(inputs, "triton:hopper"))
         assert max(excess.values()) <= 1, (changes, excess)
+
+
+@pytest.mark.gpu
+@on_hopper
+@pytest.mark.parametrize(("width", "row"), [(width, row) for width, rows in FORWARD.items() for row in rows], ids=str)
+def test_every_row(width: int, row: Config, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each configuration of the forward, on short calls and on more work than runs at once."""
+    monkeypatch.setattr(configs, "find", lambda problem: row)
+    cases = (
+        Case("", batch=1, heads_q=4, heads_kv=2, len_q=150, len_k=170, window=(90, 10), n="per head"),
+        Case("", batch=2, heads_q=40, heads_kv=40, len_q=700, len_k=700, causal=True),
+        Case("", batch=2, heads_q=40, heads_kv=8, len_q=333, len_k=720, softcap=5.0, layout="tokens first"),
+    )
+    for case in cases:
+        prepare.prepared.cache_clear()  # calls that look the same share a launch, and with it the tiles
+        inputs = make(at_width(case, width), torch.bfloat16, "cuda")
+        excess = compare.excess(inputs, compare.library(inputs, "triton:hopper"))
+        assert max(excess.values()) <= 1, (case, excess)
+    prepare.prepared.cache_clear()
 
 
 @pytest.mark.gpu

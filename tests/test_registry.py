@@ -232,6 +232,12 @@ def gpu_call(**changes: object) -> AttentionCall:
     return AttentionCall(**{**fields, **changes})  # type: ignore[arg-type]
 
 
+long = {"k_shape": (2, 8, 3000, 64), "v_shape": (2, 8, 3000, 64)}
+wide = {
+    name: (2, 8, 3000 if name[0] != "q" else 256, 256) for name in ("q_shape", "k_shape", "v_shape")
+} | {f"{x}_stride": (8 * 3000 * 256, 3000 * 256, 256, 1) for x in "qkv"}  # fmt: skip
+
+
 @pytest.mark.parametrize(
     ("changes", "chosen"),
     [
@@ -253,11 +259,12 @@ def gpu_call(**changes: object) -> AttentionCall:
         ({"softcap": 30.0, "capability": (7, 5)}, "reference"),
         ({"n_kind": "float"}, "triton:hopper"),
         ({"n_kind": "float", "capability": (8, 0)}, "sdpa:flash"),
-        ({"n_kind": "float", "k_shape": (2, 8, 1500, 64), "v_shape": (2, 8, 1500, 64)}, "sdpa:cudnn"),
-        (
-            {"n_kind": "float", "k_shape": (2, 8, 1500, 64), "v_shape": (2, 8, 1500, 64), "needs_grad": False},
-            "triton:hopper",
-        ),
+        (long | {"n_kind": "float"}, "triton:hopper"),
+        (long, "sdpa:cudnn"),
+        (long | {"n_kind": "float", "window_left": 64}, "triton:hopper"),
+        ({"n_kind": "float", "dtype": torch.float32}, "sdpa:efficient"),
+        (wide | {"n_kind": "float"}, "sdpa:cudnn"),
+        (wide | {"n_kind": "float", "needs_grad": False}, "triton:hopper"),
         ({"device": "mps", "capability": None}, "reference"),
         ({"device": "cpu", "capability": None}, "sdpa:cpu"),
     ],

@@ -11,9 +11,13 @@ V have barriers of their own, so that the next S need not wait for this V.
 A consumer keeps two products in flight: S of a block begins before O of the block in front of it, and the softmax of S
 runs while that O is computed. Blocks of keys come from the last to the first, so that those under the diagonal come
 first. Programs stay and take items in turn (+7 % at 2,048 keys); under a causal mask an item is a pair of tiles, one
-from each end of the sequence, so that all items take equally long (+8 to 26 % over heavy ones first).
+from each end of the sequence, so that all items take equally long (+8 to 26 % over heavy ones first). Two or three
+consumers share keys and values; for few keys two programs of one consumer each fit a processor, of which one computes
+while the other begins or ends a tile (+2 to 15 % at 512 keys).
 n joins the denominator at the end, as one more key with logit log n and value zero.
 """
+
+from typing import NamedTuple
 
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
@@ -45,10 +49,46 @@ RUN_TIME = (
 )  # fmt: skip
 
 
+class Shared(NamedTuple):
+    """What the roles share: memory, and the barriers on it."""
+
+    q: gl.shared_memory_descriptor  # [CONSUMERS, 64, E]
+    k: gl.shared_memory_descriptor  # [STAGES, TILE_K, E]
+    v: gl.shared_memory_descriptor
+    out: gl.shared_memory_descriptor  # as q, or q itself
+    q_full: gl.shared_memory_descriptor
+    q_empty: gl.shared_memory_descriptor
+    k_full: gl.shared_memory_descriptor
+    k_empty: gl.shared_memory_descriptor
+    v_full: gl.shared_memory_descriptor
+    v_empty: gl.shared_memory_descriptor
+
+
+class Sizes(NamedTuple):
+    items: gl.tensor
+    heads: gl.tensor
+    len_q: gl.tensor
+    len_k: gl.tensor
+    left: gl.tensor  # None for no bound on that side
+    right: gl.tensor
+
+
+class Results(NamedTuple):
+    """Where they go, and what the logits and n are."""
+
+    of_out: gl.tensor
+    lse: gl.tensor
+    sinks: gl.tensor  # log n of each head, or None: then the number log_n, or None
+    stride_n: gl.tensor
+    log_n: gl.tensor
+    scale: gl.tensor
+    softcap: gl.tensor
+
+
 @gluon.jit
-def item_tiles(item, tiles, left, right):
+def item_tiles(item, tiles, sizes):
     """Batch times heads plus head of an item, and its tiles of queries: the first one, the second, and how many."""
-    if left is None and right is not None:
+    if sizes.left is None and sizes.right is not None:
         pairs = (tiles + 1) // 2
         one, other = tiles - 1 - item % pairs, item % pairs
         return item // pairs, one, other, gl.where(one == other, 1, 2)
@@ -65,41 +105,36 @@ def sums_of_threads(p, TILE_K: gl.constexpr, LAYOUT: gl.constexpr):
 
 @gluon.jit
 def produce(
-    of_q, of_k, of_v, buffers, signals, extent, left, right,
+    b, of_q, of_k, of_v, sizes,
     GROUPS: gl.constexpr, TILE_K: gl.constexpr, STAGES: gl.constexpr, CONSUMERS: gl.constexpr,
 ):  # fmt: skip
-    q_strips, k_ring, v_ring, _out_strips = buffers
-    q_full, q_empty, k_full, k_empty, v_full, v_empty = signals
-    items, heads, len_q, len_k = extent
     TILE_Q: gl.constexpr = CONSUMERS * STRIP
-    tiles = (len_q + TILE_Q - 1) // TILE_Q
+    tiles = (sizes.len_q + TILE_Q - 1) // TILE_Q
     stage, phase, q_phase = 0, 1, 1
-    for item in range(gl.program_id(0), items, gl.num_programs(0)):
-        place, tile, second, count = item_tiles(item, tiles, left, right)
-        batch, head = place // heads, place % heads
+    for item in range(gl.program_id(0), sizes.items, gl.num_programs(0)):
+        place, tile, second, count = item_tiles(item, tiles, sizes)
+        batch, head = place // sizes.heads, place % sizes.heads
         for _ in range(count):
             first = tile * TILE_Q
-            begin, _full_begin, _full_end, end = blocks_seen(
-                first, first + TILE_Q - 1, len_q, len_k, left, right, TILE_K
-            )
+            begin, _full_begin, _full_end, end = blocks_seen(first, first + TILE_Q - 1, sizes, TILE_K)
             for c in gl.static_range(CONSUMERS):
-                mbarrier.wait(q_empty.index(c), q_phase)
-                mbarrier.expect(q_full.index(c), of_q.block_type.nbytes)
+                mbarrier.wait(b.q_empty.index(c), q_phase)
+                mbarrier.expect(b.q_full.index(c), of_q.block_type.nbytes)
                 tma.async_copy_global_to_shared(
-                    of_q, [batch, head, first + c * STRIP, 0], q_full.index(c), boxed(q_strips.index(c), of_q)
+                    of_q, [batch, head, first + c * STRIP, 0], b.q_full.index(c), boxed(b.q.index(c), of_q)
                 )
             q_phase ^= 1
             for i in range(end - begin):
                 key = (end - 1 - i) * TILE_K
-                mbarrier.wait(k_empty.index(stage), phase)
-                mbarrier.expect(k_full.index(stage), of_k.block_type.nbytes)
+                mbarrier.wait(b.k_empty.index(stage), phase)
+                mbarrier.expect(b.k_full.index(stage), of_k.block_type.nbytes)
                 tma.async_copy_global_to_shared(
-                    of_k, [batch, head // GROUPS, key, 0], k_full.index(stage), boxed(k_ring.index(stage), of_k)
+                    of_k, [batch, head // GROUPS, key, 0], b.k_full.index(stage), boxed(b.k.index(stage), of_k)
                 )
-                mbarrier.wait(v_empty.index(stage), phase)
-                mbarrier.expect(v_full.index(stage), of_v.block_type.nbytes)
+                mbarrier.wait(b.v_empty.index(stage), phase)
+                mbarrier.expect(b.v_full.index(stage), of_v.block_type.nbytes)
                 tma.async_copy_global_to_shared(
-                    of_v, [batch, head // GROUPS, key, 0], v_full.index(stage), boxed(v_ring.index(stage), of_v)
+                    of_v, [batch, head // GROUPS, key, 0], b.v_full.index(stage), boxed(b.v.index(stage), of_v)
                 )
                 stage, phase = following(stage, phase, STAGES)
             tile = second
@@ -107,13 +142,12 @@ def produce(
 
 @gluon.jit
 def consume(
-    of_out, lse, sinks, log_n, stride_n, buffers, signals, extent, left, right, scale, softcap,
-    E: gl.constexpr, TILE_K: gl.constexpr, STAGES: gl.constexpr, Q_IN_REGISTERS: gl.constexpr,
-    OUT_APART: gl.constexpr, ONE_EDGE: gl.constexpr, CONSUMERS: gl.constexpr, CONSUMER: gl.constexpr,
+    ME: gl.constexpr, b, sizes, results,
+    E: gl.constexpr, TILE_K: gl.constexpr, STAGES: gl.constexpr, CONSUMERS: gl.constexpr,
+    Q_IN_REGISTERS: gl.constexpr, OUT_APART: gl.constexpr, ONE_EDGE: gl.constexpr,
 ):  # fmt: skip
-    q_strips, k_ring, v_ring, out_strips = buffers
-    q_full, q_empty, k_full, k_empty, v_full, v_empty = signals
-    items, heads, len_q, len_k = extent
+    of_out, lse, sinks, stride_n, log_n, scale, softcap = results
+    len_q, len_k = sizes.len_q, sizes.len_k
     dtype: gl.constexpr = of_out.dtype
     S: gl.constexpr = gl.NVMMADistributedLayout(version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, TILE_K, 16])
     OUT: gl.constexpr = gl.NVMMADistributedLayout(version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, E, 16])
@@ -125,45 +159,41 @@ def consume(
         block_bases=[], shape=[STRIP, 4],
     )  # fmt: skip
     TILE_Q: gl.constexpr = CONSUMERS * STRIP
-    BOUNDED: gl.constexpr = left is not None or right is not None
+    BOUNDED: gl.constexpr = sizes.left is not None or sizes.right is not None
     tiles = (len_q + TILE_Q - 1) // TILE_Q
     factor = scale * LOG2E if softcap is None else 1.0
     stage, phase, q_phase = 0, 0, 0
-    for item in range(gl.program_id(0), items, gl.num_programs(0)):
-        place, tile, second, count = item_tiles(item, tiles, left, right)
-        batch, head = place // heads, place % heads
+    for item in range(gl.program_id(0), sizes.items, gl.num_programs(0)):
+        place, tile, second, count = item_tiles(item, tiles, sizes)
+        batch, head = place // sizes.heads, place % sizes.heads
         for _ in range(count):
             first = tile * TILE_Q
-            begin, _full_begin, _full_end, end = blocks_seen(
-                first, first + TILE_Q - 1, len_q, len_k, left, right, TILE_K
-            )
-            first += CONSUMER * STRIP
+            begin, _full_begin, _full_end, end = blocks_seen(first, first + TILE_Q - 1, sizes, TILE_K)
+            first += ME * STRIP
             own_begin, full_begin, full_end, own_end = begin, 0, len_k // TILE_K, end
             if BOUNDED:
-                own_begin, full_begin, full_end, own_end = blocks_seen(
-                    first, first + STRIP - 1, len_q, len_k, left, right, TILE_K
-                )
+                own_begin, full_begin, full_end, own_end = blocks_seen(first, first + STRIP - 1, sizes, TILE_K)
                 own_end = gl.minimum(own_end, end)
                 own_begin = gl.maximum(gl.minimum(own_begin, own_end - 1), begin)
             rows = first + gl.arange(0, STRIP, layout=ROWS)
 
-            mbarrier.wait(q_full.index(CONSUMER), q_phase)
+            mbarrier.wait(b.q_full.index(ME), q_phase)
             if Q_IN_REGISTERS:
-                q = q_strips.index(CONSUMER).load(gl.DotOperandLayout(operand_index=0, parent=S, k_width=2))
+                q = b.q.index(ME).load(gl.DotOperandLayout(operand_index=0, parent=S, k_width=2))
                 fence_async_shared()
-                mbarrier.arrive(q_empty.index(CONSUMER), count=1)
+                mbarrier.arrive(b.q_empty.index(ME), count=1)
             else:
-                q = q_strips.index(CONSUMER)
+                q = b.q.index(ME)
             if BOUNDED:
-                stage, phase = skip(end - own_end, stage, phase, k_full, k_empty, v_full, v_empty, STAGES)
-            mbarrier.wait(k_full.index(stage), phase)
+                stage, phase = skip(b, end - own_end, stage, phase, STAGES)
+            mbarrier.wait(b.k_full.index(stage), phase)
             s = gl.zeros([STRIP, TILE_K], gl.float32, layout=S)
-            s = warpgroup_mma(q, k_ring.index(stage).permute((1, 0)), s, use_acc=False, is_async=True)
+            s = warpgroup_mma(q, b.k.index(stage).permute((1, 0)), s, use_acc=False, is_async=True)
             s = warpgroup_mma_wait(0, deps=[s])
-            mbarrier.arrive(k_empty.index(stage), count=1)
+            mbarrier.arrive(b.k_empty.index(stage), count=1)
             s = capped(s, scale, softcap)
             if (own_end <= full_begin) | (own_end > full_end):
-                s = visible(s, rows, (own_end - 1) * TILE_K, len_q, len_k, left, right, TILE_K, S)
+                s = visible(s, rows, (own_end - 1) * TILE_K, sizes, TILE_K, S)
             top = gl.max(s, axis=1) * factor
             p = gl.exp2(s * factor - gl.expand_dims(finite(top, BOUNDED), 1))
             sums = sums_of_threads(p, TILE_K, PARTS)
@@ -173,15 +203,15 @@ def consume(
             for i in range(1, own_end - own_begin):
                 block = own_end - 1 - i
                 next_stage, next_phase = following(stage, phase, STAGES)
-                mbarrier.wait(k_full.index(next_stage), next_phase)
-                s = warpgroup_mma(q, k_ring.index(next_stage).permute((1, 0)), p, use_acc=False, is_async=True)
-                mbarrier.wait(v_full.index(stage), phase)
-                acc = warpgroup_mma(weights, v_ring.index(stage), acc, is_async=True)
+                mbarrier.wait(b.k_full.index(next_stage), next_phase)
+                s = warpgroup_mma(q, b.k.index(next_stage).permute((1, 0)), p, use_acc=False, is_async=True)
+                mbarrier.wait(b.v_full.index(stage), phase)
+                acc = warpgroup_mma(weights, b.v.index(stage), acc, is_async=True)
                 s = warpgroup_mma_wait(1, deps=[s])
-                mbarrier.arrive(k_empty.index(next_stage), count=1)
+                mbarrier.arrive(b.k_empty.index(next_stage), count=1)
                 s = capped(s, scale, softcap)
                 if not ONE_EDGE and ((block < full_begin) | (block >= full_end)):
-                    s = visible(s, rows, block * TILE_K, len_q, len_k, left, right, TILE_K, S)
+                    s = visible(s, rows, block * TILE_K, sizes, TILE_K, S)
                 new_top = gl.maximum(top, gl.max(s, axis=1) * factor)
                 shift = finite(new_top, BOUNDED)
                 p = gl.exp2(s * factor - gl.expand_dims(shift, 1))
@@ -189,17 +219,17 @@ def consume(
                 top = new_top
                 parts_rescale = gl.convert_layout(rescale, gl.SliceLayout(1, PARTS), assert_trivial=True)
                 sums = sums * gl.expand_dims(parts_rescale, 1) + sums_of_threads(p, TILE_K, PARTS)
-                # Waiting for p as well keeps ptxas from moving the wait in front of the softmax.
+                # For the compiler the wait stands behind the softmax, because it waits for p too.
                 acc, weights, p = warpgroup_mma_wait(0, deps=[acc, weights, p])
-                mbarrier.arrive(v_empty.index(stage), count=1)
+                mbarrier.arrive(b.v_empty.index(stage), count=1)
                 acc = acc * gl.expand_dims(gl.convert_layout(rescale, gl.SliceLayout(1, OUT), assert_trivial=True), 1)
                 weights = rounded(p, P, dtype)
                 stage, phase = next_stage, next_phase
 
             if OUT_APART and not Q_IN_REGISTERS:
-                mbarrier.arrive(q_empty.index(CONSUMER), count=1)
-            mbarrier.wait(v_full.index(stage), phase)
-            acc = warpgroup_mma(weights, v_ring.index(stage), acc, is_async=True)
+                mbarrier.arrive(b.q_empty.index(ME), count=1)
+            mbarrier.wait(b.v_full.index(stage), phase)
+            acc = warpgroup_mma(weights, b.v.index(stage), acc, is_async=True)
             total = gl.convert_layout(gl.sum(sums, axis=1), ROWS, assert_trivial=True)
             rescale = gl.full([STRIP], 1.0, gl.float32, layout=ROWS)
             if sinks is not None or log_n is not None:
@@ -214,37 +244,37 @@ def consume(
             found = gl.where(nothing, float("-inf"), (top + gl.log2(total)) * LN2)
             gl.store(lse + place.to(gl.int64) * len_q + rows, found, mask=rows < len_q)
             acc, weights = warpgroup_mma_wait(0, deps=[acc, weights])
-            mbarrier.arrive(v_empty.index(stage), count=1)
+            mbarrier.arrive(b.v_empty.index(stage), count=1)
             stage, phase = following(stage, phase, STAGES)
             if BOUNDED:
-                stage, phase = skip(own_begin - begin, stage, phase, k_full, k_empty, v_full, v_empty, STAGES)
+                stage, phase = skip(b, own_begin - begin, stage, phase, STAGES)
 
             acc = acc * gl.expand_dims(gl.convert_layout(rescale, gl.SliceLayout(1, OUT), assert_trivial=True), 1)
             if OUT_APART:
-                strip = out_strips.index(CONSUMER)
+                strip = b.out.index(ME)
                 tma.store_wait(0)
             else:
-                strip = q_strips.index(CONSUMER)
+                strip = b.q.index(ME)
             strip.store(acc.to(dtype))
             fence_async_shared()
             if first < len_q:
                 tma.async_copy_shared_to_global(of_out, [batch, head, first, 0], boxed(strip, of_out))
             if not OUT_APART:
                 tma.store_wait(0)
-                mbarrier.arrive(q_empty.index(CONSUMER), count=1)
+                mbarrier.arrive(b.q_empty.index(ME), count=1)
             q_phase ^= 1
             tile = second
     tma.store_wait(0)
 
 
 @gluon.jit
-def skip(blocks, stage, phase, k_full, k_empty, v_full, v_empty, STAGES: gl.constexpr):
+def skip(b, blocks, stage, phase, STAGES: gl.constexpr):
     """Let blocks pass that other consumers read."""
     for _ in range(blocks):
-        mbarrier.wait(k_full.index(stage), phase)
-        mbarrier.arrive(k_empty.index(stage), count=1)
-        mbarrier.wait(v_full.index(stage), phase)
-        mbarrier.arrive(v_empty.index(stage), count=1)
+        mbarrier.wait(b.k_full.index(stage), phase)
+        mbarrier.arrive(b.k_empty.index(stage), count=1)
+        mbarrier.wait(b.v_full.index(stage), phase)
+        mbarrier.arrive(b.v_empty.index(stage), count=1)
         stage, phase = following(stage, phase, STAGES)
     return stage, phase
 
@@ -257,18 +287,15 @@ def capped(s, scale, softcap):
 
 
 @gluon.jit
-def visible(
-    s, rows, first_key, len_q, len_k, left, right, TILE_K: gl.constexpr,
-    LAYOUT: gl.constexpr,
-):  # fmt: skip
+def visible(s, rows, first_key, sizes, TILE_K: gl.constexpr, LAYOUT: gl.constexpr):
     """s with -inf where a query does not see a key."""
     keys = gl.expand_dims(first_key + gl.arange(0, TILE_K, layout=gl.SliceLayout(0, LAYOUT)), 0)
-    distance = gl.expand_dims(rows + (len_k - len_q), 1) - keys
-    seen = keys < len_k
-    if left is not None:
-        seen = seen & (distance <= left)
-    if right is not None:
-        seen = seen & (-distance <= right)
+    distance = gl.expand_dims(rows + (sizes.len_k - sizes.len_q), 1) - keys
+    seen = keys < sizes.len_k
+    if sizes.left is not None:
+        seen = seen & (distance <= sizes.left)
+    if sizes.right is not None:
+        seen = seen & (-distance <= sizes.right)
     return gl.where(seen, s, float("-inf"))
 
 
@@ -302,30 +329,34 @@ def forward_kernel(
     k_full, k_empty = barriers(STAGES, 1), barriers(STAGES, CONSUMERS)
     v_full, v_empty = barriers(STAGES, 1), barriers(STAGES, CONSUMERS)
     fence_async_shared()
-    buffers = q_strips, k_ring, v_ring, out_strips
-    signals = q_full, q_empty, k_full, k_empty, v_full, v_empty
-    extent = items, heads, len_q, len_k
-    if CONSUMERS == 2:
+    b = Shared(q_strips, k_ring, v_ring, out_strips, q_full, q_empty, k_full, k_empty, v_full, v_empty)
+    sizes = Sizes(items, heads, len_q, len_k, left, right)
+    results = Results(of_out, lse, sinks, stride_n, log_n, scale, softcap)
+    # The registers that are left go to the consumers: 24 are enough to ask for copies.
+    if CONSUMERS == 1:
         gl.warp_specialize(
             [
-                (consume, (of_out, lse, sinks, log_n, stride_n, buffers, signals, extent, left, right, scale, softcap,
-                           E, TILE_K, STAGES, Q_IN_REGISTERS, OUT_APART, ONE_EDGE, CONSUMERS, 0)),
-                (consume, (of_out, lse, sinks, log_n, stride_n, buffers, signals, extent, left, right, scale, softcap,
-                           E, TILE_K, STAGES, Q_IN_REGISTERS, OUT_APART, ONE_EDGE, CONSUMERS, 1)),
-                (produce, (of_q, of_k, of_v, buffers, signals, extent, left, right, GROUPS, TILE_K, STAGES, CONSUMERS)),
+                (consume, (0, b, sizes, results, E, TILE_K, STAGES, CONSUMERS, Q_IN_REGISTERS, OUT_APART, ONE_EDGE)),
+                (produce, (b, of_q, of_k, of_v, sizes, GROUPS, TILE_K, STAGES, CONSUMERS)),
+            ],
+            [1], [24],
+        )  # fmt: skip
+    elif CONSUMERS == 2:
+        gl.warp_specialize(
+            [
+                (consume, (0, b, sizes, results, E, TILE_K, STAGES, CONSUMERS, Q_IN_REGISTERS, OUT_APART, ONE_EDGE)),
+                (consume, (1, b, sizes, results, E, TILE_K, STAGES, CONSUMERS, Q_IN_REGISTERS, OUT_APART, ONE_EDGE)),
+                (produce, (b, of_q, of_k, of_v, sizes, GROUPS, TILE_K, STAGES, CONSUMERS)),
             ],
             [4, 1], [240, 24],
         )  # fmt: skip
     else:
         gl.warp_specialize(
             [
-                (consume, (of_out, lse, sinks, log_n, stride_n, buffers, signals, extent, left, right, scale, softcap,
-                           E, TILE_K, STAGES, Q_IN_REGISTERS, OUT_APART, ONE_EDGE, CONSUMERS, 0)),
-                (consume, (of_out, lse, sinks, log_n, stride_n, buffers, signals, extent, left, right, scale, softcap,
-                           E, TILE_K, STAGES, Q_IN_REGISTERS, OUT_APART, ONE_EDGE, CONSUMERS, 1)),
-                (consume, (of_out, lse, sinks, log_n, stride_n, buffers, signals, extent, left, right, scale, softcap,
-                           E, TILE_K, STAGES, Q_IN_REGISTERS, OUT_APART, ONE_EDGE, CONSUMERS, 2)),
-                (produce, (of_q, of_k, of_v, buffers, signals, extent, left, right, GROUPS, TILE_K, STAGES, CONSUMERS)),
+                (consume, (0, b, sizes, results, E, TILE_K, STAGES, CONSUMERS, Q_IN_REGISTERS, OUT_APART, ONE_EDGE)),
+                (consume, (1, b, sizes, results, E, TILE_K, STAGES, CONSUMERS, Q_IN_REGISTERS, OUT_APART, ONE_EDGE)),
+                (consume, (2, b, sizes, results, E, TILE_K, STAGES, CONSUMERS, Q_IN_REGISTERS, OUT_APART, ONE_EDGE)),
+                (produce, (b, of_q, of_k, of_v, sizes, GROUPS, TILE_K, STAGES, CONSUMERS)),
             ],
             [4, 4, 1], [160, 160, 24],
         )  # fmt: skip

@@ -67,11 +67,12 @@ def rounded(p, LAYOUT: gl.constexpr, dtype: gl.constexpr):
 
 
 @gluon.jit
-def blocks_seen(first, last, len_q, len_k, left, right, TILE_K: gl.constexpr):
+def blocks_seen(first, last, sizes, TILE_K: gl.constexpr):
     """`begin, full_begin, full_end, end`: the blocks of keys that the queries `first ... last` see, at least one.
 
     All of these queries see all keys of the blocks from `full_begin` to before `full_end`.
     """
+    len_q, len_k, left, right = sizes.len_q, sizes.len_k, sizes.left, sizes.right
     begin, full_begin, end_key, full_end_key = 0, 0, len_k, len_k
     last = gl.minimum(last, len_q - 1)
     if right is not None:

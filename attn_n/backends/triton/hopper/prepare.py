@@ -35,10 +35,9 @@ def prepared(problem: Problem, config: Config | None = None) -> Launch:
         "ONE_EDGE": left is None and (right is None or (p.len_k - p.len_q + right + 1) % STRIP.value <= 1),
     }  # fmt: skip
     # The registers of the SM, shared among the consumers, the producer and the warps that round them up to 4.
-    options = {"num_warps": 4, "maxnreg": {2: 168, 3: 128}[config.consumers]}
-    return Launch(
-        forward_kernel, min(items, _processors(p.device)), p.device, numbers, constants, options, descriptors=True
-    )
+    options = {"num_warps": 4, "maxnreg": {1: 128, 2: 168, 3: 128}[config.consumers]}
+    programs = min(items, _processors(p.device) * (2 if config.consumers == 1 else 1))
+    return Launch(forward_kernel, programs, p.device, numbers, constants, options, descriptors=True)
 
 
 class Backward(NamedTuple):
