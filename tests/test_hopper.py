@@ -16,7 +16,7 @@ pytest.importorskip("triton")
 
 import attn_n
 from attn_n import flash_attention_n
-from attn_n.backends.triton.hopper import HopperKernels, configs, prepare
+from attn_n.backends.triton.hopper import HopperKernels, configs
 from attn_n.backends.triton.hopper.configs import BACKWARD, FORWARD, Config
 from tests import compare
 from tests.cases import CASES, HOPPER, INTERPRETED, Case, make, must_serve
@@ -79,6 +79,8 @@ def test_lengths(len_q: int, len_k: int, width: int) -> None:
 @pytest.mark.parametrize(("width", "row"), [(width, row) for width, rows in FORWARD.items() for row in rows], ids=str)
 def test_every_row(width: int, row: Config, monkeypatch: pytest.MonkeyPatch) -> None:
     """Each configuration of the forward, on short calls and on more work than runs at once."""
+    from attn_n.backends.triton.hopper import prepare  # of a tested release of Gluon alone
+
     monkeypatch.setattr(configs, "find", lambda problem: row)
     cases = (
         Case("", batch=1, heads_q=4, heads_kv=2, len_q=150, len_k=170, window=(90, 10), n="per head"),
