@@ -59,9 +59,8 @@ def attend(
     if needs_grad:
         if watched:
             q, k, v, options = _distinct(q, k, v, options)
-        attended: tuple[Tensor, Tensor] = _Attention.apply(
-            q, k, v, n, n_is_logit, log_n, backend, options, lse_wanted, watched
-        )  # type: ignore[no-untyped-call]
+        how = n_is_logit, log_n, backend, lse_wanted, watched  # one argument, for each costs time
+        attended: tuple[Tensor, Tensor] = _Attention.apply(q, k, v, n, options, how)  # type: ignore[no-untyped-call]
         return attended
     out, lse, *_ = _forward(q, k, v, _log_per_head(q, n, n_is_logit), log_n, backend, options, lse_wanted, watched)
     return out, lse
@@ -103,13 +102,10 @@ class _Attention(torch.autograd.Function):
         k: Tensor,
         v: Tensor,
         n: Tensor | None,
-        n_is_logit: bool,
-        log_n: float | None,
-        backend: str,
         options: Options,
-        lse_wanted: bool,
-        watched: bool,
+        how: tuple[bool, float | None, str, bool, bool],
     ) -> tuple[Tensor, Tensor]:
+        n_is_logit, log_n, backend, lse_wanted, watched = how
         log_n_tensor = _log_per_head(q, n, n_is_logit)
         out, lse, rng_state, ctx.lse_lacks_n = _forward(
             q, k, v, log_n_tensor, log_n, backend, options, lse_wanted, watched
@@ -133,7 +129,7 @@ class _Attention(torch.autograd.Function):
     def backward(ctx: Any, *grads: Any) -> Any:
         dout, dlse = grads
         if dout is None and dlse is None:
-            return (None,) * 10
+            return (None,) * 6
         q, k, v, out, lse, rng_state, log_n_tensor, *tensors = ctx.saved_tensors
         options = ctx.options
         if tensors:
@@ -161,10 +157,7 @@ class _Attention(torch.autograd.Function):
         elif len(ctx.n_shape) == 0:
             dn = dn.sum()
         needs_q, needs_k, needs_v = ctx.needs_input_grad[:3]
-        return (
-            dq if needs_q else None, dk if needs_k else None, dv if needs_v else None, dn,
-            None, None, None, None, None, None,
-        )  # fmt: skip
+        return dq if needs_q else None, dk if needs_k else None, dv if needs_v else None, dn, None, None
 
 
 class _Backward(torch.autograd.Function):
