@@ -13,27 +13,31 @@ import multiprocessing
 import os
 import statistics
 import time
+from collections.abc import Iterator
 from typing import Any
 
 import torch
 
-from attn_n.backends.triton import BACKEND
-from attn_n.backends.triton.portable.configs import Config
+from attn_n.backends.triton.hopper import configs as hopper
+from attn_n.backends.triton.portable import PortableKernels, configs
 from attn_n.call import Options
 from bench import ahead_of_time
 from bench.ahead_of_time import launch_of
 
 TOKENS, HIDDEN = 16384, 2048
 TILES = list(itertools.product((32, 64, 128), (32, 64, 128)))
-PRODUCTS = {"forward": 2, "dq": 3, "dk and dv": 4, "dk": 3, "dv": 2}  # of matrices, in one step of a kernel's loop
+# Of matrices, in one step of a kernel's loop.
+PRODUCTS = {"forward": 2, "dq": 3, "dk and dv": 4, "dk": 3, "dv": 2, "hopper forward": 2}
 
 
 class Try(dict[str, Any]):
     """kernel, width, causal, dtype and config; then registers, spills, ...; then tflops by length."""
 
     @property
-    def key(self) -> tuple[str, int, Config, torch.dtype]:
-        return self["kernel"], self["width"], Config(*self["config"]), getattr(torch, self["dtype"])
+    def key(self) -> tuple[str, int, Any, torch.dtype]:
+        kernel = self["kernel"]
+        config = (hopper.Config if kernel.startswith("hopper") else configs.Config)(*self["config"])
+        return kernel, self["width"], config, getattr(torch, self["dtype"])
 
     def options(self) -> Options:
         return Options(self["width"] ** -0.5, None, 0 if self["causal"] else None)
@@ -43,11 +47,9 @@ def main() -> None:
     args = _arguments()
     start = time.monotonic()
     tries = [
-        Try(kernel=kernel, width=width, causal=causal, dtype=args.dtype, config=(*tile, warps, stages, descriptors))
-        for kernel, width, causal, tile, warps, stages, descriptors in itertools.product(
-            args.kernel, args.width, (False, True), TILES, (4, 8), (1, 2, 3, 4), (False, True)
-        )
-        if _plausible(kernel, width, tile, warps)
+        Try(kernel=kernel, width=width, causal=causal, dtype=args.dtype, config=config)
+        for kernel, width, causal in itertools.product(args.kernel, args.width, (False, True))
+        for config in _candidates(kernel, width)
     ]
     print(f"{len(tries)} to compile", flush=True)
     with multiprocessing.get_context("spawn").Pool(os.cpu_count()) as pool:
@@ -82,6 +84,16 @@ def _arguments() -> argparse.Namespace:
     return parser.parse_args()
 
 
+def _candidates(kernel: str, width: int) -> Iterator[tuple[Any, ...]]:
+    if kernel == "hopper forward":
+        kinds = ((False, False), (False, True), (True, True))  # of q_in_registers and out_apart
+        yield from ((*one, *kind) for *one, kind in itertools.product((1, 2, 3), (64, 128), (2, 3, 4), kinds))
+        return
+    for tile, warps, stages, descriptors in itertools.product(TILES, (4, 8), (1, 2, 3, 4), (False, True)):
+        if _plausible(kernel, width, tile, warps):
+            yield *tile, warps, stages, descriptors
+
+
 def _plausible(kernel: str, width: int, tile: tuple[int, int], warps: int) -> bool:
     apart = kernel in ("dk", "dv")
     if apart != (width > 128) and kernel.startswith(("dk", "dv")):
@@ -107,7 +119,7 @@ def _inputs(length: int, width: int, dtype: str) -> tuple[torch.Tensor, ...]:
     """q, k, v, out, dout, dq, dk, dv, and lse."""
     shape = (TOKENS // length, HIDDEN // width, length, width)
     q, k, v, dout = (torch.randn(shape, dtype=getattr(torch, dtype), device="cuda") for _ in range(4))
-    out, lse, _ = BACKEND.forward(q, k, v, None, Options(width**-0.5))
+    out, lse, _ = PortableKernels().forward(q, k, v, None, Options(width**-0.5))
     return q, k, v, out, dout, torch.empty_like(q), torch.empty_like(k), torch.empty_like(v), lse
 
 

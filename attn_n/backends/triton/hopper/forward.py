@@ -312,6 +312,7 @@ def forward_kernel(
     GROUPS: gl.constexpr, E: gl.constexpr, CONSUMERS: gl.constexpr, TILE_K: gl.constexpr, STAGES: gl.constexpr,
     Q_IN_REGISTERS: gl.constexpr, OUT_APART: gl.constexpr, ONE_EDGE: gl.constexpr,
 ):  # fmt: skip
+    gl.static_assert(OUT_APART or not Q_IN_REGISTERS, "out waits in the buffer of q, which is then free already")
     dtype: gl.constexpr = q.dtype.element_ty
     heads_kv = heads // GROUPS
     of_q = tiles_of(q, batch, heads, len_q, strides_q, STRIP, E)
