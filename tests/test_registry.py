@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import importlib.metadata
 import subprocess
 import sys
@@ -274,6 +275,20 @@ def test_the_choice_on_other_machines(changes: dict[str, object], chosen: str, m
     """The choice on a GPU needs none: why_not sees metadata, and whether this PyTorch was built with cuDNN."""
     monkeypatch.setattr(torch.backends.cudnn, "is_available", lambda: True)
     assert registry.choose(gpu_call(**changes), None)[0] == chosen
+
+
+@pytest.mark.parametrize(
+    "changes", [{}, {"n_kind": "float"}, long | {"n_kind": "float"}, {"varlen": True}, {"alibi": True}], ids=str
+)
+def test_the_choice_can_be_compiled(changes: dict[str, object]) -> None:
+    fields = dataclasses.asdict(gpu_call(**changes))
+
+    def chosen(x: Tensor) -> str:
+        return registry.choose(AttentionCall(**{**fields, "q_shape": tuple(x.shape)}), None)[0]
+
+    torch.compiler.reset()
+    x = torch.empty(fields["q_shape"])
+    assert torch.compile(chosen, fullgraph=True, backend="eager")(x) == chosen(x)
 
 
 def test_importing_is_light() -> None:

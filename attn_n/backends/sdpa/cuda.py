@@ -20,12 +20,18 @@ from attn_n.backends.rectangles import RectangleBackend
 from attn_n.backends.sdpa import aten
 from attn_n.backends.signatures import changed_operator
 from attn_n.call import AttentionCall, Options
+from attn_n.compilation import constant_when_compiled
 
 
 def _unserved(call: AttentionCall, *signatures: str) -> str | None:
     if call.device != "cuda":
         return f"runs on CUDA, not on {call.device}"
     return aten.unserved_field(call) or changed_operator(*signatures)
+
+
+@constant_when_compiled
+def _has_cudnn() -> bool:
+    return torch.backends.cudnn.is_available()
 
 
 class FlashAttention(FlashBackend):
@@ -97,7 +103,7 @@ class CudnnAttention(Backend):
         unserved = _unserved(call, *self._signatures)
         if unserved is not None:
             return unserved
-        if call.capability is None or call.capability < (8, 0) or not torch.backends.cudnn.is_available():
+        if call.capability is None or call.capability < (8, 0) or not _has_cudnn():
             return f"needs cuDNN and compute capability 8.0 or later, got {call.capability}"
         if call.dtype not in HALF:
             return f"takes float16 and bfloat16, not {str(call.dtype).removeprefix('torch.')}"
