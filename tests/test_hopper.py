@@ -16,7 +16,7 @@ pytest.importorskip("triton")
 
 import attn_n
 from attn_n import flash_attention_n
-from attn_n.backends.triton.hopper import HopperKernels, configs
+from attn_n.backends.triton.hopper import HopperKernels, configs, tested
 from attn_n.backends.triton.hopper.configs import BACKWARD, FORWARD, Config
 from tests import compare
 from tests.cases import CASES, HOPPER, INTERPRETED, Case, make, must_serve
@@ -235,6 +235,7 @@ def test_the_passes_around_the_backward(width: int, tile_q: int, device: str) ->
     assert torch.equal(dq, (exact.view(batch, heads, -1, width)[:, :, :length] * 0.5).half())
 
 
+@pytest.mark.skipif(not tested(), reason="Gluon changes between releases of Triton, and this one is not tested")
 @pytest.mark.parametrize("width", BACKWARD)
 def test_variants_of_the_backward_ahead_of_time(width: int) -> None:
     """Windows, softcap and float16 spill next to nothing, no product waits for another, and numbers compile nothing."""
@@ -270,7 +271,10 @@ assert kernel(256, scale=0.1, window_left=9) is kernel(1, scale=1.0, window_left
     ],
     ids=str,
 )  # fmt: skip
-def test_why_not(changes: dict[str, object], reason: str | None) -> None:
+def test_why_not(changes: dict[str, object], reason: str | None, monkeypatch: pytest.MonkeyPatch) -> None:
+    from attn_n.backends.triton import hopper
+
+    monkeypatch.setattr(hopper, "tested", lambda: True)  # whatever the Triton here
     found = HopperKernels().why_not(gpu_call(**changes))
     assert (found is None) if reason is None else str(found).startswith(reason)
 

@@ -31,7 +31,7 @@ def _unserved(call: AttentionCall, *signatures: str) -> str | None:
 
 @constant_when_compiled
 def _has_cudnn() -> bool:
-    return torch.backends.cudnn.is_available()
+    return bool(torch.backends.cudnn.is_available())
 
 
 class FlashAttention(FlashBackend):

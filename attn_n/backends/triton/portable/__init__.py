@@ -14,6 +14,7 @@ from attn_n.backends.triton.portable.forward import forward_kernel
 from attn_n.backends.triton.portable.prepare import padded_rows, prepared
 from attn_n.backends.triton.problem import describe
 from attn_n.call import AttentionCall, Options
+from attn_n.compilation import constant_when_compiled
 
 _OLDEST = "3.4"
 _DTYPES = (torch.float16, torch.bfloat16, torch.float32)
@@ -26,7 +27,7 @@ class PortableKernels(Backend):
     applies_n = True
 
     def why_not(self, call: AttentionCall) -> str | None:
-        if TorchVersion(triton.__version__) < _OLDEST:
+        if _too_old():
             return f"needs Triton {_OLDEST} or later, found {triton.__version__}"
         if call.device == "cpu" and not _INTERPRETED:
             return "runs on a GPU; on a CPU only under Triton's interpreter (TRITON_INTERPRET=1)"
@@ -112,6 +113,11 @@ class PortableKernels(Backend):
         for kernel in configs.kernels_of_keys(problem):
             prepared(kernel, problem)(q, k, v, dout, lse_log2, delta, dk, dv, *extras)
         return dq, dk, dv, None if shares is None else shares.view(problem.batch, problem.heads, -1)
+
+
+@constant_when_compiled
+def _too_old() -> bool:
+    return bool(TorchVersion(triton.__version__) < _OLDEST)
 
 
 def _extras(rng_state: Tensor | None, options: Options) -> tuple[Tensor | None, ...]:
