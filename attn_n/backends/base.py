@@ -153,6 +153,11 @@ def empty_in_order(like: Tensor, shape: Sequence[int], order: tuple[int, ...]) -
     return like.new_empty([shape[dim] for dim in order]).permute(inverse)
 
 
+def gradients_like(*tensors: Tensor) -> list[Tensor]:
+    """Uninitialised dense tensors that lie in memory as their inputs do."""
+    return [empty_in_order(x, x.shape, memory_order(x)) for x in tensors]
+
+
 def lies_in_order(x: Tensor, order: tuple[int, ...]) -> bool:
     """Whether x is dense with its dimensions in memory in `order` (dimensions of size 1 lie anywhere)."""
     expected = 1

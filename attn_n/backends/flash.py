@@ -7,7 +7,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from attn_n.backends.base import Backend, empty_in_order, memory_order
+from attn_n.backends.base import Backend
 from attn_n.backends.layout import HALF, common_width, narrowed, of_width
 from attn_n.call import AttentionCall, Options
 from attn_n.fold import lse_as_value_column
@@ -113,11 +113,6 @@ def sequences(options: Options, q: Tensor, k: Tensor) -> Sequences:
     if options.cu_seqlens_q is None:
         return Sequences(None, None, q.shape[1], k.shape[1])
     return Sequences(options.cu_seqlens_q, options.cu_seqlens_k, options.max_seqlen_q, options.max_seqlen_k)
-
-
-def gradients_like(*tensors: Tensor) -> list[Tensor]:
-    """Uninitialised dense tensors that lie in memory as their inputs do."""
-    return [empty_in_order(x, x.shape, memory_order(x)) for x in tensors]
 
 
 def _tokens_first(options: Options, width: int, *tensors: Tensor) -> list[Tensor]:

@@ -16,7 +16,7 @@ from attn_n.backends.base import Backend, Family
 from attn_n.backends.flash import FlashBackend, sequences
 from attn_n.backends.layout import aligned_bias, key_head_each, rounds_bias
 from attn_n.backends.library import Library
-from attn_n.backends.rectangles import RectangleBackend
+from attn_n.backends.memory_efficient import MemoryEfficientBackend
 from attn_n.backends.signatures import changed_function
 from attn_n.call import AttentionCall, Options
 from attn_n.compilation import constant_when_compiled
@@ -133,11 +133,9 @@ class Flash(FlashBackend):
         return (dq, dk, dv) if options.cu_seqlens_q is None else (dq[0], dk[0], dv[0])
 
 
-class Cutlass(RectangleBackend):
+class Cutlass(MemoryEfficientBackend):
     name = "xformers:cutlass"
     summary = "xFormers' memory-efficient kernel"
-    bias_elements = 1 << 25
-    most_rows = 2048
 
     def why_not(self, call: AttentionCall) -> str | None:
         unserved = _unserved(call)
@@ -147,22 +145,12 @@ class Cutlass(RectangleBackend):
             return "takes float16, bfloat16 and float32, not float64"
         return rounds_bias(call) or problem("cutlass")
 
-    def out_order(self, q: Tensor) -> tuple[int, ...]:
-        """Token by token, whatever the order of q."""
-        return (0, 2, 1, 3) if q.dim() == 4 else (0, 1, 2)
-
-    def gradient_order(self, x: Tensor) -> tuple[int, ...]:
-        return self.out_order(x)
-
-    def widths(self, size: int, size_v: int) -> tuple[int, int]:
-        return -(-size // 8) * 8, -(-size_v // 8) * 8
-
     def kernel_forward(
         self, q: Tensor, k: Tensor, v: Tensor, causal: bool, bias: Tensor | None, scale: float
     ) -> tuple[Tensor, Tensor]:
         fmha = _fmha()
         out, lse = fmha.memory_efficient_attention_forward_requires_grad(
-            *self._tensors(q, k, v), attn_bias=self._mask(q, k, causal, bias), scale=scale, op=fmha.cutlass.FwOp
+            *self.tensors(q, k, v), attn_bias=self._mask(q, k, causal, bias), scale=scale, op=fmha.cutlass.FwOp
         )
         return out.transpose(1, 2), lse[:, :, : q.shape[2]]
 
@@ -181,14 +169,10 @@ class Cutlass(RectangleBackend):
         fmha = _fmha()
         dout, out = (x.transpose(1, 2).contiguous() for x in (dout, out))
         dq, dk, dv = fmha.memory_efficient_attention_backward(
-            dout, out, lse, *self._tensors(q, k, v), attn_bias=self._mask(q, k, causal, bias), scale=scale,
+            dout, out, lse, *self.tensors(q, k, v), attn_bias=self._mask(q, k, causal, bias), scale=scale,
             op=fmha.cutlass.BwOp,
         )  # fmt: skip
         return dq.transpose(1, 2), dk.transpose(1, 2), dv.transpose(1, 2)
-
-    def _tensors(self, q: Tensor, k: Tensor, v: Tensor) -> list[Tensor]:
-        """Tokens first, and a key head for each query head."""
-        return [x.transpose(1, 2) for x in (q, *key_head_each(q, k, v))]
 
     def _mask(self, q: Tensor, k: Tensor, causal: bool, bias: Tensor | None) -> Any:
         return _fmha().attn_bias.LowerTriangularMask() if causal else aligned_bias(q, k, bias)

@@ -6,7 +6,8 @@ import torch
 from torch import Tensor
 
 from attn_n.backends import flash_2
-from attn_n.backends.flash import FlashBackend, gradients_like, sequences
+from attn_n.backends.base import gradients_like
+from attn_n.backends.flash import FlashBackend, sequences
 from attn_n.backends.library import Library
 from attn_n.backends.signatures import changed_operator
 from attn_n.call import AttentionCall, Options

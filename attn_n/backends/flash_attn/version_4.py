@@ -8,7 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from attn_n.backends.flash import FlashBackend, gradients_like, sequences
+from attn_n.backends.base import gradients_like
+from attn_n.backends.flash import FlashBackend, sequences
 from attn_n.backends.library import Library
 from attn_n.backends.signatures import changed_function
 from attn_n.call import AttentionCall, Options

@@ -15,8 +15,8 @@ from torch import Tensor
 from attn_n.backends import flash_2
 from attn_n.backends.base import Backend
 from attn_n.backends.flash import FlashBackend, sequences
-from attn_n.backends.layout import HALF, aligned_bias, key_head_each, of_width, rounds_bias
-from attn_n.backends.rectangles import RectangleBackend
+from attn_n.backends.layout import HALF, aligned_bias, of_width, rounds_bias
+from attn_n.backends.memory_efficient import MemoryEfficientBackend
 from attn_n.backends.sdpa import aten
 from attn_n.backends.signatures import changed_operator
 from attn_n.call import AttentionCall, Options
@@ -151,11 +151,9 @@ class CudnnAttention(Backend):
         return gradients
 
 
-class EfficientAttention(RectangleBackend):
+class EfficientAttention(MemoryEfficientBackend):
     name = "sdpa:efficient"
     summary = "the memory-efficient kernel of xformers as PyTorch carries it"
-    bias_elements = 1 << 25
-    most_rows = 2048
 
     _signatures = (
         "aten::_efficient_attention_forward(query, key, value, bias, cu_seqlens_q, cu_seqlens_k, max_seqlen_q,"
@@ -179,20 +177,10 @@ class EfficientAttention(RectangleBackend):
             return "keeps the state of its dropout on the host"
         return rounds_bias(call)
 
-    def out_order(self, q: Tensor) -> tuple[int, ...]:
-        """Token by token: the backward kernel reads out so, whatever strides it is given."""
-        return (0, 2, 1, 3) if q.dim() == 4 else (0, 1, 2)
-
-    def gradient_order(self, x: Tensor) -> tuple[int, ...]:
-        return self.out_order(x)
-
-    def widths(self, size: int, size_v: int) -> tuple[int, int]:
-        return -(-size // 8) * 8, -(-size_v // 8) * 8
-
     def kernel_forward(
         self, q: Tensor, k: Tensor, v: Tensor, causal: bool, bias: Tensor | None, scale: float
     ) -> tuple[Tensor, Tensor]:
-        tensors = self._tensors(q, k, v)
+        tensors = self.tensors(q, k, v)
         out, lse, *_ = torch.ops.aten._efficient_attention_forward(
             *tensors, aligned_bias(q, k, bias), None, None, None, None, 0.0, int(causal), True, scale=scale
         )
@@ -210,7 +198,7 @@ class EfficientAttention(RectangleBackend):
         bias: Tensor | None,
         scale: float,
     ) -> tuple[Tensor, Tensor, Tensor]:
-        tensors = self._tensors(q, k, v)
+        tensors = self.tensors(q, k, v)
         dout, out = (x.transpose(1, 2).contiguous() for x in (dout, out))
         lse = F.pad(lse, (0, -q.shape[2] % 32), value=math.inf)  # it is read in blocks of 32 rows
         no_dropout = torch.zeros((), dtype=torch.int64)
@@ -219,7 +207,3 @@ class EfficientAttention(RectangleBackend):
             no_dropout, no_dropout, int(causal), False, scale=scale,
         )  # fmt: skip
         return dq.transpose(1, 2), dk.transpose(1, 2), dv.transpose(1, 2)
-
-    def _tensors(self, q: Tensor, k: Tensor, v: Tensor) -> list[Tensor]:
-        """Tokens first, and a key head for each query head."""
-        return [x.transpose(1, 2) for x in (q, *key_head_each(q, k, v))]

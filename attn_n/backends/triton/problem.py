@@ -46,6 +46,14 @@ class Problem(NamedTuple):
         return self.scale > 0 and not bent
 
     @property
+    def window(self) -> tuple[int | None, int | None]:
+        """Left and right as kernels get them: wider ones see nothing more, and their edges would overflow."""
+        most = self.len_q + self.len_k
+        return None if self.left is None else min(self.left, most), None if self.right is None else min(
+            self.right, most
+        )
+
+    @property
     def keys_on_average(self) -> int:
         """How many keys a query sees, roughly: what decides which tiles are worth their preparation."""
         return self._seen(self.len_k)

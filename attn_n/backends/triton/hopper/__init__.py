@@ -10,7 +10,8 @@ import torch
 import triton
 from torch import Tensor
 
-from attn_n.backends.base import empty_in_order, memory_order
+from attn_n.backends.base import empty_in_order, gradients_like
+from attn_n.backends.layout import HALF
 from attn_n.backends.triton.hopper import configs
 from attn_n.backends.triton.portable import PortableKernels
 from attn_n.backends.triton.problem import describe, fits_descriptors
@@ -30,7 +31,7 @@ class HopperKernels(PortableKernels):
             return "runs on compute capability 9.0"
         if not tested():
             return f"was tested on Triton {', '.join(_TESTED)}, found {triton.__version__}"
-        if call.dtype not in (torch.float16, torch.bfloat16):
+        if call.dtype not in HALF:
             return f"computes in float16 and bfloat16, not in {str(call.dtype).removeprefix('torch.')}"
         if call.head_dim != call.head_dim_v or call.head_dim not in WIDTHS:
             return f"takes heads of {', '.join(map(str, WIDTHS))} with E = Ev, got {call.head_dim}, {call.head_dim_v}"
@@ -70,7 +71,7 @@ class HopperKernels(PortableKernels):
         if not fits_descriptors(dout.stride(), dout.itemsize) or dout.data_ptr() % 16:  # that of a sum, of a slice
             dout = dout.clone(memory_format=torch.contiguous_format)
         lse, dlse = lse.contiguous(), None if dlse is None else dlse.contiguous()
-        dq, dk, dv = (empty_in_order(x, x.shape, memory_order(x)) for x in (q, k, v))
+        dq, dk, dv = gradients_like(q, k, v)
         p = describe((q, k, v, out, dout, dq, dk, dv), log_n, options)
         if not p.fits_descriptors:
             return super()._backward(dout, *arguments)

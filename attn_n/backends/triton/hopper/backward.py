@@ -42,8 +42,8 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 
 from attn_n.backends.triton.hopper.passes import counter_of
-from attn_n.backends.triton.hopper.pipeline import LOG2E, barriers, boxed, rounded, tanh, tiles_of
-from attn_n.backends.triton.portable.tile import queries_that_see
+from attn_n.backends.triton.hopper.pipeline import barriers, boxed, rounded, tiles_of
+from attn_n.backends.triton.portable.tile import LOG2E, queries_that_see, tanh
 
 TILE_K = gl.constexpr(128)  # 64 for each consumer
 

@@ -30,16 +30,14 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 
 from attn_n.backends.triton.hopper.pipeline import (
-    LN2,
-    LOG2E,
     barriers,
     blocks_seen,
     boxed,
     following,
     rounded,
-    tanh,
     tiles_of,
 )
+from attn_n.backends.triton.portable.tile import LN2, LOG2E, tanh
 
 STRIP = gl.constexpr(64)  # queries of a consumer: the rows of a wgmma
 
@@ -217,12 +215,11 @@ def consume(
                 p = gl.exp2(s * factor - gl.expand_dims(shift, 1))
                 rescale = gl.exp2(top - shift)
                 top = new_top
-                parts_rescale = gl.convert_layout(rescale, gl.SliceLayout(1, PARTS), assert_trivial=True)
-                sums = sums * gl.expand_dims(parts_rescale, 1) + sums_of_threads(p, TILE_K, PARTS)
+                sums = sums * column(rescale, PARTS) + sums_of_threads(p, TILE_K, PARTS)
                 # For the compiler the wait stands behind the softmax, because it waits for p too.
                 acc, weights, p = warpgroup_mma_wait(0, deps=[acc, weights, p])
                 mbarrier.arrive(b.v_empty.index(stage), count=1)
-                acc = acc * gl.expand_dims(gl.convert_layout(rescale, gl.SliceLayout(1, OUT), assert_trivial=True), 1)
+                acc = acc * column(rescale, OUT)
                 weights = rounded(p, P, dtype)
                 stage, phase = next_stage, next_phase
 
@@ -249,7 +246,7 @@ def consume(
             if BOUNDED:
                 stage, phase = skip(b, own_begin - begin, stage, phase, STAGES)
 
-            acc = acc * gl.expand_dims(gl.convert_layout(rescale, gl.SliceLayout(1, OUT), assert_trivial=True), 1)
+            acc = acc * column(rescale, OUT)
             if OUT_APART:
                 strip = b.out.index(ME)
                 tma.store_wait(0)
@@ -297,6 +294,12 @@ def visible(s, rows, first_key, sizes, TILE_K: gl.constexpr, LAYOUT: gl.constexp
     if sizes.right is not None:
         seen = seen & (-distance <= sizes.right)
     return gl.where(seen, s, float("-inf"))
+
+
+@gluon.jit
+def column(x, LAYOUT: gl.constexpr):
+    """One number a row, beside a matrix of that layout."""
+    return gl.expand_dims(gl.convert_layout(x, gl.SliceLayout(1, LAYOUT), assert_trivial=True), 1)
 
 
 @gluon.jit

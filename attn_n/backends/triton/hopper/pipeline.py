@@ -4,9 +4,6 @@ from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import mbarrier, tma
 
-LOG2E = gl.constexpr(1.4426950408889634)
-LN2 = gl.constexpr(0.6931471805599453)
-
 
 @gluon.jit
 def barriers(COUNT: gl.constexpr, ARRIVALS: gl.constexpr):
@@ -43,14 +40,6 @@ def tiles_of(x, batch, heads, rows, strides, ROWS: gl.constexpr, E: gl.constexpr
 def boxed(buffer, descriptor):
     """A buffer `(rows, E)` in the shape in which a descriptor of `(B, H, rows, E)` copies."""
     return buffer._reinterpret(descriptor.dtype, descriptor.block_type.shape, descriptor.layout)
-
-
-@gluon.jit
-def tanh(x):
-    """By its series near zero, where the difference of two exponentials would cancel."""
-    square = x * x
-    series = 1 + square * (-1 / 3 + square * (2 / 15 + square * (-17 / 315 + square * (62 / 2835))))
-    return gl.where(gl.abs(x) < 0.3, x * series, 1 - 2 / (1 + gl.exp2(2 * LOG2E * x)))
 
 
 @gluon.jit

@@ -21,7 +21,7 @@ from attn_n.backends.triton.problem import Problem
 def prepared(problem: Problem, config: Config | None = None) -> Launch:
     """The launch of the forward; `config` in place of that of the table."""
     p, config = problem, config or configs.find(problem)
-    left, right = _window(p)
+    left, right = p.window
     tiles = triton.cdiv(p.len_q, config.consumers * STRIP.value)
     if left is None and right is not None:
         tiles = triton.cdiv(tiles, 2)  # an item is a pair of them
@@ -57,7 +57,7 @@ def prepared_backward(problem: Problem) -> Backward:
     constants = {"GROUPS": p.heads // p.heads_kv, "E": p.width, "TILE_Q": tile_q}
     tiles = p.batch * p.heads * triton.cdiv(p.len_q, tile_q)
     items = p.batch * p.heads_kv * triton.cdiv(p.len_k, TILE_K.value)
-    numbers = (q, k, v, dout, dk, dv, p.batch, p.heads, p.len_q, p.len_k, *_window(p), p.scale, p.softcap)
+    numbers = (q, k, v, dout, dk, dv, p.batch, p.heads, p.len_q, p.len_k, *p.window, p.scale, p.softcap)
     before, after = (out, dout, p.stride_n, p.heads, p.len_q), (dq, p.heads, p.len_q, p.scale)
     small = {"num_warps": 4}
     return Backward(
@@ -70,13 +70,6 @@ def prepared_backward(problem: Problem) -> Backward:
         2 * tiles * tile_q + 1,
         tiles * tile_q * p.width,
     )  # fmt: skip
-
-
-def _window(problem: Problem) -> tuple[int | None, int | None]:
-    """A wider one than the sequences are long sees nothing more, and its edges would overflow."""
-    left, right = problem.left, problem.right
-    most = problem.len_q + problem.len_k
-    return None if left is None else min(left, most), None if right is None else min(right, most)
 
 
 def _processors(device: torch.device) -> int:

@@ -8,7 +8,7 @@ from torch import Tensor
 from torch.torch_version import TorchVersion
 from triton.runtime.interpreter import InterpretedFunction
 
-from attn_n.backends.base import Backend, empty_in_order, memory_order
+from attn_n.backends.base import Backend, empty_in_order, gradients_like
 from attn_n.backends.triton.portable import configs
 from attn_n.backends.triton.portable.forward import forward_kernel
 from attn_n.backends.triton.portable.prepare import padded_rows, prepared
@@ -99,7 +99,7 @@ class PortableKernels(Backend):
         if dout.stride(-1) != 1:  # that of a sum: read many times, it is worth laying out once
             dout = dout.contiguous()
         lse, dlse = lse.contiguous(), None if dlse is None else dlse.contiguous()
-        dq, dk, dv = (empty_in_order(x, x.shape, memory_order(x)) for x in (q, k, v))
+        dq, dk, dv = gradients_like(q, k, v)
         problem = describe((q, k, v, out, dout, dq, dk, dv), log_n, options)
         lse_log2, delta = torch.empty(2, problem.heads, padded_rows(problem), dtype=torch.float32, device=q.device)
         extras = _extras(rng_state, options)

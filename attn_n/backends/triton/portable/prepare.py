@@ -27,10 +27,8 @@ def prepared(kernel: str, problem: Problem, config: Config | None = None) -> Lau
         "LINEAR": p.linear, "PRECISION": "tf32" if p.tf32 else "ieee", "TILE_Q": config.tile_q, "TILE_K": config.tile_k,
         "DESCRIPTORS": config.descriptors,
     }  # fmt: skip
-    # A wider window sees nothing more, and its edges would overflow.
-    left, right = (None if side is None else min(side, p.len_q + p.len_k) for side in (p.left, p.right))
     numbers: tuple[Any, ...] = (
-        p.heads, p.len_q, p.len_k, left, right, p.scale, p.softcap,
+        p.heads, p.len_q, p.len_k, *p.window, p.scale, p.softcap,
         min(int(p.dropout_p * 2**31), 2**31 - 1), 1 / (1 - p.dropout_p),
     )  # fmt: skip
     extras = p.strides_mask, p.strides_slopes

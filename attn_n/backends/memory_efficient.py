@@ -1,0 +1,27 @@
+"""What the memory-efficient kernel of xFormers wants, in whichever package: PyTorch, xFormers."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from attn_n.backends.layout import key_head_each
+from attn_n.backends.rectangles import RectangleBackend
+
+
+class MemoryEfficientBackend(RectangleBackend):
+    bias_elements = 1 << 25
+    most_rows = 2048
+
+    def out_order(self, q: Tensor) -> tuple[int, ...]:
+        """Token by token: the backward kernel reads out so, whatever strides it is given."""
+        return (0, 2, 1, 3) if q.dim() == 4 else (0, 1, 2)
+
+    def gradient_order(self, x: Tensor) -> tuple[int, ...]:
+        return self.out_order(x)
+
+    def widths(self, size: int, size_v: int) -> tuple[int, int]:
+        return -(-size // 8) * 8, -(-size_v // 8) * 8
+
+    def tensors(self, q: Tensor, k: Tensor, v: Tensor) -> list[Tensor]:
+        """Tokens first, and a key head for each query head."""
+        return [x.transpose(1, 2) for x in (q, *key_head_each(q, k, v))]
