@@ -20,6 +20,7 @@ from attn_n import UnsupportedError, flash_attention_n, fused_fold, registry
 from attn_n.backends.base import Family
 from bench import interleaved
 from bench.clocks import CudaClock, Run
+from bench.machine import commit, machine
 from bench.problem import Inputs, Problem, make_inputs
 
 Key = TypeVar("Key")
@@ -37,7 +38,7 @@ def main() -> None:
         print(json.dumps(line), flush=True)
         found.append(line)
     with open(args.out, "w") as file:
-        json.dump({"device": torch.cuda.get_device_name(), "torch": torch.__version__, "lines": found}, file, indent=1)
+        json.dump({"machine": machine("cuda"), "commit": commit(), "lines": found}, file, indent=1)
 
 
 def _alone(clock: CudaClock) -> Iterator[dict[str, Any]]:
@@ -50,7 +51,8 @@ def _one_fold(width: int, layout: str, clock: CudaClock) -> dict[str, Any]:
     heads, batch = HIDDEN // width, TOKENS // LENGTH
     shape = (TOKENS, heads) if layout == "packed" else (batch, heads, LENGTH)
     packed = layout == "packed"
-    lse = torch.randn(shape, device="cuda")
+    # As the libraries lay it out: by heads, packed too.
+    lse = torch.randn(heads, TOKENS, device="cuda").T if packed else torch.randn(shape, device="cuda")
 
     def like_out() -> torch.Tensor:
         x = torch.randn(*shape, width, device="cuda", dtype=torch.bfloat16)
