@@ -47,7 +47,8 @@ class Contender:
     apart: bool = False
 
     def __repr__(self) -> str:
-        return self.name
+        """The name in characters that -k takes: `attn_n n=1` is `attn_n-n1`."""
+        return self.name.replace(" ", "-").replace("=", "")
 
     def why_absent(self, problem: Problem, measure: str) -> str | None:
         """Why it takes no part in one of PASSES at a problem; None if it does."""
