@@ -50,10 +50,10 @@ class CpuFlash(RectangleBackend):
     ) -> tuple[Tensor, Tensor]:
         if not _KNOWS_GQA:
             k, v = key_head_each(q, k, v)
-        out, lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default(
+        # The same operator as in torch.ops.aten, by a way that takes half the time.
+        return torch._scaled_dot_product_flash_attention_for_cpu(
             q, k, v, 0.0, causal, attn_mask=None if bias is None else bias.contiguous(), scale=scale
         )
-        return out, lse
 
     def kernel_backward(
         self,
