@@ -11,8 +11,7 @@ from collections.abc import Callable, Iterator
 from contextvars import ContextVar
 from dataclasses import dataclass
 
-import torch
-
+from attn_n import order
 from attn_n.backends.base import Backend, Family
 from attn_n.call import AttentionCall
 from attn_n.compilation import constant_when_compiled
@@ -28,16 +27,6 @@ BUILT_IN = {
     "xformers": "attn_n.backends.xformers",
     "reference": "attn_n.backends.reference",
 }
-
-# What is tried, in this order, when nobody names a backend.
-AUTOMATIC = {
-    "cpu": ("sdpa", "reference"),
-    "cuda": ("sdpa", "triton", "flash_attn", "xformers", "reference"),
-}
-AUTOMATIC_ELSEWHERE = ("reference",)
-# On sm_90 with n, where our kernels are the fastest (see `_ours_first`).
-TRITON_FIRST = ("triton", "sdpa", "flash_attn", "xformers", "reference")
-FEW_KEYS, FEW_KEYS_FORWARD = 1024, 2048
 
 
 class UnsupportedError(NotImplementedError):
@@ -64,13 +53,12 @@ class Explanation:
 
     def __str__(self) -> str:
         width = max(len(verdict.name) for verdict in self.verdicts)
-        lines = [f"call: {self.call}"]
+        lines, served = [f"call: {self.call}"], self.chosen or ""
+        serving = next(
+            (v.name for v in self.verdicts if served in (v.name, f"{v.name}:{served.partition(':')[2]}")), ""
+        )
         for verdict in self.verdicts:
-            mark = (
-                "->"
-                if self.chosen in (verdict.name, f"{verdict.name}:{(self.chosen or '').partition(':')[2]}")
-                else "  "
-            )
+            mark = "->" if verdict.name == serving else "  "
             if verdict.reason is not None:
                 said = f"no: {verdict.reason}"
             elif verdict.rank is None:
@@ -219,7 +207,7 @@ def choose(call: AttentionCall, backend: str | None) -> tuple[str, Backend]:
         UnsupportedError: the forced backend, or none at all, serves the call.
     """
     name, asked_by = forced(backend)
-    candidates = automatic_order(call) if name is None else (name,)
+    candidates = order.automatic(call) if name is None else (name,)
     for candidate in candidates:
         try:
             found, _ = find(candidate)
@@ -237,46 +225,25 @@ def choose(call: AttentionCall, backend: str | None) -> tuple[str, Backend]:
 def explain(call: AttentionCall, backend: str | None) -> Explanation:
     """What each backend says of `call`, and which one serves it."""
     name, asked_by = forced(backend)
-    order = automatic_order(call)
-    listed = [*order, *(known for known in names() if known not in order)]
+    automatic = order.automatic(call)
+    listed = [*automatic, *(known for known in names() if known not in automatic)]
     if name is not None and name not in listed:
         find(name)
         listed.append(name)
     verdicts = tuple(
-        Verdict(known, why_not(known, call), order.index(known) + 1 if known in order else None) for known in listed
+        Verdict(known, why_not(known, call), automatic.index(known) + 1 if known in automatic else None)
+        for known in listed
     )
-    wanted = order if name is None else (name,)
+    wanted = automatic if name is None else (name,)
     serving = next((v.name for v in verdicts if v.name in wanted and v.reason is None), None)
     chosen = None if serving is None else choose(call, serving)[0]
-    return Explanation(call, chosen, asked_by, verdicts)
+    return Explanation(call, chosen, order.reason(call) if name is None else asked_by, verdicts)
 
 
 def why_not(name: str, call: AttentionCall) -> str | None:
     """The reason why the backend called `name` does not serve `call`, or None if it does."""
     backend, problem = find(name)
     return problem if backend is None else backend.why_not(call)
-
-
-def automatic_order(call: AttentionCall) -> tuple[str, ...]:
-    """The backends to try for a call that names none."""
-    if _ours_first(call):
-        return TRITON_FIRST
-    return AUTOMATIC.get(call.device, AUTOMATIC_ELSEWHERE)
-
-
-def _ours_first(call: AttentionCall) -> bool:
-    """Whether our kernels are the fastest for the call, as measured on an H200.
-
-    Another library's kernel needs one more pass over `out` for n. Without that, the Hopper kernels against cuDNN's take
-    0.98 to 1.17 x its speed forward and, up to heads of 128, 1.03 x and more backward; wider heads have the portable
-    backward, 0.75 to 1.0 x. The portable kernels win in calls of few keys, where that pass weighs most.
-    """
-    hopper = call.capability == (9, 0) and torch.version.hip is None
-    if not hopper or call.n_kind == "none" or call.varlen or call.dtype.itemsize != 2:
-        return False
-    if call.k_shape[-2] <= (FEW_KEYS if call.needs_grad else FEW_KEYS_FORWARD):
-        return True
-    return (call.head_dim <= 128 or not call.needs_grad) and why_not("triton:hopper", call) is None
 
 
 def _refusal(call: AttentionCall, name: str | None, asked_by: str) -> str:

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 import attn_n
-from attn_n import registry, selfcheck, timing
+from attn_n import order, registry, selfcheck, timing
 from attn_n.backends.base import Family
 from attn_n.call import AttentionCall
 
@@ -127,9 +127,9 @@ def _versions() -> dict[str, str | None]:
 
 def _support(device: Device) -> Iterator[Support]:
     calls = typical_calls(device)
-    order = registry.automatic_order(calls["bf16"])
+    automatic = order.automatic(calls["bf16"])
     for name in registry.names():
-        rank = order.index(name) + 1 if name in order else None
+        rank = automatic.index(name) + 1 if name in automatic else None
         members = _members(name, device)
         yield Support(device.device, name, rank, {kind: _reasons(name, members, call) for kind, call in calls.items()})
         for member in members:

@@ -233,6 +233,7 @@ def gpu_call(**changes: object) -> AttentionCall:
     return AttentionCall(**{**fields, **changes})  # type: ignore[arg-type]
 
 
+odd = {"q_stride": (139264, 17408, 68, 1)}  # nothing for the Hopper kernels
 long = {"k_shape": (2, 8, 3000, 64), "v_shape": (2, 8, 3000, 64)}
 wide = {
     name: (2, 8, 3000 if name[0] != "q" else 256, 256) for name in ("q_shape", "k_shape", "v_shape")
@@ -242,14 +243,15 @@ wide = {
 @pytest.mark.parametrize(
     ("changes", "chosen"),
     [
-        ({}, "sdpa:cudnn"),
+        ({}, "triton:hopper"),
         ({"capability": (8, 0)}, "sdpa:flash"),
-        ({"window_left": 64, "window_right": 0}, "sdpa:flash"),
-        ({"window_right": 0}, "sdpa:cudnn"),
-        ({"window_right": 0, "k_shape": (2, 8, 300, 64), "v_shape": (2, 8, 300, 64)}, "sdpa:flash"),
+        ({"window_left": 64, "window_right": 0}, "triton:hopper"),
+        ({"window_right": 0} | odd, "sdpa:cudnn"),
+        ({"window_right": 0, "k_shape": (2, 8, 300, 64), "v_shape": (2, 8, 300, 64)} | odd, "sdpa:flash"),
         ({"dropout_p": 0.1}, "sdpa:flash"),
         ({"varlen": True}, "sdpa:flash"),
-        ({"return_lse": True}, "sdpa:flash"),
+        ({"return_lse": True}, "triton:hopper"),
+        ({"return_lse": True} | odd, "sdpa:flash"),
         ({"dtype": torch.float32}, "sdpa:efficient"),
         ({"mask_shape": (1, 1, 256, 256), "mask_dtype": torch.bool}, "sdpa:efficient"),
         ({"alibi": True}, "triton:portable"),
@@ -261,7 +263,7 @@ wide = {
         ({"n_kind": "float"}, "triton:hopper"),
         ({"n_kind": "float", "capability": (8, 0)}, "sdpa:flash"),
         (long | {"n_kind": "float"}, "triton:hopper"),
-        (long, "sdpa:cudnn"),
+        (long, "triton:hopper"),
         (long | {"n_kind": "float", "window_left": 64}, "triton:hopper"),
         ({"n_kind": "float", "dtype": torch.float32}, "sdpa:efficient"),
         (wide | {"n_kind": "float"}, "sdpa:cudnn"),
@@ -278,6 +280,36 @@ def test_the_choice_on_other_machines(changes: dict[str, object], chosen: str, m
     monkeypatch.setattr(torch.backends.cudnn, "is_available", lambda: True)
     monkeypatch.setattr(hopper, "tested", lambda: True)  # whatever the Triton here
     assert registry.choose(gpu_call(**changes), None)[0] == chosen
+
+
+@pytest.mark.parametrize(
+    ("changes", "chosen"),
+    [
+        (long, "flash_attn:4"),
+        (long | {"n_kind": "float"}, "flash_attn:4"),
+        (long | {"n_kind": "float", "needs_grad": False}, "triton:hopper"),
+        (long | {"needs_grad": False}, "flash_attn:3"),
+        (wide, "sdpa:cudnn"),
+        ({"n_kind": "float"}, "triton:hopper"),
+        ({"n_kind": "float"} | odd, "triton:portable"),
+        (long | odd, "flash_attn:4"),
+        (long | {"capability": (8, 0)}, "sdpa:flash"),
+    ],
+    ids=str,
+)
+def test_the_choice_beside_flash_attention(
+    changes: dict[str, object], chosen: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from attn_n.backends.triton import hopper
+
+    monkeypatch.setattr(torch.backends.cudnn, "is_available", lambda: True)
+    monkeypatch.setattr(hopper, "tested", lambda: True)
+    for version in ("3", "4"):
+        monkeypatch.setattr(registry.find(f"flash_attn:{version}")[0], "why_not", lambda call: None)
+    explanation = registry.explain(gpu_call(**changes), None)
+    assert explanation.chosen == chosen
+    assert ("by speed on an H200" in explanation.asked_by) == ("capability" not in changes)
+    assert [line[:2] for line in str(explanation).splitlines()].count("->") == 1
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,80 @@
+"""The automatic order: which backends are tried first, as measured by bench/."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+
+from attn_n.call import AttentionCall
+
+# What is tried, in this order, when nobody names a backend.
+DEFAULT = {
+    "cpu": ("sdpa", "reference"),
+    "cuda": ("sdpa", "triton", "flash_attn", "xformers", "reference"),
+}
+ELSEWHERE = ("reference",)
+
+
+class Row(NamedTuple):
+    """What comes before the default order, for calls of one kind."""
+
+    training: bool  # with gradients, where both passes count
+    with_n: bool | None  # None: either. Behind the kernel of another library n is one more pass over `out`
+    widest: int  # heads up to this
+    keys: int  # from so many on
+    first: tuple[str, ...]
+
+    def fits(self, call: AttentionCall) -> bool:
+        with_n = call.n_kind != "none"
+        return (
+            self.training == call.needs_grad
+            and self.with_n in (None, with_n)
+            and max(call.head_dim, call.head_dim_v) <= self.widest
+            and call.k_shape[-2] >= self.keys
+        )
+
+    def __str__(self) -> str:
+        n = {None: "", True: " with n", False: " with n = 0"}[self.with_n]
+        passes = "training" if self.training else "inference"
+        return f"{passes}{n}, heads up to {self.widest}, from {self.keys} keys on"
+
+
+# An H200, bfloat16, 2026-11-24: PyTorch 2.11, Triton 3.6, FlashAttention 3 (tokenspeed-fa3 3.0.0.post20260810, without
+# a backward) and 4 (4.0.0b36); bench/results/h200-2026-11-24-grid-E*.json. By these rows no choice among what was
+# installed takes longer than the fastest one by more than 4 %, nor, with nothing but PyTorch and Triton, by 2 %.
+SM_90 = (
+    Row(True, None, 128, 1500, ("flash_attn:4", "triton:hopper")),
+    Row(True, None, 128, 1025, ("triton:hopper",)),
+    Row(True, True, 128, 0, ("triton",)),
+    Row(True, False, 128, 0, ("triton:hopper",)),
+    Row(True, None, 256, 0, ("sdpa:cudnn", "flash_attn:4")),
+    Row(False, True, 256, 6000, ("flash_attn:3", "flash_attn:4", "triton:hopper")),
+    Row(False, True, 256, 2049, ("triton:hopper",)),
+    Row(False, True, 256, 0, ("triton",)),
+    Row(False, False, 256, 1500, ("flash_attn:3", "flash_attn:4", "triton:hopper")),
+    Row(False, False, 256, 0, ("triton:hopper",)),
+)
+
+
+def automatic(call: AttentionCall) -> tuple[str, ...]:
+    """The backends to try for a call that names none."""
+    row = _row(call)
+    default = DEFAULT.get(call.device, ELSEWHERE)
+    return default if row is None else (*row.first, *(name for name in default if name not in row.first))
+
+
+def reason(call: AttentionCall) -> str:
+    """Why the order of a call is what it is."""
+    row = _row(call)
+    return "automatic" if row is None else f"automatic, by speed on an H200: {row}"
+
+
+def _row(call: AttentionCall) -> Row | None:
+    """The first one that fits."""
+    if call.capability != (9, 0) or torch.version.hip is not None or call.dtype.itemsize != 2 or call.varlen:
+        return None
+    for row in SM_90:
+        if row.fits(call):
+            return row
+    return None
