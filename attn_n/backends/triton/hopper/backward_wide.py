@@ -79,7 +79,7 @@ def consume(
     GROUPS: gl.constexpr, E: gl.constexpr, TILE_Q: gl.constexpr,
 ):  # fmt: skip
     """dx is dV or dK, which lies in two halves of its columns."""
-    batches, heads, heads_kv, len_q, len_k, left, right = sizes
+    batches, _heads, heads_kv, len_q, len_k, left, right = sizes
     rows = gl.cdiv(len_q, TILE_Q) * TILE_Q
     HALF: gl.constexpr = E // 2
     OF_S: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, TILE_Q, 16])
@@ -143,6 +143,7 @@ def weights(
     factor = (scale if softcap is None else softcap) * LOG2E
     s = gl.zeros([64, TILE_Q], gl.float32, OF_S)
     s = warpgroup_mma(b.k.index(0), b.q.index(stage).permute((1, 0)), s, use_acc=False, is_async=True)
+    lse = row_vector(b.lse.index(stage), OF_S)
     s = warpgroup_mma_wait(0, deps=[s])
     edge = (row < told(b, slot, FULL_BEGIN)) | (row >= told(b, slot, FULL_END))
     # Masked are the weights, or the logits if these are needed once more: either way few registers wait.
@@ -150,7 +151,7 @@ def weights(
         s = tanh(s * (scale / softcap))
         if edge:
             s = gl.where(visible(b, slot, row, len_k, left, right, 0, TILE_Q, OF_S), s, float("-inf"))
-    p = gl.exp2(s * factor - row_vector(b.lse.index(stage), OF_S))
+    p = gl.exp2(s * factor - lse)
     if softcap is None and edge:
         p = gl.where(visible(b, slot, row, len_k, left, right, 0, TILE_Q, OF_S), p, 0.0)
     found = rounded(p, OPERAND, dtype)
@@ -180,7 +181,7 @@ def slopes(b, buffer, stage, TILE_Q: gl.constexpr, OF_S: gl.constexpr, OPERAND: 
 
 @gluon.jit
 def by_threads(buffer, TILE_Q: gl.constexpr):
-    """Where a thread leaves its part of P for that of the other consumer that has the same part of dP: 16 bytes each."""
+    """Where a thread leaves its part of P for that of the other consumer with the same part of dP, by 16 bytes."""
     layout: gl.constexpr = gl.SharedLinearLayout(
         [[0, 1], [8, 0], [0, 8], [0, 2], [0, 4], [1, 0], [2, 0], [4, 0], [16, 0], [32, 0], [0, 16], [0, 32]]
     )
@@ -191,14 +192,14 @@ def by_threads(buffer, TILE_Q: gl.constexpr):
 def add_to_global(x, tile, LAYOUT: gl.constexpr):
     """Tiles of 64 x 64 in the order of their registers: four numbers of a thread, of all threads, then the next four.
 
-    From registers: through shared memory, which is what the products wait for, it would be twice that traffic.
+    From registers and not through shared memory: the products alone take up most of what that can bring.
     """
     rows = gl.expand_dims(gl.arange(0, tile.shape[0], gl.SliceLayout(1, LAYOUT)), 1)
     columns = gl.expand_dims(gl.arange(0, tile.shape[1], gl.SliceLayout(0, LAYOUT)), 0)
     thread = rows // 16 * 32 + rows % 8 * 4 + columns % 8 // 2
     gl.inline_asm_elementwise(
         "mov.b32 $0, 0; red.relaxed.gpu.global.add.v4.f32 [$1], {$5, $6, $7, $8};", "=r,l,l,l,l,r,r,r,r",
-        [x.to(gl.int64) + 16 * (columns // 8 * 128 + thread), tile], gl.int8, False, 4,
+        [x.to(gl.int64) + 16 * thread.to(gl.int64) + columns.to(gl.int64) // 8 * 2048, tile], gl.int8, False, 4,
     )  # fmt: skip
 
 

@@ -34,9 +34,7 @@ def tiles_of(
     """
     BOX: gl.constexpr = [1, 1, ROWS, E if COLUMNS is None else COLUMNS]
     LAYOUT: gl.constexpr = gl.NVMMASharedLayout.get_default_for(BOX, x.dtype.element_ty)
-    return tma.make_tensor_descriptor(
-        x, [batch, heads, rows, E], [strides[0], strides[1], strides[2], 1], BOX, LAYOUT
-    )
+    return tma.make_tensor_descriptor(x, [batch, heads, rows, E], [strides[0], strides[1], strides[2], 1], BOX, LAYOUT)
 
 
 @gluon.jit

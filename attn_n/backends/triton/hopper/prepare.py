@@ -55,6 +55,7 @@ class Backward(NamedTuple):
 def prepared_backward(problem: Problem) -> Backward:
     p, (tile_q, tile_k) = problem, configs.BACKWARD[problem.width]
     q, k, v, out, dout, dq, dk, dv = p.strides
+    kernel = backward_kernel if p.width <= 128 else wide_kernel
     constants = {"GROUPS": p.heads // p.heads_kv, "E": p.width, "TILE_Q": tile_q}
     tiles = p.batch * p.heads * triton.cdiv(p.len_q, tile_q)
     items = p.batch * p.heads_kv * triton.cdiv(p.len_k, tile_k)
@@ -64,7 +65,7 @@ def prepared_backward(problem: Problem) -> Backward:
     return Backward(
         Launch(prepare_kernel, tiles, p.device, before, constants, small, descriptors=False),
         Launch(
-            wide_kernel if p.width == 256 else backward_kernel, min(items, _processors(p.device)), p.device, numbers, constants, small | {"maxnreg": 168},
+            kernel, min(items, _processors(p.device)), p.device, numbers, constants, small | {"maxnreg": 168},
             descriptors=True,
         ),
         Launch(round_kernel, tiles, p.device, after, constants, small, descriptors=False),

@@ -54,7 +54,7 @@ def produce(
     b, sizes, q, k, v, dout, stats, strides_q, strides_k, strides_v, strides_dout,
     GROUPS: gl.constexpr, E: gl.constexpr, TILE_Q: gl.constexpr,
 ):  # fmt: skip
-    """Runs ahead of the consumers, of which there are two: `b.k` and `b.v` are as many parts of 64 keys as a tile has."""
+    """Runs ahead of the two consumers; `b.k` and `b.v` are as many parts of 64 keys as a tile has."""
     batches, heads, heads_kv, len_q, len_k, left, right = sizes
     PARTS: gl.constexpr = b.k.shape[0]
     TILE_K: gl.constexpr = 64 * PARTS
