@@ -123,13 +123,13 @@ def test_random_shapes(seed: int) -> None:
 @pytest.mark.parametrize("width", WIDTHS)
 @pytest.mark.parametrize("causal", [False, True])
 def test_the_same_bits_a_hundred_times(width: int, causal: bool) -> None:
-    """All but dq of narrow heads, whose sum is in no fixed order."""
+    """All but dq, whose sum is in no fixed order."""
     q, k, v = (torch.randn(2, 4, 1500, width, device="cuda", dtype=torch.bfloat16, requires_grad=True) for _ in "qkv")
     dout, first = torch.randn_like(q), None
     for _ in range(100):
         out, lse = flash_attention_n(q, k, v, causal, sm_n=1.0, return_lse=True, backend="triton:hopper")
-        dq, dk, dv = torch.autograd.grad(out, (q, k, v), dout)
-        found = (out, lse, dk, dv, *([dq] if width == 256 else []))
+        _dq, dk, dv = torch.autograd.grad(out, (q, k, v), dout)
+        found = (out, lse, dk, dv)
         first = first or found
         assert all(torch.equal(a, b) for a, b in zip(found, first, strict=True))
 
@@ -152,8 +152,8 @@ def test_deterministic_algorithms(width: int) -> None:
             assert all(torch.equal(a, b) for a, b in zip(gradients("hopper"), first, strict=True))
     finally:
         torch.use_deterministic_algorithms(False)
-    if width < 256:  # the switch changes what runs
-        assert not all(torch.equal(gradients("hopper")[0], first[0]) for _ in range(5))
+    # The switch changes what runs.
+    assert not all(torch.equal(gradients("hopper")[0], first[0]) for _ in range(5))
 
 
 @pytest.mark.gpu
@@ -199,7 +199,7 @@ def test_what_tma_cannot_address(ran: list[str]) -> None:
 
 
 @pytest.mark.parametrize("device", PLACES)
-@pytest.mark.parametrize(("width", "tile_q"), BACKWARD.items())
+@pytest.mark.parametrize(("width", "tile_q"), [(width, tile_q) for width, (tile_q, _) in BACKWARD.items()])
 def test_the_passes_around_the_backward(width: int, tile_q: int, device: str) -> None:
     """150 queries in each head: what they leave in whole tiles of rows, and dq out of those."""
     from attn_n.backends.triton.hopper.passes import prepare_kernel, round_kernel

@@ -1,6 +1,6 @@
 """The kernels for Hopper (sm_90), in Gluon: warps with roles, the copy engine, asynchronous products.
 
-What they do not serve is left to the portable kernels: among it the backward of heads of 256, and, under
+What they do not serve is left to the portable kernels: among it, under
 `torch.use_deterministic_algorithms(True)`, every backward, for that of Hopper adds up dq in no fixed order.
 """
 
@@ -12,7 +12,6 @@ from torch import Tensor
 
 from attn_n.backends.base import empty_in_order, gradients_like
 from attn_n.backends.layout import HALF
-from attn_n.backends.triton.hopper import configs
 from attn_n.backends.triton.portable import PortableKernels
 from attn_n.backends.triton.problem import describe, fits_descriptors
 from attn_n.call import AttentionCall, Options
@@ -66,7 +65,7 @@ class HopperKernels(PortableKernels):
         from attn_n.backends.triton.hopper.prepare import prepared_backward
 
         arguments = dlse, q, k, v, out, lse, rng_state, log_n, options, dn_wanted
-        if q.shape[-1] not in configs.BACKWARD or torch.are_deterministic_algorithms_enabled():
+        if torch.are_deterministic_algorithms_enabled():
             return super()._backward(dout, *arguments)
         if not fits_descriptors(dout.stride(), dout.itemsize) or dout.data_ptr() % 16:  # that of a sum, of a slice
             dout = dout.clone(memory_format=torch.contiguous_format)

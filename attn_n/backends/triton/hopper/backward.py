@@ -41,16 +41,25 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_wait,
 )
 
-from attn_n.backends.triton.hopper.passes import counter_of
-from attn_n.backends.triton.hopper.pipeline import barriers, boxed, rounded, tiles_of
-from attn_n.backends.triton.portable.tile import LOG2E, queries_that_see, tanh
-
-TILE_K = gl.constexpr(128)  # 64 for each consumer
-
-RUN_TIME = (
-    "strides_q", "strides_k", "strides_v", "strides_dout", "strides_dk", "strides_dv", "batches", "heads", "len_q",
-    "len_k", "left", "right",
-)  # fmt: skip
+from attn_n.backends.triton.hopper.pipeline import barriers, rounded, tiles_of
+from attn_n.backends.triton.hopper.producer import (
+    BEGIN,
+    FIELDS,
+    FULL_BEGIN,
+    FULL_END,
+    RUN_TIME,
+    STEPS,
+    SUM_ROW,
+    Sizes,
+    here,
+    meet,
+    produce,
+    row_vector,
+    told,
+    visible,
+    write,
+)
+from attn_n.backends.triton.portable.tile import LOG2E, tanh
 
 
 class Buffers(NamedTuple):
@@ -69,102 +78,6 @@ class Buffers(NamedTuple):
     kv_empty: gl.shared_memory_descriptor
     full: gl.shared_memory_descriptor
     empty: gl.shared_memory_descriptor
-
-
-class Sizes(NamedTuple):
-    batches: gl.tensor
-    heads: gl.tensor
-    heads_kv: gl.tensor
-    len_q: gl.tensor
-    len_k: gl.tensor
-    left: gl.tensor
-    right: gl.tensor
-
-
-# What the producer says of a tile of keys, and where among its numbers: it spares the consumers registers.
-FIELDS = gl.constexpr(9)
-STEPS = gl.constexpr(0)  # tiles of queries that see it; -1: there are no more tiles of keys
-BEGIN = gl.constexpr(1)  # the first row of the first one
-FULL_BEGIN = gl.constexpr(2)  # those from here
-FULL_END = gl.constexpr(3)  # to there need no mask
-SUM_ROW = gl.constexpr(4)  # the row in dq_sum of its first head's first query
-FIRST_KEY = gl.constexpr(5)
-DIAGONAL = gl.constexpr(6)  # the query at the position of the first key
-BATCH = gl.constexpr(7)
-HEAD = gl.constexpr(8)
-
-
-@gluon.jit
-def tell(b, slot, FIELD: gl.constexpr, number):
-    b.tile.index(slot * FIELDS + FIELD).store(gl.full([1], number, gl.int32, gl.BlockedLayout([1], [32], [1], [0])))
-
-
-@gluon.jit
-def told(b, slot, FIELD: gl.constexpr):
-    return gl.max(b.tile.index(slot * FIELDS + FIELD).load(gl.BlockedLayout([1], [32], [4], [0])), 0)
-
-
-@gluon.jit
-def produce(
-    b, sizes, q, k, v, dout, stats, strides_q, strides_k, strides_v, strides_dout,
-    GROUPS: gl.constexpr, E: gl.constexpr, TILE_Q: gl.constexpr,
-):  # fmt: skip
-    batches, heads, heads_kv, len_q, len_k, left, right = sizes
-    tiles, rows = gl.cdiv(len_k, TILE_K), gl.cdiv(len_q, TILE_Q) * TILE_Q
-    items = batches * heads_kv * tiles
-    of_q = tiles_of(q, batches, heads, len_q, strides_q, TILE_Q, E)
-    of_k = tiles_of(k, batches, heads_kv, len_k, strides_k, 64, E)
-    of_v = tiles_of(v, batches, heads_kv, len_k, strides_v, 64, E)
-    of_dout = tiles_of(dout, batches, heads, len_q, strides_dout, TILE_Q, E)
-    of_stats = tma.make_tensor_descriptor(
-        stats, [2 * batches * heads, rows], [rows.to(gl.int64), 1], [1, TILE_Q], gl.NVMMASharedLayout(0, 32)
-    )
-    counter = counter_of(stats, batches.to(gl.int64) * heads * rows)
-
-    turn, slot = 0, 0  # how many tiles of queries so far, modulo 4, and how many of keys, modulo 2
-    item = gl.program_id(0)
-    while item < items:
-        first_key, head_kv, batch = item % tiles * TILE_K, item // tiles % heads_kv, item // tiles // heads_kv
-        place = batch * heads + head_kv * GROUPS
-        begin, full_begin, full_end, end = queries_that_see(first_key, len_q, len_k, left, right, TILE_Q, TILE_K)
-        if first_key + TILE_K > len_k:
-            full_end = full_begin
-        steps = gl.cdiv(gl.maximum(end - begin, 0), TILE_Q)
-        mbarrier.wait(b.kv_empty.index(0), slot ^ 1)
-        tell(b, slot, STEPS, steps)
-        tell(b, slot, BEGIN, begin)
-        tell(b, slot, FULL_BEGIN, full_begin)
-        tell(b, slot, FULL_END, full_end)
-        tell(b, slot, SUM_ROW, place * rows)
-        tell(b, slot, FIRST_KEY, first_key)
-        tell(b, slot, DIAGONAL, first_key - (len_k - len_q))
-        tell(b, slot, BATCH, batch)
-        tell(b, slot, HEAD, head_kv)
-        kv_full = b.kv_full.index(0)
-        mbarrier.arrive(kv_full, count=1)
-        mbarrier.expect(kv_full, 2 * (of_k.block_type.nbytes + of_v.block_type.nbytes))
-        for c in gl.static_range(2):
-            at = [batch, head_kv, first_key + 64 * c, 0]
-            tma.async_copy_global_to_shared(of_k, at, kv_full, boxed(b.k.index(c), of_k))
-            tma.async_copy_global_to_shared(of_v, at, kv_full, boxed(b.v.index(c), of_v))
-        slot ^= 1
-        for group in range(GROUPS):
-            for step in range(steps):
-                row, stage = begin + step * TILE_Q, turn & 1
-                at, of_lse = [batch, head_kv * GROUPS + group, row, 0], place + group
-                mbarrier.wait(b.empty.index(stage), (turn >> 1) ^ 1)
-                full = b.full.index(stage)
-                mbarrier.expect(full, 2 * (of_q.block_type.nbytes + of_stats.block_type.nbytes))
-                tma.async_copy_global_to_shared(of_q, at, full, boxed(b.q.index(stage), of_q))
-                tma.async_copy_global_to_shared(of_stats, [of_lse, row], full, b.lse.index(stage))
-                tma.async_copy_global_to_shared(of_dout, at, full, boxed(b.dout.index(stage), of_dout))
-                tma.async_copy_global_to_shared(of_stats, [batches * heads + of_lse, row], full, b.delta.index(stage))
-                turn = (turn + 1) & 3
-        # Now, while the consumers have the last tiles of queries before them: they do not notice how long it takes.
-        item = gl.num_programs(0) + gl.atomic_add(counter, 1)
-    mbarrier.wait(b.kv_empty.index(0), slot ^ 1)
-    tell(b, slot, STEPS, -1)
-    mbarrier.arrive(b.kv_full.index(0), count=2)
 
 
 @gluon.jit
@@ -235,44 +148,12 @@ def consume(
                 turn = (turn + 1) & 3
             sum_row += rows
         mbarrier.arrive(b.kv_empty.index(0), count=1)
-        write(dv_tile, b, slot, of_dv, ME)
-        write(dk_tile * scale, b, slot, of_dk, ME)
+        write(dv_tile, b.dq.index(ME), b, slot, of_dv, 64 * ME, 0)
+        write(dk_tile * scale, b.dq.index(ME), b, slot, of_dk, 64 * ME, 0)
         slot ^= 1
         mbarrier.wait(b.kv_full.index(0), slot)
         steps = told(b, slot, STEPS)
     tma.store_wait(0)
-
-
-@gluon.jit
-def row_vector(buffer, layout: gl.constexpr):
-    """Numbers in shared memory as `(1, length)` in registers."""
-    flat = buffer._reinterpret(buffer.dtype, [buffer.shape[1]], gl.SwizzledSharedLayout(1, 1, 1, [0]))
-    return gl.expand_dims(flat.load(gl.SliceLayout(0, layout)), 0)
-
-
-@gluon.jit
-def here(x):
-    """x, computed at this place: the compiler would put it between two products, and wait for the first one there."""
-    return gl.inline_asm_elementwise("mov.b32 $0, $1;", "=r,r", [x], gl.float32, False, 1)
-
-
-@gluon.jit
-def visible(b, slot, row, len_k, left, right, ME: gl.constexpr, TILE_Q: gl.constexpr, layout: gl.constexpr):
-    """Counted from the first key of the tile."""
-    keys = gl.expand_dims(64 * ME + gl.arange(0, 64, gl.SliceLayout(1, layout)), 1)
-    rows = gl.expand_dims(row - told(b, slot, DIAGONAL) + gl.arange(0, TILE_Q, gl.SliceLayout(0, layout)), 0)
-    seen = keys < len_k - told(b, slot, FIRST_KEY)
-    if right is not None:
-        seen = seen & (keys <= rows + right)
-    if left is not None:
-        seen = seen & (keys >= rows - left)
-    return seen
-
-
-@gluon.jit
-def meet():
-    """A barrier of both consumers. One of memory takes longer, and Gluon 3.6 has no other."""
-    gl.inline_asm_elementwise("mov.b32 $0, $1; bar.sync 8, 256;", "=r,r", [0], gl.int32, False, 1)
 
 
 @gluon.jit
@@ -297,17 +178,6 @@ def add_to_global(descriptor, coordinates, buffer, _semantic=None):
     _semantic.builder.create_async_tma_reduce(
         ir.DESCRIPTOR_REDUCE_KIND.ADD, descriptor.handle, coordinates, buffer.handle
     )
-
-
-@gluon.jit
-def write(tile, b, slot, descriptor, ME: gl.constexpr):
-    """64 rows of dK or dV, through shared memory."""
-    staged = b.dq.index(ME)._reinterpret(descriptor.dtype, [64, tile.shape[1]], gl.NVMMASharedLayout(128, 16))
-    tma.store_wait(0)
-    staged.store(tile.to(descriptor.dtype))
-    fence_async_shared()
-    at = [told(b, slot, BATCH), told(b, slot, HEAD), told(b, slot, FIRST_KEY) + 64 * ME, 0]
-    tma.async_copy_shared_to_global(descriptor, at, boxed(staged, descriptor))
 
 
 @gluon.jit(do_not_specialize=RUN_TIME)

@@ -28,8 +28,8 @@ FORWARD: dict[int, tuple[Config, ...]] = {
     256: (Config(2, 64, 2, out_apart=False),),
 }
 
-# Queries of a tile of the backward, which has 128 keys. Wider heads do not fit: they are the portable kernels'.
-BACKWARD = {64: 128, 128: 64}
+# Queries and keys of a tile of the backward: the largest that fit.
+BACKWARD = {64: (128, 128), 128: (64, 128), 256: (64, 64)}
 
 
 def find(problem: Problem) -> Config:

@@ -25,15 +25,16 @@ def following(stage, phase, STAGES: gl.constexpr):
 
 
 @gluon.jit
-def tiles_of(x, batch, heads, rows, strides, ROWS: gl.constexpr, E: gl.constexpr):
-    """A descriptor for tiles of rows of `(B, H, L, E)`.
+def tiles_of(
+    x, batch, heads, rows, strides, ROWS: gl.constexpr, E: gl.constexpr, COLUMNS: gl.constexpr = None,
+):  # fmt: skip
+    """A descriptor for tiles of rows of `(B, H, L, E)`, of all columns or of so many.
 
     Made by the kernel: the host takes longer for one than a short kernel runs.
     """
-    LAYOUT: gl.constexpr = gl.NVMMASharedLayout.get_default_for([1, 1, ROWS, E], x.dtype.element_ty)
-    return tma.make_tensor_descriptor(
-        x, [batch, heads, rows, E], [strides[0], strides[1], strides[2], 1], [1, 1, ROWS, E], LAYOUT
-    )
+    BOX: gl.constexpr = [1, 1, ROWS, E if COLUMNS is None else COLUMNS]
+    LAYOUT: gl.constexpr = gl.NVMMASharedLayout.get_default_for(BOX, x.dtype.element_ty)
+    return tma.make_tensor_descriptor(x, [batch, heads, rows, E], [strides[0], strides[1], strides[2], 1], BOX, LAYOUT)
 
 
 @gluon.jit

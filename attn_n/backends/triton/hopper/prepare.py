@@ -9,7 +9,8 @@ import torch
 import triton
 
 from attn_n.backends.triton.hopper import configs
-from attn_n.backends.triton.hopper.backward import TILE_K, backward_kernel
+from attn_n.backends.triton.hopper.backward import backward_kernel
+from attn_n.backends.triton.hopper.backward_wide import wide_kernel
 from attn_n.backends.triton.hopper.configs import Config
 from attn_n.backends.triton.hopper.forward import STRIP, forward_kernel
 from attn_n.backends.triton.hopper.passes import prepare_kernel, round_kernel
@@ -52,18 +53,19 @@ class Backward(NamedTuple):
 
 @functools.lru_cache(1024)
 def prepared_backward(problem: Problem) -> Backward:
-    p, tile_q = problem, configs.BACKWARD[problem.width]
+    p, (tile_q, tile_k) = problem, configs.BACKWARD[problem.width]
     q, k, v, out, dout, dq, dk, dv = p.strides
+    kernel = backward_kernel if p.width <= 128 else wide_kernel
     constants = {"GROUPS": p.heads // p.heads_kv, "E": p.width, "TILE_Q": tile_q}
     tiles = p.batch * p.heads * triton.cdiv(p.len_q, tile_q)
-    items = p.batch * p.heads_kv * triton.cdiv(p.len_k, TILE_K.value)
+    items = p.batch * p.heads_kv * triton.cdiv(p.len_k, tile_k)
     numbers = (q, k, v, dout, dk, dv, p.batch, p.heads, p.len_q, p.len_k, *p.window, p.scale, p.softcap)
     before, after = (out, dout, p.stride_n, p.heads, p.len_q), (dq, p.heads, p.len_q, p.scale)
     small = {"num_warps": 4}
     return Backward(
         Launch(prepare_kernel, tiles, p.device, before, constants, small, descriptors=False),
         Launch(
-            backward_kernel, min(items, _processors(p.device)), p.device, numbers, constants, small | {"maxnreg": 168},
+            kernel, min(items, _processors(p.device)), p.device, numbers, constants, small | {"maxnreg": 168},
             descriptors=True,
         ),
         Launch(round_kernel, tiles, p.device, after, constants, small, descriptors=False),
