@@ -41,8 +41,8 @@ class Row(NamedTuple):
 
 
 # An H200, bfloat16, 2026-11-24: PyTorch 2.11, Triton 3.6, FlashAttention 3 (tokenspeed-fa3 3.0.0.post20260810, without
-# a backward) and 4 (4.0.0b36); bench/results/h200-2026-11-24-grid-*.json. By these rows the choice has 0.97 of the speed
-# of the fastest that is installed, or more, for E = 64, 128, 256, S = 512 to 16,384, causal and not.
+# a backward) and 4 (4.0.0b36); bench/results/h200-2026-11-24-grid-*.json. By these rows the choice has 0.97 of the
+# speed of the fastest that is installed, or more, for E = 64, 128, 256, S = 512 to 16,384, causal and not.
 SM_90 = (
     Row(True, None, 128, 1500, ("flash_attn:4", "triton:hopper")),
     Row(False, True, 256, 6000, ("flash_attn:3", "flash_attn:4", "triton:hopper")),
