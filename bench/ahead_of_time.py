@@ -92,21 +92,25 @@ def compiled(
 ) -> Any:  # fmt: skip
     """One of the kernels of `configs`, compiled for a head of `width`; without `config` with the tiles of the table."""
     triton.runtime.driver.set_active(_NoGpu(TARGETS[target].gpu))
-    tensors = [torch.empty(1, 2, length, width, dtype=dtype) for _ in range(8)]
-    return launch_of(kernel, tensors, torch.empty(1, 2, length), options, config, log_n, compile_only=True)()
+    shape = (1, 2, length, width) if options.cu_seqlens_q is None else (length, 2, width)
+    tensors = [torch.empty(shape, dtype=dtype) for _ in range(8)]
+    return launch_of(kernel, tensors, torch.empty(shape[:-1]), options, config, log_n, compile_only=True)()
 
 
 def launch_of(
     kernel: str, tensors: Sequence[Tensor], lse: Tensor, options: Options, config: Any, log_n: float = 0.0,
     compile_only: bool = False,
 ) -> Callable[[], Any]:  # fmt: skip
-    """The call of one kernel; `tensors` are q, k, v, out, dout, dq, dk and dv, heads first."""
+    """The call of one kernel; `tensors` are q, k, v, out, dout, dq, dk and dv, heads first or packed."""
     q, k, v, out, dout, dq, dk, dv = tensors
+    starts = options.cu_seqlens_q, options.cu_seqlens_k
     if kernel == "hopper forward":
         from attn_n.backends.triton.hopper import prepare
 
         ready = prepare.prepared(describe((q, k, v, out), log_n, options), config)
-        return functools.partial(ready.compiled if compile_only else ready, q, k, v, out, lse, None, log_n)
+        table = None if ready.order is None else q.new_empty(ready.table, dtype=torch.int32)
+        launch, arguments = ready.main, (q, k, v, out, lse, None, log_n, *starts, table)
+        return functools.partial(launch.compiled if compile_only else launch, *arguments)
     if kernel.startswith("hopper backward"):
         from attn_n.backends.triton.hopper import prepare
 

@@ -35,8 +35,6 @@ class HopperKernels(PortableKernels):
             return f"computes in float16 and bfloat16, not in {str(call.dtype).removeprefix('torch.')}"
         if call.head_dim != call.head_dim_v or call.head_dim not in WIDTHS:
             return f"takes heads of {', '.join(map(str, WIDTHS))} with E = Ev, got {call.head_dim}, {call.head_dim_v}"
-        if call.varlen:
-            return "no packed sequences"
         if call.mask_shape is not None or call.alibi or call.dropout_p:
             return "no attn_mask, alibi_slopes or dropout"
         strides = (call.q_stride, call.k_stride, call.v_stride)
@@ -56,7 +54,11 @@ class HopperKernels(PortableKernels):
             return super().forward(q, k, v, log_n, options)
         lse = torch.empty(q.shape[:-1], dtype=torch.float32, device=q.device)
         sinks, number = (log_n, None) if isinstance(log_n, Tensor) else (None, log_n)
-        prepared(problem)(q, k, v, out, lse, sinks, number)
+        launches, starts, table = prepared(problem), (options.cu_seqlens_q, options.cu_seqlens_k), None
+        if launches.order is not None:
+            table = torch.empty(launches.table, dtype=torch.int32, device=q.device)
+            launches.order(table, *starts)
+        launches.main(q, k, v, out, lse, sinks, number, *starts, table)
         return out, lse, None
 
     def _backward(
@@ -66,7 +68,11 @@ class HopperKernels(PortableKernels):
         from attn_n.backends.triton.hopper.prepare import prepared_backward
 
         arguments = dlse, q, k, v, out, lse, rng_state, log_n, options, dn_wanted
-        if q.shape[-1] not in configs.BACKWARD or torch.are_deterministic_algorithms_enabled():
+        if (
+            options.cu_seqlens_q is not None
+            or q.shape[-1] not in configs.BACKWARD
+            or torch.are_deterministic_algorithms_enabled()
+        ):
             return super()._backward(dout, *arguments)
         if not fits_descriptors(dout.stride(), dout.itemsize) or dout.data_ptr() % 16:  # that of a sum, of a slice
             dout = dout.clone(memory_format=torch.contiguous_format)
