@@ -330,7 +330,7 @@ def must_serve(backend: str, device: str, dtype: torch.dtype, case: Case, lse_gr
         "triton:portable": (on_gpu or INTERPRETED) and dtype != torch.float64 and "E > 256" not in features,
         "triton:hopper": half_on_gpu
         and HOPPER
-        and not features & {"mask", "alibi", "packed", "E != Ev"}
+        and not features & {"mask", "alibi", "E != Ev"}
         and case.size in (64, 128, 256)
         and case.layout != "transposed",
         "flash_attn:2": half_on_gpu and not features & flash_2,

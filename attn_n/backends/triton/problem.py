@@ -79,9 +79,9 @@ class Problem(NamedTuple):
 
 def fits_descriptors(strides: Strides, itemsize: int) -> bool:
     """Whether a tensor descriptor can step so: by multiples of 16 bytes, nothing expanded over heads or rows."""
-    batch, head, row, column = strides
+    *outer, column = strides  # (batch, head, row), or of packed tensors (row, head)
     step = 16 // itemsize
-    return column == 1 and head > 0 and row > 0 and not (batch % step or head % step or row % step)
+    return column == 1 and min(outer[-2:]) > 0 and not any(stride % step for stride in outer)
 
 
 def describe(tensors: tuple[Tensor, ...], log_n: float | Tensor | None, options: Options) -> Problem:

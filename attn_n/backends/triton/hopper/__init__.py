@@ -54,11 +54,12 @@ class HopperKernels(PortableKernels):
             return super().forward(q, k, v, log_n, options)
         lse = torch.empty(q.shape[:-1], dtype=torch.float32, device=q.device)
         sinks, number = (log_n, None) if isinstance(log_n, Tensor) else (None, log_n)
-        launches, starts, table = prepared(problem), (options.cu_seqlens_q, options.cu_seqlens_k), None
+        launches, table = prepared(problem), None
+        starts_q, starts_k = options.cu_seqlens_q, options.cu_seqlens_k
         if launches.order is not None:
             table = torch.empty(launches.table, dtype=torch.int32, device=q.device)
-            launches.order(table, *starts)
-        launches.main(q, k, v, out, lse, sinks, number, *starts, table)
+            launches.order(table, starts_q, starts_k)
+        launches.main(q, k, v, out, lse, sinks, number, starts_q, starts_k, table)
         return out, lse, None
 
     def _backward(
@@ -68,11 +69,7 @@ class HopperKernels(PortableKernels):
         from attn_n.backends.triton.hopper.prepare import prepared_backward
 
         arguments = dlse, q, k, v, out, lse, rng_state, log_n, options, dn_wanted
-        if (
-            options.cu_seqlens_q is not None
-            or q.shape[-1] not in configs.BACKWARD
-            or torch.are_deterministic_algorithms_enabled()
-        ):
+        if q.shape[-1] not in configs.BACKWARD or torch.are_deterministic_algorithms_enabled():
             return super()._backward(dout, *arguments)
         if not fits_descriptors(dout.stride(), dout.itemsize) or dout.data_ptr() % 16:  # that of a sum, of a slice
             dout = dout.clone(memory_format=torch.contiguous_format)
@@ -88,10 +85,14 @@ class HopperKernels(PortableKernels):
         shares = None
         if dn_wanted:
             shares = torch.empty(launches.prepare.programs, dtype=torch.float32, device=q.device)
-        launches.prepare(out, dout, lse, dlse, stats, dq_sum, log_n, shares)
-        launches.main(q, k, v, dout, stats, dq_sum, dk, dv)
-        launches.round(dq_sum, dq)
-        return dq, dk, dv, None if shares is None else shares.view(p.batch, p.heads, -1)
+        table, starts_q, starts_k = None, options.cu_seqlens_q, options.cu_seqlens_k
+        if launches.order is not None:
+            table = torch.empty(launches.table, dtype=torch.int32, device=q.device)
+            launches.order(table, starts_k, starts_q)
+        launches.prepare(out, dout, lse, dlse, stats, dq_sum, log_n, shares, starts_q)
+        launches.main(q, k, v, dout, stats, dq_sum, dk, dv, starts_q, starts_k, table)
+        launches.round(dq_sum, dq, starts_q)
+        return dq, dk, dv, None if shares is None else shares.view(1 if p.packed else p.batch, p.heads, -1)
 
 
 def tested() -> bool:

@@ -32,6 +32,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 
 from attn_n.backends.triton.hopper.packed import rows_of_sequence, sequence_of, tile_and_head
 from attn_n.backends.triton.hopper.pipeline import (
+    Packed,
     Rows,
     barriers,
     blocks_seen,
@@ -77,14 +78,6 @@ class Sizes(NamedTuple):
     len_k: gl.tensor
     left: gl.tensor  # None for no bound on that side
     right: gl.tensor
-
-
-class Packed(NamedTuple):
-    """Packed sequences: where they begin, and the order of their tiles. None of all if the lengths are one."""
-
-    starts_q: gl.tensor
-    starts_k: gl.tensor
-    table: gl.tensor
 
 
 class Tile(NamedTuple):

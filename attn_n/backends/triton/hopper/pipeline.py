@@ -26,6 +26,14 @@ def following(stage, phase, STAGES: gl.constexpr):
     return stage, phase
 
 
+class Packed(NamedTuple):
+    """Where packed sequences begin, and the list of their tiles; None of all for batches."""
+
+    starts_q: gl.tensor
+    starts_k: gl.tensor
+    table: gl.tensor
+
+
 class Rows(NamedTuple):
     """Those of a sequence in a tensor `(B, H, L, E)`, or in packed `(T, H, E)`."""
 

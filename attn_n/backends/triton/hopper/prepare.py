@@ -70,10 +70,12 @@ def _order(problem: Problem, tile: int) -> Launch:
 class Backward(NamedTuple):
     """The launches of a backward, in their order."""
 
+    order: Launch | None  # of packed sequences
     prepare: Launch
     main: Launch
     round: Launch
-    stats: int  # elements of what they share, see `passes`
+    table: int  # elements of what they share, see `packed` and `passes`
+    stats: int
     dq_sum: int
 
 
@@ -82,18 +84,25 @@ def prepared_backward(problem: Problem) -> Backward:
     p, tile_q = problem, configs.BACKWARD[problem.width]
     q, k, v, out, dout, dq, dk, dv = p.strides
     constants = {"GROUPS": p.heads // p.heads_kv, "E": p.width, "TILE_Q": tile_q}
-    tiles = p.batch * p.heads * triton.cdiv(p.len_q, tile_q)
-    items = p.batch * p.heads_kv * triton.cdiv(p.len_k, TILE_K.value)
-    numbers = (q, k, v, dout, dk, dv, p.batch, p.heads, p.len_q, p.len_k, *p.window, p.scale, p.softcap)
-    before, after = (out, dout, p.stride_n, p.heads, p.len_q), (dq, p.heads, p.len_q, p.scale)
+    if p.packed:  # as one of a batch, with whole tiles for each sequence; how many keys one has only the GPU knows
+        batch, tiles_q, tiles_k = 1, most_tiles(p, p.rows, tile_q), most_tiles(p, p.keys, TILE_K.value)
+        sequences, len_q, len_k = p.batch, tiles_q * tile_q, 0
+    else:
+        batch, tiles_q, tiles_k = p.batch, triton.cdiv(p.len_q, tile_q), triton.cdiv(p.len_k, TILE_K.value)
+        sequences, len_q, len_k = None, p.len_q, p.len_k
+    tiles, items = batch * p.heads * tiles_q, batch * p.heads_kv * tiles_k
+    numbers = (q, k, v, dout, dk, dv, batch, p.heads, len_q, len_k, *p.window, p.scale, p.softcap)
+    before, after = (out, dout, sequences, p.stride_n, p.heads, len_q), (dq, sequences, p.heads, len_q, p.scale)
     small = {"num_warps": 4}
     return Backward(
+        _order(p, TILE_K.value) if p.packed else None,
         Launch(prepare_kernel, tiles, p.device, before, constants, small, descriptors=False),
         Launch(
             backward_kernel, min(items, _processors(p.device)), p.device, numbers, constants, small | {"maxnreg": 168},
             descriptors=True,
         ),
         Launch(round_kernel, tiles, p.device, after, constants, small, descriptors=False),
+        HEADER.value + 2 * tiles_k,
         2 * tiles * tile_q + 1,
         tiles * tile_q * p.width,
     )  # fmt: skip
