@@ -211,8 +211,8 @@ def _prepare_varlen(
         left,
         right,
         mask=mask,
-        cu_seqlens_q=cu_seqlens_q,
-        cu_seqlens_k=cu_seqlens_k,
+        cu_seqlens_q=cu_seqlens_q.contiguous(),
+        cu_seqlens_k=cu_seqlens_k.contiguous(),
         max_seqlen_q=max_seqlen_q,
         max_seqlen_k=max_seqlen_k,
     )

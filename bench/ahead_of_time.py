@@ -92,30 +92,44 @@ def compiled(
 ) -> Any:  # fmt: skip
     """One of the kernels of `configs`, compiled for a head of `width`; without `config` with the tiles of the table."""
     triton.runtime.driver.set_active(_NoGpu(TARGETS[target].gpu))
-    tensors = [torch.empty(1, 2, length, width, dtype=dtype) for _ in range(8)]
-    return launch_of(kernel, tensors, torch.empty(1, 2, length), options, config, log_n, compile_only=True)()
+    shape = (1, 2, length, width) if options.cu_seqlens_q is None else (length, 2, width)
+    tensors = [torch.empty(shape, dtype=dtype) for _ in range(8)]
+    return launch_of(kernel, tensors, torch.empty(shape[:-1]), options, config, log_n, compile_only=True)()
+
+
+def packed(options: Options, same: bool = True) -> Options:
+    """The same for two packed sequences of 128; `same`: queries and keys share their boundaries."""
+    starts = torch.tensor([0, 128, 256], dtype=torch.int32)
+    return options.replaced(
+        cu_seqlens_q=starts, cu_seqlens_k=starts if same else starts.clone(), max_seqlen_q=128, max_seqlen_k=128
+    )
 
 
 def launch_of(
     kernel: str, tensors: Sequence[Tensor], lse: Tensor, options: Options, config: Any, log_n: float = 0.0,
     compile_only: bool = False,
 ) -> Callable[[], Any]:  # fmt: skip
-    """The call of one kernel; `tensors` are q, k, v, out, dout, dq, dk and dv, heads first."""
+    """The call of one kernel; `tensors` are q, k, v, out, dout, dq, dk and dv, heads first or packed."""
     q, k, v, out, dout, dq, dk, dv = tensors
+    starts = options.cu_seqlens_q, options.cu_seqlens_k
     if kernel == "hopper forward":
         from attn_n.backends.triton.hopper import prepare
 
         ready = prepare.prepared(describe((q, k, v, out), log_n, options), config)
-        return functools.partial(ready.compiled if compile_only else ready, q, k, v, out, lse, None, log_n)
+        table = None if ready.order is None else q.new_empty(ready.table, dtype=torch.int32)
+        launch, arguments = ready.main, (q, k, v, out, lse, None, log_n, *starts, table)
+        return functools.partial(launch.compiled if compile_only else launch, *arguments)
     if kernel.startswith("hopper backward"):
         from attn_n.backends.triton.hopper import prepare
 
         launches = prepare.prepared_backward(describe(tuple(tensors), None, options))
         stats, dq_sum = (q.new_empty(size, dtype=torch.float32) for size in (launches.stats, launches.dq_sum))
+        table = None if launches.order is None else q.new_empty(launches.table, dtype=torch.int32)
         launch, arguments = {
-            "prepare": (launches.prepare, (out, dout, lse, None, stats, dq_sum, None, None)),
-            "main": (launches.main, (q, k, v, dout, stats, dq_sum, dk, dv)),
-            "round": (launches.round, (dq_sum, dq)),
+            "order": (launches.order, (table, *starts)),
+            "prepare": (launches.prepare, (out, dout, lse, None, stats, dq_sum, None, None, starts[0])),
+            "main": (launches.main, (q, k, v, dout, stats, dq_sum, dk, dv, *starts, table)),
+            "round": (launches.round, (dq_sum, dq, starts[0])),
         }[kernel.split()[-1]]
         return functools.partial(launch.compiled if compile_only else launch, *arguments)
     extras = options.mask, options.alibi_slopes, None, None, None
@@ -177,9 +191,14 @@ def resources(kernel: Any, target: str) -> Resources:
 def main(target: str) -> None:
     causal = Options(0.1, window_right=0)
     for kernel, width, config, dtype in shipped(target):
-        found = resources(compiled(target, kernel, width, config, dtype, causal), target)
-        line = {"kernel": kernel, "width": width, "config": config, "dtype": str(dtype), **found._asdict()}
-        print(json.dumps(line), flush=True)
+        # Most kernels are the same for packed sequences, but for the pointers to where these begin.
+        for options in (causal, packed(causal)) if kernel.startswith("hopper") else (causal,):
+            found = resources(compiled(target, kernel, width, config, dtype, options), target)
+            line = {
+                "kernel": kernel, "width": width, "config": config, "dtype": str(dtype),
+                "packed": options is not causal, **found._asdict(),
+            }  # fmt: skip
+            print(json.dumps(line), flush=True)
     for kernel, width, binary in compiled_folds(target):
         found = resources(binary, target)
         print(json.dumps({"kernel": kernel, "width": width, "dtype": "torch.bfloat16", **found._asdict()}), flush=True)

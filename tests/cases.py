@@ -212,12 +212,12 @@ class Inputs:
         return tensors
 
     def packing(self) -> tuple[Tensor, Tensor, int, int]:
-        """cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k."""
+        """cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k. Equal boundaries are one tensor."""
         lengths = self.case.lengths_q, self.case.lengths_k
         starts = [
             torch.tensor([0, *torch.tensor(one).cumsum(0)], dtype=torch.int32, device=self.q.device) for one in lengths
         ]
-        return starts[0], starts[1], max(lengths[0]), max(lengths[1])
+        return starts[0], starts[lengths[0] != lengths[1]], max(lengths[0]), max(lengths[1])
 
 
 def make(case: Case, dtype: torch.dtype, device: str, seed: int = 0) -> Inputs:
@@ -330,7 +330,7 @@ def must_serve(backend: str, device: str, dtype: torch.dtype, case: Case, lse_gr
         "triton:portable": (on_gpu or INTERPRETED) and dtype != torch.float64 and "E > 256" not in features,
         "triton:hopper": half_on_gpu
         and HOPPER
-        and not features & {"mask", "alibi", "packed", "E != Ev"}
+        and not features & {"mask", "alibi", "E != Ev"}
         and case.size in (64, 128, 256)
         and case.layout != "transposed",
         "flash_attn:2": half_on_gpu and not features & flash_2,

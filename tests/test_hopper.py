@@ -15,7 +15,7 @@ import torch
 pytest.importorskip("triton")
 
 import attn_n
-from attn_n import flash_attention_n
+from attn_n import flash_attention_n, flash_attention_n_varlen
 from attn_n.backends.triton.hopper import HopperKernels, configs, tested
 from attn_n.backends.triton.hopper.configs import BACKWARD, FORWARD, Config
 from tests import compare
@@ -39,7 +39,7 @@ def at_width(case: Case, width: int) -> Case:
 SERVED = [
     case
     for case in CASES
-    if not case.features & {"mask", "alibi", "packed"} and case.layout != "transposed" and abs(case.shift) < 40
+    if not case.features & {"mask", "alibi"} and case.layout != "transposed" and abs(case.shift) < 40
 ]
 
 
@@ -95,6 +95,96 @@ def test_every_row(width: int, row: Config, monkeypatch: pytest.MonkeyPatch) -> 
     prepare.prepared.cache_clear()
 
 
+def ragged(count: int, mean: int, seed: int = 0) -> tuple[int, ...]:
+    """Lengths as real text has them: many short ones, a few long ones."""
+    pick = random.Random(seed)
+    weights = [pick.lognormvariate(0.0, 1.0) for _ in range(count)]
+    return tuple(int(count * mean * weight / sum(weights)) for weight in weights)
+
+
+PACKINGS = {
+    "around tiles": ((63, 64, 65, 1, 127, 128, 129, 191, 192, 193), (65, 64, 63, 129, 1, 128, 127, 193, 192, 191)),
+    "empty": ((0, 70, 0, 200, 9, 0), (50, 0, 0, 333, 9, 0)),
+    "few queries": ((1, 2, 3, 4), (900, 1, 300, 129)),
+    "few keys": ((900, 1, 300, 129), (1, 2, 3, 4)),
+    "tiny": ((3, 0, 1, 7, 20) * 60, (3, 5, 1, 7, 9) * 60),
+    "log-normal": (ragged(64, 1000), ragged(64, 1000)),
+    "one": ((1500,), (1500,)),
+}
+
+
+@pytest.mark.gpu
+@on_hopper
+@pytest.mark.parametrize("width", WIDTHS)
+@pytest.mark.parametrize("packing", PACKINGS)
+def test_packings(packing: str, width: int, ran: list[str]) -> None:
+    queries, keys = PACKINGS[packing]
+    many = sum(queries) > 10000
+    case = Case(
+        "", heads_q=4, heads_kv=2, lengths_q=queries, lengths_k=keys, size=width, size_v=width, n="per head",
+    )  # fmt: skip
+    for changes in ({"causal": True},) if many else ({}, {"causal": True}, {"window": (40, 9)}, {"softcap": 3.0}):
+        inputs = make(dataclasses.replace(case, **changes), torch.bfloat16, "cuda")
+        excess = compare.excess(inputs, compare.library(inputs, "triton:hopper"))
+        assert max(excess.values()) <= 1, (changes, excess)
+    assert set(ran) == {"forward triton:hopper", "backward triton:hopper"}
+
+
+@pytest.mark.gpu
+@on_hopper
+@pytest.mark.parametrize("width", WIDTHS)
+@pytest.mark.parametrize("causal", [False, True])
+def test_neighbours_see_nothing_of_each_other(width: int, causal: bool) -> None:
+    """One sequence full of NaN leaves the others as they were, bit for bit; so do rows of NaN beyond all of them."""
+    lengths = [100, 77, 64, 5, 300, 128]
+    starts, rows = boundaries(lengths, "cuda"), sum(lengths)
+    whole = [torch.randn(rows + 200, 4, width, device="cuda", dtype=torch.bfloat16) for _ in range(4)]
+
+    def results(poisoned: slice) -> list[torch.Tensor]:
+        given = [x.clone() for x in whole]
+        for x in given:
+            x[poisoned] = math.nan
+        q, k, v, dout = (x[:rows] for x in given)
+        inputs = [x.requires_grad_() for x in (q, k, v)]
+        left = [torch.full_like(q, math.nan) for _ in range(8)]  # for what is allocated next and should be written
+        del left
+        out, lse = flash_attention_n_varlen(
+            *inputs, starts, starts, 300, 300, causal, sm_n=1.0, return_lse=True, backend="triton:hopper"
+        )
+        return [out, lse, *torch.autograd.grad(out, inputs, dout)]
+
+    clean = results(slice(rows, None))
+    assert all(bool(x.isfinite().all()) for x in clean)
+    for b in range(len(lengths)):
+        begin, end = sum(lengths[:b]), sum(lengths[: b + 1])
+        poisoned = results(slice(begin, end))
+        for name, found, expected in zip(("out", "lse", "dq", "dk", "dv"), poisoned, clean, strict=True):
+            assert bool(found[begin:end].isnan().any()), name
+            if name != "dq":  # whose sum over tiles of keys is in no fixed order
+                assert torch.equal(found[:begin], expected[:begin]), name
+                assert torch.equal(found[end:], expected[end:]), name
+            else:
+                assert torch.allclose(found[:begin], expected[:begin], rtol=2e-2, atol=1e-2)
+                assert torch.allclose(found[end:], expected[end:], rtol=2e-2, atol=1e-2)
+
+
+@pytest.mark.gpu
+@on_hopper
+@pytest.mark.parametrize("width", WIDTHS)
+def test_packed_slices(width: int) -> None:
+    """q, k and v side by side in one tensor, where rows are far apart; boundaries that are no array of their own."""
+    lengths = [300, 17, 0, 129]
+    starts = boundaries(lengths, "cuda")
+    spread = torch.stack([starts, starts + 1], 1)[:, 0]
+    together = torch.randn(sum(lengths), 3, 4, width, device="cuda", dtype=torch.bfloat16, requires_grad=True)
+    found = []
+    for qkv, cu in ((together.unbind(1), spread), ([x.contiguous() for x in together.unbind(1)], starts)):
+        out = flash_attention_n_varlen(*qkv, cu, cu, 300, 300, True, sm_n=1.0, backend="triton:hopper")
+        found.append((out, *torch.autograd.grad(out, together, torch.ones_like(out))))
+    assert torch.equal(found[0][0], found[1][0])
+    assert torch.allclose(found[0][1], found[1][1], rtol=2e-2, atol=1e-2)
+
+
 @pytest.mark.gpu
 @on_hopper
 @pytest.mark.parametrize("seed", range(20))
@@ -113,6 +203,13 @@ def test_random_shapes(seed: int) -> None:
             softcap=pick.choice([None, None, 5.0]), n=pick.choice([0.0, 1.0, 3.7, "per head"]),
             layout=pick.choice(["heads first", "tokens first", "expanded"]),
         )  # fmt: skip
+        if pick.random() < 0.3:
+            count = pick.randint(1, 12)
+            lengths_q, lengths_k = (
+                tuple(pick.choice([0, 1, pick.randint(1, 500)]) for _ in range(count)) for _ in "qk"
+            )
+            packed = {"lengths_q": (*lengths_q, len_q), "lengths_k": (*lengths_k, len_k), "layout": "heads first"}
+            case = dataclasses.replace(case, **packed)
         inputs = make(case, pick.choice(HALF), "cuda", seed)
         excess = compare.excess(inputs, compare.library(inputs, "triton:hopper"))
         assert max(excess.values()) <= 1, (case, excess)
@@ -211,8 +308,9 @@ def test_the_passes_around_the_backward(width: int, tile_q: int, device: str) ->
     stats = torch.full((2 * programs * tile_q + 1,), math.nan, device=device)
     dq_sum, shares = stats.new_full((programs * tile_q, width), math.nan), stats.new_full((programs,), math.nan)
     prepare_kernel[(programs,)](
-        out, dout, lse, dlse, stats, dq_sum, log_n, shares, out.stride(), dout.stride(), 1, heads, length, width, tile_q
-    )
+        out, dout, lse, dlse, stats, dq_sum, log_n, shares, None, out.stride(), dout.stride(), None, 1, heads, length,
+        width, tile_q,
+    )  # fmt: skip
     delta = (out.double() * dout.double()).sum(-1) - dlse
     lse_log2, minus_delta = stats[:-1].view(2, batch, heads, tiles * tile_q).double()
     assert torch.allclose(lse_log2[..., :length], lse.double() / math.log(2), atol=1e-5)
@@ -224,15 +322,112 @@ def test_the_passes_around_the_backward(width: int, tile_q: int, device: str) ->
     dn = -(torch.exp(log_n.double()[:, None] - lse) * delta).sum(-1)
     assert torch.allclose(shares.view(batch, heads, tiles).sum(-1).double(), dn, rtol=1e-3, atol=1e-3)
 
-    # The order of the accumulators of wgmma: where each bit of a place in 64 x 64 numbers leads, rows and columns.
+    exact = torch.randn(programs, tile_q, width, device=device)
+    dq = torch.full_like(out, math.nan)
+    round_kernel[(programs,)](as_products_lie(exact), dq, None, dq.stride(), None, heads, length, 0.5, width, tile_q)
+    assert torch.equal(dq, (exact.view(batch, heads, -1, width)[:, :, :length] * 0.5).half())
+
+
+def as_products_lie(tiles: torch.Tensor) -> torch.Tensor:
+    """Rows of `(tiles, rows, width)` in the order of the accumulators of wgmma, 64 x 64 numbers at a time."""
+    # Where each bit of a place leads, rows and columns.
     bits = [(0, 1), (8, 0), (0, 2), (0, 4), (1, 0), (2, 0), (4, 0), (16, 0), (32, 0), (0, 8), (0, 16), (0, 32)]
     places = torch.arange(64 * 64)
     row, column = (sum(((places >> i) & 1) * bit[side] for i, bit in enumerate(bits)) for side in (0, 1))
-    exact = torch.randn(programs, tile_q, width, device=device)
-    blocks = exact.view(programs, tile_q // 64, 64, width // 64, 64).transpose(2, 3).reshape(-1, 64, 64)
+    count, rows, width = tiles.shape
+    blocks = tiles.view(count, rows // 64, 64, width // 64, 64).transpose(2, 3).reshape(-1, 64, 64)
+    return blocks[:, row, column].contiguous()
+
+
+@pytest.mark.parametrize("device", PLACES)
+@pytest.mark.parametrize(("width", "tile_q"), [(width, tile_q) for width, (tile_q, _) in BACKWARD.items()])
+def test_the_passes_of_packed_sequences(width: int, tile_q: int, device: str) -> None:
+    """Each sequence begins with a tile, and what lies in the others reaches none of its rows, be it NaN."""
+    from attn_n.backends.triton.hopper.passes import prepare_kernel, round_kernel
+
+    lengths, heads = [5, 0, 150, 64, 1, 0, 128, 70, 0], 3
+    starts = boundaries(lengths, device)
+    rows, batch = sum(lengths), len(lengths)
+    tiles, strides = rows // tile_q + batch, (0, width, heads * width, 1)
+    out, dout = (torch.randn(rows, heads, width, device=device).half() for _ in "od")
+    lse, dlse = (torch.randn(rows, heads, device=device) for _ in "ld")
+    out[5:155] = math.nan
+    stats = torch.full((2 * heads * tiles * tile_q + 1,), math.nan, device=device)
+    dq_sum, shares = stats.new_full((heads * tiles * tile_q, width), math.nan), stats.new_full((heads * tiles,), 7.0)
+    prepare_kernel[(heads * tiles,)](
+        out, dout, lse, dlse, stats, dq_sum, None, shares, starts, strides, strides, batch, None, heads,
+        tiles * tile_q, width, tile_q,
+    )  # fmt: skip
+    exact = torch.randn(heads * tiles, tile_q, width, device=device)
     dq = torch.full_like(out, math.nan)
-    round_kernel[(programs,)](blocks[:, row, column].contiguous(), dq, dq.stride(), heads, length, 0.5, width, tile_q)
-    assert torch.equal(dq, (exact.view(batch, heads, -1, width)[:, :, :length] * 0.5).half())
+    round_kernel[(heads * tiles,)](
+        as_products_lie(exact), dq, starts, strides, batch, heads, tiles * tile_q, 0.5, width, tile_q
+    )
+    delta = (out.double() * dout.double()).sum(-1) - dlse
+    lse_log2, minus_delta = stats[:-1].view(2, heads, tiles * tile_q).double()
+    first, taken = 0, torch.zeros(tiles * tile_q, dtype=torch.bool, device=device)
+    for b, length in enumerate(lengths):
+        at = (first // tile_q + b) * tile_q
+        here, there = slice(first, first + length), slice(at, at + length)
+        assert torch.allclose(lse_log2[:, there], lse[here].T.double() / math.log(2), atol=1e-5)
+        assert torch.allclose(minus_delta[:, there], -delta[here].T, atol=1e-3, equal_nan=True)
+        assert torch.equal(dq[here], (exact.view(heads, -1, width)[:, there] * 0.5).half().transpose(0, 1))
+        assert not taken[there].any()
+        taken[there], first = True, first + length
+    assert bool((lse_log2[:, ~taken] == math.inf).all())
+    assert not minus_delta[:, ~taken].any()
+    assert not dq_sum.any()
+    assert stats[-1:].view(torch.int32).item() == 0
+    dn = -(torch.exp(-lse.double()) * delta).sum(0)
+    assert bool(dn.isnan().all())  # of all heads: that of a sequence of NaN is NaN
+    assert torch.equal(shares.view(heads, tiles).sum(-1).isnan(), dn.isnan())
+    assert int(shares.isnan().sum()) == heads * -(-150 // tile_q)
+
+
+def boundaries(lengths: list[int], device: str) -> torch.Tensor:
+    return torch.tensor([0, *lengths], device=device).cumsum(0).to(torch.int32)
+
+
+@pytest.mark.parametrize("device", PLACES)
+@pytest.mark.parametrize("batch", [1, 5, 130, 1100])
+def test_the_order_of_packed_tiles(batch: int, device: str) -> None:
+    """Each tile once, those of sequences with many keys first; of more than 1,024 sequences so in each 1,024."""
+    from attn_n.backends.triton.hopper.packed import HEADER, order_kernel
+
+    pick, tile = random.Random(batch), 64
+    lengths, keys = ([pick.choice([0, 1, 64, pick.randint(0, 300)]) for _ in range(batch)] for _ in "qk")
+    most = sum(lengths) // tile + batch
+    table = torch.full((HEADER.value + 2 * most,), -1, dtype=torch.int32, device=device)
+    order_kernel[(-(-batch // 128),)](table, boundaries(lengths, device), boundaries(keys, device), batch, tile)
+    expected: list[tuple[int, int]] = []
+    for group in range(0, batch, 1024):
+        for b in sorted(range(group, min(group + 1024, batch)), key=lambda b: -keys[b]):
+            expected += [(b, len(expected))] * -(-lengths[b] // tile)
+    counter, tiles, *found = table.tolist()
+    assert (counter, tiles) == (0, len(expected))
+    assert found[: 2 * tiles] == [number for pair in expected for number in pair]
+    assert found[2 * tiles :] == [-1] * 2 * (most - tiles)
+
+
+@pytest.mark.skipif(not tested(), reason="Gluon changes between releases of Triton, and this one is not tested")
+@pytest.mark.parametrize("width", WIDTHS)
+def test_variants_of_the_packed_forward_ahead_of_time(width: int) -> None:
+    """The same for windows, softcap, and keys with boundaries of their own; numbers compile nothing."""
+    code = f"""
+import torch
+from attn_n.call import Options
+from bench.ahead_of_time import compiled, packed, resources
+def kernel(same, **options):
+    return compiled("sm_90", "hopper forward", {width}, None, torch.bfloat16, packed(Options(**options), same))
+for found in (
+    kernel(True, scale=0.1), kernel(False, scale=0.1, window_right=0),
+    kernel(False, scale=0.1, window_left=9, window_right=5), kernel(True, scale=0.1, window_right=0, softcap=3.0),
+):
+    said = resources(found, "sm_90")
+    assert said.spills <= 100 and not said.warnings, said
+assert kernel(False, scale=0.1, window_left=9) is kernel(False, scale=1.0, window_left=16)
+"""
+    subprocess.run([sys.executable, "-c", code], env={**os.environ, "TRITON_INTERPRET": "0"}, check=True)
 
 
 @pytest.mark.skipif(not tested(), reason="Gluon changes between releases of Triton, and this one is not tested")
@@ -242,10 +437,14 @@ def test_variants_of_the_backward_ahead_of_time(width: int) -> None:
     code = f"""
 import torch
 from attn_n.call import Options
-from bench.ahead_of_time import compiled, resources
+from bench.ahead_of_time import compiled, packed, resources
 def kernel(length, dtype=torch.bfloat16, **options):
     return compiled("sm_90", "hopper backward main", {width}, None, dtype, Options(**options), length)
+def of_packed(kernel, **options):
+    options = packed(Options(0.1, **options))
+    return compiled("sm_90", "hopper backward " + kernel, {width}, None, torch.bfloat16, options)
 for found in (
+    of_packed("order"), of_packed("main"), of_packed("main", window_left=9, window_right=5, softcap=3.0),
     kernel(256, scale=0.1), kernel(256, torch.float16, scale=0.1), kernel(256, scale=0.1, softcap=3.0),
     kernel(256, scale=0.1, window_left=9), kernel(256, scale=0.1, window_left=9, window_right=5, softcap=3.0),
 ):
@@ -254,6 +453,11 @@ for found in (
 assert kernel(256, scale=0.1, window_left=9) is kernel(1, scale=1.0, window_left=16)
 """
     subprocess.run([sys.executable, "-c", code], env={**os.environ, "TRITON_INTERPRET": "0"}, check=True)
+
+
+PACKED: dict[str, object] = {"varlen": True} | {
+    f"{x}_{what}": value for x in "qkv" for what, value in (("shape", (500, 8, 64)), ("stride", (512, 64, 1)))
+}
 
 
 @pytest.mark.parametrize(
@@ -265,7 +469,10 @@ assert kernel(256, scale=0.1, window_left=9) is kernel(1, scale=1.0, window_left
         ({"capability": (8, 0)}, "runs on compute capability 9.0"),
         ({"capability": (10, 0)}, "runs on compute capability 9.0"),
         ({"v_shape": (2, 8, 256, 128)}, "takes heads of 64, 128, 256 with E = Ev, got 64, 128"),
-        ({"varlen": True}, "no packed sequences"),
+        (PACKED, None),
+        (PACKED | {"k_stride": (512, 0, 1)}, "reads strides that are multiples of 16 bytes, and nothing expanded"),
+        (PACKED | {"v_stride": (516, 64, 1)}, "reads strides that are multiples of 16 bytes, and nothing expanded"),
+        (PACKED | {"alibi": True}, "no attn_mask, alibi_slopes or dropout"),
         ({"alibi": True}, "no attn_mask, alibi_slopes or dropout"),
         ({"k_stride": (0, 0, 64, 1)}, "reads strides that are multiples of 16 bytes, and nothing expanded"),
     ],

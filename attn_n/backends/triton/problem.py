@@ -22,7 +22,10 @@ class Problem(NamedTuple):
     heads_kv: int
     len_q: int  # the longest, of packed sequences
     len_k: int
+    more_keys: int | None  # S - L; None if packed sequences may differ in it
+    packed: bool
     rows: int  # queries of all sequences together
+    keys: int
     width: int
     width_v: int
     # Of batch (0 if packed), head, row and column: of q, k, v, out, and in a backward of dout, dq, dk, dv.
@@ -76,9 +79,9 @@ class Problem(NamedTuple):
 
 def fits_descriptors(strides: Strides, itemsize: int) -> bool:
     """Whether a tensor descriptor can step so: by multiples of 16 bytes, nothing expanded over heads or rows."""
-    batch, head, row, column = strides
+    *outer, column = strides  # (batch, head, row), or of packed tensors (row, head)
     step = 16 // itemsize
-    return column == 1 and head > 0 and row > 0 and not (batch % step or head % step or row % step)
+    return column == 1 and min(outer[-2:]) > 0 and not any(stride % step for stride in outer)
 
 
 def describe(tensors: tuple[Tensor, ...], log_n: float | Tensor | None, options: Options) -> Problem:
@@ -87,12 +90,16 @@ def describe(tensors: tuple[Tensor, ...], log_n: float | Tensor | None, options:
     mask, slopes, starts = options.mask, options.alibi_slopes, options.cu_seqlens_q
     if starts is None:
         batch, len_q, len_k = q.shape[0], q.shape[2], k.shape[2]
-        rows = batch * len_q
+        rows, keys = batch * len_q, batch * len_k
+        more_keys: int | None = len_k - len_q
     else:
-        batch, len_q, len_k, rows = starts.shape[0] - 1, options.max_seqlen_q, options.max_seqlen_k, q.shape[0]
+        batch, len_q, len_k = starts.shape[0] - 1, options.max_seqlen_q, options.max_seqlen_k
+        rows, keys = q.shape[0], k.shape[0]
+        assert options.cu_seqlens_k is not None
+        more_keys = 0 if starts.data_ptr() == options.cu_seqlens_k.data_ptr() else None
     return Problem(
-        q.device, q.dtype, batch, q.shape[1], k.shape[1], len_q, len_k, rows, q.shape[-1], v.shape[-1],
-        tuple(map(_strides, tensors)),
+        q.device, q.dtype, batch, q.shape[1], k.shape[1], len_q, len_k, more_keys, starts is not None, rows,
+        keys, q.shape[-1], v.shape[-1], tuple(map(_strides, tensors)),
         None if mask is None else _broadcast_strides(mask), None if slopes is None else slopes.stride(),
         log_n.stride(0) if isinstance(log_n, Tensor) else None,
         options.scale, options.window_left, options.window_right, options.softcap, options.dropout_p,

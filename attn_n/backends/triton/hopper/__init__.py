@@ -34,8 +34,6 @@ class HopperKernels(PortableKernels):
             return f"computes in float16 and bfloat16, not in {str(call.dtype).removeprefix('torch.')}"
         if call.head_dim != call.head_dim_v or call.head_dim not in WIDTHS:
             return f"takes heads of {', '.join(map(str, WIDTHS))} with E = Ev, got {call.head_dim}, {call.head_dim_v}"
-        if call.varlen:
-            return "no packed sequences"
         if call.mask_shape is not None or call.alibi or call.dropout_p:
             return "no attn_mask, alibi_slopes or dropout"
         strides = (call.q_stride, call.k_stride, call.v_stride)
@@ -55,7 +53,12 @@ class HopperKernels(PortableKernels):
             return super().forward(q, k, v, log_n, options)
         lse = torch.empty(q.shape[:-1], dtype=torch.float32, device=q.device)
         sinks, number = (log_n, None) if isinstance(log_n, Tensor) else (None, log_n)
-        prepared(problem)(q, k, v, out, lse, sinks, number)
+        launches, table = prepared(problem), None
+        starts_q, starts_k = options.cu_seqlens_q, options.cu_seqlens_k
+        if launches.order is not None:
+            table = torch.empty(launches.table, dtype=torch.int32, device=q.device)
+            launches.order(table, starts_q, starts_k)
+        launches.main(q, k, v, out, lse, sinks, number, starts_q, starts_k, table)
         return out, lse, None
 
     def _backward(
@@ -81,10 +84,14 @@ class HopperKernels(PortableKernels):
         shares = None
         if dn_wanted:
             shares = torch.empty(launches.prepare.programs, dtype=torch.float32, device=q.device)
-        launches.prepare(out, dout, lse, dlse, stats, dq_sum, log_n, shares)
-        launches.main(q, k, v, dout, stats, dq_sum, dk, dv)
-        launches.round(dq_sum, dq)
-        return dq, dk, dv, None if shares is None else shares.view(p.batch, p.heads, -1)
+        table, starts_q, starts_k = None, options.cu_seqlens_q, options.cu_seqlens_k
+        if launches.order is not None:
+            table = torch.empty(launches.table, dtype=torch.int32, device=q.device)
+            launches.order(table, starts_k, starts_q)
+        launches.prepare(out, dout, lse, dlse, stats, dq_sum, log_n, shares, starts_q)
+        launches.main(q, k, v, dout, stats, dq_sum, dk, dv, starts_q, starts_k, table)
+        launches.round(dq_sum, dq, starts_q)
+        return dq, dk, dv, None if shares is None else shares.view(1 if p.packed else p.batch, p.heads, -1)
 
 
 def tested() -> bool:

@@ -41,7 +41,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_wait,
 )
 
-from attn_n.backends.triton.hopper.pipeline import barriers, rounded, tiles_of
+from attn_n.backends.triton.hopper.pipeline import Packed, barriers, rounded, tiles_of
 from attn_n.backends.triton.hopper.producer import (
     BEGIN,
     FIELDS,
@@ -85,7 +85,7 @@ def consume(
     ME: gl.constexpr, b, sizes, dq_sum, dk, dv, strides_dk, strides_dv, scale, softcap,
     GROUPS: gl.constexpr, E: gl.constexpr, TILE_Q: gl.constexpr,
 ):  # fmt: skip
-    batches, heads, heads_kv, len_q, len_k, left, right = sizes
+    batches, heads, heads_kv, len_q, len_k, left, right, packed = sizes
     rows = gl.cdiv(len_q, TILE_Q) * TILE_Q
     dtype: gl.constexpr = b.k.dtype
     OF_S: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, TILE_Q, 16])
@@ -96,8 +96,9 @@ def consume(
     sums = tma.make_tensor_descriptor(
         dq_sum, [batches * heads * rows, E], [E, 1], [HALF, E], gl.NVMMASharedLayout(0, 32)
     )  # fmt: skip
-    of_dk = tiles_of(dk, batches, heads_kv, len_k, strides_dk, 64, E)
-    of_dv = tiles_of(dv, batches, heads_kv, len_k, strides_dv, 64, E)
+    dim = batches if packed.table is None else None
+    of_dk = tiles_of(dk, dim, heads_kv, len_k, strides_dk, 64, E)
+    of_dv = tiles_of(dv, dim, heads_kv, len_k, strides_dv, 64, E)
     factor = (scale if softcap is None else softcap) * LOG2E
     turn, slot = 0, 0  # as in the producer
     mbarrier.wait(b.kv_full.index(0), slot)
@@ -148,8 +149,8 @@ def consume(
                 turn = (turn + 1) & 3
             sum_row += rows
         mbarrier.arrive(b.kv_empty.index(0), count=1)
-        write(dv_tile, b.dq.index(ME), b, slot, of_dv, 64 * ME, 0)
-        write(dk_tile * scale, b.dq.index(ME), b, slot, of_dk, 64 * ME, 0)
+        write(dv_tile, b.dq.index(ME), b, slot, of_dv, packed, 64 * ME, 0)
+        write(dk_tile * scale, b.dq.index(ME), b, slot, of_dk, packed, 64 * ME, 0)
         slot ^= 1
         mbarrier.wait(b.kv_full.index(0), slot)
         steps = told(b, slot, STEPS)
@@ -182,7 +183,7 @@ def add_to_global(descriptor, coordinates, buffer, _semantic=None):
 
 @gluon.jit(do_not_specialize=RUN_TIME)
 def backward_kernel(
-    q, k, v, dout, stats, dq_sum, dk, dv,
+    q, k, v, dout, stats, dq_sum, dk, dv, starts_q, starts_k, table,
     strides_q, strides_k, strides_v, strides_dout, strides_dk, strides_dv,
     batches, heads, len_q, len_k, left, right, scale, softcap,
     GROUPS: gl.constexpr, E: gl.constexpr, TILE_Q: gl.constexpr,
@@ -208,7 +209,7 @@ def backward_kernel(
         barriers(1, 2), barriers(1, 2), barriers(2, 1), barriers(2, 2),
     )  # fmt: skip
     fence_async_shared()
-    sizes = Sizes(batches, heads, heads // GROUPS, len_q, len_k, left, right)
+    sizes = Sizes(batches, heads, heads // GROUPS, len_q, len_k, left, right, Packed(starts_q, starts_k, table))
     # Of the 504 registers for three threads, one of each role, the producer needs the fewest.
     gl.warp_specialize(
         [

@@ -31,7 +31,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_wait,
 )
 
-from attn_n.backends.triton.hopper.pipeline import barriers, rounded, tiles_of
+from attn_n.backends.triton.hopper.pipeline import Packed, barriers, rounded, tiles_of
 from attn_n.backends.triton.hopper.producer import (
     BEGIN,
     FIELDS,
@@ -79,14 +79,14 @@ def consume(
     GROUPS: gl.constexpr, E: gl.constexpr, TILE_Q: gl.constexpr,
 ):  # fmt: skip
     """dx is dV or dK, which lies in two halves of its columns."""
-    batches, _heads, heads_kv, len_q, len_k, left, right = sizes
+    batches, _heads, heads_kv, len_q, len_k, left, right, packed = sizes
     rows = gl.cdiv(len_q, TILE_Q) * TILE_Q
     HALF: gl.constexpr = E // 2
     OF_S: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, TILE_Q, 16])
     OF_HALF: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, HALF, 16])
     OPERAND: gl.constexpr = gl.DotOperandLayout(0, OF_HALF, 2)
 
-    of_dx = tiles_of(dx, batches, heads_kv, len_k, strides_dx, 64, E, HALF)
+    of_dx = tiles_of(dx, batches if packed.table is None else None, heads_kv, len_k, strides_dx, 64, E, HALF)
     ds = b.ds._reinterpret(b.ds.dtype, [64, TILE_Q], b.ds.layout)
     turn, slot = 0, 0  # as in the producer
     mbarrier.wait(b.kv_full.index(0), slot)
@@ -125,8 +125,8 @@ def consume(
             first *= scale
             second *= scale
         meet()  # the last dS has been read
-        write(first, buffer, b, slot, of_dx, 0, 0)
-        write(second, buffer, b, slot, of_dx, 0, HALF)
+        write(first, buffer, b, slot, of_dx, packed, 0, 0)
+        write(second, buffer, b, slot, of_dx, packed, 0, HALF)
         tma.store_wait(0)
         slot ^= 1
         mbarrier.wait(b.kv_full.index(0), slot)
@@ -205,7 +205,7 @@ def add_to_global(x, tile, LAYOUT: gl.constexpr):
 
 @gluon.jit(do_not_specialize=RUN_TIME)
 def wide_kernel(
-    q, k, v, dout, stats, dq_sum, dk, dv,
+    q, k, v, dout, stats, dq_sum, dk, dv, starts_q, starts_k, table,
     strides_q, strides_k, strides_v, strides_dout, strides_dk, strides_dv,
     batches, heads, len_q, len_k, left, right, scale, softcap,
     GROUPS: gl.constexpr, E: gl.constexpr, TILE_Q: gl.constexpr,
@@ -228,7 +228,7 @@ def wide_kernel(
         barriers(1, 2), barriers(1, 2), barriers(2, 1), barriers(2, 2),
     )  # fmt: skip
     fence_async_shared()
-    sizes = Sizes(batches, heads, heads // GROUPS, len_q, len_k, left, right)
+    sizes = Sizes(batches, heads, heads // GROUPS, len_q, len_k, left, right, Packed(starts_q, starts_k, table))
     # Of the 504 registers for three threads, one of each role, the producer needs the fewest.
     gl.warp_specialize(
         [

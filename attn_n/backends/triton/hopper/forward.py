@@ -13,7 +13,8 @@ runs while that O is computed. Blocks of keys come from the last to the first, s
 first. Programs stay and take items in turn (+7 % at 2,048 keys); under a causal mask an item is a pair of tiles, one
 from each end of the sequence, so that all items take equally long (+8 to 26 % over heavy ones first). Two or three
 consumers share keys and values; for few keys two programs of one consumer each fit a processor, of which one computes
-while the other begins or ends a tile (+2 to 15 % at 512 keys).
+while the other begins or ends a tile (+2 to 15 % at 512 keys). Of packed sequences a program takes the next tile of the
+list, see `packed`, when it has asked for all of the last one; the producer tells the consumers which one that is.
 n joins the denominator at the end, as one more key with logit log n and value zero.
 """
 
@@ -29,13 +30,19 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_wait,
 )
 
+from attn_n.backends.triton.hopper.packed import rows_of_sequence, sequence_of, tile_and_head
 from attn_n.backends.triton.hopper.pipeline import (
+    Packed,
+    Rows,
     barriers,
     blocks_seen,
-    boxed,
+    bring,
     following,
+    put,
     rounded,
+    tell,
     tiles_of,
+    told,
 )
 from attn_n.backends.triton.portable.tile import LN2, LOG2E, tanh
 
@@ -60,6 +67,8 @@ class Shared(NamedTuple):
     k_empty: gl.shared_memory_descriptor
     v_full: gl.shared_memory_descriptor
     v_empty: gl.shared_memory_descriptor
+    tile: gl.shared_memory_descriptor  # [FIELDS, 1], of packed sequences: the numbers of the tile
+    tile_full: gl.shared_memory_descriptor  # b.tile is free again when all q are
 
 
 class Sizes(NamedTuple):
@@ -69,6 +78,26 @@ class Sizes(NamedTuple):
     len_k: gl.tensor
     left: gl.tensor  # None for no bound on that side
     right: gl.tensor
+
+
+class Tile(NamedTuple):
+    """The queries that the roles are at, and the rows of their sequence."""
+
+    place: gl.tensor  # batch times heads plus head; not of packed sequences
+    head: gl.tensor
+    first: gl.tensor
+    rows_q: Rows
+    rows_k: Rows
+    sizes: Sizes  # of the sequence
+
+
+# What the producer says of a tile of packed queries.
+FIELDS = gl.constexpr(5)
+FIRST = gl.constexpr(0)  # -1: there are no more
+HEAD = gl.constexpr(1)
+END_Q = gl.constexpr(2)
+LEN_Q = gl.constexpr(3)
+LEN_K = gl.constexpr(4)
 
 
 class Results(NamedTuple):
@@ -103,39 +132,80 @@ def sums_of_threads(p, TILE_K: gl.constexpr, LAYOUT: gl.constexpr):
 
 @gluon.jit
 def produce(
-    b, of_q, of_k, of_v, sizes,
+    b, of_q, of_k, of_v, sizes, packed,
     GROUPS: gl.constexpr, TILE_K: gl.constexpr, STAGES: gl.constexpr, CONSUMERS: gl.constexpr,
 ):  # fmt: skip
     TILE_Q: gl.constexpr = CONSUMERS * STRIP
-    tiles = (sizes.len_q + TILE_Q - 1) // TILE_Q
     stage, phase, q_phase = 0, 1, 1
-    for item in range(gl.program_id(0), sizes.items, gl.num_programs(0)):
-        place, tile, second, count = item_tiles(item, tiles, sizes)
-        batch, head = place // sizes.heads, place % sizes.heads
-        for _ in range(count):
-            first = tile * TILE_Q
-            begin, _full_begin, _full_end, end = blocks_seen(first, first + TILE_Q - 1, sizes, TILE_K)
+    if packed.table is None:
+        tiles = (sizes.len_q + TILE_Q - 1) // TILE_Q
+        for item in range(gl.program_id(0), sizes.items, gl.num_programs(0)):
+            place, tile, second, count = item_tiles(item, tiles, sizes)
+            batch, head = place // sizes.heads, place % sizes.heads
+            rows = Rows(batch, None, None)
+            for _ in range(count):
+                at = Tile(place, head, tile * TILE_Q, rows, rows, sizes)
+                stage, phase = bring_tile(
+                    b, of_q, of_k, of_v, at, stage, phase, q_phase, GROUPS, TILE_K, STAGES, CONSUMERS
+                )
+                q_phase ^= 1
+                tile = second
+    else:
+        # Heads whose keys and values together take 32 MB.
+        IN_CACHE: gl.constexpr = (1 << 23) // of_k.block_type.shape[4]
+        heads = sizes.heads
+        items = gl.load(packed.table + 1) * heads
+        item = gl.program_id(0)
+        while item < items:
+            sequence, item = sequence_of(packed.table, item, heads)
+            start_q, len_q = rows_of_sequence(packed.starts_q, sequence)
+            start_k, len_k = rows_of_sequence(packed.starts_k, sequence)
+            tiles = (len_q + TILE_Q - 1) // TILE_Q
+            tile, head = tile_and_head(item, tiles, heads, IN_CACHE // gl.maximum(len_k, 1) * GROUPS)
+            first = (tiles - 1 - tile) * TILE_Q  # of causal ones the last takes the longest
             for c in gl.static_range(CONSUMERS):
                 mbarrier.wait(b.q_empty.index(c), q_phase)
-                mbarrier.expect(b.q_full.index(c), of_q.block_type.nbytes)
-                tma.async_copy_global_to_shared(
-                    of_q, [batch, head, first + c * STRIP, 0], b.q_full.index(c), boxed(b.q.index(c), of_q)
-                )
+            tell(b.tile, FIRST, first)
+            tell(b.tile, HEAD, head)
+            tell(b.tile, END_Q, start_q + len_q)
+            tell(b.tile, LEN_Q, len_q)
+            tell(b.tile, LEN_K, len_k)
+            mbarrier.arrive(b.tile_full.index(0), count=1)
+            at = Tile(
+                None, head, first, Rows(None, start_q + len_q, len_q), Rows(None, start_k + len_k, len_k),
+                Sizes(items, heads, len_q, len_k, sizes.left, sizes.right),
+            )  # fmt: skip
+            stage, phase = bring_tile(b, of_q, of_k, of_v, at, stage, phase, q_phase, GROUPS, TILE_K, STAGES, CONSUMERS)
             q_phase ^= 1
-            for i in range(end - begin):
-                key = (end - 1 - i) * TILE_K
-                mbarrier.wait(b.k_empty.index(stage), phase)
-                mbarrier.expect(b.k_full.index(stage), of_k.block_type.nbytes)
-                tma.async_copy_global_to_shared(
-                    of_k, [batch, head // GROUPS, key, 0], b.k_full.index(stage), boxed(b.k.index(stage), of_k)
-                )
-                mbarrier.wait(b.v_empty.index(stage), phase)
-                mbarrier.expect(b.v_full.index(stage), of_v.block_type.nbytes)
-                tma.async_copy_global_to_shared(
-                    of_v, [batch, head // GROUPS, key, 0], b.v_full.index(stage), boxed(b.v.index(stage), of_v)
-                )
-                stage, phase = following(stage, phase, STAGES)
-            tile = second
+            # Now, while the consumers have the last blocks before them: they do not notice how long it takes.
+            item = gl.num_programs(0) + gl.atomic_add(packed.table, 1)
+        for c in gl.static_range(CONSUMERS):
+            mbarrier.wait(b.q_empty.index(c), q_phase)
+        tell(b.tile, FIRST, -1)
+        mbarrier.arrive(b.tile_full.index(0), count=1)
+
+
+@gluon.jit
+def bring_tile(
+    b, of_q, of_k, of_v, at, stage, phase, q_phase,
+    GROUPS: gl.constexpr, TILE_K: gl.constexpr, STAGES: gl.constexpr, CONSUMERS: gl.constexpr,
+):  # fmt: skip
+    """Queries, and the keys and values that they see."""
+    begin, _full_begin, _full_end, end = blocks_seen(at.first, at.first + CONSUMERS * STRIP - 1, at.sizes, TILE_K)
+    for c in gl.static_range(CONSUMERS):
+        mbarrier.wait(b.q_empty.index(c), q_phase)
+        mbarrier.expect(b.q_full.index(c), of_q.block_type.nbytes)
+        bring(of_q, at.rows_q, at.head, at.first + c * STRIP, b.q_full.index(c), b.q.index(c))
+    for i in range(end - begin):
+        key = (end - 1 - i) * TILE_K
+        mbarrier.wait(b.k_empty.index(stage), phase)
+        mbarrier.expect(b.k_full.index(stage), of_k.block_type.nbytes)
+        bring(of_k, at.rows_k, at.head // GROUPS, key, b.k_full.index(stage), b.k.index(stage))
+        mbarrier.wait(b.v_empty.index(stage), phase)
+        mbarrier.expect(b.v_full.index(stage), of_v.block_type.nbytes)
+        bring(of_v, at.rows_k, at.head // GROUPS, key, b.v_full.index(stage), b.v.index(stage))
+        stage, phase = following(stage, phase, STAGES)
+    return stage, phase
 
 
 @gluon.jit
@@ -144,8 +214,49 @@ def consume(
     E: gl.constexpr, TILE_K: gl.constexpr, STAGES: gl.constexpr, CONSUMERS: gl.constexpr,
     Q_IN_REGISTERS: gl.constexpr, OUT_APART: gl.constexpr, ONE_EDGE: gl.constexpr,
 ):  # fmt: skip
+    TILE_Q: gl.constexpr = CONSUMERS * STRIP
+    tiles = (sizes.len_q + TILE_Q - 1) // TILE_Q
+    factor = results.scale * LOG2E if results.softcap is None else 1.0
+    stage, phase, q_phase = 0, 0, 0
+    if b.tile is None:
+        for item in range(gl.program_id(0), sizes.items, gl.num_programs(0)):
+            place, tile, second, count = item_tiles(item, tiles, sizes)
+            batch, head = place // sizes.heads, place % sizes.heads
+            rows = Rows(batch, None, None)
+            for _ in range(count):
+                at = Tile(place, head, tile * TILE_Q, rows, rows, sizes)
+                stage, phase = attend(
+                    ME, b, at, results, factor, stage, phase, q_phase,
+                    E, TILE_K, STAGES, CONSUMERS, Q_IN_REGISTERS, OUT_APART, ONE_EDGE,
+                )  # fmt: skip
+                q_phase ^= 1
+                tile = second
+    else:
+        mbarrier.wait(b.tile_full.index(0), q_phase)
+        first = told(b.tile, FIRST)
+        while first >= 0:
+            len_q = told(b.tile, LEN_Q)
+            of_sequence = Sizes(None, sizes.heads, len_q, told(b.tile, LEN_K), sizes.left, sizes.right)
+            at = Tile(None, told(b.tile, HEAD), first, Rows(None, told(b.tile, END_Q), len_q), None, of_sequence)
+            stage, phase = attend(
+                ME, b, at, results, factor, stage, phase, q_phase,
+                E, TILE_K, STAGES, CONSUMERS, Q_IN_REGISTERS, OUT_APART, ONE_EDGE,
+            )  # fmt: skip
+            q_phase ^= 1
+            mbarrier.wait(b.tile_full.index(0), q_phase)
+            first = told(b.tile, FIRST)
+    tma.store_wait(0)
+
+
+@gluon.jit
+def attend(
+    ME: gl.constexpr, b, at, results, factor, stage, phase, q_phase,
+    E: gl.constexpr, TILE_K: gl.constexpr, STAGES: gl.constexpr, CONSUMERS: gl.constexpr,
+    Q_IN_REGISTERS: gl.constexpr, OUT_APART: gl.constexpr, ONE_EDGE: gl.constexpr,
+):  # fmt: skip
+    """The 64 queries of a consumer."""
     of_out, lse, sinks, stride_n, log_n, scale, softcap = results
-    len_q, len_k = sizes.len_q, sizes.len_k
+    len_q, len_k = at.sizes.len_q, at.sizes.len_k
     dtype: gl.constexpr = of_out.dtype
     S: gl.constexpr = gl.NVMMADistributedLayout(version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, TILE_K, 16])
     OUT: gl.constexpr = gl.NVMMADistributedLayout(version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, E, 16])
@@ -156,112 +267,107 @@ def consume(
         reg_bases=[[8, 0]], lane_bases=[[0, 1], [0, 2], [1, 0], [2, 0], [4, 0]], warp_bases=[[16, 0], [32, 0]],
         block_bases=[], shape=[STRIP, 4],
     )  # fmt: skip
-    TILE_Q: gl.constexpr = CONSUMERS * STRIP
-    BOUNDED: gl.constexpr = sizes.left is not None or sizes.right is not None
-    tiles = (len_q + TILE_Q - 1) // TILE_Q
-    factor = scale * LOG2E if softcap is None else 1.0
-    stage, phase, q_phase = 0, 0, 0
-    for item in range(gl.program_id(0), sizes.items, gl.num_programs(0)):
-        place, tile, second, count = item_tiles(item, tiles, sizes)
-        batch, head = place // sizes.heads, place % sizes.heads
-        for _ in range(count):
-            first = tile * TILE_Q
-            begin, _full_begin, _full_end, end = blocks_seen(first, first + TILE_Q - 1, sizes, TILE_K)
-            first += ME * STRIP
-            own_begin, full_begin, full_end, own_end = begin, 0, len_k // TILE_K, end
-            if BOUNDED:
-                own_begin, full_begin, full_end, own_end = blocks_seen(first, first + STRIP - 1, sizes, TILE_K)
-                own_end = gl.minimum(own_end, end)
-                own_begin = gl.maximum(gl.minimum(own_begin, own_end - 1), begin)
-            rows = first + gl.arange(0, STRIP, layout=ROWS)
+    BOUNDED: gl.constexpr = at.sizes.left is not None or at.sizes.right is not None
+    HIDDEN: gl.constexpr = BOUNDED or at.place is None  # whether rows may see no key: a sequence may have none
+    first = at.first
+    begin, _full_begin, _full_end, end = blocks_seen(first, first + CONSUMERS * STRIP - 1, at.sizes, TILE_K)
+    first += ME * STRIP
+    own_begin, full_begin, full_end, own_end = begin, 0, len_k // TILE_K, end
+    if BOUNDED:
+        own_begin, full_begin, full_end, own_end = blocks_seen(first, first + STRIP - 1, at.sizes, TILE_K)
+        own_end = gl.minimum(own_end, end)
+        own_begin = gl.maximum(gl.minimum(own_begin, own_end - 1), begin)
+    rows = first + gl.arange(0, STRIP, layout=ROWS)
 
-            mbarrier.wait(b.q_full.index(ME), q_phase)
-            if Q_IN_REGISTERS:
-                q = b.q.index(ME).load(gl.DotOperandLayout(operand_index=0, parent=S, k_width=2))
-                fence_async_shared()
-                mbarrier.arrive(b.q_empty.index(ME), count=1)
-            else:
-                q = b.q.index(ME)
-            if BOUNDED:
-                stage, phase = skip(b, end - own_end, stage, phase, STAGES)
-            mbarrier.wait(b.k_full.index(stage), phase)
-            s = gl.zeros([STRIP, TILE_K], gl.float32, layout=S)
-            s = warpgroup_mma(q, b.k.index(stage).permute((1, 0)), s, use_acc=False, is_async=True)
-            s = warpgroup_mma_wait(0, deps=[s])
-            mbarrier.arrive(b.k_empty.index(stage), count=1)
-            s = capped(s, scale, softcap)
-            if (own_end <= full_begin) | (own_end > full_end):
-                s = visible(s, rows, (own_end - 1) * TILE_K, sizes, TILE_K, S)
-            top = gl.max(s, axis=1) * factor
-            p = gl.exp2(s * factor - gl.expand_dims(finite(top, BOUNDED), 1))
-            sums = sums_of_threads(p, TILE_K, PARTS)
-            weights = rounded(p, P, dtype)
-            acc = gl.zeros([STRIP, E], gl.float32, layout=OUT)
+    mbarrier.wait(b.q_full.index(ME), q_phase)
+    if Q_IN_REGISTERS:
+        q = b.q.index(ME).load(gl.DotOperandLayout(operand_index=0, parent=S, k_width=2))
+        fence_async_shared()
+        mbarrier.arrive(b.q_empty.index(ME), count=1)
+    else:
+        q = b.q.index(ME)
+    if BOUNDED:
+        stage, phase = skip(b, end - own_end, stage, phase, STAGES)
+    mbarrier.wait(b.k_full.index(stage), phase)
+    s = gl.zeros([STRIP, TILE_K], gl.float32, layout=S)
+    s = warpgroup_mma(q, b.k.index(stage).permute((1, 0)), s, use_acc=False, is_async=True)
+    s = warpgroup_mma_wait(0, deps=[s])
+    mbarrier.arrive(b.k_empty.index(stage), count=1)
+    s = capped(s, scale, softcap)
+    if (own_end <= full_begin) | (own_end > full_end):
+        s = visible(s, rows, (own_end - 1) * TILE_K, at.sizes, TILE_K, S)
+    top = gl.max(s, axis=1) * factor
+    p = gl.exp2(s * factor - gl.expand_dims(finite(top, HIDDEN), 1))
+    sums = sums_of_threads(p, TILE_K, PARTS)
+    weights = rounded(p, P, dtype)
+    acc = gl.zeros([STRIP, E], gl.float32, layout=OUT)
 
-            for i in range(1, own_end - own_begin):
-                block = own_end - 1 - i
-                next_stage, next_phase = following(stage, phase, STAGES)
-                mbarrier.wait(b.k_full.index(next_stage), next_phase)
-                s = warpgroup_mma(q, b.k.index(next_stage).permute((1, 0)), p, use_acc=False, is_async=True)
-                mbarrier.wait(b.v_full.index(stage), phase)
-                acc = warpgroup_mma(weights, b.v.index(stage), acc, is_async=True)
-                s = warpgroup_mma_wait(1, deps=[s])
-                mbarrier.arrive(b.k_empty.index(next_stage), count=1)
-                s = capped(s, scale, softcap)
-                if not ONE_EDGE and ((block < full_begin) | (block >= full_end)):
-                    s = visible(s, rows, block * TILE_K, sizes, TILE_K, S)
-                new_top = gl.maximum(top, gl.max(s, axis=1) * factor)
-                shift = finite(new_top, BOUNDED)
-                p = gl.exp2(s * factor - gl.expand_dims(shift, 1))
-                rescale = gl.exp2(top - shift)
-                top = new_top
-                sums = sums * column(rescale, PARTS) + sums_of_threads(p, TILE_K, PARTS)
-                # For the compiler the wait stands behind the softmax, because it waits for p too.
-                acc, weights, p = warpgroup_mma_wait(0, deps=[acc, weights, p])
-                mbarrier.arrive(b.v_empty.index(stage), count=1)
-                acc = acc * column(rescale, OUT)
-                weights = rounded(p, P, dtype)
-                stage, phase = next_stage, next_phase
+    for i in range(1, own_end - own_begin):
+        block = own_end - 1 - i
+        next_stage, next_phase = following(stage, phase, STAGES)
+        mbarrier.wait(b.k_full.index(next_stage), next_phase)
+        s = warpgroup_mma(q, b.k.index(next_stage).permute((1, 0)), p, use_acc=False, is_async=True)
+        mbarrier.wait(b.v_full.index(stage), phase)
+        acc = warpgroup_mma(weights, b.v.index(stage), acc, is_async=True)
+        s = warpgroup_mma_wait(1, deps=[s])
+        mbarrier.arrive(b.k_empty.index(next_stage), count=1)
+        s = capped(s, scale, softcap)
+        if not ONE_EDGE and ((block < full_begin) | (block >= full_end)):
+            s = visible(s, rows, block * TILE_K, at.sizes, TILE_K, S)
+        new_top = gl.maximum(top, gl.max(s, axis=1) * factor)
+        shift = finite(new_top, HIDDEN)
+        p = gl.exp2(s * factor - gl.expand_dims(shift, 1))
+        rescale = gl.exp2(top - shift)
+        top = new_top
+        sums = sums * column(rescale, PARTS) + sums_of_threads(p, TILE_K, PARTS)
+        # For the compiler the wait stands behind the softmax, because it waits for p too.
+        acc, weights, p = warpgroup_mma_wait(0, deps=[acc, weights, p])
+        mbarrier.arrive(b.v_empty.index(stage), count=1)
+        acc = acc * column(rescale, OUT)
+        weights = rounded(p, P, dtype)
+        stage, phase = next_stage, next_phase
 
-            if OUT_APART and not Q_IN_REGISTERS:
-                mbarrier.arrive(b.q_empty.index(ME), count=1)
-            mbarrier.wait(b.v_full.index(stage), phase)
-            acc = warpgroup_mma(weights, b.v.index(stage), acc, is_async=True)
-            total = gl.convert_layout(gl.sum(sums, axis=1), ROWS, assert_trivial=True)
-            rescale = gl.full([STRIP], 1.0, gl.float32, layout=ROWS)
-            if sinks is not None or log_n is not None:
-                sink = (log_n if sinks is None else gl.load(sinks + head * stride_n)) * LOG2E
-                new_top = gl.maximum(top, sink)
-                shift = finite(new_top, True)
-                rescale = gl.exp2(top - shift)
-                total = total * rescale + gl.exp2(sink - shift)
-                top = new_top
-            nothing = total == 0.0
-            rescale = rescale / gl.where(nothing, 1.0, total)
-            found = gl.where(nothing, float("-inf"), (top + gl.log2(total)) * LN2)
-            gl.store(lse + place.to(gl.int64) * len_q + rows, found, mask=rows < len_q)
-            acc, weights = warpgroup_mma_wait(0, deps=[acc, weights])
-            mbarrier.arrive(b.v_empty.index(stage), count=1)
-            stage, phase = following(stage, phase, STAGES)
-            if BOUNDED:
-                stage, phase = skip(b, own_begin - begin, stage, phase, STAGES)
+    if OUT_APART and not Q_IN_REGISTERS:
+        mbarrier.arrive(b.q_empty.index(ME), count=1)
+    mbarrier.wait(b.v_full.index(stage), phase)
+    acc = warpgroup_mma(weights, b.v.index(stage), acc, is_async=True)
+    total = gl.convert_layout(gl.sum(sums, axis=1), ROWS, assert_trivial=True)
+    rescale = gl.full([STRIP], 1.0, gl.float32, layout=ROWS)
+    if sinks is not None or log_n is not None:
+        sink = (log_n if sinks is None else gl.load(sinks + at.head * stride_n)) * LOG2E
+        new_top = gl.maximum(top, sink)
+        shift = finite(new_top, True)
+        rescale = gl.exp2(top - shift)
+        total = total * rescale + gl.exp2(sink - shift)
+        top = new_top
+    nothing = total == 0.0
+    rescale = rescale / gl.where(nothing, 1.0, total)
+    found = gl.where(nothing, float("-inf"), (top + gl.log2(total)) * LN2)
+    if at.place is not None:
+        gl.store(lse + at.place.to(gl.int64) * len_q + rows, found, mask=rows < len_q)
+    else:
+        of_lse = lse + (at.rows_q.end - len_q + rows).to(gl.int64) * at.sizes.heads + at.head
+        gl.store(of_lse, found, mask=rows < len_q)
+    acc, weights = warpgroup_mma_wait(0, deps=[acc, weights])
+    mbarrier.arrive(b.v_empty.index(stage), count=1)
+    stage, phase = following(stage, phase, STAGES)
+    if BOUNDED:
+        stage, phase = skip(b, own_begin - begin, stage, phase, STAGES)
 
-            acc = acc * column(rescale, OUT)
-            if OUT_APART:
-                strip = b.out.index(ME)
-                tma.store_wait(0)
-            else:
-                strip = b.q.index(ME)
-            strip.store(acc.to(dtype))
-            fence_async_shared()
-            if first < len_q:
-                tma.async_copy_shared_to_global(of_out, [batch, head, first, 0], boxed(strip, of_out))
-            if not OUT_APART:
-                tma.store_wait(0)
-                mbarrier.arrive(b.q_empty.index(ME), count=1)
-            q_phase ^= 1
-            tile = second
-    tma.store_wait(0)
+    acc = acc * column(rescale, OUT)
+    if OUT_APART:
+        strip = b.out.index(ME)
+        tma.store_wait(0)
+    else:
+        strip = b.q.index(ME)
+    strip.store(acc.to(dtype))
+    fence_async_shared()
+    if first < len_q:
+        put(of_out, at.rows_q, at.head, first, 0, strip)
+    if not OUT_APART:
+        tma.store_wait(0)
+        mbarrier.arrive(b.q_empty.index(ME), count=1)
+    return stage, phase
 
 
 @gluon.jit
@@ -310,7 +416,7 @@ def finite(top, BOUNDED: gl.constexpr):
 
 @gluon.jit(do_not_specialize=RUN_TIME)
 def forward_kernel(
-    q, k, v, out, lse, sinks, log_n, strides_q, strides_k, strides_v, strides_out, stride_n,
+    q, k, v, out, lse, sinks, log_n, starts_q, starts_k, table, strides_q, strides_k, strides_v, strides_out, stride_n,
     batch, heads, len_q, len_k, left, right, scale, softcap, items,
     GROUPS: gl.constexpr, E: gl.constexpr, CONSUMERS: gl.constexpr, TILE_K: gl.constexpr, STAGES: gl.constexpr,
     Q_IN_REGISTERS: gl.constexpr, OUT_APART: gl.constexpr, ONE_EDGE: gl.constexpr,
@@ -332,8 +438,14 @@ def forward_kernel(
     q_full, q_empty = barriers(CONSUMERS, 1), barriers(CONSUMERS, 1)
     k_full, k_empty = barriers(STAGES, 1), barriers(STAGES, CONSUMERS)
     v_full, v_empty = barriers(STAGES, 1), barriers(STAGES, CONSUMERS)
+    if table is None:
+        tile, tile_full = None, None
+    else:
+        tile = gl.allocate_shared_memory(gl.int32, [FIELDS, 1], gl.SwizzledSharedLayout(1, 1, 1, [0]))
+        tile_full = barriers(1, 1)
     fence_async_shared()
-    b = Shared(q_strips, k_ring, v_ring, out_strips, q_full, q_empty, k_full, k_empty, v_full, v_empty)
+    b = Shared(q_strips, k_ring, v_ring, out_strips, q_full, q_empty, k_full, k_empty, v_full, v_empty, tile, tile_full)
+    packed = Packed(starts_q, starts_k, table)
     sizes = Sizes(items, heads, len_q, len_k, left, right)
     results = Results(of_out, lse, sinks, stride_n, log_n, scale, softcap)
     # The registers that are left go to the consumers: 24 are enough to ask for copies.
@@ -341,7 +453,7 @@ def forward_kernel(
         gl.warp_specialize(
             [
                 (consume, (0, b, sizes, results, E, TILE_K, STAGES, CONSUMERS, Q_IN_REGISTERS, OUT_APART, ONE_EDGE)),
-                (produce, (b, of_q, of_k, of_v, sizes, GROUPS, TILE_K, STAGES, CONSUMERS)),
+                (produce, (b, of_q, of_k, of_v, sizes, packed, GROUPS, TILE_K, STAGES, CONSUMERS)),
             ],
             [1], [24],
         )  # fmt: skip
@@ -350,7 +462,7 @@ def forward_kernel(
             [
                 (consume, (0, b, sizes, results, E, TILE_K, STAGES, CONSUMERS, Q_IN_REGISTERS, OUT_APART, ONE_EDGE)),
                 (consume, (1, b, sizes, results, E, TILE_K, STAGES, CONSUMERS, Q_IN_REGISTERS, OUT_APART, ONE_EDGE)),
-                (produce, (b, of_q, of_k, of_v, sizes, GROUPS, TILE_K, STAGES, CONSUMERS)),
+                (produce, (b, of_q, of_k, of_v, sizes, packed, GROUPS, TILE_K, STAGES, CONSUMERS)),
             ],
             [4, 1], [240, 24],
         )  # fmt: skip
@@ -360,7 +472,7 @@ def forward_kernel(
                 (consume, (0, b, sizes, results, E, TILE_K, STAGES, CONSUMERS, Q_IN_REGISTERS, OUT_APART, ONE_EDGE)),
                 (consume, (1, b, sizes, results, E, TILE_K, STAGES, CONSUMERS, Q_IN_REGISTERS, OUT_APART, ONE_EDGE)),
                 (consume, (2, b, sizes, results, E, TILE_K, STAGES, CONSUMERS, Q_IN_REGISTERS, OUT_APART, ONE_EDGE)),
-                (produce, (b, of_q, of_k, of_v, sizes, GROUPS, TILE_K, STAGES, CONSUMERS)),
+                (produce, (b, of_q, of_k, of_v, sizes, packed, GROUPS, TILE_K, STAGES, CONSUMERS)),
             ],
             [4, 4, 1], [160, 160, 24],
         )  # fmt: skip

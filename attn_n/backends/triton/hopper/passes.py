@@ -1,7 +1,9 @@
 """The two small passes over the queries, before and after the backward kernel.
 
 They and the kernel share `stats`, lse in base 2 and -delta of all rows and a counter, and `dq_sum`, the sum for dQ in
-float32. In these each head has a whole number of tiles of rows, so that tiles are read and added without a mask.
+float32. In these each head has a whole number of tiles of rows, so that tiles are read and added without a mask. Packed
+sequences lie one behind the other, as if of a batch of one, and each begins with a tile: sequence b with that of number
+`starts[b] // TILE_Q + b`, which leaves room enough and needs no sum over the others.
 """
 
 import triton
@@ -9,7 +11,7 @@ import triton.language as tl
 
 from attn_n.backends.triton.portable.tile import LOG2E, load, matrix, place, rows_of, store
 
-RUN_TIME = ("stride_n", "heads", "len_q")
+RUN_TIME = ("sequences", "stride_n", "heads", "len_q")
 
 
 @triton.jit
@@ -18,26 +20,50 @@ def counter_of(stats, rows):
     return (stats + 2 * rows).to(tl.pointer_type(tl.int32), bitcast=True)
 
 
+@triton.jit
+def rows_of_tile(starts, sequences, tile, TILE_Q: tl.constexpr):
+    """The first row of a tile in its sequence, where that sequence begins, and its length.
+
+    It is the last one that begins at this tile or before; a tile may lie beyond its end.
+    """
+    sequence, end = 0, sequences
+    while end - sequence > 1:
+        middle = (sequence + end) // 2
+        if tl.load(starts + middle) // TILE_Q + middle <= tile:
+            sequence = middle
+        else:
+            end = middle
+    first_q = tl.load(starts + sequence)
+    return (
+        (tile - sequence - first_q // TILE_Q) * TILE_Q,
+        first_q.to(tl.int64),
+        tl.load(starts + sequence + 1) - first_q,
+    )
+
+
 @triton.jit(do_not_specialize=RUN_TIME)
 def prepare_kernel(
-    out, dout, lse, dlse, stats, dq_sum, sinks, dn, strides_out, strides_dout, stride_n, heads, len_q,
+    out, dout, lse, dlse, stats, dq_sum, sinks, dn, starts,
+    strides_out, strides_dout, sequences, stride_n, heads, len_q,
     E: tl.constexpr, TILE_Q: tl.constexpr,
 ):  # fmt: skip
     """For a tile of rows: lse in base 2, `delta = rowsum(dout * out) - dlse`, a sum of zeros for dQ, a share of dn.
 
     lse is infinite and delta 0 beyond the end.
     """
-    tile, head, batch, _, _, _, _ = place(None, None, heads, len_q, len_q, tl.cdiv(len_q, TILE_Q))
+    tile, head, batch, first_q, _, _, _ = place(None, None, heads, len_q, len_q, tl.cdiv(len_q, TILE_Q))
     first_row = tile * TILE_Q
+    if starts is not None:
+        first_row, first_q, len_q = rows_of_tile(starts, sequences, tile, TILE_Q)
     rows = first_row + tl.arange(0, TILE_Q)
-    of_out, of_dout = matrix(out, strides_out, batch, head, 0), matrix(dout, strides_dout, batch, head, 0)
+    of_out, of_dout = matrix(out, strides_out, batch, head, first_q), matrix(dout, strides_dout, batch, head, first_q)
     out_tile = load(of_out, 0, first_row, len_q, strides_out, E, TILE_Q, E, False)
     dout_tile = load(of_dout, 0, first_row, len_q, strides_dout, E, TILE_Q, E, False)
-    of_lse = rows_of(lse, batch, head, heads, 0, rows, len_q, False)
+    of_lse = rows_of(lse, batch, head, heads, first_q, rows, len_q, starts is not None)
     row_lse = tl.load(of_lse, mask=rows < len_q, other=float("inf")) * LOG2E
     row_delta = tl.sum(out_tile.to(tl.float32) * dout_tile.to(tl.float32), 1)
     if dlse is not None:
-        of_dlse = rows_of(dlse, batch, head, heads, 0, rows, len_q, False)
+        of_dlse = rows_of(dlse, batch, head, heads, first_q, rows, len_q, starts is not None)
         row_delta -= tl.load(of_dlse, mask=rows < len_q, other=0.0)
 
     first, all_rows = tl.program_id(0).to(tl.int64) * TILE_Q, tl.num_programs(0).to(tl.int64) * TILE_Q
@@ -54,14 +80,19 @@ def prepare_kernel(
 
 
 @triton.jit(do_not_specialize=RUN_TIME)
-def round_kernel(dq_sum, dq, strides_dq, heads, len_q, scale, E: tl.constexpr, TILE_Q: tl.constexpr):
+def round_kernel(
+    dq_sum, dq, starts, strides_dq, sequences, heads, len_q, scale, E: tl.constexpr, TILE_Q: tl.constexpr,
+):  # fmt: skip
     """dQ in its own dtype, from the sum in float32.
 
     That consists of tiles of 64 x 64 in the order in which a product lies in registers: 8 columns by 8; then 4 warps of
     16 rows, of each 8 x 4 threads, of each 2 x 2 numbers, which are 8 rows apart.
     """
-    tile, head, batch, _, _, _, _ = place(None, None, heads, len_q, len_q, tl.cdiv(len_q, TILE_Q))
+    tile, head, batch, first_q, _, _, _ = place(None, None, heads, len_q, len_q, tl.cdiv(len_q, TILE_Q))
     first = tl.program_id(0).to(tl.int64) * TILE_Q
     x = tl.load(dq_sum + first * E + tl.arange(0, TILE_Q * E)) * scale
     x = x.reshape(TILE_Q // 64, E // 64, 8, 4, 8, 4, 2, 2).permute(0, 3, 6, 4, 1, 2, 5, 7).reshape(TILE_Q, E)
-    store(matrix(dq, strides_dq, batch, head, 0), x, tile * TILE_Q, len_q, strides_dq, E, TILE_Q, E)
+    first_row = tile * TILE_Q
+    if starts is not None:
+        first_row, first_q, len_q = rows_of_tile(starts, sequences, tile, TILE_Q)
+    store(matrix(dq, strides_dq, batch, head, first_q), x, first_row, len_q, strides_dq, E, TILE_Q, E)

@@ -1,5 +1,7 @@
 """What the Hopper kernels share: rings of buffers, tiles of rows in memory, arithmetic, and which keys queries see."""
 
+from typing import NamedTuple
+
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import mbarrier, tma
@@ -24,23 +26,90 @@ def following(stage, phase, STAGES: gl.constexpr):
     return stage, phase
 
 
+class Packed(NamedTuple):
+    """Where packed sequences begin, and the list of their tiles; None of all for batches."""
+
+    starts_q: gl.tensor
+    starts_k: gl.tensor
+    table: gl.tensor
+
+
+class Rows(NamedTuple):
+    """Those of a sequence in a tensor `(B, H, L, E)`, or in packed `(T, H, E)`."""
+
+    batch: gl.tensor  # None of packed tensors
+    end: gl.tensor  # where the sequence ends, and how long it is, in packed tensors
+    length: gl.tensor
+
+
+# Packed sequences: to the dimensions of the tensor two are added, along which the coordinates are such that they shift
+# the rows of one sequence to the end of theirs. There the copy engine's bounds are those of the sequence: what it loads
+# from beyond is zero, what it stores there is dropped. (The trick is that of triton.tools.ragged_tma.) The address is
+#   SHIFT * (2**34 - row stride) + end * row stride + (SHIFT - length + row) * row stride  =  (start + row) * row stride
+# in numbers of 2 bytes, for addresses are modulo 2**64, and so is SHIFT * 2**34 * 2.
+SHIFT = gl.constexpr(1 << 30)
+UNBOUNDED = gl.constexpr(0x7FFF0000)
+
+
 @gluon.jit
 def tiles_of(
     x, batch, heads, rows, strides, ROWS: gl.constexpr, E: gl.constexpr, COLUMNS: gl.constexpr = None,
 ):  # fmt: skip
-    """A descriptor for tiles of rows of `(B, H, L, E)`, of all columns or of so many.
+    """A descriptor for tiles of rows of `(B, H, L, E)`, or without `batch` of packed `(T, H, E)`.
 
-    Made by the kernel: the host takes longer for one than a short kernel runs.
+    `COLUMNS` of a tile are all, unless it is said. Made by the kernel: the host takes longer for one than a short
+    kernel runs.
     """
-    BOX: gl.constexpr = [1, 1, ROWS, E if COLUMNS is None else COLUMNS]
-    LAYOUT: gl.constexpr = gl.NVMMASharedLayout.get_default_for(BOX, x.dtype.element_ty)
-    return tma.make_tensor_descriptor(x, [batch, heads, rows, E], [strides[0], strides[1], strides[2], 1], BOX, LAYOUT)
+    WIDTH: gl.constexpr = E if COLUMNS is None else COLUMNS
+    if batch is not None:
+        LAYOUT: gl.constexpr = gl.NVMMASharedLayout.get_default_for([1, 1, ROWS, WIDTH], x.dtype.element_ty)
+        return tma.make_tensor_descriptor(
+            x, [batch, heads, rows, E], [strides[0], strides[1], strides[2], 1], [1, 1, ROWS, WIDTH], LAYOUT
+        )
+    else:
+        OF_PACKED: gl.constexpr = gl.NVMMASharedLayout.get_default_for([1, 1, 1, ROWS, WIDTH], x.dtype.element_ty)
+        row = strides[2].to(gl.int64)
+        return tma.make_tensor_descriptor(
+            x, [UNBOUNDED, UNBOUNDED, heads, SHIFT, E], [(1 << 34) - row, row, strides[1], row, 1],
+            [1, 1, 1, ROWS, WIDTH], OF_PACKED,
+        )  # fmt: skip
 
 
 @gluon.jit
 def boxed(buffer, descriptor):
-    """A buffer `(rows, E)` in the shape in which a descriptor of `(B, H, rows, E)` copies."""
+    """A buffer `(rows, E)` in the shape in which a descriptor copies."""
     return buffer._reinterpret(descriptor.dtype, descriptor.block_type.shape, descriptor.layout)
+
+
+@gluon.jit
+def bring(descriptor, rows, head, row, full, buffer):
+    """Ask for the tile that begins at `row`; `full` counts its bytes."""
+    if rows.batch is not None:
+        tma.async_copy_global_to_shared(descriptor, [rows.batch, head, row, 0], full, boxed(buffer, descriptor))
+    else:
+        at = [SHIFT, rows.end, head, SHIFT - rows.length + row, 0]
+        tma.async_copy_global_to_shared(descriptor, at, full, boxed(buffer, descriptor))
+
+
+@gluon.jit
+def put(descriptor, rows, head, row, column, buffer):
+    """The way back."""
+    if rows.batch is not None:
+        tma.async_copy_shared_to_global(descriptor, [rows.batch, head, row, column], boxed(buffer, descriptor))
+    else:
+        at = [SHIFT, rows.end, head, SHIFT - rows.length + row, column]
+        tma.async_copy_shared_to_global(descriptor, at, boxed(buffer, descriptor))
+
+
+@gluon.jit
+def tell(numbers, place, number):
+    """Put down a number for the other roles, which a barrier then shows them."""
+    numbers.index(place).store(gl.full([1], number, gl.int32, gl.BlockedLayout([1], [32], [1], [0])))
+
+
+@gluon.jit
+def told(numbers, place):
+    return gl.max(numbers.index(place).load(gl.BlockedLayout([1], [32], [4], [0])), 0)
 
 
 @gluon.jit

@@ -13,41 +13,70 @@ from attn_n.backends.triton.hopper.backward import backward_kernel
 from attn_n.backends.triton.hopper.backward_wide import wide_kernel
 from attn_n.backends.triton.hopper.configs import Config
 from attn_n.backends.triton.hopper.forward import STRIP, forward_kernel
+from attn_n.backends.triton.hopper.packed import BLOCK, HEADER, order_kernel
 from attn_n.backends.triton.hopper.passes import prepare_kernel, round_kernel
 from attn_n.backends.triton.launch import Launch
 from attn_n.backends.triton.problem import Problem
 
 
+class Forward(NamedTuple):
+    """The launches of a forward, in their order."""
+
+    order: Launch | None  # of packed sequences
+    main: Launch
+    table: int  # numbers of the table that they share, see `packed`
+
+
 @functools.lru_cache(1024)
-def prepared(problem: Problem, config: Config | None = None) -> Launch:
-    """The launch of the forward; `config` in place of that of the table."""
+def prepared(problem: Problem, config: Config | None = None) -> Forward:
+    """The launches of the forward; `config` in place of that of the table."""
     p, config = problem, config or configs.find(problem)
     left, right = p.window
-    tiles = triton.cdiv(p.len_q, config.consumers * STRIP.value)
-    if left is None and right is not None:
-        tiles = triton.cdiv(tiles, 2)  # an item is a pair of them
-    items = p.batch * p.heads * tiles
+    tile_q = config.consumers * STRIP.value
+    tiles = most_tiles(p, p.rows, tile_q) if p.packed else p.batch * triton.cdiv(p.len_q, tile_q)
+    if left is None and right is not None and not p.packed:
+        tiles = p.batch * triton.cdiv(triton.cdiv(p.len_q, tile_q), 2)  # an item is a pair of them
+    items = p.heads * tiles
     numbers = (
-        *p.strides[:4], p.stride_n, p.batch, p.heads, p.len_q, p.len_k, left, right, p.scale, p.softcap, items,
+        *p.strides[:4], p.stride_n, None if p.packed else p.batch, p.heads, p.len_q, p.len_k, left, right, p.scale,
+        p.softcap, items,
     )  # fmt: skip
     constants = {
         "GROUPS": p.heads // p.heads_kv, "E": p.width, "CONSUMERS": config.consumers, "TILE_K": config.tile_k,
         "STAGES": config.stages, "Q_IN_REGISTERS": config.q_in_registers, "OUT_APART": config.out_apart,
-        "ONE_EDGE": left is None and (right is None or (p.len_k - p.len_q + right + 1) % STRIP.value <= 1),
+        "ONE_EDGE": left is None and (right is None or (
+            p.more_keys is not None and (p.more_keys + right + 1) % STRIP.value <= 1
+        )),
     }  # fmt: skip
     # The registers of the SM, shared among the consumers, the producer and the warps that round them up to 4.
     options = {"num_warps": 4, "maxnreg": {1: 128, 2: 168, 3: 128}[config.consumers]}
     programs = min(items, _processors(p.device) * (2 if config.consumers == 1 else 1))
-    return Launch(forward_kernel, programs, p.device, numbers, constants, options, descriptors=True)
+    return Forward(
+        _order(p, tile_q) if p.packed else None,
+        Launch(forward_kernel, programs, p.device, numbers, constants, options, descriptors=True),
+        HEADER.value + 2 * tiles,
+    )
+
+
+def most_tiles(problem: Problem, rows: int, tile: int) -> int:
+    """As many tiles may the rows of packed sequences have, none of which spans two of them."""
+    return rows // tile + problem.batch
+
+
+def _order(problem: Problem, tile: int) -> Launch:
+    programs = triton.cdiv(problem.batch, BLOCK.value)
+    return Launch(order_kernel, programs, problem.device, (problem.batch,), {"TILE": tile}, {"num_warps": 4}, False)
 
 
 class Backward(NamedTuple):
     """The launches of a backward, in their order."""
 
+    order: Launch | None  # of packed sequences
     prepare: Launch
     main: Launch
     round: Launch
-    stats: int  # elements of what they share, see `passes`
+    table: int  # elements of what they share, see `packed` and `passes`
+    stats: int
     dq_sum: int
 
 
@@ -57,18 +86,25 @@ def prepared_backward(problem: Problem) -> Backward:
     q, k, v, out, dout, dq, dk, dv = p.strides
     kernel = backward_kernel if p.width <= 128 else wide_kernel
     constants = {"GROUPS": p.heads // p.heads_kv, "E": p.width, "TILE_Q": tile_q}
-    tiles = p.batch * p.heads * triton.cdiv(p.len_q, tile_q)
-    items = p.batch * p.heads_kv * triton.cdiv(p.len_k, tile_k)
-    numbers = (q, k, v, dout, dk, dv, p.batch, p.heads, p.len_q, p.len_k, *p.window, p.scale, p.softcap)
-    before, after = (out, dout, p.stride_n, p.heads, p.len_q), (dq, p.heads, p.len_q, p.scale)
+    if p.packed:  # as one of a batch, with whole tiles for each sequence; how many keys one has only the GPU knows
+        batch, tiles_q, tiles_k = 1, most_tiles(p, p.rows, tile_q), most_tiles(p, p.keys, tile_k)
+        sequences, len_q, len_k = p.batch, tiles_q * tile_q, 0
+    else:
+        batch, tiles_q, tiles_k = p.batch, triton.cdiv(p.len_q, tile_q), triton.cdiv(p.len_k, tile_k)
+        sequences, len_q, len_k = None, p.len_q, p.len_k
+    tiles, items = batch * p.heads * tiles_q, batch * p.heads_kv * tiles_k
+    numbers = (q, k, v, dout, dk, dv, batch, p.heads, len_q, len_k, *p.window, p.scale, p.softcap)
+    before, after = (out, dout, sequences, p.stride_n, p.heads, len_q), (dq, sequences, p.heads, len_q, p.scale)
     small = {"num_warps": 4}
     return Backward(
+        _order(p, tile_k) if p.packed else None,
         Launch(prepare_kernel, tiles, p.device, before, constants, small, descriptors=False),
         Launch(
             kernel, min(items, _processors(p.device)), p.device, numbers, constants, small | {"maxnreg": 168},
             descriptors=True,
         ),
         Launch(round_kernel, tiles, p.device, after, constants, small, descriptors=False),
+        HEADER.value + 2 * tiles_k,
         2 * tiles * tile_q + 1,
         tiles * tile_q * p.width,
     )  # fmt: skip

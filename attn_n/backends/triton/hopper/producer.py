@@ -6,8 +6,9 @@ from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared, mbarrier, tma
 
+from attn_n.backends.triton.hopper.packed import rows_of_sequence, sequence_of, tile_and_head
 from attn_n.backends.triton.hopper.passes import counter_of
-from attn_n.backends.triton.hopper.pipeline import boxed, tiles_of
+from attn_n.backends.triton.hopper.pipeline import Packed, Rows, bring, put, tiles_of
 from attn_n.backends.triton.portable.tile import queries_that_see
 
 RUN_TIME = (
@@ -24,6 +25,7 @@ class Sizes(NamedTuple):
     len_k: gl.tensor
     left: gl.tensor
     right: gl.tensor
+    packed: Packed  # its sequences are one of a batch, with whole tiles of queries for each, and len_k is 0
 
 
 # What the producer says of a tile of keys, and where among its numbers: it spares the consumers registers.
@@ -33,9 +35,9 @@ BEGIN = gl.constexpr(1)  # the first row of the first one
 FULL_BEGIN = gl.constexpr(2)  # those from here
 FULL_END = gl.constexpr(3)  # to there need no mask
 SUM_ROW = gl.constexpr(4)  # the row in dq_sum of its first head's first query
-FIRST_KEY = gl.constexpr(5)
+FIRST_KEY = gl.constexpr(5)  # of packed sequences counted from their end
 DIAGONAL = gl.constexpr(6)  # the query at the position of the first key
-BATCH = gl.constexpr(7)
+BATCH = gl.constexpr(7)  # or the end of a packed sequence
 HEAD = gl.constexpr(8)
 
 
@@ -55,15 +57,16 @@ def produce(
     GROUPS: gl.constexpr, E: gl.constexpr, TILE_Q: gl.constexpr,
 ):  # fmt: skip
     """Runs ahead of the two consumers; `b.k` and `b.v` are as many parts of 64 keys as a tile has."""
-    batches, heads, heads_kv, len_q, len_k, left, right = sizes
+    batches, heads, heads_kv, len_q, len_k, left, right, packed = sizes
     PARTS: gl.constexpr = b.k.shape[0]
     TILE_K: gl.constexpr = 64 * PARTS
     tiles, rows = gl.cdiv(len_k, TILE_K), gl.cdiv(len_q, TILE_Q) * TILE_Q
-    items = batches * heads_kv * tiles
-    of_q = tiles_of(q, batches, heads, len_q, strides_q, TILE_Q, E)
-    of_k = tiles_of(k, batches, heads_kv, len_k, strides_k, 64, E)
-    of_v = tiles_of(v, batches, heads_kv, len_k, strides_v, 64, E)
-    of_dout = tiles_of(dout, batches, heads, len_q, strides_dout, TILE_Q, E)
+    items = batches * heads_kv * tiles if packed.table is None else gl.load(packed.table + 1) * heads_kv
+    dim = batches if packed.table is None else None
+    of_q = tiles_of(q, dim, heads, len_q, strides_q, TILE_Q, E)
+    of_k = tiles_of(k, dim, heads_kv, len_k, strides_k, 64, E)
+    of_v = tiles_of(v, dim, heads_kv, len_k, strides_v, 64, E)
+    of_dout = tiles_of(dout, dim, heads, len_q, strides_dout, TILE_Q, E)
     of_stats = tma.make_tensor_descriptor(
         stats, [2 * batches * heads, rows], [rows.to(gl.int64), 1], [1, TILE_Q], gl.NVMMASharedLayout(0, 32)
     )
@@ -72,10 +75,23 @@ def produce(
     turn, slot = 0, 0  # how many tiles of queries so far, modulo 4, and how many of keys, modulo 2
     item = gl.program_id(0)
     while item < items:
-        first_key, head_kv, batch = item % tiles * TILE_K, item // tiles % heads_kv, item // tiles // heads_kv
+        if packed.table is None:
+            first_key, head_kv, batch = item % tiles * TILE_K, item // tiles % heads_kv, item // tiles // heads_kv
+            queries, keys, first_row = len_q, len_k, 0
+            rows_q = Rows(batch, None, None)
+            rows_k = rows_q
+        else:
+            # Heads whose queries, dout and sums for dQ together take 32 MB.
+            IN_CACHE: gl.constexpr = (1 << 22) // (E * GROUPS)
+            sequence, inside = sequence_of(packed.table, item, heads_kv)
+            start_q, queries = rows_of_sequence(packed.starts_q, sequence)
+            start_k, keys = rows_of_sequence(packed.starts_k, sequence)
+            tile, head_kv = tile_and_head(inside, gl.cdiv(keys, TILE_K), heads_kv, IN_CACHE // gl.maximum(queries, 1))
+            first_key, first_row, batch = tile * TILE_K, (start_q // TILE_Q + sequence) * TILE_Q, 0
+            rows_q, rows_k = Rows(None, start_q + queries, queries), Rows(None, start_k + keys, keys)
         place = batch * heads + head_kv * GROUPS
-        begin, full_begin, full_end, end = queries_that_see(first_key, len_q, len_k, left, right, TILE_Q, TILE_K)
-        if first_key + TILE_K > len_k:
+        begin, full_begin, full_end, end = queries_that_see(first_key, queries, keys, left, right, TILE_Q, TILE_K)
+        if first_key + TILE_K > keys:
             full_end = full_begin
         steps = gl.cdiv(gl.maximum(end - begin, 0), TILE_Q)
         mbarrier.wait(b.kv_empty.index(0), slot ^ 1)
@@ -83,30 +99,30 @@ def produce(
         tell(b, slot, BEGIN, begin)
         tell(b, slot, FULL_BEGIN, full_begin)
         tell(b, slot, FULL_END, full_end)
-        tell(b, slot, SUM_ROW, place * rows)
-        tell(b, slot, FIRST_KEY, first_key)
-        tell(b, slot, DIAGONAL, first_key - (len_k - len_q))
-        tell(b, slot, BATCH, batch)
+        tell(b, slot, SUM_ROW, place * rows + first_row)
+        tell(b, slot, FIRST_KEY, first_key if packed.table is None else first_key - keys)
+        tell(b, slot, DIAGONAL, first_key - (keys - queries))
+        tell(b, slot, BATCH, batch if packed.table is None else rows_k.end)
         tell(b, slot, HEAD, head_kv)
         kv_full = b.kv_full.index(0)
         mbarrier.arrive(kv_full, count=1)
         mbarrier.expect(kv_full, PARTS * (of_k.block_type.nbytes + of_v.block_type.nbytes))
         for c in gl.static_range(PARTS):
-            at = [batch, head_kv, first_key + 64 * c, 0]
-            tma.async_copy_global_to_shared(of_k, at, kv_full, boxed(b.k.index(c), of_k))
-            tma.async_copy_global_to_shared(of_v, at, kv_full, boxed(b.v.index(c), of_v))
+            bring(of_k, rows_k, head_kv, first_key + 64 * c, kv_full, b.k.index(c))
+            bring(of_v, rows_k, head_kv, first_key + 64 * c, kv_full, b.v.index(c))
         slot ^= 1
         for group in range(GROUPS):
             for step in range(steps):
                 row, stage = begin + step * TILE_Q, turn & 1
-                at, of_lse = [batch, head_kv * GROUPS + group, row, 0], place + group
+                head, of_lse = head_kv * GROUPS + group, place + group
                 mbarrier.wait(b.empty.index(stage), (turn >> 1) ^ 1)
                 full = b.full.index(stage)
                 mbarrier.expect(full, 2 * (of_q.block_type.nbytes + of_stats.block_type.nbytes))
-                tma.async_copy_global_to_shared(of_q, at, full, boxed(b.q.index(stage), of_q))
-                tma.async_copy_global_to_shared(of_stats, [of_lse, row], full, b.lse.index(stage))
-                tma.async_copy_global_to_shared(of_dout, at, full, boxed(b.dout.index(stage), of_dout))
-                tma.async_copy_global_to_shared(of_stats, [batches * heads + of_lse, row], full, b.delta.index(stage))
+                bring(of_q, rows_q, head, row, full, b.q.index(stage))
+                tma.async_copy_global_to_shared(of_stats, [of_lse, first_row + row], full, b.lse.index(stage))
+                bring(of_dout, rows_q, head, row, full, b.dout.index(stage))
+                at = [batches * heads + of_lse, first_row + row]
+                tma.async_copy_global_to_shared(of_stats, at, full, b.delta.index(stage))
                 turn = (turn + 1) & 3
         # Now, while the consumers have the last tiles of queries before them: they do not notice how long it takes.
         item = gl.num_programs(0) + gl.atomic_add(counter, 1)
@@ -148,11 +164,12 @@ def meet():
 
 
 @gluon.jit
-def write(tile, buffer, b, slot, descriptor, key, column):
+def write(tile, buffer, b, slot, descriptor, packed, key, column):
     """64 rows of dK or dV, from that key and column of the tile, through shared memory."""
     staged = buffer._reinterpret(descriptor.dtype, [64, tile.shape[1]], gl.NVMMASharedLayout(128, 16))
     tma.store_wait(0)
     staged.store(tile.to(descriptor.dtype))
     fence_async_shared()
-    at = [told(b, slot, BATCH), told(b, slot, HEAD), told(b, slot, FIRST_KEY) + key, column]
-    tma.async_copy_shared_to_global(descriptor, at, boxed(staged, descriptor))
+    batch = told(b, slot, BATCH)
+    rows = Rows(batch, None, None) if packed.table is None else Rows(None, batch, 0)
+    put(descriptor, rows, told(b, slot, HEAD), told(b, slot, FIRST_KEY) + key, column, staged)

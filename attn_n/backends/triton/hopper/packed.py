@@ -1,0 +1,68 @@
+"""Packed sequences: the tiles of their rows, and in which order programs take them.
+
+How many tiles there are only the GPU knows. `order_kernel` lists them, long sequences first (those whose tiles take the
+longest, so that no program is left with one at the end), in a table of int32: a counter of what has been taken, the
+number of tiles, and of each tile its sequence and the place of that sequence's first tile.
+"""
+
+import triton
+import triton.language as tl
+
+BLOCK = tl.constexpr(128)  # sequences of a program
+GROUP = tl.constexpr(1024)  # sequences that are put in order; of more, one group comes behind the other
+HEADER = tl.constexpr(2)  # numbers before those of the tiles
+
+
+@triton.jit
+def lengths(starts, sequences, batch):
+    inside = sequences < batch
+    return tl.load(starts + sequences + 1, mask=inside, other=0) - tl.load(starts + sequences, mask=inside, other=0)
+
+
+@triton.jit(do_not_specialize=("batch",))
+def order_kernel(table, starts, others, batch, TILE: tl.constexpr):
+    """`starts` are those of the rows, `others` of what each of them meets: of keys if these are queries."""
+    mine = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    tiles, work = tl.cdiv(lengths(starts, mine, batch), TILE), lengths(others, mine, batch)
+    group, total = tl.program_id(0) * BLOCK // GROUP * GROUP, 0
+    for first in range(0, group, GROUP):
+        total += tl.sum(tl.cdiv(lengths(starts, first + tl.arange(0, GROUP), batch), TILE))
+    place = tl.zeros((BLOCK,), tl.int32) + total
+    for first in range(group, tl.minimum(group + GROUP, batch), 32):
+        their = first + tl.arange(0, 32)
+        their_tiles, their_work = tl.cdiv(lengths(starts, their, batch), TILE), lengths(others, their, batch)
+        equal = (their_work[None, :] == work[:, None]) & (their[None, :] < mine[:, None])
+        earlier = (their_work[None, :] > work[:, None]) | equal
+        place += tl.sum(tl.where(earlier, their_tiles[None, :], 0), 1)
+        total += tl.sum(their_tiles)
+    if tl.program_id(0) == tl.num_programs(0) - 1:
+        tl.store(table, 0)
+        tl.store(table + 1, total)
+    for first in range(0, tl.max(tiles), 8):
+        tile = first + tl.arange(0, 8)[None, :]
+        of_tile = table + HEADER + 2 * (place[:, None] + tile)
+        tl.store(of_tile, mine[:, None] + 0 * tile, mask=tile < tiles[:, None])
+        tl.store(of_tile + 1, place[:, None] + 0 * tile, mask=tile < tiles[:, None])
+
+
+@triton.jit
+def sequence_of(table, item, heads):
+    """The sequence of an item, which is a tile of one head, and the item's place among those of the sequence."""
+    of_tile = table + HEADER + 2 * (item // heads)
+    return tl.load(of_tile), item - tl.load(of_tile + 1) * heads
+
+
+@triton.jit
+def tile_and_head(item, tiles, heads, together):
+    """Those of an item of a sequence: tile by tile, each of so many heads as a cache holds; then the next heads."""
+    together = tl.minimum(tl.maximum(together, 1), heads)
+    first_head = item // (tiles * together) * together
+    item, together = item - first_head * tiles, tl.minimum(together, heads - first_head)
+    return item // together, first_head + item % together
+
+
+@triton.jit
+def rows_of_sequence(starts, sequence):
+    """The first one, and how many."""
+    start = tl.load(starts + sequence)
+    return start, tl.load(starts + sequence + 1) - start
