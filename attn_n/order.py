@@ -24,25 +24,29 @@ class Row(NamedTuple):
     widest: int  # heads up to this
     keys: int  # from so many on
     first: tuple[str, ...]
+    packed: bool = False
 
     def fits(self, call: AttentionCall) -> bool:
         with_n = call.n_kind != "none"
         return (
-            self.training in (None, call.needs_grad)
+            self.packed == call.varlen
+            and self.training in (None, call.needs_grad)
             and self.with_n in (None, with_n)
             and max(call.head_dim, call.head_dim_v) <= self.widest
-            and call.k_shape[-2] >= self.keys
+            and (self.packed or call.k_shape[-2] >= self.keys)
         )
 
     def __str__(self) -> str:
         passes = {None: "", True: "training, ", False: "inference, "}[self.training]
         n = {None: "", True: "with n, ", False: "n = 0, "}[self.with_n]
-        return f"{passes}{n}heads up to {self.widest}, from {self.keys} keys on"
+        keys = "packed sequences" if self.packed else f"from {self.keys} keys on"
+        return f"{passes}{n}heads up to {self.widest}, {keys}"
 
 
 # An H200, bfloat16, 2026-11-24: PyTorch 2.11, Triton 3.6, FlashAttention 3 (tokenspeed-fa3 3.0.0.post20260810, without
 # a backward) and 4 (4.0.0b36); bench/results/h200-2026-11-24-grid-*.json. By these rows the choice has 0.97 of the
-# speed of the fastest that is installed, or more, for E = 64, 128, 256, S = 512 to 16,384, causal and not.
+# speed of the fastest that is installed, or more, for E = 64, 128, 256, S = 512 to 16,384, causal and not. Packed:
+# h200-2026-11-24-varlen-gqa.json.
 SM_90 = (
     Row(True, None, 128, 1500, ("flash_attn:4", "triton:hopper")),
     Row(False, True, 256, 6000, ("flash_attn:3", "flash_attn:4", "triton:hopper")),
@@ -50,6 +54,7 @@ SM_90 = (
     Row(None, None, 256, 1025, ("triton:hopper",)),
     Row(None, True, 64, 0, ("triton",)),  # the portable kernels too, for what those of Hopper do not serve
     Row(None, None, 256, 0, ("triton:hopper",)),
+    Row(None, None, 256, 0, ("triton",), packed=True),
 )
 
 
@@ -68,7 +73,7 @@ def reason(call: AttentionCall) -> str:
 
 def _row(call: AttentionCall) -> Row | None:
     """The first one that fits."""
-    if call.capability != (9, 0) or torch.version.hip is not None or call.dtype.itemsize != 2 or call.varlen:
+    if call.capability != (9, 0) or torch.version.hip is not None or call.dtype.itemsize != 2:
         return None
     for row in SM_90:
         if row.fits(call):

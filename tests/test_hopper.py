@@ -20,7 +20,7 @@ from attn_n.backends.triton.hopper import HopperKernels, configs, tested
 from attn_n.backends.triton.hopper.configs import BACKWARD, FORWARD, Config
 from tests import compare
 from tests.cases import CASES, HOPPER, INTERPRETED, Case, make, must_serve
-from tests.test_registry import gpu_call
+from tests.test_registry import gpu_call, packed
 
 WIDTHS = (64, 128, 256)
 HALF = (torch.bfloat16, torch.float16)
@@ -455,11 +455,6 @@ assert kernel(256, scale=0.1, window_left=9) is kernel(1, scale=1.0, window_left
     subprocess.run([sys.executable, "-c", code], env={**os.environ, "TRITON_INTERPRET": "0"}, check=True)
 
 
-PACKED: dict[str, object] = {"varlen": True} | {
-    f"{x}_{what}": value for x in "qkv" for what, value in (("shape", (500, 8, 64)), ("stride", (512, 64, 1)))
-}
-
-
 @pytest.mark.parametrize(
     ("changes", "reason"),
     [
@@ -469,10 +464,10 @@ PACKED: dict[str, object] = {"varlen": True} | {
         ({"capability": (8, 0)}, "runs on compute capability 9.0"),
         ({"capability": (10, 0)}, "runs on compute capability 9.0"),
         ({"v_shape": (2, 8, 256, 128)}, "takes heads of 64, 128, 256 with E = Ev, got 64, 128"),
-        (PACKED, None),
-        (PACKED | {"k_stride": (512, 0, 1)}, "reads strides that are multiples of 16 bytes, and nothing expanded"),
-        (PACKED | {"v_stride": (516, 64, 1)}, "reads strides that are multiples of 16 bytes, and nothing expanded"),
-        (PACKED | {"alibi": True}, "no attn_mask, alibi_slopes or dropout"),
+        (packed, None),
+        (packed | {"k_stride": (512, 0, 1)}, "reads strides that are multiples of 16 bytes, and nothing expanded"),
+        (packed | {"v_stride": (516, 64, 1)}, "reads strides that are multiples of 16 bytes, and nothing expanded"),
+        (packed | {"alibi": True}, "no attn_mask, alibi_slopes or dropout"),
         ({"alibi": True}, "no attn_mask, alibi_slopes or dropout"),
         ({"k_stride": (0, 0, 64, 1)}, "reads strides that are multiples of 16 bytes, and nothing expanded"),
     ],

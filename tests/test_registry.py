@@ -233,6 +233,9 @@ def gpu_call(**changes: object) -> AttentionCall:
     return AttentionCall(**{**fields, **changes})  # type: ignore[arg-type]
 
 
+packed: dict[str, object] = {"varlen": True} | {
+    f"{x}_{what}": value for x in "qkv" for what, value in (("shape", (500, 8, 64)), ("stride", (512, 64, 1)))
+}
 odd = {"q_stride": (139264, 17408, 68, 1)}  # nothing for the Hopper kernels
 long = {"k_shape": (2, 8, 3000, 64), "v_shape": (2, 8, 3000, 64)}
 wide = {
@@ -249,7 +252,8 @@ wide = {
         ({"window_right": 0} | odd, "sdpa:cudnn"),
         ({"window_right": 0, "k_shape": (2, 8, 300, 64), "v_shape": (2, 8, 300, 64)} | odd, "sdpa:flash"),
         ({"dropout_p": 0.1}, "sdpa:flash"),
-        ({"varlen": True}, "sdpa:flash"),
+        (packed, "triton:hopper"),
+        (packed | {"capability": (8, 0)}, "sdpa:flash"),
         ({"return_lse": True}, "triton:hopper"),
         ({"return_lse": True} | odd, "sdpa:flash"),
         ({"dtype": torch.float32}, "sdpa:efficient"),
@@ -313,7 +317,7 @@ def test_the_choice_beside_flash_attention(
 
 
 @pytest.mark.parametrize(
-    "changes", [{}, {"n_kind": "float"}, long | {"n_kind": "float"}, {"varlen": True}, {"alibi": True}], ids=str
+    "changes", [{}, {"n_kind": "float"}, long | {"n_kind": "float"}, packed, {"alibi": True}], ids=str
 )
 def test_the_choice_can_be_compiled(changes: dict[str, object]) -> None:
     fields = dataclasses.asdict(gpu_call(**changes))

@@ -44,10 +44,12 @@ def _changed(signature: str) -> str | None:
     return None
 
 
+@cache  # milliseconds
 def changed_function(module: ModuleType, name: str, *arguments: str) -> str | None:
     """Why a private function cannot be called with `arguments` by name."""
     function = getattr(module, name, None)
     if function is None:
         return f"the installed library has no {module.__name__}.{name}"
-    missing = [argument for argument in arguments if argument not in inspect.signature(function).parameters]
+    accepted = inspect.signature(function).parameters
+    missing = [argument for argument in arguments if argument not in accepted]
     return f"the installed {module.__name__}.{name} has no {', '.join(missing)}" if missing else None
