@@ -60,6 +60,10 @@ SM_90 = (
 )
 
 
+# Fewer than these, against many keys: only kernels that share the keys of a query out among programs are fast.
+FEW_QUERIES = 128
+
+
 def automatic(call: AttentionCall) -> tuple[str, ...]:
     """The backends to try for a call that names none."""
     row = _row(call)
@@ -76,6 +80,8 @@ def reason(call: AttentionCall) -> str:
 def _row(call: AttentionCall) -> Row | None:
     """The first one that fits."""
     if call.capability != (9, 0) or torch.version.hip is not None or call.dtype.itemsize != 2:
+        return None
+    if not call.varlen and call.q_shape[-2] < FEW_QUERIES and call.k_shape[-2] > 1024:
         return None
     for row in SM_90:
         if row.fits(call):

@@ -253,6 +253,7 @@ wide = {
         ({"window_right": 0, "k_shape": (2, 8, 300, 64), "v_shape": (2, 8, 300, 64)} | odd, "sdpa:flash"),
         ({"dropout_p": 0.1}, "sdpa:flash"),
         (packed, "triton:hopper"),
+        (long | {"q_shape": (2, 8, 4, 64), "n_kind": "float", "needs_grad": False}, "sdpa:cudnn"),
         (packed | {"capability": (8, 0)}, "sdpa:flash"),
         ({"return_lse": True}, "triton:hopper"),
         ({"return_lse": True} | odd, "sdpa:flash"),
