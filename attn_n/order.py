@@ -26,16 +26,6 @@ class Row(NamedTuple):
     first: tuple[str, ...]
     packed: bool = False
 
-    def fits(self, call: AttentionCall) -> bool:
-        with_n = call.n_kind != "none"
-        return (
-            self.packed == call.varlen
-            and self.training in (None, call.needs_grad)
-            and self.with_n in (None, with_n)
-            and max(call.head_dim, call.head_dim_v) <= self.widest
-            and (self.packed or call.k_shape[-2] >= self.keys)
-        )
-
     def __str__(self) -> str:
         passes = {None: "", True: "training, ", False: "inference, "}[self.training]
         n = {None: "", True: "with n, ", False: "n = 0, "}[self.with_n]
@@ -59,7 +49,6 @@ SM_90 = (
     Row(None, None, 256, 0, ("triton",), packed=True),
 )
 
-
 # Fewer than these, against many keys: only kernels that share the keys of a query out among programs are fast.
 FEW_QUERIES = 128
 
@@ -68,7 +57,7 @@ def automatic(call: AttentionCall) -> tuple[str, ...]:
     """The backends to try for a call that names none."""
     row = _row(call)
     default = DEFAULT.get(call.device, ELSEWHERE)
-    return default if row is None else (*row.first, *(name for name in default if name not in row.first))
+    return default if row is None else (*row.first, *[name for name in default if name not in row.first])
 
 
 def reason(call: AttentionCall) -> str:
@@ -84,6 +73,18 @@ def _row(call: AttentionCall) -> Row | None:
     if not call.varlen and call.q_shape[-2] < FEW_QUERIES and call.k_shape[-2] > 1024:
         return None
     for row in SM_90:
-        if row.fits(call):
+        if _fits(row, call):
             return row
     return None
+
+
+def _fits(row: Row, call: AttentionCall) -> bool:
+    """A function and no method: torch.compile of PyTorch 2.8 does not trace every method of a NamedTuple."""
+    with_n = call.n_kind != "none"
+    return (
+        row.packed == call.varlen
+        and row.training in (None, call.needs_grad)
+        and row.with_n in (None, with_n)
+        and max(call.head_dim, call.head_dim_v) <= row.widest
+        and (row.packed or call.k_shape[-2] >= row.keys)
+    )
