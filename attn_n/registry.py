@@ -53,10 +53,9 @@ class Explanation:
 
     def __str__(self) -> str:
         width = max(len(verdict.name) for verdict in self.verdicts)
-        lines, served = [f"call: {self.call}"], self.chosen or ""
-        serving = next(
-            (v.name for v in self.verdicts if served in (v.name, f"{v.name}:{served.partition(':')[2]}")), ""
-        )
+        lines, chosen = [f"call: {self.call}"], self.chosen or ""
+        family = chosen.partition(":")[0]
+        serving = next((verdict.name for verdict in self.verdicts if verdict.name in (chosen, family)), None)
         for verdict in self.verdicts:
             mark = "->" if verdict.name == serving else "  "
             if verdict.reason is not None:

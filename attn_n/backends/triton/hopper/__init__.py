@@ -45,7 +45,7 @@ class HopperKernels(PortableKernels):
         self, q: Tensor, k: Tensor, v: Tensor, log_n: float | Tensor | None, options: Options
     ) -> tuple[Tensor, Tensor, Tensor | None]:
         # Imported here, where the release of Gluon is one that has been tested.
-        from attn_n.backends.triton.hopper.prepare import prepared
+        from attn_n.backends.triton.hopper.prepare import list_of_tiles, prepared
 
         out = empty_in_order(q, q.shape, self.out_order(q))
         problem = describe((q, k, v, out), log_n, options)
@@ -53,11 +53,8 @@ class HopperKernels(PortableKernels):
             return super().forward(q, k, v, log_n, options)
         lse = torch.empty(q.shape[:-1], dtype=torch.float32, device=q.device)
         sinks, number = (log_n, None) if isinstance(log_n, Tensor) else (None, log_n)
-        launches, table = prepared(problem), None
-        starts_q, starts_k = options.cu_seqlens_q, options.cu_seqlens_k
-        if launches.order is not None:
-            table = torch.empty(launches.table, dtype=torch.int32, device=q.device)
-            launches.order(table, starts_q, starts_k)
+        launches, starts_q, starts_k = prepared(problem), options.cu_seqlens_q, options.cu_seqlens_k
+        table = list_of_tiles(launches, starts_q, starts_k)
         launches.main(q, k, v, out, lse, sinks, number, starts_q, starts_k, table)
         return out, lse, None
 
@@ -65,7 +62,7 @@ class HopperKernels(PortableKernels):
         self, dout: Tensor, dlse: Tensor | None, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor,
         rng_state: Tensor | None, log_n: Tensor | None, options: Options, dn_wanted: bool,
     ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:  # fmt: skip
-        from attn_n.backends.triton.hopper.prepare import prepared_backward
+        from attn_n.backends.triton.hopper.prepare import list_of_tiles, prepared_backward
 
         arguments = dlse, q, k, v, out, lse, rng_state, log_n, options, dn_wanted
         if torch.are_deterministic_algorithms_enabled():
@@ -84,10 +81,8 @@ class HopperKernels(PortableKernels):
         shares = None
         if dn_wanted:
             shares = torch.empty(launches.prepare.programs, dtype=torch.float32, device=q.device)
-        table, starts_q, starts_k = None, options.cu_seqlens_q, options.cu_seqlens_k
-        if launches.order is not None:
-            table = torch.empty(launches.table, dtype=torch.int32, device=q.device)
-            launches.order(table, starts_k, starts_q)
+        starts_q, starts_k = options.cu_seqlens_q, options.cu_seqlens_k
+        table = list_of_tiles(launches, starts_k, starts_q)
         launches.prepare(out, dout, lse, dlse, stats, dq_sum, log_n, shares, starts_q)
         launches.main(q, k, v, dout, stats, dq_sum, dk, dv, starts_q, starts_k, table)
         launches.round(dq_sum, dq, starts_q)

@@ -41,7 +41,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_wait,
 )
 
-from attn_n.backends.triton.hopper.pipeline import Packed, barriers, rounded, tiles_of
+from attn_n.backends.triton.hopper.pipeline import Packed, barriers, rounded, tiles_of, told
 from attn_n.backends.triton.hopper.producer import (
     BEGIN,
     FIELDS,
@@ -55,7 +55,6 @@ from attn_n.backends.triton.hopper.producer import (
     meet,
     produce,
     row_vector,
-    told,
     visible,
     write,
 )
@@ -102,12 +101,12 @@ def consume(
     factor = (scale if softcap is None else softcap) * LOG2E
     turn, slot = 0, 0  # as in the producer
     mbarrier.wait(b.kv_full.index(0), slot)
-    steps = told(b, slot, STEPS)
+    steps = told(b.tile, slot * FIELDS + STEPS)
     while steps >= 0:
         dk_tile = gl.zeros([64, E], gl.float32, OF_DKV)
         dv_tile = gl.zeros([64, E], gl.float32, OF_DKV)
-        begin, full_begin, full_end = told(b, slot, BEGIN), told(b, slot, FULL_BEGIN), told(b, slot, FULL_END)
-        sum_row = told(b, slot, SUM_ROW)
+        begin, full_begin = told(b.tile, slot * FIELDS + BEGIN), told(b.tile, slot * FIELDS + FULL_BEGIN)
+        full_end, sum_row = told(b.tile, slot * FIELDS + FULL_END), told(b.tile, slot * FIELDS + SUM_ROW)
         for _ in range(GROUPS):
             for row in range(begin, begin + steps * TILE_Q, TILE_Q):
                 stage = turn & 1
@@ -153,7 +152,7 @@ def consume(
         write(dk_tile * scale, b.dq.index(ME), b, slot, of_dk, packed, 64 * ME, 0)
         slot ^= 1
         mbarrier.wait(b.kv_full.index(0), slot)
-        steps = told(b, slot, STEPS)
+        steps = told(b.tile, slot * FIELDS + STEPS)
     tma.store_wait(0)
 
 

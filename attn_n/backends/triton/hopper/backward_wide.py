@@ -31,7 +31,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_wait,
 )
 
-from attn_n.backends.triton.hopper.pipeline import Packed, barriers, rounded, tiles_of
+from attn_n.backends.triton.hopper.pipeline import Packed, barriers, rounded, tiles_of, told
 from attn_n.backends.triton.hopper.producer import (
     BEGIN,
     FIELDS,
@@ -45,7 +45,6 @@ from attn_n.backends.triton.hopper.producer import (
     meet,
     produce,
     row_vector,
-    told,
     visible,
     write,
 )
@@ -90,11 +89,11 @@ def consume(
     ds = b.ds._reinterpret(b.ds.dtype, [64, TILE_Q], b.ds.layout)
     turn, slot = 0, 0  # as in the producer
     mbarrier.wait(b.kv_full.index(0), slot)
-    steps = told(b, slot, STEPS)
+    steps = told(b.tile, slot * FIELDS + STEPS)
     while steps >= 0:
         first = gl.zeros([64, HALF], gl.float32, OF_HALF)
         second = gl.zeros([64, HALF], gl.float32, OF_HALF)
-        begin, sum_row = told(b, slot, BEGIN), told(b, slot, SUM_ROW)
+        begin, sum_row = told(b.tile, slot * FIELDS + BEGIN), told(b.tile, slot * FIELDS + SUM_ROW)
         for _ in range(GROUPS):
             for row in range(begin, begin + steps * TILE_Q, TILE_Q):
                 stage = turn & 1
@@ -130,7 +129,7 @@ def consume(
         tma.store_wait(0)
         slot ^= 1
         mbarrier.wait(b.kv_full.index(0), slot)
-        steps = told(b, slot, STEPS)
+        steps = told(b.tile, slot * FIELDS + STEPS)
 
 
 @gluon.jit
@@ -145,7 +144,7 @@ def weights(
     s = warpgroup_mma(b.k.index(0), b.q.index(stage).permute((1, 0)), s, use_acc=False, is_async=True)
     lse = row_vector(b.lse.index(stage), OF_S)
     s = warpgroup_mma_wait(0, deps=[s])
-    edge = (row < told(b, slot, FULL_BEGIN)) | (row >= told(b, slot, FULL_END))
+    edge = (row < told(b.tile, slot * FIELDS + FULL_BEGIN)) | (row >= told(b.tile, slot * FIELDS + FULL_END))
     # Masked are the weights, or the logits if these are needed once more: either way few registers wait.
     if softcap is not None:
         s = tanh(s * (scale / softcap))

@@ -7,6 +7,7 @@ from typing import NamedTuple
 
 import torch
 import triton
+from torch import Tensor
 
 from attn_n.backends.triton.hopper import configs
 from attn_n.backends.triton.hopper.backward import backward_kernel
@@ -33,9 +34,10 @@ def prepared(problem: Problem, config: Config | None = None) -> Forward:
     p, config = problem, config or configs.find(problem)
     left, right = p.window
     tile_q = config.consumers * STRIP.value
-    tiles = most_tiles(p, p.rows, tile_q) if p.packed else p.batch * triton.cdiv(p.len_q, tile_q)
-    if left is None and right is not None and not p.packed:
-        tiles = p.batch * triton.cdiv(triton.cdiv(p.len_q, tile_q), 2)  # an item is a pair of them
+    of_head = triton.cdiv(p.len_q, tile_q)
+    if left is None and right is not None:
+        of_head = triton.cdiv(of_head, 2)  # an item is a pair of them
+    tiles = most_tiles(p, p.rows, tile_q) if p.packed else p.batch * of_head
     items = p.heads * tiles
     numbers = (
         *p.strides[:4], p.stride_n, None if p.packed else p.batch, p.heads, p.len_q, p.len_k, left, right, p.scale,
@@ -61,6 +63,15 @@ def prepared(problem: Problem, config: Config | None = None) -> Forward:
 def most_tiles(problem: Problem, rows: int, tile: int) -> int:
     """As many tiles may the rows of packed sequences have, none of which spans two of them."""
     return rows // tile + problem.batch
+
+
+def list_of_tiles(launches: Forward | Backward, starts: Tensor | None, others: Tensor | None) -> Tensor | None:
+    """The table of `packed`, for the sequences whose tiles are taken and those that they meet; None for batches."""
+    if launches.order is None or starts is None:
+        return None
+    table = torch.empty(launches.table, dtype=torch.int32, device=starts.device)
+    launches.order(table, starts, others)
+    return table
 
 
 def _order(problem: Problem, tile: int) -> Launch:

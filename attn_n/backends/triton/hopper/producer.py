@@ -8,7 +8,7 @@ from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared,
 
 from attn_n.backends.triton.hopper.packed import rows_of_sequence, sequence_of, tile_and_head
 from attn_n.backends.triton.hopper.passes import counter_of
-from attn_n.backends.triton.hopper.pipeline import Packed, Rows, bring, put, tiles_of
+from attn_n.backends.triton.hopper.pipeline import Packed, Rows, bring, put, tell, tiles_of, told
 from attn_n.backends.triton.portable.tile import queries_that_see
 
 RUN_TIME = (
@@ -39,16 +39,6 @@ FIRST_KEY = gl.constexpr(5)  # of packed sequences counted from their end
 DIAGONAL = gl.constexpr(6)  # the query at the position of the first key
 BATCH = gl.constexpr(7)  # or the end of a packed sequence
 HEAD = gl.constexpr(8)
-
-
-@gluon.jit
-def tell(b, slot, FIELD: gl.constexpr, number):
-    b.tile.index(slot * FIELDS + FIELD).store(gl.full([1], number, gl.int32, gl.BlockedLayout([1], [32], [1], [0])))
-
-
-@gluon.jit
-def told(b, slot, FIELD: gl.constexpr):
-    return gl.max(b.tile.index(slot * FIELDS + FIELD).load(gl.BlockedLayout([1], [32], [4], [0])), 0)
 
 
 @gluon.jit
@@ -95,15 +85,15 @@ def produce(
             full_end = full_begin
         steps = gl.cdiv(gl.maximum(end - begin, 0), TILE_Q)
         mbarrier.wait(b.kv_empty.index(0), slot ^ 1)
-        tell(b, slot, STEPS, steps)
-        tell(b, slot, BEGIN, begin)
-        tell(b, slot, FULL_BEGIN, full_begin)
-        tell(b, slot, FULL_END, full_end)
-        tell(b, slot, SUM_ROW, place * rows + first_row)
-        tell(b, slot, FIRST_KEY, first_key if packed.table is None else first_key - keys)
-        tell(b, slot, DIAGONAL, first_key - (keys - queries))
-        tell(b, slot, BATCH, batch if packed.table is None else rows_k.end)
-        tell(b, slot, HEAD, head_kv)
+        tell(b.tile, slot * FIELDS + STEPS, steps)
+        tell(b.tile, slot * FIELDS + BEGIN, begin)
+        tell(b.tile, slot * FIELDS + FULL_BEGIN, full_begin)
+        tell(b.tile, slot * FIELDS + FULL_END, full_end)
+        tell(b.tile, slot * FIELDS + SUM_ROW, place * rows + first_row)
+        tell(b.tile, slot * FIELDS + FIRST_KEY, first_key if packed.table is None else first_key - keys)
+        tell(b.tile, slot * FIELDS + DIAGONAL, first_key - (keys - queries))
+        tell(b.tile, slot * FIELDS + BATCH, batch if packed.table is None else rows_k.end)
+        tell(b.tile, slot * FIELDS + HEAD, head_kv)
         kv_full = b.kv_full.index(0)
         mbarrier.arrive(kv_full, count=1)
         mbarrier.expect(kv_full, PARTS * (of_k.block_type.nbytes + of_v.block_type.nbytes))
@@ -127,7 +117,7 @@ def produce(
         # Now, while the consumers have the last tiles of queries before them: they do not notice how long it takes.
         item = gl.num_programs(0) + gl.atomic_add(counter, 1)
     mbarrier.wait(b.kv_empty.index(0), slot ^ 1)
-    tell(b, slot, STEPS, -1)
+    tell(b.tile, slot * FIELDS + STEPS, -1)
     mbarrier.arrive(b.kv_full.index(0), count=2)
 
 
@@ -148,8 +138,9 @@ def here(x):
 def visible(b, slot, row, len_k, left, right, ME: gl.constexpr, TILE_Q: gl.constexpr, layout: gl.constexpr):
     """Counted from the first key of the tile."""
     keys = gl.expand_dims(64 * ME + gl.arange(0, 64, gl.SliceLayout(1, layout)), 1)
-    rows = gl.expand_dims(row - told(b, slot, DIAGONAL) + gl.arange(0, TILE_Q, gl.SliceLayout(0, layout)), 0)
-    seen = keys < len_k - told(b, slot, FIRST_KEY)
+    first_row = row - told(b.tile, slot * FIELDS + DIAGONAL)
+    rows = gl.expand_dims(first_row + gl.arange(0, TILE_Q, gl.SliceLayout(0, layout)), 0)
+    seen = keys < len_k - told(b.tile, slot * FIELDS + FIRST_KEY)
     if right is not None:
         seen = seen & (keys <= rows + right)
     if left is not None:
@@ -170,6 +161,7 @@ def write(tile, buffer, b, slot, descriptor, packed, key, column):
     tma.store_wait(0)
     staged.store(tile.to(descriptor.dtype))
     fence_async_shared()
-    batch = told(b, slot, BATCH)
+    batch = told(b.tile, slot * FIELDS + BATCH)
     rows = Rows(batch, None, None) if packed.table is None else Rows(None, batch, 0)
-    put(descriptor, rows, told(b, slot, HEAD), told(b, slot, FIRST_KEY) + key, column, staged)
+    head, first_key = told(b.tile, slot * FIELDS + HEAD), told(b.tile, slot * FIELDS + FIRST_KEY)
+    put(descriptor, rows, head, first_key + key, column, staged)
