@@ -9,7 +9,7 @@ _RUN_TIME = ("stride_n", "heads", "rows")  # nothing is compiled anew for their 
 @triton.jit(do_not_specialize=_RUN_TIME)
 def scale_kernel(
     out, lse, lse_n, sinks, number, strides, strides_lse, strides_lse_n, stride_n, heads, rows,
-    WIDTH: tl.constexpr, TILE: tl.constexpr, TILE_E: tl.constexpr,
+    WIDTH: tl.constexpr, TILE: tl.constexpr, TILE_E: tl.constexpr, UNCHANGED: tl.constexpr,
 ):  # fmt: skip
     # The last rows first: the kernel before wrote them last, so that they may still be in the cache.
     batch, head, first = place(tl.num_programs(0) - 1 - tl.program_id(0), heads, rows, TILE)
@@ -23,7 +23,9 @@ def scale_kernel(
     tl.store(row_of(lse_n, strides_lse_n, batch, head, row), sum_lse, mask=inside)
     # exp(row_lse - sum_lse), without the difference of two large numbers
     factor = tl.where(nothing, 0.0, 1.0 / (1.0 + tl.exp(log_n - row_lse)))
-    pointers, mask = tile_of(out, strides, batch, head, row, inside, WIDTH, TILE_E)
+    # Where n weighs too little to change a bit of the row, it is not even read.
+    touched = inside & ~(factor >= UNCHANGED)
+    pointers, mask = tile_of(out, strides, batch, head, row, touched, WIDTH, TILE_E)
     tl.store(pointers, tl.load(pointers, mask=mask).to(tl.float32) * factor[:, None], mask=mask)
 
 

@@ -1,7 +1,8 @@
 """The fold in Triton: one kernel gives n to `out`, in place, and to `lse`; one more gives the gradient of n.
 
-`out` is read and written once, and nothing else of its size moves. A program takes a tile of rows of one head; programs
-that follow each other take the heads of the same rows, which lie together in memory where tokens come first.
+`out` is read and written at most once, and nothing else of its size moves: rows that n does not change, as those of
+many keys, stay where they are. A program takes a tile of rows of one head; programs that follow each other take the
+heads of the same rows, which lie together in memory where tokens come first.
 """
 
 from __future__ import annotations
@@ -66,7 +67,10 @@ def prepared(
     batch, heads, rows, width = shape
     tile_e = triton.next_power_of_2(width)
     tile_rows = min(max(1, _TILE // tile_e), triton.next_power_of_2(rows))
-    constants = {"WIDTH": width, "TILE": tile_rows, "TILE_E": tile_e}
+    # Times a factor from here to 1 every number rounds to itself: a power of two, which has the nearest neighbour below
+    # it, at eps / 2 of itself, is less than half of that away.
+    unchanged = 1.0 - torch.finfo(dtype).eps / 4
+    constants = {"WIDTH": width, "TILE": tile_rows, "TILE_E": tile_e, "UNCHANGED": unchanged}
     numbers = (*strides, *row_strides, stride_n, heads, rows)
     function = scale_kernel if kernel == "scale" else gradient_kernel
     programs = batch * heads * triton.cdiv(rows, tile_rows)

@@ -81,6 +81,23 @@ def test_scale(device: str, layout: str, width: int, kind: str, dtype: torch.dty
 
 
 @pytest.mark.parametrize("device", PLACES)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_rows_that_n_does_not_change(device: str, dtype: torch.dtype) -> None:
+    """What the kernel leaves alone rounds to itself, be it any number; what it does not, changes."""
+    numbers = torch.arange(1 << 16).to(torch.uint16).view(dtype)
+    numbers = numbers[numbers.isfinite()].to(device)
+    edge = math.log(4 / torch.finfo(dtype).eps - 1)  # the lse at which the factor is 1 - eps / 4
+    for off in (1e-3, -1e-3):
+        out, lse = numbers[None, None, None], torch.full((1, 1, 1), edge + off, device=device)
+        found = out.clone()
+        fused_fold.scale_(found, lse, 0.0, False)
+        rounded = (out.double() * torch.sigmoid(lse.double())[..., None]).to(dtype)
+        assert torch.equal(found, out) == torch.equal(rounded, out) == (off > 0)
+    fused_fold.scale_(found, lse, torch.full((1,), math.nan, device=device), False)
+    assert bool(found.isnan().all())
+
+
+@pytest.mark.parametrize("device", PLACES)
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("of", ["n", "log n"])
 @pytest.mark.parametrize("with_dlse", [True, False])
