@@ -109,8 +109,9 @@ def excess(inputs: Inputs, got: Results, lse_grad: bool = True) -> dict[str, flo
     The floor is a few roundings of the largest value, and the smallest number of the dtype.
     """
     dtype = inputs.q.dtype
-    truth, plain = oracle(inputs, torch.float64, lse_grad), oracle(inputs, dtype, lse_grad)
-    plain_wide = oracle(inputs, torch.promote_types(dtype, torch.float32), lse_grad)
+    wide = torch.promote_types(dtype, torch.float32)
+    computed = {each: oracle(inputs, each, lse_grad) for each in {torch.float64, wide, dtype}}
+    truth, plain, plain_wide = computed[torch.float64], computed[dtype], computed[wide]
     assert got.keys() == truth.keys() or (lse_grad and got.keys() == {"out", "lse"})  # a forward without gradients
     excesses = {}
     for name, value in got.items():

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import os
 
+# Tensors are small here, and threads that spin while they wait for each other cost minutes beside other programs.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
 import pytest
 import torch
 
@@ -13,8 +16,12 @@ if not torch.cuda.is_available():  # on a CPU Triton's kernels run under its int
 from attn_n import plans, registry
 from attn_n.backends.base import Backend, Family
 
+LONGEST = ("ahead_of_time", "test_random_calls", "inductor")
+
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    # The longest come first, so that no worker is left with one at the end.
+    items.sort(key=lambda item: not any(part in item.name for part in LONGEST))
     if not torch.cuda.is_available():
         for item in items:
             if item.get_closest_marker("gpu"):

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
+from collections.abc import Iterator
+
 import pytest
 import torch
 
@@ -39,11 +42,18 @@ PLACES = [
 ]
 
 
-@pytest.mark.parametrize(("dtype", "case"), COMBINATIONS)
-@pytest.mark.parametrize(("device", "backend"), PLACES)
-@pytest.mark.parametrize("lse_grad", [True, False], ids=["lse", "no lse"])
+def _calls() -> Iterator[object]:
+    for lse_grad, place, one in itertools.product((True, False), PLACES, COMBINATIONS):
+        # A missing gradient of lse, float32 in any case, is one branch of our kernels: under the slow interpreter it is
+        # left to bfloat16.
+        if lse_grad or place.values != ("cpu", "triton:portable") or one.values[0] in (torch.bfloat16, torch.float64):
+            name = f"{'lse' if lse_grad else 'no lse'}-{'-'.join(place.values)}-{one.id}"
+            yield pytest.param(lse_grad, *place.values, *one.values, id=name, marks=place.marks)
+
+
+@pytest.mark.parametrize(("lse_grad", "device", "backend", "dtype", "case"), list(_calls()))
 def test_against_float64(
-    device: str, backend: str, dtype: torch.dtype, case: Case, lse_grad: bool, ran: list[str]
+    lse_grad: bool, device: str, backend: str, dtype: torch.dtype, case: Case, ran: list[str]
 ) -> None:
     if absent(backend):
         pytest.skip(f"{backend}: {absent(backend)}")

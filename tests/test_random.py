@@ -15,7 +15,7 @@ LAYOUTS = st.sampled_from(["heads first", "tokens first", "expanded", "transpose
 
 @st.composite
 def cases(draw: st.DrawFn) -> Case:
-    heads_kv = draw(st.integers(1, 3))
+    heads_kv = draw(st.integers(1, 2))
     case = {
         "name": "random",
         "heads_kv": heads_kv,
@@ -37,7 +37,7 @@ def cases(draw: st.DrawFn) -> Case:
         if not sum(case["lengths_q"]) or not sum(case["lengths_k"]):
             case["lengths_q"], case["lengths_k"] = (3,), (4,)
     else:
-        case |= {"batch": draw(st.integers(1, 3)), "len_q": draw(st.integers(1, 90)), "len_k": draw(st.integers(1, 90))}
+        case |= {"batch": draw(st.integers(1, 2)), "len_q": draw(st.integers(1, 90)), "len_k": draw(st.integers(1, 90))}
         case["layout"] = draw(LAYOUTS)
     return Case(**case)
 
