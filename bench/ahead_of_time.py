@@ -116,7 +116,7 @@ def launch_of(
         from attn_n.backends.triton.hopper import prepare
 
         ready = prepare.prepared(describe((q, k, v, out), log_n, options), config)
-        table = None if ready.order is None else q.new_empty(ready.table, dtype=torch.int32)
+        table = q.new_zeros(ready.table, dtype=torch.int32) if ready.table else None
         launch, arguments = ready.main, (q, k, v, out, lse, None, log_n, *starts, table)
         return functools.partial(launch.compiled if compile_only else launch, *arguments)
     if kernel.startswith("hopper backward"):

@@ -87,7 +87,8 @@ def _arguments() -> argparse.Namespace:
 def _candidates(kernel: str, width: int) -> Iterator[tuple[Any, ...]]:
     if kernel == "hopper forward":
         kinds = ((False, False), (False, True), (True, True))  # of q_in_registers and out_apart
-        yield from ((*one, *kind) for *one, kind in itertools.product((1, 2, 3), (64, 128), (2, 3, 4), kinds))
+        for *one, kind, counted in itertools.product((1, 2, 3), (64, 128), (2, 3, 4), kinds, (False, True)):
+            yield *one, *kind, counted
         return
     for tile, warps, stages, descriptors in itertools.product(TILES, (4, 8), (1, 2, 3, 4), (False, True)):
         if _plausible(kernel, width, tile, warps):

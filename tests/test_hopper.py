@@ -433,7 +433,10 @@ assert kernel(False, scale=0.1, window_left=9) is kernel(False, scale=1.0, windo
 @pytest.mark.skipif(not tested(), reason="Gluon changes between releases of Triton, and this one is not tested")
 @pytest.mark.parametrize("width", BACKWARD)
 def test_variants_of_the_backward_ahead_of_time(width: int) -> None:
-    """Windows, softcap and float16 spill next to nothing, no product waits for another, and numbers compile nothing."""
+    """Windows, softcap and float16 spill little, no product waits for another, and numbers compile nothing.
+
+    At E = 128 the next S costs a dozen loads a step of what is spilled, and is worth more (+1 to 4 %).
+    """
     code = f"""
 import torch
 from attn_n.call import Options
@@ -449,7 +452,7 @@ for found in (
     kernel(256, scale=0.1, window_left=9), kernel(256, scale=0.1, window_left=9, window_right=5, softcap=3.0),
 ):
     said = resources(found, "sm_90")
-    assert said.spills <= 300 and not said.warnings, said
+    assert said.spills <= {450 if width == 128 else 300} and not said.warnings, said
 assert kernel(256, scale=0.1, window_left=9) is kernel(1, scale=1.0, window_left=16)
 """
     subprocess.run([sys.executable, "-c", code], env={**os.environ, "TRITON_INTERPRET": "0"}, check=True)

@@ -54,7 +54,7 @@ class HopperKernels(PortableKernels):
         lse = torch.empty(q.shape[:-1], dtype=torch.float32, device=q.device)
         sinks, number = (log_n, None) if isinstance(log_n, Tensor) else (None, log_n)
         launches, starts_q, starts_k = prepared(problem), options.cu_seqlens_q, options.cu_seqlens_k
-        table = list_of_tiles(launches, starts_q, starts_k)
+        table = list_of_tiles(launches, q, starts_q, starts_k)
         launches.main(q, k, v, out, lse, sinks, number, starts_q, starts_k, table)
         return out, lse, None
 
@@ -82,7 +82,7 @@ class HopperKernels(PortableKernels):
         if dn_wanted:
             shares = torch.empty(launches.prepare.programs, dtype=torch.float32, device=q.device)
         starts_q, starts_k = options.cu_seqlens_q, options.cu_seqlens_k
-        table = list_of_tiles(launches, starts_k, starts_q)
+        table = list_of_tiles(launches, q, starts_k, starts_q)
         launches.prepare(out, dout, lse, dlse, stats, dq_sum, log_n, shares, starts_q)
         launches.main(q, k, v, dout, stats, dq_sum, dk, dv, starts_q, starts_k, table)
         launches.round(dq_sum, dq, starts_q)

@@ -8,13 +8,12 @@ in shared memory and the barriers on them:
     next tile of keys                         wait kv_full
       wait kv_empty                           for each tile of queries, of each query head of this key head:
       k, v, the tile's numbers -> kv_full       wait full
-      for each tile of queries:                 S^T = K Q^T          dP^T = V dO^T - delta
-        wait empty                              P^T = exp2(S^T - lse)
-        q, dout, lse, delta    -> full          dV += P^T dO         dS^T = P^T * dP^T, to shared memory
-                                                meet the other consumer
+      for each tile of queries:                 P^T = exp2(S^T - lse)   dP^T = V dO^T - delta
+        wait empty                              dV += P^T dO            dS^T = P^T * dP^T, to shared memory
+        q, dout, lse, delta    -> full          meet the other consumer
                                                 dQ = dS K, half of it each
-                                                dK += dS^T Q         dQ is added to global memory
-                                                -> empty
+                                                dK += dS^T Q            dQ is added to global memory
+                                                the next S^T = K Q^T    -> empty
                                               -> kv_empty
                                               dV and dK to global memory
 
@@ -107,46 +106,56 @@ def consume(
         dv_tile = gl.zeros([64, E], gl.float32, OF_DKV)
         begin, full_begin = told(b.tile, slot * FIELDS + BEGIN), told(b.tile, slot * FIELDS + FULL_BEGIN)
         full_end, sum_row = told(b.tile, slot * FIELDS + FULL_END), told(b.tile, slot * FIELDS + SUM_ROW)
-        for _ in range(GROUPS):
-            for row in range(begin, begin + steps * TILE_Q, TILE_Q):
-                stage = turn & 1
-                mbarrier.wait(b.full.index(stage), turn >> 1)
-                q_tile, dout_tile = b.q.index(stage), b.dout.index(stage)
-                zeros = gl.zeros([64, TILE_Q], gl.float32, OF_S)
-                minus_delta = here(gl.broadcast(row_vector(b.delta.index(stage), OF_S), zeros)[0])
-                s = warpgroup_mma(b.k.index(ME), q_tile.permute((1, 0)), zeros, use_acc=False, is_async=True)
-                dp = warpgroup_mma(b.v.index(ME), dout_tile.permute((1, 0)), minus_delta, is_async=True)
-                s = warpgroup_mma_wait(1, deps=[s])
-                edge = (row < full_begin) | (row >= full_end)
-                # Masked are the weights, or the logits if these are needed once more: either way few registers wait.
-                if softcap is not None:
-                    s = tanh(s * (scale / softcap))
-                    if edge:
-                        s = gl.where(visible(b, slot, row, len_k, left, right, ME, TILE_Q, OF_S), s, float("-inf"))
-                p = gl.exp2(s * factor - row_vector(b.lse.index(stage), OF_S))
-                if softcap is None and edge:
-                    p = gl.where(visible(b, slot, row, len_k, left, right, ME, TILE_Q, OF_S), p, 0.0)
-                weights = rounded(p, OPERAND, dtype)
-                if softcap is not None:
-                    p *= gl.maximum(1 - s * s, 0.0)  # not -inf where s is
-                dp = warpgroup_mma_wait(0, deps=[dp])
-                dv_tile = warpgroup_mma(weights, dout_tile, dv_tile, is_async=True)
-                ds = rounded(p * dp, OPERAND, dtype)
-                b.ds.index(2 * stage + ME).store(gl.convert_layout(ds, OF_S, assert_trivial=True))
-                fence_async_shared()
-                meet()
-                dq = dq_part(b, stage, ME, E)
-                dk_tile = warpgroup_mma(ds, q_tile, dk_tile, is_async=True)
-                dv_tile, dq, weights = warpgroup_mma_wait(1, deps=[dv_tile, dq, weights])
-                tma.store_wait(0)
-                b.dq.index(ME).store(dq)
-                fence_async_shared()
-                flat = b.dq.index(ME)._reinterpret(gl.float32, sums.block_type.shape, sums.layout)
-                add_to_global(sums, [sum_row + row + ME * HALF, 0], flat)
-                dk_tile, ds = warpgroup_mma_wait(0, deps=[dk_tile, ds])
-                mbarrier.arrive(b.empty.index(stage), count=1)
-                turn = (turn + 1) & 3
-            sum_row += rows
+        row, end = begin, begin + steps * TILE_Q
+        s = gl.zeros([64, TILE_Q], gl.float32, OF_S)
+        if steps > 0:
+            mbarrier.wait(b.full.index(turn & 1), turn >> 1)
+            s = logits(b, turn & 1, ME, TILE_Q, OF_S)
+            s = warpgroup_mma_wait(0, deps=[s])
+        for step in range(1, steps * GROUPS + 1):
+            stage = turn & 1
+            q_tile, dout_tile = b.q.index(stage), b.dout.index(stage)
+            zeros = gl.zeros([64, TILE_Q], gl.float32, OF_S)
+            minus_delta = here(gl.broadcast(row_vector(b.delta.index(stage), OF_S), zeros)[0])
+            dp = warpgroup_mma(b.v.index(ME), dout_tile.permute((1, 0)), minus_delta, is_async=True)
+            edge = (row < full_begin) | (row >= full_end)
+            # Masked are the weights, or the logits if these are needed once more: either way few registers wait.
+            if softcap is not None:
+                s = tanh(s * (scale / softcap))
+                if edge:
+                    s = gl.where(visible(b, slot, row, len_k, left, right, ME, TILE_Q, OF_S), s, float("-inf"))
+            p = gl.exp2(s * factor - row_vector(b.lse.index(stage), OF_S))
+            if softcap is None and edge:
+                p = gl.where(visible(b, slot, row, len_k, left, right, ME, TILE_Q, OF_S), p, 0.0)
+            weights = rounded(p, OPERAND, dtype)
+            if softcap is not None:
+                p *= gl.maximum(1 - s * s, 0.0)  # not -inf where s is
+            dp = warpgroup_mma_wait(0, deps=[dp])
+            dv_tile = warpgroup_mma(weights, dout_tile, dv_tile, is_async=True)
+            ds = rounded(p * dp, OPERAND, dtype)
+            b.ds.index(2 * stage + ME).store(gl.convert_layout(ds, OF_S, assert_trivial=True))
+            fence_async_shared()
+            meet()
+            dq = dq_part(b, stage, ME, E)
+            dk_tile = warpgroup_mma(ds, q_tile, dk_tile, is_async=True)
+            dv_tile, dq, weights = warpgroup_mma_wait(1, deps=[dv_tile, dq, weights])
+            tma.store_wait(0)
+            b.dq.index(ME).store(dq)
+            fence_async_shared()
+            flat = b.dq.index(ME)._reinterpret(gl.float32, sums.block_type.shape, sums.layout)
+            add_to_global(sums, [sum_row + row + ME * HALF, 0], flat)
+            turn = (turn + 1) & 3
+            if step < steps * GROUPS:
+                mbarrier.wait(b.full.index(turn & 1), turn >> 1)
+            # Behind the last tile of queries its place is taken by what nobody reads: a branch around a product that
+            # runs would make the compiler run all of them one by one.
+            s = logits(b, turn & 1, ME, TILE_Q, OF_S)
+            dk_tile, ds, s = warpgroup_mma_wait(0, deps=[dk_tile, ds, s])
+            mbarrier.arrive(b.empty.index(stage), count=1)
+            row += TILE_Q
+            if GROUPS > 1 and row == end:
+                row = begin
+                sum_row += rows
         mbarrier.arrive(b.kv_empty.index(0), count=1)
         write(dv_tile, b.dq.index(ME), b, slot, of_dv, packed, 64 * ME, 0)
         write(dk_tile * scale, b.dq.index(ME), b, slot, of_dk, packed, 64 * ME, 0)
@@ -154,6 +163,14 @@ def consume(
         mbarrier.wait(b.kv_full.index(0), slot)
         steps = told(b.tile, slot * FIELDS + STEPS)
     tma.store_wait(0)
+
+
+@gluon.jit
+def logits(b, stage, ME: gl.constexpr, TILE_Q: gl.constexpr, OF_S: gl.constexpr):
+    """S^T = K Q^T, begun."""
+    q_tile = b.q.index(stage).permute((1, 0))
+    zeros = gl.zeros([64, TILE_Q], gl.float32, OF_S)
+    return warpgroup_mma(b.k.index(ME), q_tile, zeros, use_acc=False, is_async=True)
 
 
 @gluon.jit

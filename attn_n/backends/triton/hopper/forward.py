@@ -10,11 +10,15 @@ V have barriers of their own, so that the next S need not wait for this V.
 
 A consumer keeps two products in flight: S of a block begins before O of the block in front of it, and the softmax of S
 runs while that O is computed. Blocks of keys come from the last to the first, so that those under the diagonal come
-first. Programs stay and take items in turn (+7 % at 2,048 keys); under a causal mask an item is a pair of tiles, one
-from each end of the sequence, so that all items take equally long (+8 to 26 % over heavy ones first). Two or three
-consumers share keys and values; for few keys two programs of one consumer each fit a processor, of which one computes
-while the other begins or ends a tile (+2 to 15 % at 512 keys). Of packed sequences a program takes the next tile of the
-list, see `packed`, when it has asked for all of the last one; the producer tells the consumers which one that is.
+first. Two or three consumers share keys and values; for few keys two programs of one consumer each fit a processor, of
+which one computes while the other begins or ends a tile (+2 to 15 % at 512 keys).
+
+Programs stay (+7 % at 2,048 keys), and the producer tells the consumers their next tile, by numbers in shared memory:
+what is read there the compiler knows to be the same for all threads, so that addresses stay in uniform registers (+2 to
+4 % at E = 64 over loops of their own). Which one is next: without a causal mask all take equally long and come in turn.
+Under one programs take pairs of tiles, one from each end of a sequence; or for long sequences, when waiting for it does
+not show, the next tile that nobody has taken, heavy ones first (+1 to 8 % from 2,048 keys on, most where pairs do not
+fill the last round). Of packed sequences they so go through a list, see `packed`.
 n joins the denominator at the end, as one more key with logit log n and value zero.
 """
 
@@ -50,7 +54,7 @@ STRIP = gl.constexpr(64)  # queries of a consumer: the rows of a wgmma
 
 RUN_TIME = (
     "strides_q", "strides_k", "strides_v", "strides_out", "stride_n", "batch", "heads", "len_q", "len_k", "left",
-    "right", "items",
+    "right", "items", "together",
 )  # fmt: skip
 
 
@@ -67,8 +71,8 @@ class Shared(NamedTuple):
     k_empty: gl.shared_memory_descriptor
     v_full: gl.shared_memory_descriptor
     v_empty: gl.shared_memory_descriptor
-    tile: gl.shared_memory_descriptor  # [FIELDS, 1], of packed sequences: the numbers of the tile
-    tile_full: gl.shared_memory_descriptor  # b.tile is free again when all q are
+    tile: gl.shared_memory_descriptor  # [2 * FIELDS, 1]: the numbers of a tile and of the next one
+    tile_full: gl.shared_memory_descriptor  # free again when the q of the tile between them are
 
 
 class Sizes(NamedTuple):
@@ -78,6 +82,7 @@ class Sizes(NamedTuple):
     len_k: gl.tensor
     left: gl.tensor  # None for no bound on that side
     right: gl.tensor
+    together: gl.tensor  # heads whose tiles of one length are taken one behind the other
 
 
 class Tile(NamedTuple):
@@ -91,11 +96,11 @@ class Tile(NamedTuple):
     sizes: Sizes  # of the sequence
 
 
-# What the producer says of a tile of packed queries.
+# What the producer says of a tile of queries.
 FIELDS = gl.constexpr(5)
 FIRST = gl.constexpr(0)  # -1: there are no more
-HEAD = gl.constexpr(1)
-END_Q = gl.constexpr(2)
+HEAD = gl.constexpr(1)  # of batches counted through all of them
+END_Q = gl.constexpr(2)  # of packed sequences
 LEN_Q = gl.constexpr(3)
 LEN_K = gl.constexpr(4)
 
@@ -113,17 +118,6 @@ class Results(NamedTuple):
 
 
 @gluon.jit
-def item_tiles(item, tiles, sizes):
-    """Batch times heads plus head of an item, and its tiles of queries: the first one, the second, and how many."""
-    if sizes.left is None and sizes.right is not None:
-        pairs = (tiles + 1) // 2
-        one, other = tiles - 1 - item % pairs, item % pairs
-        return item // pairs, one, other, gl.where(one == other, 1, 2)
-    else:
-        return item // tiles, item % tiles, item % tiles, 1
-
-
-@gluon.jit
 def sums_of_threads(p, TILE_K: gl.constexpr, LAYOUT: gl.constexpr):
     """Row sums that each thread makes of its own numbers, `(64, 4)`: they meet once, at the end (up to +5 %)."""
     parts = gl.sum(gl.sum(gl.reshape(p, [STRIP, TILE_K // 8, 4, 2]), axis=3), axis=1)
@@ -136,53 +130,63 @@ def produce(
     GROUPS: gl.constexpr, TILE_K: gl.constexpr, STAGES: gl.constexpr, CONSUMERS: gl.constexpr,
 ):  # fmt: skip
     TILE_Q: gl.constexpr = CONSUMERS * STRIP
-    stage, phase, q_phase = 0, 1, 1
-    if packed.table is None:
-        tiles = (sizes.len_q + TILE_Q - 1) // TILE_Q
-        for item in range(gl.program_id(0), sizes.items, gl.num_programs(0)):
-            place, tile, second, count = item_tiles(item, tiles, sizes)
-            batch, head = place // sizes.heads, place % sizes.heads
-            rows = Rows(batch, None, None)
-            for _ in range(count):
-                at = Tile(place, head, tile * TILE_Q, rows, rows, sizes)
-                stage, phase = bring_tile(
-                    b, of_q, of_k, of_v, at, stage, phase, q_phase, GROUPS, TILE_K, STAGES, CONSUMERS
-                )
-                q_phase ^= 1
-                tile = second
-    else:
-        # Heads whose keys and values together take 32 MB.
-        IN_CACHE: gl.constexpr = (1 << 23) // of_k.block_type.shape[4]
-        heads = sizes.heads
+    heads, tiles = sizes.heads, gl.cdiv(sizes.len_q, TILE_Q)
+    stage, phase, turn = 0, 1, 0
+    item, items = gl.program_id(0), sizes.items
+    if packed.starts_q is not None:
         items = gl.load(packed.table + 1) * heads
-        item = gl.program_id(0)
-        while item < items:
-            sequence, item = sequence_of(packed.table, item, heads)
+    while item < items:
+        count = 1
+        if packed.starts_q is not None:
+            # Heads whose keys and values together take 32 MB.
+            IN_CACHE: gl.constexpr = (1 << 23) // of_k.block_type.shape[4]
+            sequence, inside = sequence_of(packed.table, item, heads)
             start_q, len_q = rows_of_sequence(packed.starts_q, sequence)
             start_k, len_k = rows_of_sequence(packed.starts_k, sequence)
-            tiles = (len_q + TILE_Q - 1) // TILE_Q
-            tile, head = tile_and_head(item, tiles, heads, IN_CACHE // gl.maximum(len_k, 1) * GROUPS)
+            tiles = gl.cdiv(len_q, TILE_Q)
+            tile, head = tile_and_head(inside, tiles, heads, IN_CACHE // gl.maximum(len_k, 1) * GROUPS)
             first = (tiles - 1 - tile) * TILE_Q  # of causal ones the last takes the longest
-            for c in gl.static_range(CONSUMERS):
-                mbarrier.wait(b.q_empty.index(c), q_phase)
-            tell(b.tile, FIRST, first)
-            tell(b.tile, HEAD, head)
-            tell(b.tile, END_Q, start_q + len_q)
-            tell(b.tile, LEN_Q, len_q)
-            tell(b.tile, LEN_K, len_k)
-            mbarrier.arrive(b.tile_full.index(0), count=1)
-            at = Tile(
-                None, head, first, Rows(None, start_q + len_q, len_q), Rows(None, start_k + len_k, len_k),
-                Sizes(items, heads, len_q, len_k, sizes.left, sizes.right),
-            )  # fmt: skip
-            stage, phase = bring_tile(b, of_q, of_k, of_v, at, stage, phase, q_phase, GROUPS, TILE_K, STAGES, CONSUMERS)
-            q_phase ^= 1
+            rows_q, rows_k = Rows(None, start_q + len_q, len_q), Rows(None, start_k + len_k, len_k)
+            of_tile = Sizes(None, heads, len_q, len_k, sizes.left, sizes.right, None)
+        else:
+            if packed.table is not None:  # heavy ones first
+                tile, place = tile_and_head(item, tiles, items // tiles, sizes.together)
+                first = (tiles - 1 - tile) * TILE_Q
+            elif sizes.left is None and sizes.right is not None:
+                pairs = gl.cdiv(tiles, 2)
+                place, tile = item // pairs, item % pairs
+                first = (tiles - 1 - tile) * TILE_Q
+                count = gl.where(tile == tiles - 1 - tile, 1, 2)  # the middle one has no other
+            else:
+                place, tile = item // tiles, item % tiles
+                first = tile * TILE_Q
+            head = place % heads
+            rows_q = Rows(place // heads, None, None)
+            rows_k, of_tile = rows_q, sizes
+        for _ in range(count):
+            slot = turn & 1
+            tell(b.tile, slot * FIELDS + FIRST, first)
+            tell(b.tile, slot * FIELDS + LEN_Q, of_tile.len_q)
+            tell(b.tile, slot * FIELDS + LEN_K, of_tile.len_k)
+            if packed.starts_q is None:
+                tell(b.tile, slot * FIELDS + HEAD, place)
+            else:
+                tell(b.tile, slot * FIELDS + HEAD, head)
+                tell(b.tile, slot * FIELDS + END_Q, rows_q.end)
+            mbarrier.arrive(b.tile_full.index(slot), count=1)
+            at = Tile(None, head, first, rows_q, rows_k, of_tile)
+            stage, phase = bring_tile(
+                b, of_q, of_k, of_v, at, stage, phase, slot ^ 1, GROUPS, TILE_K, STAGES, CONSUMERS
+            )
+            turn = (turn + 1) & 3
+            first = tile * TILE_Q
+        if packed.table is None:
+            item += gl.num_programs(0)
+        else:
             # Now, while the consumers have the last blocks before them: they do not notice how long it takes.
-            item = gl.num_programs(0) + gl.atomic_add(packed.table, 1)
-        for c in gl.static_range(CONSUMERS):
-            mbarrier.wait(b.q_empty.index(c), q_phase)
-        tell(b.tile, FIRST, -1)
-        mbarrier.arrive(b.tile_full.index(0), count=1)
+            item = gl.num_programs(0) + gl.atomic_add(packed.table, 1, sem="relaxed")
+    tell(b.tile, (turn & 1) * FIELDS + FIRST, -1)
+    mbarrier.arrive(b.tile_full.index(turn & 1), count=1)
 
 
 @gluon.jit
@@ -192,59 +196,55 @@ def bring_tile(
 ):  # fmt: skip
     """Queries, and the keys and values that they see."""
     begin, _full_begin, _full_end, end = blocks_seen(at.first, at.first + CONSUMERS * STRIP - 1, at.sizes, TILE_K)
+    head_kv, last = at.head // GROUPS, end - 1
+    # The first keys before the queries, whose buffers become free one by one.
+    bring_block(of_k, at.rows_k, head_kv, last * TILE_K, b.k, b.k_full, b.k_empty, stage, phase)
     for c in gl.static_range(CONSUMERS):
-        mbarrier.wait(b.q_empty.index(c), q_phase)
-        mbarrier.expect(b.q_full.index(c), of_q.block_type.nbytes)
-        bring(of_q, at.rows_q, at.head, at.first + c * STRIP, b.q_full.index(c), b.q.index(c))
-    for i in range(end - begin):
-        key = (end - 1 - i) * TILE_K
-        mbarrier.wait(b.k_empty.index(stage), phase)
-        mbarrier.expect(b.k_full.index(stage), of_k.block_type.nbytes)
-        bring(of_k, at.rows_k, at.head // GROUPS, key, b.k_full.index(stage), b.k.index(stage))
-        mbarrier.wait(b.v_empty.index(stage), phase)
-        mbarrier.expect(b.v_full.index(stage), of_v.block_type.nbytes)
-        bring(of_v, at.rows_k, at.head // GROUPS, key, b.v_full.index(stage), b.v.index(stage))
+        bring_block(of_q, at.rows_q, at.head, at.first + c * STRIP, b.q, b.q_full, b.q_empty, c, q_phase)
+    for block in range(last, begin - 1, -1):
+        bring_block(of_v, at.rows_k, head_kv, block * TILE_K, b.v, b.v_full, b.v_empty, stage, phase)
         stage, phase = following(stage, phase, STAGES)
+        if block > begin:
+            bring_block(of_k, at.rows_k, head_kv, (block - 1) * TILE_K, b.k, b.k_full, b.k_empty, stage, phase)
     return stage, phase
+
+
+@gluon.jit
+def bring_block(descriptor, rows, head, row, buffers, full, empty, stage, phase):
+    mbarrier.wait(empty.index(stage), phase)
+    mbarrier.expect(full.index(stage), descriptor.block_type.nbytes)
+    bring(descriptor, rows, head, row, full.index(stage), buffers.index(stage))
 
 
 @gluon.jit
 def consume(
     ME: gl.constexpr, b, sizes, results,
     E: gl.constexpr, TILE_K: gl.constexpr, STAGES: gl.constexpr, CONSUMERS: gl.constexpr,
-    Q_IN_REGISTERS: gl.constexpr, OUT_APART: gl.constexpr, ONE_EDGE: gl.constexpr,
+    Q_IN_REGISTERS: gl.constexpr, OUT_APART: gl.constexpr, ONE_EDGE: gl.constexpr, PACKED: gl.constexpr,
 ):  # fmt: skip
-    TILE_Q: gl.constexpr = CONSUMERS * STRIP
-    tiles = (sizes.len_q + TILE_Q - 1) // TILE_Q
     factor = results.scale * LOG2E if results.softcap is None else 1.0
-    stage, phase, q_phase = 0, 0, 0
-    if b.tile is None:
-        for item in range(gl.program_id(0), sizes.items, gl.num_programs(0)):
-            place, tile, second, count = item_tiles(item, tiles, sizes)
-            batch, head = place // sizes.heads, place % sizes.heads
-            rows = Rows(batch, None, None)
-            for _ in range(count):
-                at = Tile(place, head, tile * TILE_Q, rows, rows, sizes)
-                stage, phase = attend(
-                    ME, b, at, results, factor, stage, phase, q_phase,
-                    E, TILE_K, STAGES, CONSUMERS, Q_IN_REGISTERS, OUT_APART, ONE_EDGE,
-                )  # fmt: skip
-                q_phase ^= 1
-                tile = second
-    else:
-        mbarrier.wait(b.tile_full.index(0), q_phase)
-        first = told(b.tile, FIRST)
-        while first >= 0:
-            len_q = told(b.tile, LEN_Q)
-            of_sequence = Sizes(None, sizes.heads, len_q, told(b.tile, LEN_K), sizes.left, sizes.right)
-            at = Tile(None, told(b.tile, HEAD), first, Rows(None, told(b.tile, END_Q), len_q), None, of_sequence)
-            stage, phase = attend(
-                ME, b, at, results, factor, stage, phase, q_phase,
-                E, TILE_K, STAGES, CONSUMERS, Q_IN_REGISTERS, OUT_APART, ONE_EDGE,
-            )  # fmt: skip
-            q_phase ^= 1
-            mbarrier.wait(b.tile_full.index(0), q_phase)
-            first = told(b.tile, FIRST)
+    heads = sizes.heads
+    stage, phase, turn = 0, 0, 0
+    mbarrier.wait(b.tile_full.index(0), 0)
+    first = told(b.tile, FIRST)
+    while first >= 0:
+        slot = turn & 1
+        len_q = told(b.tile, slot * FIELDS + LEN_Q)
+        of_sequence = Sizes(None, heads, len_q, told(b.tile, slot * FIELDS + LEN_K), sizes.left, sizes.right, None)
+        if PACKED:
+            rows = Rows(None, told(b.tile, slot * FIELDS + END_Q), len_q)
+            at = Tile(None, told(b.tile, slot * FIELDS + HEAD), first, rows, None, of_sequence)
+        else:
+            place = told(b.tile, slot * FIELDS + HEAD)
+            rows = Rows(place // heads, None, None)
+            at = Tile(place, place % heads, first, rows, rows, of_sequence)
+        stage, phase = attend(
+            ME, b, at, results, factor, stage, phase, slot,
+            E, TILE_K, STAGES, CONSUMERS, Q_IN_REGISTERS, OUT_APART, ONE_EDGE,
+        )  # fmt: skip
+        turn = (turn + 1) & 3
+        mbarrier.wait(b.tile_full.index(turn & 1), turn >> 1)
+        first = told(b.tile, (turn & 1) * FIELDS + FIRST)
     tma.store_wait(0)
 
 
@@ -417,7 +417,7 @@ def finite(top, BOUNDED: gl.constexpr):
 @gluon.jit(do_not_specialize=RUN_TIME)
 def forward_kernel(
     q, k, v, out, lse, sinks, log_n, starts_q, starts_k, table, strides_q, strides_k, strides_v, strides_out, stride_n,
-    batch, heads, len_q, len_k, left, right, scale, softcap, items,
+    batch, heads, len_q, len_k, left, right, scale, softcap, items, together,
     GROUPS: gl.constexpr, E: gl.constexpr, CONSUMERS: gl.constexpr, TILE_K: gl.constexpr, STAGES: gl.constexpr,
     Q_IN_REGISTERS: gl.constexpr, OUT_APART: gl.constexpr, ONE_EDGE: gl.constexpr,
 ):  # fmt: skip
@@ -438,21 +438,19 @@ def forward_kernel(
     q_full, q_empty = barriers(CONSUMERS, 1), barriers(CONSUMERS, 1)
     k_full, k_empty = barriers(STAGES, 1), barriers(STAGES, CONSUMERS)
     v_full, v_empty = barriers(STAGES, 1), barriers(STAGES, CONSUMERS)
-    if table is None:
-        tile, tile_full = None, None
-    else:
-        tile = gl.allocate_shared_memory(gl.int32, [FIELDS, 1], gl.SwizzledSharedLayout(1, 1, 1, [0]))
-        tile_full = barriers(1, 1)
+    tile = gl.allocate_shared_memory(gl.int32, [2 * FIELDS, 1], gl.SwizzledSharedLayout(1, 1, 1, [0]))
+    tile_full = barriers(2, 1)
     fence_async_shared()
     b = Shared(q_strips, k_ring, v_ring, out_strips, q_full, q_empty, k_full, k_empty, v_full, v_empty, tile, tile_full)
     packed = Packed(starts_q, starts_k, table)
-    sizes = Sizes(items, heads, len_q, len_k, left, right)
+    sizes = Sizes(items, heads, len_q, len_k, left, right, together)
     results = Results(of_out, lse, sinks, stride_n, log_n, scale, softcap)
     # The registers that are left go to the consumers: 24 are enough to ask for copies.
     if CONSUMERS == 1:
         gl.warp_specialize(
             [
-                (consume, (0, b, sizes, results, E, TILE_K, STAGES, CONSUMERS, Q_IN_REGISTERS, OUT_APART, ONE_EDGE)),
+                (consume, (0, b, sizes, results, E, TILE_K, STAGES, CONSUMERS, Q_IN_REGISTERS, OUT_APART, ONE_EDGE,
+                           starts_q is not None)),
                 (produce, (b, of_q, of_k, of_v, sizes, packed, GROUPS, TILE_K, STAGES, CONSUMERS)),
             ],
             [1], [24],
@@ -460,8 +458,10 @@ def forward_kernel(
     elif CONSUMERS == 2:
         gl.warp_specialize(
             [
-                (consume, (0, b, sizes, results, E, TILE_K, STAGES, CONSUMERS, Q_IN_REGISTERS, OUT_APART, ONE_EDGE)),
-                (consume, (1, b, sizes, results, E, TILE_K, STAGES, CONSUMERS, Q_IN_REGISTERS, OUT_APART, ONE_EDGE)),
+                (consume, (0, b, sizes, results, E, TILE_K, STAGES, CONSUMERS, Q_IN_REGISTERS, OUT_APART, ONE_EDGE,
+                           starts_q is not None)),
+                (consume, (1, b, sizes, results, E, TILE_K, STAGES, CONSUMERS, Q_IN_REGISTERS, OUT_APART, ONE_EDGE,
+                           starts_q is not None)),
                 (produce, (b, of_q, of_k, of_v, sizes, packed, GROUPS, TILE_K, STAGES, CONSUMERS)),
             ],
             [4, 1], [240, 24],
@@ -469,9 +469,12 @@ def forward_kernel(
     else:
         gl.warp_specialize(
             [
-                (consume, (0, b, sizes, results, E, TILE_K, STAGES, CONSUMERS, Q_IN_REGISTERS, OUT_APART, ONE_EDGE)),
-                (consume, (1, b, sizes, results, E, TILE_K, STAGES, CONSUMERS, Q_IN_REGISTERS, OUT_APART, ONE_EDGE)),
-                (consume, (2, b, sizes, results, E, TILE_K, STAGES, CONSUMERS, Q_IN_REGISTERS, OUT_APART, ONE_EDGE)),
+                (consume, (0, b, sizes, results, E, TILE_K, STAGES, CONSUMERS, Q_IN_REGISTERS, OUT_APART, ONE_EDGE,
+                           starts_q is not None)),
+                (consume, (1, b, sizes, results, E, TILE_K, STAGES, CONSUMERS, Q_IN_REGISTERS, OUT_APART, ONE_EDGE,
+                           starts_q is not None)),
+                (consume, (2, b, sizes, results, E, TILE_K, STAGES, CONSUMERS, Q_IN_REGISTERS, OUT_APART, ONE_EDGE,
+                           starts_q is not None)),
                 (produce, (b, of_q, of_k, of_v, sizes, packed, GROUPS, TILE_K, STAGES, CONSUMERS)),
             ],
             [4, 4, 1], [160, 160, 24],

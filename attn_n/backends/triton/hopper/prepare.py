@@ -25,7 +25,7 @@ class Forward(NamedTuple):
 
     order: Launch | None  # of packed sequences
     main: Launch
-    table: int  # numbers of the table that they share, see `packed`
+    table: int  # numbers of the table that they share, see `packed`; of batches 1, the counter, or 0
 
 
 @functools.lru_cache(1024)
@@ -35,13 +35,20 @@ def prepared(problem: Problem, config: Config | None = None) -> Forward:
     left, right = p.window
     tile_q = config.consumers * STRIP.value
     of_head = triton.cdiv(p.len_q, tile_q)
-    if left is None and right is not None:
-        of_head = triton.cdiv(of_head, 2)  # an item is a pair of them
     tiles = most_tiles(p, p.rows, tile_q) if p.packed else p.batch * of_head
     items = p.heads * tiles
+    most = _processors(p.device) * (2 if config.consumers == 1 else 1)
+    causal = left is None and right is not None and not p.packed
+    together = None
+    if causal and config.counted:
+        # Heads whose keys and values take 32 MB, and enough of them for three rounds of all programs.
+        together = max((1 << 23) // (p.len_k * p.width) * (p.heads // p.heads_kv), triton.cdiv(3 * most, of_head))
+        together = triton.cdiv(p.batch * p.heads, max(1, p.batch * p.heads // together))
+    elif causal:
+        items = p.heads * p.batch * triton.cdiv(of_head, 2)  # an item is a pair of tiles
     numbers = (
         *p.strides[:4], p.stride_n, None if p.packed else p.batch, p.heads, p.len_q, p.len_k, left, right, p.scale,
-        p.softcap, items,
+        p.softcap, items, together,
     )  # fmt: skip
     constants = {
         "GROUPS": p.heads // p.heads_kv, "E": p.width, "CONSUMERS": config.consumers, "TILE_K": config.tile_k,
@@ -52,11 +59,11 @@ def prepared(problem: Problem, config: Config | None = None) -> Forward:
     }  # fmt: skip
     # The registers of the SM, shared among the consumers, the producer and the warps that round them up to 4.
     options = {"num_warps": 4, "maxnreg": {1: 128, 2: 168, 3: 128}[config.consumers]}
-    programs = min(items, _processors(p.device) * (2 if config.consumers == 1 else 1))
+    programs = min(items, most)
     return Forward(
         _order(p, tile_q) if p.packed else None,
         Launch(forward_kernel, programs, p.device, numbers, constants, options, descriptors=True),
-        HEADER.value + 2 * tiles,
+        HEADER.value + 2 * tiles if p.packed else int(together is not None),
     )
 
 
@@ -65,11 +72,18 @@ def most_tiles(problem: Problem, rows: int, tile: int) -> int:
     return rows // tile + problem.batch
 
 
-def list_of_tiles(launches: Forward | Backward, starts: Tensor | None, others: Tensor | None) -> Tensor | None:
-    """The table of `packed`, for the sequences whose tiles are taken and those that they meet; None for batches."""
-    if launches.order is None or starts is None:
+def list_of_tiles(
+    launches: Forward | Backward, like: Tensor, starts: Tensor | None, others: Tensor | None
+) -> Tensor | None:
+    """The table of `packed`, for the sequences whose tiles are taken and those that they meet; of batches its counter.
+
+    None where programs take tiles in turn.
+    """
+    if not launches.table:
         return None
-    table = torch.empty(launches.table, dtype=torch.int32, device=starts.device)
+    if launches.order is None:
+        return torch.zeros(launches.table, dtype=torch.int32, device=like.device)
+    table = torch.empty(launches.table, dtype=torch.int32, device=like.device)
     launches.order(table, starts, others)
     return table
 
@@ -115,7 +129,7 @@ def prepared_backward(problem: Problem) -> Backward:
             descriptors=True,
         ),
         Launch(round_kernel, tiles, p.device, after, constants, small, descriptors=False),
-        HEADER.value + 2 * tiles_k,
+        HEADER.value + 2 * tiles_k if p.packed else 0,
         2 * tiles * tile_q + 1,
         tiles * tile_q * p.width,
     )  # fmt: skip

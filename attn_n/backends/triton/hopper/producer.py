@@ -115,7 +115,7 @@ def produce(
                 tma.async_copy_global_to_shared(of_stats, at, full, b.delta.index(stage))
                 turn = (turn + 1) & 3
         # Now, while the consumers have the last tiles of queries before them: they do not notice how long it takes.
-        item = gl.num_programs(0) + gl.atomic_add(counter, 1)
+        item = gl.num_programs(0) + gl.atomic_add(counter, 1, sem="relaxed")
     mbarrier.wait(b.kv_empty.index(0), slot ^ 1)
     tell(b.tile, slot * FIELDS + STEPS, -1)
     mbarrier.arrive(b.kv_full.index(0), count=2)
