@@ -25,23 +25,28 @@ class Row(NamedTuple):
     keys: int  # from so many on
     first: tuple[str, ...]
     packed: bool = False
+    causal: bool = False  # only these
 
     def __str__(self) -> str:
         passes = {None: "", True: "training, ", False: "inference, "}[self.training]
         n = {None: "", True: "with n, ", False: "n = 0, "}[self.with_n]
         keys = "packed sequences" if self.packed else f"from {self.keys} keys on"
-        return f"{passes}{n}heads up to {self.widest}, {keys}"
+        causal = "causal, " if self.causal else ""
+        return f"{passes}{n}{causal}heads up to {self.widest}, {keys}"
 
 
 # An H200, bfloat16, 2026-11-24: PyTorch 2.11, Triton 3.6, FlashAttention 3 (tokenspeed-fa3 3.0.0.post20260810, without
 # a backward) and 4 (4.0.0b36); bench/results/h200-2026-11-24-grid-*.json. By these rows the choice has 0.97 of the
 # speed of the fastest that is installed, or more, for E = 64, 128, 256, S = 512 to 16,384, causal and not. Packed:
-# h200-2026-11-24-varlen-gqa.json.
+# h200-2026-11-24-varlen-gqa.json. On an H100 (h100-2026-11-25-grid.json) so without the FlashAttentions, which were not
+# measured there.
 SM_90 = (
     Row(True, None, 128, 1500, ("flash_attn:4", "triton:hopper")),
     Row(False, True, 256, 6000, ("flash_attn:3", "flash_attn:4", "triton:hopper")),
     Row(False, False, 256, 1500, ("flash_attn:3", "flash_attn:4", "triton:hopper")),
     Row(None, None, 128, 1025, ("triton:hopper",)),
+    Row(False, False, 256, 1025, ("flash_attn:3", "triton:hopper")),
+    Row(False, False, 256, 0, ("sdpa",), causal=True),
     Row(None, True, 64, 0, ("triton",)),  # the portable kernels too, for what those of Hopper do not serve
     Row(None, None, 128, 0, ("triton:hopper",)),
     Row(False, False, 256, 0, ("flash_attn:3", "triton:hopper")),
@@ -63,7 +68,7 @@ def automatic(call: AttentionCall) -> tuple[str, ...]:
 def reason(call: AttentionCall) -> str:
     """Why the order of a call is what it is."""
     row = _row(call)
-    return "automatic" if row is None else f"automatic, by speed on an H200: {row}"
+    return "automatic" if row is None else f"automatic, by speed on an H200 and an H100: {row}"
 
 
 def _row(call: AttentionCall) -> Row | None:
@@ -86,5 +91,6 @@ def _fits(row: Row, call: AttentionCall) -> bool:
         and row.training in (None, call.needs_grad)
         and row.with_n in (None, with_n)
         and max(call.head_dim, call.head_dim_v) <= row.widest
+        and (not row.causal or (call.window_left is None and call.window_right == 0))
         and (row.packed or call.k_shape[-2] >= row.keys)
     )
