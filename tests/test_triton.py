@@ -97,7 +97,10 @@ def test_ahead_of_time(target: str) -> None:
     assert len(lines) >= 20
     for line in lines:
         assert line["shared"] <= TARGETS[target].shared, line
-        assert line["spills"] <= (256 if line["dtype"] == "torch.bfloat16" else 1024), line
+        most = 256 if line["dtype"] == "torch.bfloat16" else 1024
+        if (line["kernel"], line["width"]) == ("hopper backward main", 128):
+            most = 450  # see test_hopper.py: what this buys was measured
+        assert line["spills"] <= most, line
         assert not line["warnings"], line
 
 
