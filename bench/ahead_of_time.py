@@ -116,9 +116,12 @@ def launch_of(
         from attn_n.backends.triton.hopper import prepare
 
         ready = prepare.prepared(describe((q, k, v, out), log_n, options), config)
-        table = q.new_zeros(ready.table, dtype=torch.int32) if ready.table else None
-        launch, arguments = ready.main, (q, k, v, out, lse, None, log_n, *starts, table)
-        return functools.partial(launch.compiled if compile_only else launch, *arguments)
+        arguments = (q, k, v, out, lse, None, log_n, *starts)
+        if compile_only:
+            table = q.new_empty(ready.table, dtype=torch.int32) if ready.table else None
+            return functools.partial(ready.main.compiled, *arguments, table)
+        # A launch uses its counter up.
+        return lambda: ready.main(*arguments, prepare.list_of_tiles(ready, q, *starts))
     if kernel.startswith("hopper backward"):
         from attn_n.backends.triton.hopper import prepare
 

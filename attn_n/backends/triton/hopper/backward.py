@@ -147,8 +147,8 @@ def consume(
             turn = (turn + 1) & 3
             if step < steps * GROUPS:
                 mbarrier.wait(b.full.index(turn & 1), turn >> 1)
-            # Behind the last tile of queries its place is taken by what nobody reads: a branch around a product that
-            # runs would make the compiler run all of them one by one.
+            # Behind the last tile of queries its place is taken by what nobody reads: a product that still runs cannot
+            # leave a branch.
             s = logits(b, turn & 1, ME, TILE_Q, OF_S)
             dk_tile, ds, s = warpgroup_mma_wait(0, deps=[dk_tile, ds, s])
             mbarrier.arrive(b.empty.index(stage), count=1)
