@@ -73,10 +73,7 @@ def flash_attention_n(
     key = plans.key(q, k, v, request)
     plan = plans.find(key)
     if plan is not None:
-        out, lse = ops.attend(
-            q, k, v, plans.tensor_n(request), sinks is not None, plan.log_n, plan.backend, plan.options,
-            plan.needs_grad, return_lse, False,
-        )  # fmt: skip
+        out, lse = ops.attend(q, k, v, plans.tensor_n(request), *plan)
         return (out, lse) if return_lse else out
     prepared = _prepare(q, k, v, request)
     canonical = prepared.q is q and prepared.k is k and prepared.v is v
@@ -277,7 +274,7 @@ def _describe(
     return _Prepared(q, k, v, n, sinks is not None, options, call, out_shape)
 
 
-def _run(prepared: _Prepared, request: Request, key: object = None) -> Tensor | tuple[Tensor, Tensor]:
+def _run(prepared: _Prepared, request: Request, key: plans.Key | None = None) -> Tensor | tuple[Tensor, Tensor]:
     q, k, v, n, n_is_logit, options, call, out_shape = prepared
     name, backend = registry.choose(call, request.backend)
     lse: Tensor | None
@@ -286,11 +283,10 @@ def _run(prepared: _Prepared, request: Request, key: object = None) -> Tensor | 
     else:
         tensor_n = n if isinstance(n, Tensor) else None
         log_n = None if n is None or isinstance(n, Tensor) else math.log(n)
-        out, lse = ops.attend(
-            q, k, v, tensor_n, n_is_logit, log_n, name, options, call.needs_grad, call.return_lse, ops.watched(q)
-        )
+        how = ops.How(name, n_is_logit, log_n, call.return_lse, ops.watched(q))
+        out, lse = ops.attend(q, k, v, tensor_n, options, how, call.needs_grad)
         if key is not None:
-            plans.keep(key, plans.Plan(name, log_n, options, call.needs_grad))
+            plans.keep(key, plans.Plan(options, how, call.needs_grad))
     if out.dim() != len(out_shape) + 1:
         out = out.reshape(*out_shape, out.shape[-1])
         lse = None if lse is None else lse.reshape(out_shape)

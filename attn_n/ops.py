@@ -8,7 +8,7 @@ eager call runs the function itself, and the operator, which is the same functio
 from __future__ import annotations
 
 import math
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -38,38 +38,40 @@ _library.define(
 )
 
 
-def attend(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    n: Tensor | None,
-    n_is_logit: bool,
-    log_n: float | None,
-    backend: str,
-    options: Options,
-    needs_grad: bool,
-    lse_wanted: bool,
-    watched: bool,
-) -> tuple[Tensor, Tensor]:
-    """(out, lse) of canonical tensors by a backend with a forward and a backward.
+class How(NamedTuple):
+    """What runs, and what for.
 
-    n is the tensor `n` `()` or `(Hq,)`, which holds log n if `n_is_logit`, or else the number `log_n`, or neither;
-    `watched` is what the function of that name says. Unless `lse_wanted`, the lse may lack n.
+    Attributes:
+        n_is_logit: a tensor n holds log n.
+        log_n: n as a number; None if it is a tensor, or 0.
+        lse_wanted: otherwise the lse that is returned may lack n.
+        watched: what the function of that name says.
     """
+
+    backend: str
+    n_is_logit: bool
+    log_n: float | None
+    lse_wanted: bool
+    watched: bool
+
+
+def attend(
+    q: Tensor, k: Tensor, v: Tensor, n: Tensor | None, options: Options, how: How, needs_grad: bool
+) -> tuple[Tensor, Tensor]:
+    """(out, lse) of canonical tensors by a backend with a forward and a backward; n is `()` or `(Hq,)`."""
     if needs_grad:
-        if watched:
+        if how.watched:
             q, k, v, options = _distinct(q, k, v, options)
-        how = n_is_logit, log_n, backend, lse_wanted, watched  # one argument, for each costs time
         attended: tuple[Tensor, Tensor] = _Attention.apply(q, k, v, n, options, how)  # type: ignore[no-untyped-call]
         return attended
-    out, lse, *_ = _forward(q, k, v, _log_per_head(q, n, n_is_logit), log_n, backend, options, lse_wanted, watched)
+    out, lse, *_ = _forward(q, k, v, None if n is None else _log_per_head(q, n, how), options, how)
     return out, lse
 
 
 def _forward(
-    q: Tensor, k: Tensor, v: Tensor, log_n_tensor: Tensor | None, log_n: float | None, backend: str, options: Options,
-    lse_wanted: bool, watched: bool,
-) -> tuple[Tensor, Tensor, Tensor | None, bool]:  # fmt: skip
+    q: Tensor, k: Tensor, v: Tensor, log_n_tensor: Tensor | None, options: Options, how: How
+) -> tuple[Tensor, Tensor, Tensor | None, bool]:
+    backend, _, log_n, lse_wanted, watched = how
     if watched:
         out, lse, rng_state = torch.ops.attn_n.forward(q, k, v, log_n_tensor, log_n, backend, *options)
         return out, lse, rng_state, False
@@ -97,19 +99,10 @@ def _distinct(q: Tensor, k: Tensor, v: Tensor, options: Options) -> tuple[Tensor
 class _Attention(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any,
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        n: Tensor | None,
-        options: Options,
-        how: tuple[bool, float | None, str, bool, bool],
+        ctx: Any, q: Tensor, k: Tensor, v: Tensor, n: Tensor | None, options: Options, how: How
     ) -> tuple[Tensor, Tensor]:
-        n_is_logit, log_n, backend, lse_wanted, watched = how
-        log_n_tensor = _log_per_head(q, n, n_is_logit)
-        out, lse, rng_state, ctx.lse_lacks_n = _forward(
-            q, k, v, log_n_tensor, log_n, backend, options, lse_wanted, watched
-        )
+        log_n_tensor = None if n is None else _log_per_head(q, n, how)
+        out, lse, rng_state, lse_lacks_n = _forward(q, k, v, log_n_tensor, options, how)
         mask, slopes = options.mask, options.alibi_slopes
         starts_q, starts_k = options.cu_seqlens_q, options.cu_seqlens_k
         if mask is None and slopes is None and starts_q is None:
@@ -118,10 +111,7 @@ class _Attention(torch.autograd.Function):
         else:
             ctx.save_for_backward(q, k, v, out, lse, rng_state, log_n_tensor, mask, slopes, starts_q, starts_k)
             ctx.options = options.replaced(mask=None, alibi_slopes=None, cu_seqlens_q=None, cu_seqlens_k=None)
-        ctx.n_is_logit = n_is_logit
-        ctx.n_shape = None if n is None else n.shape
-        ctx.log_n = log_n
-        ctx.backend = backend
+        ctx.rest = how, lse_lacks_n, None if n is None else n.shape
         ctx.set_materialize_grads(False)
         return out, lse
 
@@ -131,20 +121,20 @@ class _Attention(torch.autograd.Function):
         if dout is None and dlse is None:
             return (None,) * 6
         q, k, v, out, lse, rng_state, log_n_tensor, *tensors = ctx.saved_tensors
-        options = ctx.options
+        options, (how, lse_lacks_n, n_shape) = ctx.options, ctx.rest
         if tensors:
             mask, slopes, starts_q, starts_k = tensors
             options = options.replaced(mask=mask, alibi_slopes=slopes, cu_seqlens_q=starts_q, cu_seqlens_k=starts_k)
         if dout is None:
             dout = torch.zeros_like(out)
-        if ctx.lse_lacks_n:
-            n = ctx.log_n if log_n_tensor is None else log_n_tensor
+        if lse_lacks_n:
+            n = how.log_n if log_n_tensor is None else log_n_tensor
             lse = fold.with_n(lse, n, options.cu_seqlens_q is not None)
         needs_n_grad = ctx.needs_input_grad[3]
-        rows_may_be_empty = ctx.log_n is None and _rows_may_be_empty(q, k, options)
+        rows_may_be_empty = how.log_n is None and _rows_may_be_empty(q, k, options)
         arguments = (
-            dout, dlse, q, k, v, out, lse, rng_state, log_n_tensor, rows_may_be_empty, needs_n_grad, ctx.n_is_logit,
-            ctx.backend,
+            dout, dlse, q, k, v, out, lse, rng_state, log_n_tensor, rows_may_be_empty, needs_n_grad,
+            how.n_is_logit, how.backend,
         )  # fmt: skip
         if torch.is_grad_enabled():
             dq, dk, dv, dn = _Backward.apply(*arguments, options)  # type: ignore[no-untyped-call]
@@ -154,7 +144,7 @@ class _Attention(torch.autograd.Function):
             dq, dk, dv, dn = _eager_backward(*arguments, options)
         if not needs_n_grad:
             dn = None
-        elif len(ctx.n_shape) == 0:
+        elif len(n_shape) == 0:
             dn = dn.sum()
         needs_q, needs_k, needs_v = ctx.needs_input_grad[:3]
         return dq if needs_q else None, dk if needs_k else None, dv if needs_v else None, dn, None, None
@@ -176,12 +166,10 @@ class _Backward(torch.autograd.Function):
         )
 
 
-def _log_per_head(q: Tensor, n: Tensor | None, n_is_logit: bool) -> Tensor | None:
+def _log_per_head(q: Tensor, n: Tensor, how: How) -> Tensor:
     """log n as `(Hq,)` in the dtype of the lse."""
-    if n is None:
-        return None
     n = n.detach().to(_lse_dtype(q))
-    return (n if n_is_logit else n.log()).expand(q.shape[1])
+    return (n if how.n_is_logit else n.log()).expand(q.shape[1])
 
 
 def _lse_dtype(q: Tensor) -> torch.dtype:
