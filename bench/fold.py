@@ -2,7 +2,7 @@
 
 First the fold alone: its time over that of a device copy of `out`, and that of the gradient of n over the time of
 reading `out` and `dout` once. Then whole calls at S = 8192, E = 128: each backend that does not apply n itself, with
-n = 1 over n = 0, forward and backward.
+n = 1 over n = 0, forward and backward, at logits where n weighs as much as all keys, and forward at normal ones.
 """
 
 from __future__ import annotations
@@ -77,15 +77,20 @@ def _behind_kernels(clock: CudaClock) -> Iterator[dict[str, Any]]:
             LENGTH, causal, TOKENS // LENGTH, HIDDEN // 128, 128, dtype=torch.bfloat16, device="cuda"
         )  # fmt: skip
         inputs = make_inputs(problem)
-        for measure, passes in (("forward", _forward), ("backward", _backward)):
-            runs = {(name, n): passes(name, n, inputs) for name in _kernels() for n in (0.0, 1.0)}
+        normal = inputs._replace(q=torch.randn_like(inputs.q), k=torch.randn_like(inputs.k))
+        for measure, passes, of, logits in (
+            ("forward", _forward, inputs, "around -log(S)"),
+            ("backward", _backward, inputs, "around -log(S)"),
+            ("forward", _forward, normal, "normal"),
+        ):
+            runs = {(name, n): passes(name, n, of) for name in _kernels() for n in (0.0, 1.0)}
             seconds = _medians({each: run for each, run in runs.items() if run is not None}, clock)
             for name in dict.fromkeys(name for name, _ in seconds):
                 plain, with_n = seconds[name, 0.0], seconds[name, 1.0]
                 cost = f"{100 * (with_n / plain - 1):.1f} %"
                 yield {
-                    "backend": name, "problem": str(problem), "pass": measure, "n = 0, ms": round(plain * 1e3, 3),
-                    "n = 1 costs": cost,
+                    "backend": name, "problem": str(problem), "pass": measure, "logits": logits,
+                    "n = 0, ms": round(plain * 1e3, 3), "n = 1 costs": cost,
                 }  # fmt: skip
 
 

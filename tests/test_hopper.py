@@ -435,7 +435,7 @@ assert kernel(False, scale=0.1, window_left=9) is kernel(False, scale=1.0, windo
 def test_variants_of_the_backward_ahead_of_time(width: int) -> None:
     """Windows, softcap and float16 spill little, no product waits for another, and numbers compile nothing.
 
-    At E = 128 the next S costs a dozen loads a step of what is spilled, and is worth more (+1 to 4 %).
+    At E = 128 the next S and dP cost a dozen loads a step of what is spilled, and are worth more (+1 to 4 %).
     """
     code = f"""
 import torch

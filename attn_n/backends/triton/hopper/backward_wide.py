@@ -78,7 +78,7 @@ def consume(
     GROUPS: gl.constexpr, E: gl.constexpr, TILE_Q: gl.constexpr,
 ):  # fmt: skip
     """dx is dV or dK, which lies in two halves of its columns."""
-    batches, _heads, heads_kv, len_q, len_k, left, right, packed = sizes
+    batches, _heads, heads_kv, len_q, len_k, left, right, _together, packed = sizes
     rows = gl.cdiv(len_q, TILE_Q) * TILE_Q
     HALF: gl.constexpr = E // 2
     OF_S: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, TILE_Q, 16])
@@ -206,7 +206,7 @@ def add_to_global(x, tile, LAYOUT: gl.constexpr):
 def wide_kernel(
     q, k, v, dout, stats, dq_sum, dk, dv, starts_q, starts_k, table,
     strides_q, strides_k, strides_v, strides_dout, strides_dk, strides_dv,
-    batches, heads, len_q, len_k, left, right, scale, softcap,
+    batches, heads, len_q, len_k, left, right, scale, softcap, together,
     GROUPS: gl.constexpr, E: gl.constexpr, TILE_Q: gl.constexpr,
 ):  # fmt: skip
     """As many programs as fit the GPU at once; each goes through tiles of keys."""
@@ -227,7 +227,8 @@ def wide_kernel(
         barriers(1, 2), barriers(1, 2), barriers(2, 1), barriers(2, 2),
     )  # fmt: skip
     fence_async_shared()
-    sizes = Sizes(batches, heads, heads // GROUPS, len_q, len_k, left, right, Packed(starts_q, starts_k, table))
+    packed = Packed(starts_q, starts_k, table)
+    sizes = Sizes(batches, heads, heads // GROUPS, len_q, len_k, left, right, together, packed)
     # Of the 504 registers for three threads, one of each role, the producer needs the fewest.
     gl.warp_specialize(
         [

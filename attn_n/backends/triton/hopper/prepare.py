@@ -118,7 +118,12 @@ def prepared_backward(problem: Problem) -> Backward:
         batch, tiles_q, tiles_k = p.batch, triton.cdiv(p.len_q, tile_q), triton.cdiv(p.len_k, tile_k)
         sequences, len_q, len_k = None, p.len_q, p.len_k
     tiles, items = batch * p.heads * tiles_q, batch * p.heads_kv * tiles_k
-    numbers = (q, k, v, dout, dk, dv, batch, p.heads, len_q, len_k, *p.window, p.scale, p.softcap)
+    (left, right), together = p.window, None if p.packed else 1
+    if left is None and right is not None and not p.packed and p.len_k >= 1500:
+        # Heads whose queries, dout and sums for dQ take 32 MB, but two at least, so that no heavy tile comes last (+1 %
+        # at 2,048 keys, +4 % at 8,192; of short calls all programs would begin and end their tiles at the same time).
+        together = max(2, (1 << 22) // (len_q * p.width * (p.heads // p.heads_kv)))
+    numbers = (q, k, v, dout, dk, dv, batch, p.heads, len_q, len_k, left, right, p.scale, p.softcap, together)
     before, after = (out, dout, sequences, p.stride_n, p.heads, len_q), (dq, sequences, p.heads, len_q, p.scale)
     small = {"num_warps": 4}
     return Backward(

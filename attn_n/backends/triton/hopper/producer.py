@@ -13,7 +13,7 @@ from attn_n.backends.triton.portable.tile import queries_that_see
 
 RUN_TIME = (
     "strides_q", "strides_k", "strides_v", "strides_dout", "strides_dk", "strides_dv", "batches", "heads", "len_q",
-    "len_k", "left", "right",
+    "len_k", "left", "right", "together",
 )  # fmt: skip
 
 
@@ -25,6 +25,7 @@ class Sizes(NamedTuple):
     len_k: gl.tensor
     left: gl.tensor
     right: gl.tensor
+    together: gl.tensor  # key heads whose tiles are taken one length behind the other; None for packed sequences
     packed: Packed  # its sequences are one of a batch, with whole tiles of queries for each, and len_k is 0
 
 
@@ -47,7 +48,7 @@ def produce(
     GROUPS: gl.constexpr, E: gl.constexpr, TILE_Q: gl.constexpr,
 ):  # fmt: skip
     """Runs ahead of the two consumers; `b.k` and `b.v` are as many parts of 64 keys as a tile has."""
-    batches, heads, heads_kv, len_q, len_k, left, right, packed = sizes
+    batches, heads, heads_kv, len_q, len_k, left, right, together, packed = sizes
     PARTS: gl.constexpr = b.k.shape[0]
     TILE_K: gl.constexpr = 64 * PARTS
     tiles, rows = gl.cdiv(len_k, TILE_K), gl.cdiv(len_q, TILE_Q) * TILE_Q
@@ -66,7 +67,9 @@ def produce(
     item = gl.program_id(0)
     while item < items:
         if packed.table is None:
-            first_key, head_kv, batch = item % tiles * TILE_K, item // tiles % heads_kv, item // tiles // heads_kv
+            # Under a causal mask the first keys are seen by the most queries.
+            tile, place_kv = tile_and_head(item, tiles, batches * heads_kv, together)
+            first_key, head_kv, batch = tile * TILE_K, place_kv % heads_kv, place_kv // heads_kv
             queries, keys, first_row = len_q, len_k, 0
             rows_q = Rows(batch, None, None)
             rows_k = rows_q
