@@ -35,14 +35,17 @@ class Row(NamedTuple):
         return f"{passes}{n}{causal}heads up to {self.widest}, {keys}"
 
 
-# An H200, bfloat16, 2026-11-24: PyTorch 2.11, Triton 3.6, FlashAttention 3 (tokenspeed-fa3 3.0.0.post20260810, without
-# a backward) and 4 (4.0.0b36); bench/results/h200-2026-11-24-grid-*.json. By these rows the choice has 0.97 of the
-# speed of the fastest that is installed, or more, for E = 64, 128, 256, S = 512 to 16,384, causal and not. Packed:
-# h200-2026-11-24-varlen-gqa.json. On an H100 (h100-2026-11-25-grid.json) so without the FlashAttentions, which were not
-# measured there.
+# An H100, bfloat16, 2026-11-25: PyTorch 2.11, Triton 3.6, FlashAttention 2 (2.8.3.post2), 3 (tokenspeed-fa3
+# 3.0.0.post20260810, without a backward) and 4 (4.0.0b36); bench/results/h100-2026-11-25-peers.json. By these rows the
+# choice has 0.97 of the speed of the fastest that is installed, or more, for E = 64, 128, 256, S = 512 to 16,384,
+# causal and not. Packed: h100-2026-11-25-gqa-varlen.json.
 SM_90 = (
     Row(True, None, 128, 1500, ("flash_attn:4", "triton:hopper")),
+    Row(False, True, 128, 12000, ("flash_attn:3", "triton:hopper")),
+    Row(False, True, 128, 1025, ("triton:hopper",)),
     Row(False, True, 256, 6000, ("flash_attn:3", "flash_attn:4", "triton:hopper")),
+    Row(False, False, 128, 12000, ("flash_attn:3", "flash_attn:4", "triton:hopper")),
+    Row(False, False, 128, 1500, ("flash_attn:3", "triton:hopper")),
     Row(False, False, 256, 1500, ("flash_attn:3", "flash_attn:4", "triton:hopper")),
     Row(None, None, 128, 1025, ("triton:hopper",)),
     Row(False, False, 256, 1025, ("flash_attn:3", "triton:hopper")),
@@ -68,7 +71,7 @@ def automatic(call: AttentionCall) -> tuple[str, ...]:
 def reason(call: AttentionCall) -> str:
     """Why the order of a call is what it is."""
     row = _row(call)
-    return "automatic" if row is None else f"automatic, by speed on an H200 and an H100: {row}"
+    return "automatic" if row is None else f"automatic, by speed on an H100: {row}"
 
 
 def _row(call: AttentionCall) -> Row | None:

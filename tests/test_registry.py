@@ -313,7 +313,7 @@ def test_the_choice_beside_flash_attention(
         monkeypatch.setattr(registry.find(f"flash_attn:{version}")[0], "why_not", lambda call: None)
     explanation = registry.explain(gpu_call(**changes), None)
     assert explanation.chosen == chosen
-    assert ("by speed on an H200" in explanation.asked_by) == ("capability" not in changes)
+    assert ("by speed on an H100" in explanation.asked_by) == ("capability" not in changes)
     assert [line[:2] for line in str(explanation).splitlines()].count("->") == 1
 
 
