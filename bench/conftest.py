@@ -25,7 +25,7 @@ _started = pytest.StashKey[float]()
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     group = parser.getgroup("attn-n")
-    group.addoption("--quick", action="store_true", help="fewer problems and rounds: under a minute, on a GPU three")
+    group.addoption("--quick", action="store_true", help="fewer problems, contenders and rounds")
     group.addoption("--results", type=Path, help="write what was measured to this file, after each problem")
 
 

@@ -13,8 +13,9 @@ from bench.suites import DEVICE, Case, cases
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
-    metafunc.parametrize("case", cases(metafunc.config.getoption("quick")), ids=str, scope="module")
-    metafunc.parametrize("contender", contenders(DEVICE), ids=str)
+    quick = metafunc.config.getoption("quick")
+    metafunc.parametrize("case", cases(quick), ids=str, scope="module")
+    metafunc.parametrize("contender", contenders(DEVICE, quick), ids=str)
 
 
 @pytest.mark.benchmark(timer=REPLAY.clock)

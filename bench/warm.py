@@ -2,7 +2,7 @@
 
 Triton, FlexAttention and, with FLASH_ATTENTION_CUTE_DSL_CACHE_ENABLED=1, FlashAttention 4 keep on disk what they have
 compiled, so that a run of the suite behind this one spends its time on measuring. With words only the problems and
-contenders whose names have all of them, as in `grid E128 hopper`.
+contenders whose names have all of them, as in `grid E128 hopper`; with --quick only those of `pytest bench --quick`.
 """
 
 from __future__ import annotations
@@ -32,9 +32,11 @@ class Job(NamedTuple):
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("words", nargs="*")
+    parser.add_argument("--quick", action="store_true", help="only what `pytest bench --quick` measures")
     parser.add_argument("--processes", type=int, default=max(1, (os.cpu_count() or 2) - 1))
     args = parser.parse_args()
-    jobs, start = [job for job in _jobs() if all(word in f"{job}" for word in args.words)], time.monotonic()
+    start = time.monotonic()
+    jobs = [job for job in _jobs(args.quick) if all(word in f"{job}" for word in args.words)]
     with ProcessPoolExecutor(args.processes, mp_context=multiprocessing.get_context("spawn")) as pool:
         for job, failure in zip(jobs, pool.map(_run, jobs), strict=True):
             if failure is not None:
@@ -42,20 +44,20 @@ def main() -> None:
     print(f"{len(jobs)} in {time.monotonic() - start:.0f} s")
 
 
-def _jobs() -> list[Job]:
+def _jobs(quick: bool = False) -> list[Job]:
     """Every contender at every problem, but for those that compile nothing and take long."""
     return [
         Job(str(case), contender.name)
-        for case in _cases().values()
-        for contender in contenders(DEVICE)
+        for case in _cases(quick).values()
+        for contender in contenders(DEVICE, quick)
         if not contender.apart and contender.why_not(case.problem) is None
     ]
 
 
-def _cases() -> dict[str, Case]:
+def _cases(quick: bool = False) -> dict[str, Case]:
     """One for each problem: a job runs both passes."""
     found: dict[object, Case] = {}
-    for case in cases(quick=False):
+    for case in cases(quick):
         found.setdefault((case.suite.name, case.problem), case)
     return {str(case): case for case in found.values()}
 

@@ -19,6 +19,13 @@ def test_jobs() -> None:
     assert not any("eager" in job.contender for job in jobs)
 
 
+def test_quick_jobs() -> None:
+    jobs = warm._jobs(quick=True)
+    assert {job.case for job in jobs} < set(warm._cases())
+    assert {job.contender for job in jobs} >= {"attn_n n=1", "torch sdpa n=0"}
+    assert not any("per head" in job.contender for job in jobs)
+
+
 def test_a_job(monkeypatch: pytest.MonkeyPatch) -> None:
     job = warm.Job("grid-forward-E64-L512-causal", "attn_n n=1")
     assert warm._run(job) is None

@@ -13,13 +13,18 @@ _PACKAGES = (
 )  # fmt: skip
 
 
-def contenders(device: str) -> tuple[Contender, ...]:
-    """All that there are for a device, ours first; which of them are installed is asked problem by problem."""
-    anywhere = (*ours.contenders(device), *torch_sdpa.contenders(device))
-    if device == "cpu":
-        return (*anywhere, *eager.CONTENDERS)
-    peers = (flex, flash_attn, xformers_, fla, eager)
-    return (*anywhere, *(contender for peer in peers for contender in peer.CONTENDERS))
+def contenders(device: str, quick: bool = False) -> tuple[Contender, ...]:
+    """All that there are for a device, ours first; which of them are installed is asked problem by problem.
+
+    The quick ones are all but those with a learned sink per head, who differ little from those with n = 1.
+    """
+    peers = (eager,) if device == "cpu" else (flex, flash_attn, xformers_, fla, eager)
+    found = (
+        *ours.contenders(device),
+        *torch_sdpa.contenders(device),
+        *(contender for peer in peers for contender in peer.CONTENDERS),
+    )
+    return tuple(contender for contender in found if not (quick and contender.n == "per head"))
 
 
 def named(name: str, device: str) -> Contender:
