@@ -33,6 +33,8 @@ def _why_not(problem: Problem) -> str | None:
         return "causal self-attention only"
     if problem.dtype not in (torch.float16, torch.bfloat16):
         return "half precision only"
+    if problem.width > 128:
+        return "asks for more shared memory than there is for heads over 128"
     return why_absent("fla.ops.attn")
 
 

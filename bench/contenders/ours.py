@@ -10,9 +10,10 @@ from torch import Tensor
 import attn_n
 from attn_n import registry
 from attn_n.backends.base import Family
+from attn_n.backends.flash_attn import version_3
 from attn_n.call import AttentionCall
-from bench.contenders.base import KINDS_OF_N, Attend, Contender, by_autograd, too_large_for_quadratic
-from bench.problem import Inputs, Problem
+from bench.contenders.base import KINDS_OF_N, Attend, Contender, Passes, by_autograd, too_large_for_quadratic
+from bench.problem import PASSES, Inputs, Problem
 
 
 def contenders(device: str) -> tuple[Contender, ...]:
@@ -34,16 +35,23 @@ def _names() -> Iterator[tuple[str, tuple[str, ...]]]:
 
 
 def _contender(backend: str | None, n: str) -> Contender:
+    forward_only = backend == "flash_attn:3" and version_3.left_out("BACKWARD")
+
+    def prepare(inputs: Inputs) -> Passes:
+        passes = by_autograd(_attend(backend, n), n)(inputs)
+        return passes._replace(forward=torch.no_grad()(passes.forward)) if forward_only else passes
+
     def why_not(problem: Problem) -> str | None:
-        reason = registry.why_not(backend, _call(problem, n)) if backend is not None else None
+        reason = registry.why_not(backend, _call(problem, n, not forward_only)) if backend is not None else None
         return reason or (too_large_for_quadratic(problem) if backend == "reference" else None)
 
     return Contender(
         f"attn_n{'' if backend is None else ' ' + backend} n={n}",
         n,
-        by_autograd(_attend(backend, n), n),
+        prepare,
         why_not,
-        backend=lambda inputs: registry.choose(_call(inputs.problem, n), backend)[0],
+        PASSES[:1] if forward_only else PASSES,
+        backend=lambda inputs: registry.choose(_call(inputs.problem, n, not forward_only), backend)[0],
         ours=True,
         apart=backend == "reference",
     )
@@ -78,8 +86,8 @@ def _attend(backend: str | None, n: str) -> Callable[[Inputs], Attend]:
     return of
 
 
-def _call(problem: Problem, n: str) -> AttentionCall:
-    """The call that the library will see, contiguous tensors with gradients."""
+def _call(problem: Problem, n: str, needs_grad: bool) -> AttentionCall:
+    """The call that the library will see, of contiguous tensors."""
     heads_kv, packed = problem.num_heads_kv, bool(problem.sequences)
     if packed:
         shapes = [(problem.length, heads, problem.width) for heads in (problem.heads, heads_kv)]
@@ -104,5 +112,5 @@ def _call(problem: Problem, n: str) -> AttentionCall:
         window_right=0 if problem.causal else None,
         n_kind={"0": "none", "1": "float", "per head": "per head"}[n],
         varlen=packed,
-        needs_grad=True,
+        needs_grad=needs_grad,
     )
