@@ -42,12 +42,11 @@ class Row(NamedTuple):
 SM_90 = (
     Row(True, None, 128, 1500, ("flash_attn:4", "triton:hopper")),
     Row(False, True, 128, 12000, ("flash_attn:3", "triton:hopper")),
-    Row(False, True, 128, 1025, ("triton:hopper",)),
-    Row(False, True, 256, 6000, ("flash_attn:3", "flash_attn:4", "triton:hopper")),
     Row(False, False, 128, 12000, ("flash_attn:3", "flash_attn:4", "triton:hopper")),
     Row(False, False, 128, 1500, ("flash_attn:3", "triton:hopper")),
-    Row(False, False, 256, 1500, ("flash_attn:3", "flash_attn:4", "triton:hopper")),
     Row(None, None, 128, 1025, ("triton:hopper",)),
+    Row(False, True, 256, 6000, ("flash_attn:3", "flash_attn:4", "triton:hopper")),
+    Row(False, False, 256, 1500, ("flash_attn:3", "flash_attn:4", "triton:hopper")),
     Row(False, False, 256, 1025, ("flash_attn:3", "triton:hopper")),
     Row(False, False, 256, 0, ("sdpa",), causal=True),
     Row(None, True, 64, 0, ("triton",)),  # the portable kernels too, for what those of Hopper do not serve

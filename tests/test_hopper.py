@@ -185,6 +185,14 @@ def test_packed_slices(width: int) -> None:
     assert torch.allclose(found[0][1], found[1][1], rtol=2e-2, atol=1e-2)
 
 
+def packed_at_random(pick: random.Random, case: Case, most: int, longest: int) -> Case:
+    """So many sequences at most, some of them empty, and one of the lengths of the case."""
+    count = pick.randint(1, most)
+    lengths_q, lengths_k = (tuple(pick.choice([0, 1, pick.randint(1, longest)]) for _ in range(count)) for _ in "qk")
+    packed = {"lengths_q": (*lengths_q, case.len_q), "lengths_k": (*lengths_k, case.len_k), "layout": "heads first"}
+    return dataclasses.replace(case, **packed)
+
+
 @pytest.mark.gpu
 @on_hopper
 @pytest.mark.parametrize("seed", range(20))
@@ -204,12 +212,7 @@ def test_random_shapes(seed: int) -> None:
             layout=pick.choice(["heads first", "tokens first", "expanded"]),
         )  # fmt: skip
         if pick.random() < 0.3:
-            count = pick.randint(1, 12)
-            lengths_q, lengths_k = (
-                tuple(pick.choice([0, 1, pick.randint(1, 500)]) for _ in range(count)) for _ in "qk"
-            )
-            packed = {"lengths_q": (*lengths_q, len_q), "lengths_k": (*lengths_k, len_k), "layout": "heads first"}
-            case = dataclasses.replace(case, **packed)
+            case = packed_at_random(pick, case, 12, 500)
         inputs = make(case, pick.choice(HALF), "cuda", seed)
         excess = compare.excess(inputs, compare.library(inputs, "triton:hopper"))
         assert max(excess.values()) <= 1, (case, excess)
@@ -230,11 +233,7 @@ def test_a_thousand_shapes(part: int) -> None:
             window=(90, 20) if kind == "window" else None,
         )  # fmt: skip
         if kind == "packed":
-            count = pick.randint(1, 14)
-            lengths_q, lengths_k = (
-                tuple(pick.choice([0, 1, pick.randint(1, 600)]) for _ in range(count)) for _ in "qk"
-            )
-            case = dataclasses.replace(case, lengths_q=(*lengths_q, case.len_q), lengths_k=(*lengths_k, case.len_k))
+            case = packed_at_random(pick, case, 14, 600)
         inputs = make(case, torch.bfloat16, "cuda", seed)
         excess = compare.excess(inputs, compare.library(inputs, "triton:hopper"))
         assert max(excess.values()) <= 1, (case, excess)

@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from attn_n.backends.flash_attn import version_3
 from bench.contenders.base import Attend, Contender, by_autograd
 from bench.contenders.library import why_absent
 from bench.problem import PASSES, Inputs, Problem
@@ -97,24 +98,18 @@ def _why_no_sink(version: Version) -> str | None:
     return None if version.sink in accepted else f"this build has no {version.sink}"
 
 
-def _measures_3() -> tuple[str, ...]:
-    """The passes of the installed FlashAttention 3, which is often built without the backward pass."""
-    try:
-        flags = importlib.import_module("flash_attn_config").CONFIG["build_flags"]
-    except ImportError:
-        return PASSES
-    return FORWARD if flags["FLASHATTENTION_DISABLE_BACKWARD"] else PASSES
-
-
 def _contender(version: Version, n: str, measures: tuple[str, ...] = PASSES) -> Contender:
     name = f"{version.name} n=0" if n == "0" else f"{version.name} sink n={n}"
     prepare = by_autograd(_attend(version), n, token_first=True)
     return Contender(name, n, prepare, _why_not(version, n), measures)
 
 
+# Often built without a backward.
+_MEASURES_3 = FORWARD if version_3.left_out("BACKWARD") else PASSES
+
 CONTENDERS = (
     _contender(_2, "0"),
-    _contender(_3, "0", _measures_3()),
+    _contender(_3, "0", _MEASURES_3),
     _contender(_3, "1", FORWARD),
     _contender(_4, "0"),
     _contender(_4, "1"),

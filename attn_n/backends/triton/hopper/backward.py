@@ -186,17 +186,19 @@ def consume(
 @gluon.jit
 def logits(b, stage, ME: gl.constexpr, TILE_Q: gl.constexpr, OF_S: gl.constexpr):
     """S^T = K Q^T, begun."""
-    q_tile = b.q.index(stage).permute((1, 0))
-    zeros = gl.zeros([64, TILE_Q], gl.float32, OF_S)
-    return warpgroup_mma(b.k.index(ME), q_tile, zeros, use_acc=False, is_async=True)
+    return keys_by_queries(b.k.index(ME), b.q.index(stage), TILE_Q, OF_S)
 
 
 @gluon.jit
 def gradient_of_weights(b, stage, ME: gl.constexpr, TILE_Q: gl.constexpr, OF_S: gl.constexpr):
     """dP^T = V dO^T without delta, begun."""
-    dout_tile = b.dout.index(stage).permute((1, 0))
+    return keys_by_queries(b.v.index(ME), b.dout.index(stage), TILE_Q, OF_S)
+
+
+@gluon.jit
+def keys_by_queries(of_keys, of_queries, TILE_Q: gl.constexpr, OF_S: gl.constexpr):
     zeros = gl.zeros([64, TILE_Q], gl.float32, OF_S)
-    return warpgroup_mma(b.v.index(ME), dout_tile, zeros, use_acc=False, is_async=True)
+    return warpgroup_mma(of_keys, of_queries.permute((1, 0)), zeros, use_acc=False, is_async=True)
 
 
 @gluon.jit

@@ -111,18 +111,18 @@ def prepared_backward(problem: Problem) -> Backward:
     q, k, v, out, dout, dq, dk, dv = p.strides
     kernel = backward_kernel if p.width <= 128 else wide_kernel
     constants = {"GROUPS": p.heads // p.heads_kv, "E": p.width, "TILE_Q": tile_q}
+    left, right = p.window
     if p.packed:  # as one of a batch, with whole tiles for each sequence; how many keys one has only the GPU knows
         batch, tiles_q, tiles_k = 1, most_tiles(p, p.rows, tile_q), most_tiles(p, p.keys, tile_k)
-        sequences, len_q, len_k = p.batch, tiles_q * tile_q, 0
+        sequences, len_q, len_k, together = p.batch, tiles_q * tile_q, 0, None
     else:
         batch, tiles_q, tiles_k = p.batch, triton.cdiv(p.len_q, tile_q), triton.cdiv(p.len_k, tile_k)
-        sequences, len_q, len_k = None, p.len_q, p.len_k
+        sequences, len_q, len_k, together = None, p.len_q, p.len_k, 1
+        if left is None and right is not None and p.len_k >= 1500:
+            # Heads whose queries, dout and sums for dQ take 32 MB, but two at least, so that no heavy tile comes last
+            # (+1 % at 2,048 keys, +4 % at 8,192; of short calls all programs would begin and end their tiles at once).
+            together = max(2, (1 << 22) // (p.len_q * p.width * (p.heads // p.heads_kv)))
     tiles, items = batch * p.heads * tiles_q, batch * p.heads_kv * tiles_k
-    (left, right), together = p.window, None if p.packed else 1
-    if left is None and right is not None and not p.packed and p.len_k >= 1500:
-        # Heads whose queries, dout and sums for dQ take 32 MB, but two at least, so that no heavy tile comes last (+1 %
-        # at 2,048 keys, +4 % at 8,192; of short calls all programs would begin and end their tiles at the same time).
-        together = max(2, (1 << 22) // (len_q * p.width * (p.heads // p.heads_kv)))
     numbers = (q, k, v, dout, dk, dv, batch, p.heads, len_q, len_k, left, right, p.scale, p.softcap, together)
     before, after = (out, dout, sequences, p.stride_n, p.heads, len_q), (dq, sequences, p.heads, len_q, p.scale)
     small = {"num_warps": 4}
