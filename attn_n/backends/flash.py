@@ -18,9 +18,11 @@ class FlashBackend(Backend):
 
     Attributes:
         takes_dlse: its backward takes the gradient of lse; otherwise that travels as one more column of v.
+        backward_multiple: its backward is given head sizes that are a multiple of this.
     """
 
     takes_dlse = False
+    backward_multiple = 8
 
     def kernel_forward(self, q: Tensor, k: Tensor, v: Tensor, options: Options) -> tuple[Tensor, Tensor, Tensor | None]:
         """out and lse, -inf for rows without visible keys, and the state of dropout."""
@@ -86,7 +88,7 @@ class FlashBackend(Backend):
     ) -> tuple[Tensor, Tensor, Tensor]:
         size, size_v, packed = q.shape[-1], v.shape[-1], options.cu_seqlens_q is not None
         as_column = dlse is not None and not self.takes_dlse
-        width = common_width(size, size_v, 1 if as_column else 0)
+        width = common_width(size, size_v, 1 if as_column else 0, self.backward_multiple)
         if dlse is not None and not self.takes_dlse:
             dout, v, out = lse_as_value_column(dout, dlse, v, out, width)
             dlse = None

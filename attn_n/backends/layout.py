@@ -10,9 +10,9 @@ from attn_n.call import AttentionCall
 HALF = (torch.float16, torch.bfloat16)
 
 
-def common_width(size: int, size_v: int, extra: int = 0) -> int:
-    """The head size that a kernel of one head size, a multiple of 8, runs at."""
-    return -(-max(size, size_v + extra) // 8) * 8
+def common_width(size: int, size_v: int, extra: int = 0, multiple: int = 8) -> int:
+    """The head size that a kernel of one head size, a multiple of 8 or more, runs at."""
+    return -(-max(size, size_v + extra) // multiple) * multiple
 
 
 def of_width(x: Tensor, width: int) -> Tensor:
