@@ -157,6 +157,7 @@ def _cases() -> list[Case]:
         Case("packed", lengths_q=(5, 17, 1), lengths_k=(7, 17, 30)),
         Case("packed, causal", lengths_q=(5, 17, 9), lengths_k=(5, 30, 4), causal=True),
         Case("packed, causal, n=0", lengths_q=(5, 17, 9), lengths_k=(5, 30, 4), causal=True, n=0.0),
+        Case("packed, whole blocks", lengths_q=(64, 32), lengths_k=(64, 40), causal=True),
         Case("packed, an empty sequence", lengths_q=(5, 0, 7, 6), lengths_k=(5, 4, 0, 6), n="per head"),
         Case(
             "packed, GQA, sinks", lengths_q=(9, 8), lengths_k=(3, 8), heads_q=4, n="sinks", sinks=(0.0, 1.0, 2.0, -1.0)

@@ -168,8 +168,9 @@ class Cutlass(MemoryEfficientBackend):
     ) -> tuple[Tensor, Tensor, Tensor]:
         fmha = _fmha()
         dout, out = (x.transpose(1, 2).contiguous() for x in (dout, out))
+        # The heads of lse may be no neighbours, as those of packed tokens are.
         dq, dk, dv = fmha.memory_efficient_attention_backward(
-            dout, out, lse, *self.tensors(q, k, v), attn_bias=self._mask(q, k, causal, bias), scale=scale,
+            dout, out, lse.contiguous(), *self.tensors(q, k, v), attn_bias=self._mask(q, k, causal, bias), scale=scale,
             op=fmha.cutlass.BwOp,
         )  # fmt: skip
         return dq.transpose(1, 2), dk.transpose(1, 2), dv.transpose(1, 2)

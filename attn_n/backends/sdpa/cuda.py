@@ -200,7 +200,8 @@ class EfficientAttention(MemoryEfficientBackend):
     ) -> tuple[Tensor, Tensor, Tensor]:
         tensors = self.tensors(q, k, v)
         dout, out = (x.transpose(1, 2).contiguous() for x in (dout, out))
-        lse = F.pad(lse, (0, -q.shape[2] % 32), value=math.inf)  # it is read in blocks of 32 rows
+        # It is read in blocks of 32 rows; its heads may be no neighbours, as those of packed tokens are.
+        lse = F.pad(lse, (0, -q.shape[2] % 32), value=math.inf).contiguous()
         no_dropout = torch.zeros((), dtype=torch.int64)
         dq, dk, dv, _ = torch.ops.aten._efficient_attention_backward(
             dout, *tensors, aligned_bias(q, k, bias), out, None, None, q.shape[2], k.shape[2], lse, 0.0,
