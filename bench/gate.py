@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import itertools
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import NamedTuple
 
 import torch
@@ -21,6 +21,8 @@ _ALL_HEADS_UP_TO = 1024
 # Beyond this the square of logits in float64 does not fit: some rows are checked, and dk and dv, which need all, not.
 _ALL_ROWS_UP_TO = 16384
 _SOME_ROWS = 512
+# Several float64 tensors of so many logits fit a GPU; the many query heads of one key head take turns.
+_LOGITS_AT_ONCE = 1 << 29
 
 Results = Mapping[str, Tensor]
 
@@ -104,19 +106,41 @@ def _plain_attention(inputs: Inputs, n: str, dtype: torch.dtype, backward: bool)
     problem, results = inputs.problem, dict[str, list[Tensor]]()
     sinks = None if n == "0" else sinks_of(problem, n).detach().to(torch.promote_types(dtype, torch.float32))
     window = None if problem.window is None else (problem.window, None)
+    attend = functools.partial(attention_n, causal=problem.causal, window=window)
     for part in _parts(problem):
         q, dout = (_one(x[part.queries], problem).detach().to(dtype) for x in (inputs.q, inputs.dout))
         k, v = (_one(x[part.keys], problem).detach().to(dtype) for x in (inputs.k, inputs.v))
-        leaves = [x.requires_grad_(backward) for x in (q, k, v)]
-        out, _ = attention_n(*leaves, sinks=None if sinks is None else sinks[part.heads], causal=problem.causal,
-                             window=window)  # fmt: skip
-        found = {"out": out.detach()}
-        if backward:
-            dq, dk, dv = torch.autograd.grad(out, leaves, dout)
-            found |= {"dq": dq, "dk": dk, "dv": dv} if _all_rows(problem) else {"dq": dq}
+        of_heads = None if sinks is None else sinks[part.heads]
+        found = _by_turns(attend, q, k, v, of_heads, dout if backward else None)
         for name, x in found.items():
-            results.setdefault(name, []).append((x[0].transpose(0, 1) if problem.sequences else x[0]).flatten())
+            if _all_rows(problem) or name not in ("dk", "dv"):
+                results.setdefault(name, []).append((x[0].transpose(0, 1) if problem.sequences else x[0]).flatten())
     return {name: torch.cat(parts) for name, parts in results.items()}
+
+
+def _by_turns(
+    attend: Callable[..., tuple[Tensor, Tensor]],
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    sinks: Tensor | None,
+    dout: Tensor | None,
+) -> dict[str, Tensor]:
+    """out, and with dout dq, dk and dv; the query heads take turns, as many at a time as memory allows."""
+    heads = max(1, _LOGITS_AT_ONCE // (q.shape[2] * k.shape[2]))
+    k, v = (x.requires_grad_(dout is not None) for x in (k, v))
+    outs, gradients = [], []
+    for start in range(0, q.shape[1], heads):
+        turn = slice(start, start + heads)
+        some_q = q[:, turn].requires_grad_(dout is not None)
+        out, _ = attend(some_q, k, v, sinks=None if sinks is None else sinks[turn])
+        outs.append(out.detach())
+        if dout is not None:
+            gradients.append(torch.autograd.grad(out, (some_q, k, v), dout[:, turn]))
+    if dout is None:
+        return {"out": torch.cat(outs, 1)}
+    dqs, dks, dvs = zip(*gradients, strict=True)
+    return {"out": torch.cat(outs, 1), "dq": torch.cat(dqs, 1), "dk": sum(dks[1:], dks[0]), "dv": sum(dvs[1:], dvs[0])}
 
 
 def _one(x: Tensor, problem: Problem) -> Tensor:

@@ -45,14 +45,16 @@ def test_right_ones_pass(contender: Contender, problem: Problem) -> None:
     assert reason(contender, problem) is None
 
 
-@pytest.mark.parametrize("some_rows", [False, True])
+SOME_ROWS = {"_ALL_HEADS_UP_TO": 1, "_ALL_ROWS_UP_TO": 1, "_SOME_ROWS": 16}
+HEADS_IN_TURN = {"_LOGITS_AT_ONCE": 1}
+
+
+@pytest.mark.parametrize("limits", [{}, SOME_ROWS, HEADS_IN_TURN], ids=["all at once", "some rows", "heads in turn"])
 @pytest.mark.parametrize("problem", SHAPES, ids=str)
-def test_shapes(problem: Problem, some_rows: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    if some_rows:
-        monkeypatch.setattr("bench.gate._ALL_HEADS_UP_TO", 1)
-        monkeypatch.setattr("bench.gate._ALL_ROWS_UP_TO", 1)
-        monkeypatch.setattr("bench.gate._SOME_ROWS", 16)
-        monkeypatch.setattr("bench.gate._reference", _uncached())
+def test_shapes(problem: Problem, limits: dict[str, int], monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, value in limits.items():
+        monkeypatch.setattr(f"bench.gate.{name}", value)
+    monkeypatch.setattr("bench.gate._reference", _uncached())
     assert reason(OURS, problem) is None
     assert reason(PER_HEAD, problem) is None
     ignored = reason(_without_n(OURS), problem)

@@ -79,7 +79,10 @@ def _mask(inputs: Inputs) -> flex.BlockMask | None:
     if not visible:
         return None
     mask = flex.and_masks(*visible)
-    return flex.create_block_mask(mask, None, None, problem.length, problem.len_k, problem.device)
+    # Without compilation each pair of query and key takes 8 bytes.
+    long = problem.length * problem.len_k > 65536**2
+    create = torch.compile(flex.create_block_mask) if long else flex.create_block_mask
+    return create(mask, None, None, problem.length, problem.len_k, problem.device)
 
 
 def _contender(name: str, n: str, function: Callable[..., Tensor]) -> Contender:
