@@ -26,21 +26,26 @@ class Row(NamedTuple):
     first: tuple[str, ...]
     packed: bool = False
     causal: bool = False  # only these
+    few: bool = False  # several queries, but fewer than FEW_QUERIES
 
     def __str__(self) -> str:
         passes = {None: "", True: "training, ", False: "inference, "}[self.training]
         n = {None: "", True: "with n, ", False: "n = 0, "}[self.with_n]
         keys = "packed sequences" if self.packed else f"from {self.keys} keys on"
-        causal = "causal, " if self.causal else ""
-        return f"{passes}{n}{causal}heads up to {self.widest}, {keys}"
+        kind = ("few queries, " if self.few else "") + ("causal, " if self.causal else "")
+        return f"{passes}{n}{kind}heads up to {self.widest}, {keys}"
 
 
 # An H100, bfloat16, 2026-11-25: PyTorch 2.11, Triton 3.6, FlashAttention 2 (2.8.3.post2), 3 (tokenspeed-fa3
-# 3.0.0.post20260810, without a backward) and 4 (4.0.0b36); bench/results/h100-2026-11-25-peers.json. By these rows the
-# choice has 0.97 of the speed of the fastest that is installed, or more, for E = 64, 128, 256, S = 512 to 16,384,
-# causal and not. Packed: h100-2026-11-25-gqa-varlen.json.
+# 3.0.0.post20260810, without a backward) and 4 (4.0.0b36), xFormers 0.0.35; h100-2026-11-25-{peers,grid}.json in
+# bench/results. By these rows the choice has 0.97 of the speed of the fastest that is installed, or more, for E = 64,
+# 128, 256, S = 512 to 16,384, causal and not. Packed sequences: h100-2026-11-25-gqa-varlen.json; few queries:
+# h100-2026-11-25-window-decode.json, where FlashAttention 3 takes half the time of all else but 4.
 SM_90 = (
-    Row(True, None, 128, 1500, ("flash_attn:4", "triton:hopper")),
+    Row(False, None, 256, 1025, ("flash_attn:3",), few=True),
+    Row(True, True, 128, 6000, ("flash_attn:4", "triton:hopper")),
+    Row(True, True, 64, 1500, ("flash_attn:4", "triton:hopper")),
+    Row(True, False, 128, 1500, ("flash_attn:4", "triton:hopper")),
     Row(False, True, 128, 12000, ("flash_attn:3", "triton:hopper")),
     Row(False, False, 128, 12000, ("flash_attn:3", "flash_attn:4", "triton:hopper")),
     Row(False, False, 128, 1500, ("flash_attn:3", "triton:hopper")),
@@ -49,6 +54,8 @@ SM_90 = (
     Row(False, False, 256, 1500, ("flash_attn:3", "flash_attn:4", "triton:hopper")),
     Row(False, False, 256, 1025, ("flash_attn:3", "triton:hopper")),
     Row(False, False, 256, 0, ("sdpa",), causal=True),
+    Row(True, None, 64, 700, ("triton",), causal=True),
+    Row(True, None, 64, 0, ("triton:portable",), causal=True),
     Row(None, True, 64, 0, ("triton",)),  # the portable kernels too, for what those of Hopper do not serve
     Row(None, None, 128, 0, ("triton:hopper",)),
     Row(False, False, 256, 0, ("flash_attn:3", "triton:hopper")),
@@ -56,7 +63,8 @@ SM_90 = (
     Row(None, None, 256, 0, ("triton",), packed=True),
 )
 
-# Fewer than these, against many keys: only kernels that share the keys of a query out among programs are fast.
+# Fewer than these, against many keys: only kernels that share the keys of a query out among programs are fast. For
+# one query cuDNN is as fast as any.
 FEW_QUERIES = 128
 
 
@@ -77,10 +85,11 @@ def _row(call: AttentionCall) -> Row | None:
     """The first one that fits."""
     if call.capability != (9, 0) or torch.version.hip is not None or call.dtype.itemsize != 2:
         return None
-    if not call.varlen and call.q_shape[-2] < FEW_QUERIES and call.k_shape[-2] > 1024:
+    few = not call.varlen and call.q_shape[-2] < FEW_QUERIES and call.k_shape[-2] > 1024
+    if few and call.q_shape[-2] == 1:
         return None
     for row in SM_90:
-        if _fits(row, call):
+        if row.few == few and _fits(row, call):
             return row
     return None
 
