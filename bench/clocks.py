@@ -38,11 +38,12 @@ class CpuClock:
 class CudaClock:
     """Some calls a turn, each with a cold L2 and behind work that keeps the device busy until the host has queued it.
 
-    The pause before a turn lets the chip recover: back to back it hits its power limit, and whoever comes later runs
+    The pause behind a turn lets the chip recover: back to back it hits its power limit, and whoever comes later runs
     at lower clocks.
     """
 
-    PAUSE = 0.1
+    REST = 10.0  # times as long as the calls of the turn took
+    LONGEST_REST = 0.1
     AHEAD = 2_000_000  # cycles, about 1 ms
 
     def __init__(self, quick: bool) -> None:
@@ -53,11 +54,12 @@ class CudaClock:
         return self._rounds
 
     def turn(self, run: Run) -> list[float]:
-        time.sleep(self.PAUSE)
         run()
         spans = [self._queue(run) for _ in range(self._calls)]
         torch.cuda.synchronize()
-        return [start.elapsed_time(end) / 1e3 for start, end in spans]
+        times = [start.elapsed_time(end) / 1e3 for start, end in spans]
+        time.sleep(min(self.LONGEST_REST, self.REST * sum(times)))
+        return times
 
     def _queue(self, run: Run) -> tuple[torch.cuda.Event, torch.cuda.Event]:
         start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))

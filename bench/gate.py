@@ -47,7 +47,7 @@ def what_is_wrong(passes: Passes, n: str, inputs: Inputs, backward: bool = True)
     return "; ".join(wrong) or None
 
 
-@functools.lru_cache(maxsize=3)
+@functools.lru_cache(maxsize=6)  # three kinds of n, with and without gradients
 def _reference(problem: Problem, n: str, backward: bool) -> tuple[Results, Mapping[str, float]]:
     """The results in float64, and how far from them each may be."""
     inputs = make_inputs(problem)
