@@ -168,7 +168,7 @@ class Cutlass(MemoryEfficientBackend):
     ) -> tuple[Tensor, Tensor, Tensor]:
         fmha = _fmha()
         dout, out = (x.transpose(1, 2).contiguous() for x in (dout, out))
-        # The heads of lse may be no neighbours, as those of packed tokens are.
+        # The rows of a head are read one behind the other; those of packed tokens lie a token apart.
         dq, dk, dv = fmha.memory_efficient_attention_backward(
             dout, out, lse.contiguous(), *self.tensors(q, k, v), attn_bias=self._mask(q, k, causal, bias), scale=scale,
             op=fmha.cutlass.BwOp,

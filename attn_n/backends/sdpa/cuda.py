@@ -200,7 +200,7 @@ class EfficientAttention(MemoryEfficientBackend):
     ) -> tuple[Tensor, Tensor, Tensor]:
         tensors = self.tensors(q, k, v)
         dout, out = (x.transpose(1, 2).contiguous() for x in (dout, out))
-        # It is read in blocks of 32 rows; its heads may be no neighbours, as those of packed tokens are.
+        # It is read in blocks of 32 rows, one behind the other; those of packed tokens lie a token apart.
         lse = F.pad(lse, (0, -q.shape[2] % 32), value=math.inf).contiguous()
         no_dropout = torch.zeros((), dtype=torch.int64)
         dq, dk, dv, _ = torch.ops.aten._efficient_attention_backward(
