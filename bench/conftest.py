@@ -15,9 +15,10 @@ import pytest
 from bench import clocks, interleaved, summary
 from bench.contenders.base import Contender
 from bench.machine import commit, machine
+from bench.problem import FORWARD
 from bench.record import Point, Run
 from bench.stage import entrants
-from bench.suites import DEVICE, FORWARD, Case
+from bench.suites import DEVICE, Case
 
 _run = pytest.StashKey[Run]()
 _started = pytest.StashKey[float]()

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 PASSES = ("forward", "backward", "both")  # what is timed
+FORWARD = PASSES[:1]
 
 
 @dataclass(frozen=True)

@@ -11,9 +11,9 @@ import torch
 from bench.contenders.base import Contender, Passes
 from bench.contenders.library import one_line
 from bench.gate import what_is_wrong
-from bench.problem import Inputs, Problem, make_inputs
+from bench.problem import FORWARD, Inputs, Problem, make_inputs
 from bench.record import Point
-from bench.suites import FORWARD, Suite
+from bench.suites import Suite
 
 
 @dataclass(frozen=True)

@@ -8,10 +8,9 @@ from typing import NamedTuple
 
 import torch
 
-from bench.problem import PASSES, Problem
+from bench.problem import FORWARD, PASSES, Problem
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-FORWARD = PASSES[:1]
 
 
 @dataclasses.dataclass(frozen=True)

@@ -18,8 +18,8 @@ import torch
 
 from bench.contenders import contenders
 from bench.contenders.library import one_line
-from bench.problem import make_inputs
-from bench.suites import DEVICE, FORWARD, Case, cases
+from bench.problem import FORWARD, make_inputs
+from bench.suites import DEVICE, Case, cases
 
 
 class Job(NamedTuple):

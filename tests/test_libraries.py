@@ -14,6 +14,7 @@ from torch import Tensor
 from attn_n import UnsupportedError, flash_attention_n, registry
 from attn_n.backends.flash_attn import version_2, version_3, version_4
 from attn_n.backends.library import Library
+from attn_n.backends.memory_efficient import MemoryEfficientBackend
 from attn_n.backends.signatures import changed_function
 from attn_n.call import Options
 from tests import compare
@@ -130,6 +131,16 @@ def test_how_a_library_is_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     assert library("torch", oldest="99.1").problem() == f"needs some library 99.1 or later, found {found}"
     assert library("torch", oldest="2.0").problem() is None
     assert Library("some", "torch", "", ("some-library",), oldest="2.0").version() is None
+
+
+def test_what_the_memory_efficient_backward_reads() -> None:
+    """lse of one of several packed sequences, as many tokens as need no padding."""
+    out, lse = torch.randn(1, 3, 64, 8), torch.randn(100, 3)[:64].T[None]
+    dout, tokens_first, head_by_head = MemoryEfficientBackend().results(out, out, lse)
+    assert dout.stride() == tokens_first.stride() == (64 * 3 * 8, 3 * 8, 8, 1)
+    assert lse.stride(1) == 1
+    assert head_by_head.stride()[1:] == (64, 1)
+    assert torch.equal(head_by_head, lse)
 
 
 def test_a_function_that_changed() -> None:

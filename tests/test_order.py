@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-import json
-import statistics
+import functools
 from collections import defaultdict
 from pathlib import Path
 
 import pytest
 
 from attn_n import order
+from bench import derived
+from bench.problem import Problem
+from bench.record import Point, load
 from tests.test_registry import gpu_call
 
 RESULTS = Path(__file__).parent.parent / "bench" / "results"
@@ -20,18 +22,19 @@ OURS_AND_TORCHS = {"triton:hopper", "triton:portable", "sdpa:cudnn", "sdpa:flash
 FAMILIES = {"triton": "triton:hopper", "sdpa": "sdpa:cudnn"}  # the members that serve the grid
 LIBRARIES = {"flash_attn:2", "flash_attn:3", "flash_attn:4", "xformers:flash", "xformers:cutlass"}
 
-Place = tuple[int, bool, int]  # width, causal, length
 
-
-def measured(run: str, n: str) -> dict[Place, dict[tuple[str, str], float]]:
-    """Medians by pass and the backend that served at each point of the grid."""
-    found: dict[Place, dict[tuple[str, str], float]] = defaultdict(dict)
-    for point in json.loads((RESULTS / run).read_text())["points"]:
-        if point["status"] == "measured" and point["ours"] and point["n"] == n:
-            problem = point["problem"]
-            place = (problem["width"], problem.get("causal", False), problem["length"])
-            found[place][point["measure"], point["backend"]] = statistics.median(point["values"])
+def measured(run: str, n: str) -> dict[Problem, dict[tuple[str, str | None], float]]:
+    """Medians by pass and the backend that served, of each problem of the grid."""
+    found: dict[Problem, dict[tuple[str, str | None], float]] = defaultdict(dict)
+    for point in derived.measured(points_of(run)):
+        if point.ours and point.n == n:
+            found[derived.problem_of(point)][point.measure, point.backend] = point.median
     return found
+
+
+@functools.cache
+def points_of(run: str) -> list[Point]:
+    return load(RESULTS / run).points
 
 
 @pytest.mark.parametrize(
@@ -56,19 +59,19 @@ def test_the_choice_is_the_fastest_or_near_it(
     assert len(found) == points
     installed = (OURS_AND_TORCHS | libraries) - ({"flash_attn:3"} if training else set())  # it has no backward
     slow = []
-    for (width, causal, length), medians in found.items():
+    for problem, medians in found.items():
         passes = ("forward", "backward") if training else ("forward",)
         times = {
             backend: sum(medians[each, backend] for each in passes)
             for backend in installed
             if all((each, backend) in medians for each in passes)
         }
-        shape = (16384 // length, 2048 // width, length, width)
+        shape = (problem.batch, problem.heads, problem.length, problem.width)
         call = gpu_call(
             q_shape=shape,
             k_shape=shape,
             v_shape=shape,
-            window_right=0 if causal else None,
+            window_right=0 if problem.causal else None,
             needs_grad=training,
             n_kind={"0": "none", "1": "float", "per head": "per head"}[n],
         )
@@ -79,5 +82,5 @@ def test_the_choice_is_the_fastest_or_near_it(
             continue
         speed = min(times.values()) / times[chosen]
         if speed < 0.97:
-            slow.append((width, causal, length, chosen, round(speed, 3)))
+            slow.append((str(problem), chosen, round(speed, 3)))
     assert slow == []

@@ -25,3 +25,7 @@ class MemoryEfficientBackend(RectangleBackend):
     def tensors(self, q: Tensor, k: Tensor, v: Tensor) -> list[Tensor]:
         """Tokens first, and a key head for each query head."""
         return [x.transpose(1, 2) for x in (q, *key_head_each(q, k, v))]
+
+    def results(self, dout: Tensor, out: Tensor, lse: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """dout and out tokens first, and lse head by head: of packed tokens the rows of a head lie apart."""
+        return dout.transpose(1, 2).contiguous(), out.transpose(1, 2).contiguous(), lse.contiguous()

@@ -167,11 +167,9 @@ class Cutlass(MemoryEfficientBackend):
         scale: float,
     ) -> tuple[Tensor, Tensor, Tensor]:
         fmha = _fmha()
-        dout, out = (x.transpose(1, 2).contiguous() for x in (dout, out))
-        # The rows of a head are read one behind the other; those of packed tokens lie a token apart.
         dq, dk, dv = fmha.memory_efficient_attention_backward(
-            dout, out, lse.contiguous(), *self.tensors(q, k, v), attn_bias=self._mask(q, k, causal, bias), scale=scale,
-            op=fmha.cutlass.BwOp,
+            *self.results(dout, out, lse), *self.tensors(q, k, v), attn_bias=self._mask(q, k, causal, bias),
+            scale=scale, op=fmha.cutlass.BwOp,
         )  # fmt: skip
         return dq.transpose(1, 2), dk.transpose(1, 2), dv.transpose(1, 2)
 

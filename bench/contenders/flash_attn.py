@@ -13,9 +13,7 @@ from torch import Tensor
 from attn_n.backends.flash_attn import version_3
 from bench.contenders.base import Attend, Contender, by_autograd
 from bench.contenders.library import why_absent
-from bench.problem import PASSES, Inputs, Problem
-
-FORWARD = PASSES[:1]
+from bench.problem import FORWARD, PASSES, Inputs, Problem
 
 
 class Version(NamedTuple):
@@ -104,12 +102,12 @@ def _contender(version: Version, n: str, measures: tuple[str, ...] = PASSES) -> 
     return Contender(name, n, prepare, _why_not(version, n), measures)
 
 
-# Often built without a backward.
-_MEASURES_3 = FORWARD if version_3.left_out("BACKWARD") else PASSES
+# Version 3 is often built without a backward.
+MEASURES_3 = FORWARD if version_3.left_out("BACKWARD") else PASSES
 
 CONTENDERS = (
     _contender(_2, "0"),
-    _contender(_3, "0", _MEASURES_3),
+    _contender(_3, "0", MEASURES_3),
     _contender(_3, "1", FORWARD),
     _contender(_4, "0"),
     _contender(_4, "1"),

@@ -10,10 +10,10 @@ from torch import Tensor
 import attn_n
 from attn_n import registry
 from attn_n.backends.base import Family
-from attn_n.backends.flash_attn import version_3
 from attn_n.call import AttentionCall
 from bench.contenders.base import KINDS_OF_N, Attend, Contender, Passes, by_autograd, too_large_for_quadratic
-from bench.problem import PASSES, Inputs, Problem
+from bench.contenders.flash_attn import MEASURES_3
+from bench.problem import FORWARD, PASSES, Inputs, Problem
 
 
 def contenders(device: str) -> tuple[Contender, ...]:
@@ -35,14 +35,15 @@ def _names() -> Iterator[tuple[str, tuple[str, ...]]]:
 
 
 def _contender(backend: str | None, n: str) -> Contender:
-    forward_only = backend == "flash_attn:3" and version_3.left_out("BACKWARD")
+    measures = MEASURES_3 if backend == "flash_attn:3" else PASSES
+    training = measures != FORWARD
 
     def prepare(inputs: Inputs) -> Passes:
         passes = by_autograd(_attend(backend, n), n)(inputs)
-        return passes._replace(forward=torch.no_grad()(passes.forward)) if forward_only else passes
+        return passes if training else passes._replace(forward=torch.no_grad()(passes.forward))
 
     def why_not(problem: Problem) -> str | None:
-        reason = registry.why_not(backend, _call(problem, n, not forward_only)) if backend is not None else None
+        reason = registry.why_not(backend, _call(problem, n, training)) if backend is not None else None
         return reason or (too_large_for_quadratic(problem) if backend == "reference" else None)
 
     return Contender(
@@ -50,8 +51,8 @@ def _contender(backend: str | None, n: str) -> Contender:
         n,
         prepare,
         why_not,
-        PASSES[:1] if forward_only else PASSES,
-        backend=lambda inputs: registry.choose(_call(inputs.problem, n, not forward_only), backend)[0],
+        measures,
+        backend=lambda inputs: registry.choose(_call(inputs.problem, n, training), backend)[0],
         ours=True,
         apart=backend == "reference",
     )

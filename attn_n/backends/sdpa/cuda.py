@@ -199,9 +199,8 @@ class EfficientAttention(MemoryEfficientBackend):
         scale: float,
     ) -> tuple[Tensor, Tensor, Tensor]:
         tensors = self.tensors(q, k, v)
-        dout, out = (x.transpose(1, 2).contiguous() for x in (dout, out))
-        # It is read in blocks of 32 rows, one behind the other; those of packed tokens lie a token apart.
-        lse = F.pad(lse, (0, -q.shape[2] % 32), value=math.inf).contiguous()
+        dout, out, lse = self.results(dout, out, lse)
+        lse = F.pad(lse, (0, -q.shape[2] % 32), value=math.inf)  # it is read in blocks of 32 rows
         no_dropout = torch.zeros((), dtype=torch.int64)
         dq, dk, dv, _ = torch.ops.aten._efficient_attention_backward(
             dout, *tensors, aligned_bias(q, k, bias), out, None, None, q.shape[2], k.shape[2], lse, 0.0,

@@ -49,6 +49,11 @@ class Problem(NamedTuple):
         return self.scale > 0 and not bent
 
     @property
+    def causal(self) -> bool:
+        """Whether the masked keys are later ones alone: later queries see more, and the first keys are seen by most."""
+        return self.left is None and self.right is not None
+
+    @property
     def window(self) -> tuple[int | None, int | None]:
         """Left and right as kernels get them: wider ones see nothing more, and their edges would overflow."""
         most = self.len_q + self.len_k

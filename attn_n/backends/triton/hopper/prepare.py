@@ -38,8 +38,7 @@ def prepared(problem: Problem, config: Config | None = None) -> Forward:
     tiles = most_tiles(p, p.rows, tile_q) if p.packed else p.batch * of_head
     items = p.heads * tiles
     most = _processors(p.device) * (2 if config.consumers == 1 else 1)
-    causal = left is None and right is not None and not p.packed
-    together = None
+    causal, together = p.causal and not p.packed, None
     if causal and config.counted:
         # Heads whose keys and values take 32 MB, and enough of them for three rounds of all programs.
         together = max((1 << 23) // (p.len_k * p.width) * (p.heads // p.heads_kv), triton.cdiv(3 * most, of_head))
@@ -118,7 +117,7 @@ def prepared_backward(problem: Problem) -> Backward:
     else:
         batch, tiles_q, tiles_k = p.batch, triton.cdiv(p.len_q, tile_q), triton.cdiv(p.len_k, tile_k)
         sequences, len_q, len_k, together = None, p.len_q, p.len_k, 1
-        if left is None and right is not None and p.len_k >= 1500:
+        if p.causal and p.len_k >= 1500:
             # Heads whose queries, dout and sums for dQ take 32 MB, but two at least, so that no heavy tile comes last
             # (+1 % at 2,048 keys, +4 % at 8,192; of short calls all programs would begin and end their tiles at once).
             together = max(2, (1 << 22) // (p.len_q * p.width * (p.heads // p.heads_kv)))
