@@ -88,13 +88,21 @@ def shipped(target: str) -> Iterator[tuple[str, int, Any, torch.dtype]]:
 
 def compiled(
     target: str, kernel: str, width: int, config: Any, dtype: torch.dtype, options: Options,
-    length: int = 256, log_n: float = 0.0,
+    length: int = 256, log_n: float = 0.0, groups: int = 1,
 ) -> Any:  # fmt: skip
-    """One of the kernels of `configs`, compiled for a head of `width`; without `config` with the tiles of the table."""
+    """One of the kernels of `configs`, compiled for a head of `width`; without `config` with the tiles of the table.
+
+    There are two key heads, and `groups` query heads for each.
+    """
     triton.runtime.driver.set_active(_NoGpu(TARGETS[target].gpu))
-    shape = (1, 2, length, width) if options.cu_seqlens_q is None else (length, 2, width)
-    tensors = [torch.empty(shape, dtype=dtype) for _ in range(8)]
-    return launch_of(kernel, tensors, torch.empty(shape[:-1]), options, config, log_n, compile_only=True)()
+
+    def empty(heads: int) -> Tensor:
+        shape = (1, heads, length, width) if options.cu_seqlens_q is None else (length, heads, width)
+        return torch.empty(shape, dtype=dtype)
+
+    q, k = empty(2 * groups), empty(2)
+    tensors = (q, k, k, q, q, q, k, k)
+    return launch_of(kernel, tensors, torch.empty(q.shape[:-1]), options, config, log_n, compile_only=True)()
 
 
 def packed(options: Options, same: bool = True) -> Options:
@@ -128,10 +136,13 @@ def launch_of(
         launches = prepare.prepared_backward(describe(tuple(tensors), None, options))
         stats, dq_sum = (q.new_empty(size, dtype=torch.float32) for size in (launches.stats, launches.dq_sum))
         table = None if launches.order is None else q.new_empty(launches.table, dtype=torch.int32)
+        of_keys = (dk, dv)
+        if launches.round_kv is not None:
+            of_keys = tuple(q.new_empty(launches.dkv_sum, dtype=torch.float32) for _ in "kv")
         launch, arguments = {
             "order": (launches.order, (table, *starts)),
             "prepare": (launches.prepare, (out, dout, lse, None, stats, dq_sum, None, None, starts[0])),
-            "main": (launches.main, (q, k, v, dout, stats, dq_sum, dk, dv, *starts, table)),
+            "main": (launches.main, (q, k, v, dout, stats, dq_sum, *of_keys, *starts, table)),
             "round": (launches.round, (dq_sum, dq, starts[0])),
         }[kernel.split()[-1]]
         return functools.partial(launch.compiled if compile_only else launch, *arguments)

@@ -18,6 +18,8 @@ import attn_n
 from attn_n import flash_attention_n, flash_attention_n_varlen
 from attn_n.backends.triton.hopper import HopperKernels, configs, tested
 from attn_n.backends.triton.hopper.configs import BACKWARD, FORWARD, Config
+from attn_n.backends.triton.problem import describe
+from attn_n.call import Options
 from tests import compare
 from tests.cases import CASES, HOPPER, INTERPRETED, Case, make, must_serve
 from tests.test_registry import gpu_call, packed
@@ -93,6 +95,61 @@ def test_every_row(width: int, row: Config, monkeypatch: pytest.MonkeyPatch) -> 
         excess = compare.excess(inputs, compare.library(inputs, "triton:hopper"))
         assert max(excess.values()) <= 1, (case, excess)
     prepare.prepared.cache_clear()
+
+
+@pytest.mark.gpu
+@on_hopper
+@pytest.mark.parametrize("width", WIDTHS)
+@pytest.mark.parametrize("heads", [1, 2, 4])
+def test_parts_of_a_key_head(heads: int, width: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """dK and dV as sums over programs that take 1, 2 or 4 of 8 query heads each."""
+    from attn_n.backends.triton.hopper import prepare
+
+    monkeypatch.setattr(configs, "heads_of_item", lambda problem, processors: heads)
+    usual = Case("", batch=2, heads_q=16, heads_kv=2, len_q=333, len_k=420, n="per head")
+    lengths = {"lengths_q": (0, 70, 0, 200, 9, 0), "lengths_k": (50, 0, 0, 333, 9, 0)}
+    cases = (
+        {"layout": "tokens first"}, {"causal": True}, {"window": (60, 9)}, {"causal": True, "softcap": 3.0}, lengths,
+        lengths | {"causal": True}, {"len_q": 1, "len_k": 1}, {"len_q": 900, "len_k": 40},
+    )  # fmt: skip
+    prepare.prepared_backward.cache_clear()
+    for changes in cases:
+        inputs = make(at_width(dataclasses.replace(usual, **changes), width), torch.bfloat16, "cuda")
+        excess = compare.excess(inputs, compare.library(inputs, "triton:hopper"))
+        assert max(excess.values()) <= 1, (changes, excess)
+    prepare.prepared_backward.cache_clear()
+
+
+# Of one sequence of 16,384 tokens with two key heads, on 132 processors.
+@pytest.mark.parametrize(
+    ("changes", "groups", "heads"),
+    [
+        ({}, 8, 8),
+        ({"right": 0}, 1, 1),
+        ({"right": 0}, 4, 4),
+        ({"right": 0}, 8, 2),
+        ({"right": 0}, 6, 2),
+        ({"right": 0}, 7, 1),
+        ({"right": 0, "width": 64}, 8, 8),
+        ({"right": 0, "width": 64}, 16, 4),
+        ({"right": 0, "width": 256}, 4, 2),
+        ({"right": 0, "left": 500}, 8, 8),
+        ({"right": 0, "left": 4000}, 8, 2),
+        ({"right": 0, "packed": True, "batch": 64, "len_q": 300}, 8, 8),
+        ({"right": 0, "packed": True, "batch": 64, "len_q": 3000}, 8, 2),
+        ({"heads_kv": 1, "keys": 4096}, 8, 2),
+        ({"heads_kv": 2, "keys": 4096}, 8, 4),
+        ({"heads_kv": 2, "keys": 4096, "right": 0}, 8, 2),
+        ({"len_q": 1}, 64, 64),
+    ],
+    ids=str,
+)
+def test_query_heads_of_a_program(changes: dict[str, object], groups: int, heads: int) -> None:
+    q = torch.empty(1, 2, 16384, 128, device="meta", dtype=torch.bfloat16)
+    usual = describe((q,) * 8, None, Options(0.1))._replace(heads_kv=2)
+    problem = usual._replace(**changes)
+    problem = problem._replace(heads=groups * problem.heads_kv)
+    assert configs.heads_of_item(problem, 132) == heads
 
 
 def ragged(count: int, mean: int, seed: int = 0) -> tuple[int, ...]:
@@ -319,8 +376,12 @@ def test_what_tma_cannot_address(ran: list[str]) -> None:
         flash_attention_n(torch.randn(1, 2, 64, 68).cuda().bfloat16()[..., :64], k, v, backend="triton:hopper")
 
 
+# Of queries and of keys, for whose sums the last pass serves too.
+TILES = sorted({(width, tile) for width, tiles in BACKWARD.items() for tile in tiles})
+
+
 @pytest.mark.parametrize("device", PLACES)
-@pytest.mark.parametrize(("width", "tile_q"), [(width, tile_q) for width, (tile_q, _) in BACKWARD.items()])
+@pytest.mark.parametrize(("width", "tile_q"), TILES)
 def test_the_passes_around_the_backward(width: int, tile_q: int, device: str) -> None:
     """150 queries in each head: what they leave in whole tiles of rows, and dq out of those."""
     from attn_n.backends.triton.hopper.passes import prepare_kernel, round_kernel
@@ -364,7 +425,7 @@ def as_products_lie(tiles: torch.Tensor) -> torch.Tensor:
 
 
 @pytest.mark.parametrize("device", PLACES)
-@pytest.mark.parametrize(("width", "tile_q"), [(width, tile_q) for width, (tile_q, _) in BACKWARD.items()])
+@pytest.mark.parametrize(("width", "tile_q"), TILES)
 def test_the_passes_of_packed_sequences(width: int, tile_q: int, device: str) -> None:
     """Each sequence begins with a tile, and what lies in the others reaches none of its rows, be it NaN."""
     from attn_n.backends.triton.hopper.passes import prepare_kernel, round_kernel
@@ -463,6 +524,7 @@ def test_variants_of_the_backward_ahead_of_time(width: int) -> None:
     """
     code = f"""
 import torch
+from attn_n.backends.triton.hopper import configs
 from attn_n.call import Options
 from bench.ahead_of_time import compiled, packed, resources
 def kernel(length, dtype=torch.bfloat16, **options):
@@ -470,10 +532,15 @@ def kernel(length, dtype=torch.bfloat16, **options):
 def of_packed(kernel, **options):
     options = packed(Options(0.1, **options))
     return compiled("sm_90", "hopper backward " + kernel, {width}, None, torch.bfloat16, options)
+def shared():
+    configs.heads_of_item = lambda problem, processors: min(2, problem.heads // problem.heads_kv)
+    for options in (Options(0.1), packed(Options(0.1, window_right=0, softcap=3.0))):
+        yield compiled("sm_90", "hopper backward main", {width}, None, torch.bfloat16, options, groups=8)
 for found in (
     of_packed("order"), of_packed("main"), of_packed("main", window_left=9, window_right=5, softcap=3.0),
     kernel(256, scale=0.1), kernel(256, torch.float16, scale=0.1), kernel(256, scale=0.1, softcap=3.0),
     kernel(256, scale=0.1, window_left=9), kernel(256, scale=0.1, window_left=9, window_right=5, softcap=3.0),
+    *shared(),
 ):
     said = resources(found, "sm_90")
     assert said.spills <= {450 if width == 128 else 300} and not said.warnings, said

@@ -1,7 +1,8 @@
 """The kernels for Hopper (sm_90), in Gluon: warps with roles, the copy engine, asynchronous products.
 
 What they do not serve is left to the portable kernels: among it, under
-`torch.use_deterministic_algorithms(True)`, every backward, for that of Hopper adds up dq in no fixed order.
+`torch.use_deterministic_algorithms(True)`, every backward, for that of Hopper adds up dq, and dk and dv of some key
+heads that several query heads share, in no fixed order.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ WIDTHS = (64, 128, 256)
 
 class HopperKernels(PortableKernels):
     name = "triton:hopper"
-    summary = "for the usual calls on sm_90; dq varies in its last bits, but for deterministic algorithms"
+    summary = "for the usual calls on sm_90; gradients vary in their last bits, but for deterministic algorithms"
 
     def why_not(self, call: AttentionCall) -> str | None:
         if call.device != "cuda" or torch.version.hip is not None or call.capability != (9, 0):
@@ -84,7 +85,13 @@ class HopperKernels(PortableKernels):
         starts_q, starts_k = options.cu_seqlens_q, options.cu_seqlens_k
         table = list_of_tiles(launches, q, starts_k, starts_q)
         launches.prepare(out, dout, lse, dlse, stats, dq_sum, log_n, shares, starts_q)
-        launches.main(q, k, v, dout, stats, dq_sum, dk, dv, starts_q, starts_k, table)
+        if launches.round_kv is None:
+            launches.main(q, k, v, dout, stats, dq_sum, dk, dv, starts_q, starts_k, table)
+        else:
+            sums = torch.zeros(2, launches.dkv_sum, dtype=torch.float32, device=q.device).unbind()
+            launches.main(q, k, v, dout, stats, dq_sum, *sums, starts_q, starts_k, table)
+            for launch, x_sum, x in zip(launches.round_kv, sums, (dk, dv), strict=True):
+                launch(x_sum, x, starts_k)
         launches.round(dq_sum, dq, starts_q)
         return dq, dk, dv, None if shares is None else shares.view(1 if p.packed else p.batch, p.heads, -1)
 

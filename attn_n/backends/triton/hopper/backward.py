@@ -15,7 +15,7 @@ in shared memory and the barriers on them:
                                                 dK += dS^T Q            dQ is added to global memory
                                                 the next S^T = K Q^T    -> empty
                                               -> kv_empty
-                                              dV and dK to global memory
+                                              dV and dK are written, or added, to global memory
 
 At E = 128, where the registers allow it, the next dP is begun right behind the next S, so that the first exponentials
 find the product beside which they run already there (+1 to 2 %; at E = 64 it is 3 % slower).
@@ -26,7 +26,8 @@ tiles ago, which the other one has read, for they have met since.
 
 Keys and queries that do not see each other are never loaded; tiles in which only some do are masked. lse is infinite
 and q and dout are zero beyond the end of the queries, so that these rows add nothing. n is in the lse and appears
-nowhere else. The order in which tiles of keys add to dQ is not fixed: its last bits differ from run to run.
+nowhere else. The order in which tiles of keys add to dQ is not fixed: its last bits differ from run to run. So do those
+of dK and dV where several programs add to them, each for some of the query heads of a key head.
 """
 
 from typing import NamedTuple
@@ -49,10 +50,12 @@ from attn_n.backends.triton.hopper.producer import (
     FIELDS,
     FULL_BEGIN,
     FULL_END,
+    KEY_ROW,
     RUN_TIME,
     STEPS,
     SUM_ROW,
     Sizes,
+    add,
     here,
     meet,
     produce,
@@ -84,9 +87,9 @@ class Buffers(NamedTuple):
 @gluon.jit
 def consume(
     ME: gl.constexpr, b, sizes, dq_sum, dk, dv, strides_dk, strides_dv, scale, softcap,
-    GROUPS: gl.constexpr, E: gl.constexpr, TILE_Q: gl.constexpr,
+    GROUPS: gl.constexpr, SHARES: gl.constexpr, E: gl.constexpr, TILE_Q: gl.constexpr,
 ):  # fmt: skip
-    batches, heads, heads_kv, len_q, len_k, left, right, _together, packed = sizes
+    batches, heads, len_q, len_k, _sum_rows, left, right, _together, packed = sizes
     rows = gl.cdiv(len_q, TILE_Q) * TILE_Q
     dtype: gl.constexpr = b.k.dtype
     OF_S: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, TILE_Q, 16])
@@ -98,9 +101,10 @@ def consume(
     sums = tma.make_tensor_descriptor(
         dq_sum, [batches * heads * rows, E], [E, 1], [HALF, E], gl.NVMMASharedLayout(0, 32)
     )  # fmt: skip
-    dim = batches if packed.table is None else None
-    of_dk = tiles_of(dk, dim, heads_kv, len_k, strides_dk, 64, E)
-    of_dv = tiles_of(dv, dim, heads_kv, len_k, strides_dv, 64, E)
+    if SHARES == 1:
+        dim = batches if packed.table is None else None
+        of_dk = tiles_of(dk, dim, heads // GROUPS, len_k, strides_dk, 64, E)
+        of_dv = tiles_of(dv, dim, heads // GROUPS, len_k, strides_dv, 64, E)
     factor = (scale if softcap is None else softcap) * LOG2E
     turn, slot = 0, 0  # as in the producer
     mbarrier.wait(b.kv_full.index(0), slot)
@@ -175,8 +179,13 @@ def consume(
         if AHEAD:
             dp = warpgroup_mma_wait(0, deps=[dp])
         mbarrier.arrive(b.kv_empty.index(0), count=1)
-        write(dv_tile, b.dq.index(ME), b, slot, of_dv, packed, 64 * ME, 0)
-        write(dk_tile * scale, b.dq.index(ME), b, slot, of_dk, packed, 64 * ME, 0)
+        if SHARES > 1:
+            of_sums = (told(b.tile, slot * FIELDS + KEY_ROW) + 64 * ME).to(gl.int64) * E
+            add(dv + of_sums, dv_tile, OF_DKV)
+            add(dk + of_sums, dk_tile, OF_DKV)
+        else:
+            write(dv_tile, b.dq.index(ME), b, slot, of_dv, packed, 64 * ME, 0)
+            write(dk_tile * scale, b.dq.index(ME), b, slot, of_dk, packed, 64 * ME, 0)
         slot ^= 1
         mbarrier.wait(b.kv_full.index(0), slot)
         steps = told(b.tile, slot * FIELDS + STEPS)
@@ -229,8 +238,8 @@ def add_to_global(descriptor, coordinates, buffer, _semantic=None):
 def backward_kernel(
     q, k, v, dout, stats, dq_sum, dk, dv, starts_q, starts_k, table,
     strides_q, strides_k, strides_v, strides_dout, strides_dk, strides_dv,
-    batches, heads, len_q, len_k, left, right, scale, softcap, together,
-    GROUPS: gl.constexpr, E: gl.constexpr, TILE_Q: gl.constexpr,
+    batches, heads, len_q, len_k, sum_rows, left, right, scale, softcap, together,
+    GROUPS: gl.constexpr, SHARES: gl.constexpr, E: gl.constexpr, TILE_Q: gl.constexpr,
 ):  # fmt: skip
     """As many programs as fit the GPU at once; each goes through tiles of keys."""
     dtype: gl.constexpr = q.dtype.element_ty
@@ -254,14 +263,16 @@ def backward_kernel(
     )  # fmt: skip
     fence_async_shared()
     packed = Packed(starts_q, starts_k, table)
-    sizes = Sizes(batches, heads, heads // GROUPS, len_q, len_k, left, right, together, packed)
+    sizes = Sizes(batches, heads, len_q, len_k, sum_rows, left, right, together, packed)
     # Of the 504 registers for three threads, one of each role, the producer needs the fewest.
     gl.warp_specialize(
         [
-            (consume, (0, b, sizes, dq_sum, dk, dv, strides_dk, strides_dv, scale, softcap, GROUPS, E, TILE_Q)),
-            (consume, (1, b, sizes, dq_sum, dk, dv, strides_dk, strides_dv, scale, softcap, GROUPS, E, TILE_Q)),
+            (consume, (0, b, sizes, dq_sum, dk, dv, strides_dk, strides_dv, scale, softcap,
+                       GROUPS, SHARES, E, TILE_Q)),
+            (consume, (1, b, sizes, dq_sum, dk, dv, strides_dk, strides_dv, scale, softcap,
+                       GROUPS, SHARES, E, TILE_Q)),
             (produce, (b, sizes, q, k, v, dout, stats, strides_q, strides_k, strides_v, strides_dout,
-                       GROUPS, E, TILE_Q)),
+                       GROUPS, SHARES, E, TILE_Q)),
         ],
         [4, 1], [240, 24],
     )  # fmt: skip

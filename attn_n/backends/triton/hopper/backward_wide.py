@@ -37,10 +37,12 @@ from attn_n.backends.triton.hopper.producer import (
     FIELDS,
     FULL_BEGIN,
     FULL_END,
+    KEY_ROW,
     RUN_TIME,
     STEPS,
     SUM_ROW,
     Sizes,
+    add,
     here,
     meet,
     produce,
@@ -75,17 +77,18 @@ class Buffers(NamedTuple):
 @gluon.jit
 def consume(
     ME: gl.constexpr, b, sizes, dq_sum, dx, strides_dx, scale, softcap,
-    GROUPS: gl.constexpr, E: gl.constexpr, TILE_Q: gl.constexpr,
+    GROUPS: gl.constexpr, SHARES: gl.constexpr, E: gl.constexpr, TILE_Q: gl.constexpr,
 ):  # fmt: skip
-    """dx is dV or dK, which lies in two halves of its columns."""
-    batches, _heads, heads_kv, len_q, len_k, left, right, _together, packed = sizes
+    """dx is dV or dK, which lies in two halves of its columns, or where heads share it the sum for it."""
+    batches, heads, len_q, len_k, _sum_rows, left, right, _together, packed = sizes
     rows = gl.cdiv(len_q, TILE_Q) * TILE_Q
     HALF: gl.constexpr = E // 2
     OF_S: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, TILE_Q, 16])
     OF_HALF: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, HALF, 16])
     OPERAND: gl.constexpr = gl.DotOperandLayout(0, OF_HALF, 2)
 
-    of_dx = tiles_of(dx, batches if packed.table is None else None, heads_kv, len_k, strides_dx, 64, E, HALF)
+    if SHARES == 1:
+        of_dx = tiles_of(dx, batches if packed.table is None else None, heads // GROUPS, len_k, strides_dx, 64, E, HALF)
     ds = b.ds._reinterpret(b.ds.dtype, [64, TILE_Q], b.ds.layout)
     turn, slot = 0, 0  # as in the producer
     mbarrier.wait(b.kv_full.index(0), slot)
@@ -111,22 +114,28 @@ def consume(
                 dq = warpgroup_mma(ds.permute((1, 0)), keys, dq, use_acc=False, is_async=True)
                 second = warpgroup_mma(operand, x.slice(HALF, HALF, 1), second, is_async=True)
                 first, dq = warpgroup_mma_wait(1, deps=[first, dq])
-                add_to_global(dq_sum + ((sum_row + row).to(gl.int64) * E + TILE_Q * HALF * ME), dq, OF_HALF)
+                # From registers: the products alone take up most of what shared memory can bring.
+                add(dq_sum + ((sum_row + row).to(gl.int64) * E + TILE_Q * HALF * ME), dq, OF_HALF)
                 second, operand = warpgroup_mma_wait(0, deps=[second, operand])
                 mbarrier.arrive(b.empty.index(stage), count=1)
                 turn = (turn + 1) & 3
             sum_row += rows
         mbarrier.arrive(b.kv_empty.index(0), count=1)
-        if ME == VALUES:
-            buffer = b.p
+        if SHARES > 1:
+            sums = dx + told(b.tile, slot * FIELDS + KEY_ROW).to(gl.int64) * E
+            add(sums, first, OF_HALF)
+            add(sums + 64 * HALF, second, OF_HALF)
         else:
-            buffer = b.ds
-            first *= scale
-            second *= scale
-        meet()  # the last dS has been read
-        write(first, buffer, b, slot, of_dx, packed, 0, 0)
-        write(second, buffer, b, slot, of_dx, packed, 0, HALF)
-        tma.store_wait(0)
+            if ME == VALUES:
+                buffer = b.p
+            else:
+                buffer = b.ds
+                first *= scale
+                second *= scale
+            meet()  # the last dS has been read
+            write(first, buffer, b, slot, of_dx, packed, 0, 0)
+            write(second, buffer, b, slot, of_dx, packed, 0, HALF)
+            tma.store_wait(0)
         slot ^= 1
         mbarrier.wait(b.kv_full.index(0), slot)
         steps = told(b.tile, slot * FIELDS + STEPS)
@@ -187,27 +196,12 @@ def by_threads(buffer, TILE_Q: gl.constexpr):
     return buffer._reinterpret(buffer.dtype, [64, TILE_Q], layout)
 
 
-@gluon.jit
-def add_to_global(x, tile, LAYOUT: gl.constexpr):
-    """Tiles of 64 x 64 in the order of their registers: four numbers of a thread, of all threads, then the next four.
-
-    From registers and not through shared memory: the products alone take up most of what that can bring.
-    """
-    rows = gl.expand_dims(gl.arange(0, tile.shape[0], gl.SliceLayout(1, LAYOUT)), 1)
-    columns = gl.expand_dims(gl.arange(0, tile.shape[1], gl.SliceLayout(0, LAYOUT)), 0)
-    thread = rows // 16 * 32 + rows % 8 * 4 + columns % 8 // 2
-    gl.inline_asm_elementwise(
-        "mov.b32 $0, 0; red.relaxed.gpu.global.add.v4.f32 [$1], {$5, $6, $7, $8};", "=r,l,l,l,l,r,r,r,r",
-        [x.to(gl.int64) + 16 * thread.to(gl.int64) + columns.to(gl.int64) // 8 * 2048, tile], gl.int8, False, 4,
-    )  # fmt: skip
-
-
 @gluon.jit(do_not_specialize=RUN_TIME)
 def wide_kernel(
     q, k, v, dout, stats, dq_sum, dk, dv, starts_q, starts_k, table,
     strides_q, strides_k, strides_v, strides_dout, strides_dk, strides_dv,
-    batches, heads, len_q, len_k, left, right, scale, softcap, together,
-    GROUPS: gl.constexpr, E: gl.constexpr, TILE_Q: gl.constexpr,
+    batches, heads, len_q, len_k, sum_rows, left, right, scale, softcap, together,
+    GROUPS: gl.constexpr, SHARES: gl.constexpr, E: gl.constexpr, TILE_Q: gl.constexpr,
 ):  # fmt: skip
     """As many programs as fit the GPU at once; each goes through tiles of keys."""
     gl.static_assert(E == 256 and TILE_Q == 64)
@@ -228,14 +222,14 @@ def wide_kernel(
     )  # fmt: skip
     fence_async_shared()
     packed = Packed(starts_q, starts_k, table)
-    sizes = Sizes(batches, heads, heads // GROUPS, len_q, len_k, left, right, together, packed)
+    sizes = Sizes(batches, heads, len_q, len_k, sum_rows, left, right, together, packed)
     # Of the 504 registers for three threads, one of each role, the producer needs the fewest.
     gl.warp_specialize(
         [
-            (consume, (VALUES, b, sizes, dq_sum, dv, strides_dv, scale, softcap, GROUPS, E, TILE_Q)),
-            (consume, (KEYS, b, sizes, dq_sum, dk, strides_dk, scale, softcap, GROUPS, E, TILE_Q)),
+            (consume, (VALUES, b, sizes, dq_sum, dv, strides_dv, scale, softcap, GROUPS, SHARES, E, TILE_Q)),
+            (consume, (KEYS, b, sizes, dq_sum, dk, strides_dk, scale, softcap, GROUPS, SHARES, E, TILE_Q)),
             (produce, (b, sizes, q, k, v, dout, stats, strides_q, strides_k, strides_v, strides_dout,
-                       GROUPS, E, TILE_Q)),
+                       GROUPS, SHARES, E, TILE_Q)),
         ],
         [4, 1], [240, 24],
     )  # fmt: skip

@@ -11,7 +11,7 @@ import triton.language as tl
 
 from attn_n.backends.triton.portable.tile import LOG2E, load, matrix, place, rows_of, store
 
-RUN_TIME = ("sequences", "stride_n", "heads", "len_q")
+RUN_TIME = ("sequences", "stride_n", "heads", "len_q", "length")
 
 
 @triton.jit
@@ -81,18 +81,18 @@ def prepare_kernel(
 
 @triton.jit(do_not_specialize=RUN_TIME)
 def round_kernel(
-    dq_sum, dq, starts, strides_dq, sequences, heads, len_q, scale, E: tl.constexpr, TILE_Q: tl.constexpr,
+    x_sum, x, starts, strides, sequences, heads, length, scale, E: tl.constexpr, TILE: tl.constexpr,
 ):  # fmt: skip
-    """dQ in its own dtype, from the sum in float32.
+    """dQ, or dK or dV where several add to them, in its own dtype from the sum in float32.
 
     That consists of tiles of 64 x 64 in the order in which a product lies in registers: 8 columns by 8; then 4 warps of
     16 rows, of each 8 x 4 threads, of each 2 x 2 numbers, which are 8 rows apart.
     """
-    tile, head, batch, first_q, _, _, _ = place(None, None, heads, len_q, len_q, tl.cdiv(len_q, TILE_Q))
-    first = tl.program_id(0).to(tl.int64) * TILE_Q
-    x = tl.load(dq_sum + first * E + tl.arange(0, TILE_Q * E)) * scale
-    x = x.reshape(TILE_Q // 64, E // 64, 8, 4, 8, 4, 2, 2).permute(0, 3, 6, 4, 1, 2, 5, 7).reshape(TILE_Q, E)
-    first_row = tile * TILE_Q
+    tile, head, batch, first, _, _, _ = place(None, None, heads, length, length, tl.cdiv(length, TILE))
+    at = tl.program_id(0).to(tl.int64) * TILE * E
+    found = tl.load(x_sum + at + tl.arange(0, TILE * E)) * scale
+    found = found.reshape(TILE // 64, E // 64, 8, 4, 8, 4, 2, 2).permute(0, 3, 6, 4, 1, 2, 5, 7).reshape(TILE, E)
+    first_row = tile * TILE
     if starts is not None:
-        first_row, first_q, len_q = rows_of_tile(starts, sequences, tile, TILE_Q)
-    store(matrix(dq, strides_dq, batch, head, first_q), x, first_row, len_q, strides_dq, E, TILE_Q, E)
+        first_row, first, length = rows_of_tile(starts, sequences, tile, TILE)
+    store(matrix(x, strides, batch, head, first), found, first_row, length, strides, E, TILE, E)

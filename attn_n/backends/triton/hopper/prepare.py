@@ -17,7 +17,7 @@ from attn_n.backends.triton.hopper.forward import STRIP, forward_kernel
 from attn_n.backends.triton.hopper.packed import BLOCK, HEADER, order_kernel
 from attn_n.backends.triton.hopper.passes import prepare_kernel, round_kernel
 from attn_n.backends.triton.launch import Launch
-from attn_n.backends.triton.problem import Problem
+from attn_n.backends.triton.problem import Problem, Strides
 
 
 class Forward(NamedTuple):
@@ -99,9 +99,11 @@ class Backward(NamedTuple):
     prepare: Launch
     main: Launch
     round: Launch
+    round_kv: tuple[Launch, Launch] | None  # dK and dV, where programs add to them; else one writes them
     table: int  # elements of what they share, see `packed` and `passes`
     stats: int
     dq_sum: int
+    dkv_sum: int  # of each of the two
 
 
 @functools.lru_cache(1024)
@@ -109,7 +111,10 @@ def prepared_backward(problem: Problem) -> Backward:
     p, (tile_q, tile_k) = problem, configs.BACKWARD[problem.width]
     q, k, v, out, dout, dq, dk, dv = p.strides
     kernel = backward_kernel if p.width <= 128 else wide_kernel
-    constants = {"GROUPS": p.heads // p.heads_kv, "E": p.width, "TILE_Q": tile_q}
+    processors = _processors(p.device)
+    groups = configs.heads_of_item(p, processors)
+    shares = p.heads // p.heads_kv // groups
+    constants = {"GROUPS": groups, "SHARES": shares, "E": p.width, "TILE_Q": tile_q}
     left, right = p.window
     if p.packed:  # as one of a batch, with whole tiles for each sequence; how many keys one has only the GPU knows
         batch, tiles_q, tiles_k = 1, most_tiles(p, p.rows, tile_q), most_tiles(p, p.keys, tile_k)
@@ -117,25 +122,35 @@ def prepared_backward(problem: Problem) -> Backward:
     else:
         batch, tiles_q, tiles_k = p.batch, triton.cdiv(p.len_q, tile_q), triton.cdiv(p.len_k, tile_k)
         sequences, len_q, len_k, together = None, p.len_q, p.len_k, 1
-        if p.causal and p.len_k >= 1500:
-            # Heads whose queries, dout and sums for dQ take 32 MB, but two at least, so that no heavy tile comes last
-            # (+1 % at 2,048 keys, +4 % at 8,192; of short calls all programs would begin and end their tiles at once).
-            together = max(2, (1 << 22) // (p.len_q * p.width * (p.heads // p.heads_kv)))
-    tiles, items = batch * p.heads * tiles_q, batch * p.heads_kv * tiles_k
-    numbers = (q, k, v, dout, dk, dv, batch, p.heads, len_q, len_k, left, right, p.scale, p.softcap, together)
-    before, after = (out, dout, sequences, p.stride_n, p.heads, len_q), (dq, sequences, p.heads, len_q, p.scale)
+        if p.causal:
+            # As many as all programs take at once, so that a light tile is followed by a heavy one of the next heads
+            # (+1 to 4 %, and 4 to 13 % with four query heads a key head; of more heads a cache holds too little).
+            together = max(2, min(16, processors // tiles_k))
+    tiles, key_tiles, rows_k = batch * p.heads * tiles_q, batch * p.heads_kv * tiles_k, tiles_k * tile_k
+    numbers = (q, k, v, dout, dk, dv, batch, p.heads, len_q, len_k, rows_k, left, right, p.scale, p.softcap, together)
+    before = (out, dout, sequences, p.stride_n, p.heads, len_q)
     small = {"num_warps": 4}
+
+    def rounding(strides: Strides, heads: int, length: int, scale: float, programs: int, tile: int) -> Launch:
+        of_sum = (strides, sequences, heads, length, scale)
+        return Launch(round_kernel, programs, p.device, of_sum, constants | {"TILE": tile}, small, descriptors=False)
+
+    def rounding_of_keys(strides: Strides, scale: float) -> Launch:
+        return rounding(strides, p.heads_kv, rows_k if p.packed else len_k, scale, key_tiles, tile_k)
+
     return Backward(
         _order(p, tile_k) if p.packed else None,
         Launch(prepare_kernel, tiles, p.device, before, constants, small, descriptors=False),
         Launch(
-            kernel, min(items, _processors(p.device)), p.device, numbers, constants, small | {"maxnreg": 168},
+            kernel, min(key_tiles * shares, processors), p.device, numbers, constants, small | {"maxnreg": 168},
             descriptors=True,
         ),
-        Launch(round_kernel, tiles, p.device, after, constants, small, descriptors=False),
+        rounding(dq, p.heads, len_q, p.scale, tiles, tile_q),
+        (rounding_of_keys(dk, p.scale), rounding_of_keys(dv, 1.0)) if shares > 1 else None,
         HEADER.value + 2 * tiles_k if p.packed else 0,
         2 * tiles * tile_q + 1,
         tiles * tile_q * p.width,
+        key_tiles * tile_k * p.width,
     )  # fmt: skip
 
 
