@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
 
 # Tensors are small here, and threads that spin while they wait for each other cost minutes beside other programs.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
@@ -34,6 +35,14 @@ def automatic(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv(registry.ENVIRONMENT_VARIABLE, raising=False)
     plans.forget()
     torch.manual_seed(0)
+
+
+@pytest.fixture(autouse=True)
+def gives_back_the_gpu() -> Iterator[None]:
+    """Several processes share the memory of one, and the exact results in float64 take gigabytes."""
+    yield
+    if torch.cuda.is_available() and torch.cuda.memory_reserved() > 1 << 28:
+        torch.cuda.empty_cache()
 
 
 @pytest.fixture
