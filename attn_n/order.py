@@ -36,14 +36,15 @@ class Row(NamedTuple):
         return f"{passes}{n}{kind}heads up to {self.widest}, {keys}"
 
 
-# An H100, bfloat16, 2026-11-25: PyTorch 2.11, Triton 3.6, FlashAttention 2 (2.8.3.post2), 3 (tokenspeed-fa3
-# 3.0.0.post20260810, without a backward) and 4 (4.0.0b36), xFormers 0.0.35; h100-2026-11-25-{peers,grid}.json in
+# An H100, bfloat16, 2026-11-26: PyTorch 2.11, Triton 3.6, FlashAttention 2 (2.8.3.post2), 3 (tokenspeed-fa3
+# 3.0.0.post20260810, without a backward) and 4 (4.0.0b36), xFormers 0.0.35; h100-2026-11-26-grid.json in
 # bench/results. By these rows the choice has 0.97 of the speed of the fastest that is installed, or more, for E = 64,
 # 128, 256, S = 512 to 16,384, causal and not. Packed sequences: h100-2026-11-25-gqa-varlen.json; few queries:
 # h100-2026-11-25-window-decode.json, where FlashAttention 3 takes half the time of all else but 4.
 SM_90 = (
     Row(False, None, 256, 1025, ("flash_attn:3",), few=True),
     Row(True, True, 128, 6000, ("flash_attn:4", "triton:hopper")),
+    Row(True, True, 64, 1500, ("triton:hopper",), causal=True),
     Row(True, True, 64, 1500, ("flash_attn:4", "triton:hopper")),
     Row(True, False, 128, 1500, ("flash_attn:4", "triton:hopper")),
     Row(False, True, 128, 12000, ("flash_attn:3", "triton:hopper")),

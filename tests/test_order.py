@@ -15,26 +15,24 @@ from bench.record import Point, load
 from tests.test_registry import gpu_call
 
 RESULTS = Path(__file__).parent.parent / "bench" / "results"
-# The first has every point of the grid, but not every backend; the second every backend, and where the automatic choice
-# of that day was a library learned n behind it.
-RUNS = ("h100-2026-11-25-peers.json", "h100-2026-11-25-grid.json")
+RUN = "h100-2026-11-26-grid.json"
 OURS_AND_TORCHS = {"triton:hopper", "triton:portable", "sdpa:cudnn", "sdpa:flash", "sdpa:efficient"}
 FAMILIES = {"triton": "triton:hopper", "sdpa": "sdpa:cudnn"}  # the members that serve the grid
 LIBRARIES = {"flash_attn:2", "flash_attn:3", "flash_attn:4", "xformers:flash", "xformers:cutlass"}
 
 
-def measured(run: str, n: str) -> dict[Problem, dict[tuple[str, str | None], float]]:
+def measured(n: str) -> dict[Problem, dict[tuple[str, str | None], float]]:
     """Medians by pass and the backend that served, of each problem of the grid."""
     found: dict[Problem, dict[tuple[str, str | None], float]] = defaultdict(dict)
-    for point in derived.measured(points_of(run)):
+    for point in derived.measured(points()):
         if point.ours and point.n == n:
             found[derived.problem_of(point)][point.measure, point.backend] = point.median
     return found
 
 
 @functools.cache
-def points_of(run: str) -> list[Point]:
-    return load(RESULTS / run).points
+def points() -> list[Point]:
+    return load(RESULTS / RUN).points
 
 
 @pytest.mark.parametrize(
@@ -48,15 +46,10 @@ def points_of(run: str) -> list[Point]:
     ],
 )
 @pytest.mark.parametrize("training", [False, True], ids=["inference", "training"])
-@pytest.mark.parametrize(
-    ("run", "n", "points"),
-    [(RUNS[0], "0", 24), (RUNS[0], "1", 24), *((RUNS[1], n, 22) for n in ("0", "1", "per head"))],
-)
-def test_the_choice_is_the_fastest_or_near_it(
-    run: str, n: str, points: int, training: bool, libraries: set[str]
-) -> None:
-    found = measured(run, n)
-    assert len(found) == points
+@pytest.mark.parametrize("n", ["0", "1", "per head"])
+def test_the_choice_is_the_fastest_or_near_it(n: str, training: bool, libraries: set[str]) -> None:
+    found = measured(n)
+    assert len(found) == 24
     installed = (OURS_AND_TORCHS | libraries) - ({"flash_attn:3"} if training else set())  # it has no backward
     slow = []
     for problem, medians in found.items():
@@ -78,7 +71,7 @@ def test_the_choice_is_the_fastest_or_near_it(
         names = (FAMILIES.get(name, name) for name in order.automatic(call))
         chosen = next(name for name in names if name in installed)
         if chosen not in times:
-            assert run == RUNS[0] or n == "per head", chosen
+            assert n == "per head", chosen
             continue
         speed = min(times.values()) / times[chosen]
         if speed < 0.97:
