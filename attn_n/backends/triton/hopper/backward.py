@@ -55,7 +55,7 @@ from attn_n.backends.triton.hopper.producer import (
     STEPS,
     SUM_ROW,
     Sizes,
-    add,
+    add_from_registers,
     here,
     meet,
     produce,
@@ -181,8 +181,8 @@ def consume(
         mbarrier.arrive(b.kv_empty.index(0), count=1)
         if SHARES > 1:
             of_sums = (told(b.tile, slot * FIELDS + KEY_ROW) + 64 * ME).to(gl.int64) * E
-            add(dv + of_sums, dv_tile, OF_DKV)
-            add(dk + of_sums, dk_tile, OF_DKV)
+            add_from_registers(dv + of_sums, dv_tile, OF_DKV)
+            add_from_registers(dk + of_sums, dk_tile, OF_DKV)
         else:
             write(dv_tile, b.dq.index(ME), b, slot, of_dv, packed, 64 * ME, 0)
             write(dk_tile * scale, b.dq.index(ME), b, slot, of_dk, packed, 64 * ME, 0)

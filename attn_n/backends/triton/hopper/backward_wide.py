@@ -42,7 +42,7 @@ from attn_n.backends.triton.hopper.producer import (
     STEPS,
     SUM_ROW,
     Sizes,
-    add,
+    add_from_registers,
     here,
     meet,
     produce,
@@ -115,7 +115,7 @@ def consume(
                 second = warpgroup_mma(operand, x.slice(HALF, HALF, 1), second, is_async=True)
                 first, dq = warpgroup_mma_wait(1, deps=[first, dq])
                 # From registers: the products alone take up most of what shared memory can bring.
-                add(dq_sum + ((sum_row + row).to(gl.int64) * E + TILE_Q * HALF * ME), dq, OF_HALF)
+                add_from_registers(dq_sum + ((sum_row + row).to(gl.int64) * E + TILE_Q * HALF * ME), dq, OF_HALF)
                 second, operand = warpgroup_mma_wait(0, deps=[second, operand])
                 mbarrier.arrive(b.empty.index(stage), count=1)
                 turn = (turn + 1) & 3
@@ -123,8 +123,8 @@ def consume(
         mbarrier.arrive(b.kv_empty.index(0), count=1)
         if SHARES > 1:
             sums = dx + told(b.tile, slot * FIELDS + KEY_ROW).to(gl.int64) * E
-            add(sums, first, OF_HALF)
-            add(sums + 64 * HALF, second, OF_HALF)
+            add_from_registers(sums, first, OF_HALF)
+            add_from_registers(sums + 64 * HALF, second, OF_HALF)
         else:
             if ME == VALUES:
                 buffer = b.p

@@ -126,8 +126,8 @@ def prepared_backward(problem: Problem) -> Backward:
             # As many as all programs take at once, so that a light tile is followed by a heavy one of the next heads
             # (+1 to 4 %, and 4 to 13 % with four query heads a key head; of more heads a cache holds too little).
             together = max(2, min(16, processors // tiles_k))
-    tiles, key_tiles, rows_k = batch * p.heads * tiles_q, batch * p.heads_kv * tiles_k, tiles_k * tile_k
-    numbers = (q, k, v, dout, dk, dv, batch, p.heads, len_q, len_k, rows_k, left, right, p.scale, p.softcap, together)
+    tiles, key_tiles, sum_rows = batch * p.heads * tiles_q, batch * p.heads_kv * tiles_k, tiles_k * tile_k
+    numbers = (q, k, v, dout, dk, dv, batch, p.heads, len_q, len_k, sum_rows, left, right, p.scale, p.softcap, together)
     before = (out, dout, sequences, p.stride_n, p.heads, len_q)
     small = {"num_warps": 4}
 
@@ -136,7 +136,7 @@ def prepared_backward(problem: Problem) -> Backward:
         return Launch(round_kernel, programs, p.device, of_sum, constants | {"TILE": tile}, small, descriptors=False)
 
     def rounding_of_keys(strides: Strides, scale: float) -> Launch:
-        return rounding(strides, p.heads_kv, rows_k if p.packed else len_k, scale, key_tiles, tile_k)
+        return rounding(strides, p.heads_kv, sum_rows if p.packed else len_k, scale, key_tiles, tile_k)
 
     return Backward(
         _order(p, tile_k) if p.packed else None,

@@ -169,7 +169,7 @@ def meet():
 
 
 @gluon.jit
-def add(x, tile, LAYOUT: gl.constexpr):
+def add_from_registers(x, tile, LAYOUT: gl.constexpr):
     """To a sum in global memory, by tiles of 64 x 64 in the order in which `passes.round_kernel` reads them.
 
     That is the order of the registers: four numbers of a thread, of all threads, then the next four.
