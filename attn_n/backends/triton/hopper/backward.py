@@ -6,7 +6,7 @@ in shared memory and the barriers on them:
     producer, 1 warp                          consumers, 2 x 4 warps, each with its own 64 keys
 
     next tile of keys                         wait kv_full
-      wait kv_empty                           for each tile of queries, of each query head of this key head:
+      wait kv_empty                           for each tile of queries, of each of its query heads:
       k, v, the tile's numbers -> kv_full       wait full
       for each tile of queries:                 P^T = exp2(S^T - lse)   dP^T = V dO^T - delta
         wait empty                              dV += P^T dO            dS^T = P^T * dP^T, to shared memory
