@@ -1,4 +1,4 @@
-"""What a first call is measured with."""
+"""What is measured or looked at in a process of its own."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from bench import host
+from bench import host, once
 from bench.contenders import named
 
 
@@ -26,3 +26,21 @@ def test_a_first_call_finds_nothing_compiled(monkeypatch: pytest.MonkeyPatch, tm
 
     monkeypatch.setattr(host.subprocess, "run", run)
     assert host.first_call(named("attn_n n=1", "cpu")) == 0.5
+
+
+@pytest.mark.parametrize("measure", ["forward", "backward", "both"])
+def test_once(measure: str, ran: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    """What a profiler sees lies between its start and its stop."""
+    monkeypatch.setattr(once, "_profiler", ran.append)
+    once.main(["attn_n n=1", measure, "--length", "40", "--heads", "4", "--heads-kv", "2", "--causal"])
+    seen = [each.split()[0] for each in ran[ran.index("start") + 1 : ran.index("stop")]]
+    assert seen == (["forward", "backward"] if measure == "both" else [measure])
+    assert ran[-1] == "stop"
+
+
+def test_once_says_why_not(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit, match="eager softmax_n n=1: whole batches of equal heads"):
+        once.main(["eager softmax_n n=1", "forward", "--heads-kv", "2"])
+    with pytest.raises(SystemExit):
+        once.main(["eager", "forward"])
+    assert "attn_n n=per head" in capsys.readouterr().err
