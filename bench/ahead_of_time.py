@@ -136,13 +136,13 @@ def launch_of(
         launches = prepare.prepared_backward(describe(tuple(tensors), None, options))
         stats, dq_sum = (q.new_empty(size, dtype=torch.float32) for size in (launches.stats, launches.dq_sum))
         table = None if launches.order is None else q.new_empty(launches.table, dtype=torch.int32)
-        of_keys = (dk, dv)
-        if launches.round_kv is not None:
-            of_keys = tuple(q.new_empty(launches.dkv_sum, dtype=torch.float32) for _ in "kv")
+        into = (dk, dv)
+        if launches.round_kv:
+            into = tuple(q.new_empty(launches.dkv_sum, dtype=torch.float32) for _ in "kv")
         launch, arguments = {
             "order": (launches.order, (table, *starts)),
             "prepare": (launches.prepare, (out, dout, lse, None, stats, dq_sum, None, None, starts[0])),
-            "main": (launches.main, (q, k, v, dout, stats, dq_sum, *of_keys, *starts, table)),
+            "main": (launches.main, (q, k, v, dout, stats, dq_sum, *into, *starts, table)),
             "round": (launches.round, (dq_sum, dq, starts[0])),
         }[kernel.split()[-1]]
         return functools.partial(launch.compiled if compile_only else launch, *arguments)

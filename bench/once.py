@@ -14,6 +14,7 @@ import torch
 
 from bench.contenders import contenders, named
 from bench.problem import PASSES, Problem, make_inputs
+from bench.stage import Entrant
 from bench.suites import DEVICE
 
 
@@ -36,15 +37,10 @@ def main(arguments: list[str] | None = None) -> None:
     reason = contender.why_absent(problem, measure)
     if reason is not None:
         raise SystemExit(f"{contender.name}: {reason}")
-    forward, backward = contender.prepare(make_inputs(problem))
-    out = forward()
-    if measure != "forward":
-        backward(out)
+    run = Entrant(contender, "measured", passes=contender.prepare(make_inputs(problem))).run(measure, training=True)
+    run()
     _profiler("start")
-    if measure != "backward":
-        out = forward()
-    if measure != "forward":
-        backward(out)
+    run()
     _profiler("stop")
 
 

@@ -8,6 +8,7 @@ import os
 import random
 import subprocess
 import sys
+from collections.abc import Iterator
 
 import pytest
 import torch
@@ -76,13 +77,26 @@ def test_lengths(len_q: int, len_k: int, width: int) -> None:
         assert max(excess.values()) <= 1, (changes, excess)
 
 
+@pytest.fixture
+def fresh_launches() -> Iterator[None]:
+    """Calls that look the same share a launch, and with it what a test has changed in `configs`."""
+    from attn_n.backends.triton.hopper import prepare  # of a tested release of Gluon alone
+
+    def forget() -> None:
+        prepare.prepared.cache_clear()
+        prepare.prepared_backward.cache_clear()
+
+    forget()
+    yield
+    forget()
+
+
 @pytest.mark.gpu
 @on_hopper
+@pytest.mark.usefixtures("fresh_launches")
 @pytest.mark.parametrize(("width", "row"), [(width, row) for width, rows in FORWARD.items() for row in rows], ids=str)
 def test_every_row(width: int, row: Config, monkeypatch: pytest.MonkeyPatch) -> None:
     """Each configuration of the forward, on short calls and on more work than runs at once."""
-    from attn_n.backends.triton.hopper import prepare  # of a tested release of Gluon alone
-
     monkeypatch.setattr(configs, "find", lambda problem: row)
     cases = (
         Case("", batch=1, heads_q=4, heads_kv=2, len_q=150, len_k=170, window=(90, 10), n="per head"),
@@ -90,21 +104,18 @@ def test_every_row(width: int, row: Config, monkeypatch: pytest.MonkeyPatch) -> 
         Case("", batch=2, heads_q=40, heads_kv=8, len_q=333, len_k=720, softcap=5.0, layout="tokens first"),
     )
     for case in cases:
-        prepare.prepared.cache_clear()  # calls that look the same share a launch, and with it the tiles
         inputs = make(at_width(case, width), torch.bfloat16, "cuda")
         excess = compare.excess(inputs, compare.library(inputs, "triton:hopper"))
         assert max(excess.values()) <= 1, (case, excess)
-    prepare.prepared.cache_clear()
 
 
 @pytest.mark.gpu
 @on_hopper
+@pytest.mark.usefixtures("fresh_launches")
 @pytest.mark.parametrize("width", WIDTHS)
 @pytest.mark.parametrize("heads", [1, 2, 4])
 def test_parts_of_a_key_head(heads: int, width: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """dK and dV as sums over programs that take 1, 2 or 4 of 8 query heads each."""
-    from attn_n.backends.triton.hopper import prepare
-
     monkeypatch.setattr(configs, "heads_of_item", lambda problem, processors: heads)
     usual = Case("", batch=2, heads_q=16, heads_kv=2, len_q=333, len_k=420, n="per head")
     lengths = {"lengths_q": (0, 70, 0, 200, 9, 0), "lengths_k": (50, 0, 0, 333, 9, 0)}
@@ -112,12 +123,10 @@ def test_parts_of_a_key_head(heads: int, width: int, monkeypatch: pytest.MonkeyP
         {"layout": "tokens first"}, {"causal": True}, {"window": (60, 9)}, {"causal": True, "softcap": 3.0}, lengths,
         lengths | {"causal": True}, {"len_q": 1, "len_k": 1}, {"len_q": 900, "len_k": 40},
     )  # fmt: skip
-    prepare.prepared_backward.cache_clear()
     for changes in cases:
         inputs = make(at_width(dataclasses.replace(usual, **changes), width), torch.bfloat16, "cuda")
         excess = compare.excess(inputs, compare.library(inputs, "triton:hopper"))
         assert max(excess.values()) <= 1, (changes, excess)
-    prepare.prepared_backward.cache_clear()
 
 
 # Of one sequence of 16,384 tokens with two key heads, on 132 processors.

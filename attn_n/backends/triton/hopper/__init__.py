@@ -85,13 +85,12 @@ class HopperKernels(PortableKernels):
         starts_q, starts_k = options.cu_seqlens_q, options.cu_seqlens_k
         table = list_of_tiles(launches, q, starts_k, starts_q)
         launches.prepare(out, dout, lse, dlse, stats, dq_sum, log_n, shares, starts_q)
-        if launches.round_kv is None:
-            launches.main(q, k, v, dout, stats, dq_sum, dk, dv, starts_q, starts_k, table)
-        else:
-            sums = torch.zeros(2, launches.dkv_sum, dtype=torch.float32, device=q.device).unbind()
-            launches.main(q, k, v, dout, stats, dq_sum, *sums, starts_q, starts_k, table)
-            for launch, x_sum, x in zip(launches.round_kv, sums, (dk, dv), strict=True):
-                launch(x_sum, x, starts_k)
+        into: tuple[Tensor, ...] = dk, dv
+        if launches.round_kv:
+            into = torch.zeros(2, launches.dkv_sum, dtype=torch.float32, device=q.device).unbind()
+        launches.main(q, k, v, dout, stats, dq_sum, *into, starts_q, starts_k, table)
+        for launch, x_sum, x in zip(launches.round_kv, into, (dk, dv), strict=False):
+            launch(x_sum, x, starts_k)
         launches.round(dq_sum, dq, starts_q)
         return dq, dk, dv, None if shares is None else shares.view(1 if p.packed else p.batch, p.heads, -1)
 

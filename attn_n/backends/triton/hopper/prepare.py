@@ -99,7 +99,7 @@ class Backward(NamedTuple):
     prepare: Launch
     main: Launch
     round: Launch
-    round_kv: tuple[Launch, Launch] | None  # dK and dV, where programs add to them; else one writes them
+    round_kv: tuple[Launch, ...]  # dK and dV, where programs add to them; none where one program writes them
     table: int  # elements of what they share, see `packed` and `passes`
     stats: int
     dq_sum: int
@@ -146,7 +146,7 @@ def prepared_backward(problem: Problem) -> Backward:
             descriptors=True,
         ),
         rounding(dq, p.heads, len_q, p.scale, tiles, tile_q),
-        (rounding_of_keys(dk, p.scale), rounding_of_keys(dv, 1.0)) if shares > 1 else None,
+        (rounding_of_keys(dk, p.scale), rounding_of_keys(dv, 1.0)) if shares > 1 else (),
         HEADER.value + 2 * tiles_k if p.packed else 0,
         2 * tiles * tile_q + 1,
         tiles * tile_q * p.width,
