@@ -111,6 +111,23 @@ def test_every_row(width: int, row: Config, monkeypatch: pytest.MonkeyPatch) -> 
 
 @pytest.mark.gpu
 @on_hopper
+@pytest.mark.parametrize("dtype", HALF, ids=str)
+@pytest.mark.parametrize("width", WIDTHS)
+@pytest.mark.parametrize("causal", [False, True])
+def test_growing_maxima(causal: bool, width: int, dtype: torch.dtype) -> None:
+    """Logits that rise towards the first keys, which come last, by 0 to 200: of neighbouring rows some are rescaled."""
+    case = Case("", batch=1, heads_q=2, heads_kv=2, len_q=1100, len_k=1500, size=width, size_v=width, causal=causal)
+    inputs = make(case, dtype, "cuda")
+    rises = torch.tensor([0.0, 2.0, 8.0, 40.0, 200.0], device="cuda")
+    with torch.no_grad():
+        inputs.q[..., 0] = rises[torch.arange(case.len_q, device="cuda") % 5] * width**0.5 / 16
+        inputs.k[..., 0] = torch.linspace(16, 0, case.len_k, device="cuda")
+    excess = compare.excess(inputs, compare.library(inputs, "triton:hopper"))
+    assert max(excess.values()) <= 1, excess
+
+
+@pytest.mark.gpu
+@on_hopper
 @pytest.mark.usefixtures("fresh_launches")
 @pytest.mark.parametrize("width", WIDTHS)
 @pytest.mark.parametrize("heads", [1, 2, 4])

@@ -13,12 +13,15 @@ class Config(NamedTuple):
     stages: int
     q_in_registers: bool = False  # each consumer keeps its queries there
     out_apart: bool = True  # out is stored from a buffer of its own, so that the next queries can come (+3 % at 2048)
+    lazy: bool = False  # O is rescaled only where a maximum has grown much
+    weights_first: bool = False  # those of a block are complete before O of the block in front is waited for
     counted: bool = False  # under a causal mask programs take tiles by a counter, heavy ones first, not in pairs
     at_least: int = 0  # keys that a query sees on the average
 
 
-# By width, the longest first: the best of some, causal and not. An H200, 2026-11-23, S = 512 to 8192, and `counted` on
-# an H100, 2026-11-25, S = 512 to 16,384: bfloat16, PyTorch 2.11, Triton 3.6.
+# By width, the longest first: the best of some, causal and not. An H200, 2026-11-23, S = 512 to 8192; on an H100,
+# S = 512 to 16,384, `counted` 2026-11-25, `lazy` and all of E = 128 and 256 2026-11-26: bfloat16, PyTorch 2.11, Triton
+# 3.6.
 FORWARD: dict[int, tuple[Config, ...]] = {
     64: (
         Config(3, 128, 2, counted=True, at_least=1500),
@@ -27,11 +30,14 @@ FORWARD: dict[int, tuple[Config, ...]] = {
         Config(1, 64, 4, q_in_registers=True),
     ),
     128: (
-        Config(2, 128, 2, counted=True, at_least=1000),
-        Config(2, 128, 2, at_least=400),
+        Config(2, 128, 2, q_in_registers=True, lazy=True, weights_first=True, counted=True, at_least=1000),
+        Config(2, 128, 2, q_in_registers=True, lazy=True, weights_first=True, at_least=400),
         Config(1, 64, 2, q_in_registers=True),
     ),
-    256: (Config(2, 64, 2, out_apart=False, counted=True, at_least=3000), Config(2, 64, 2, out_apart=False)),
+    256: (
+        Config(2, 64, 2, out_apart=False, lazy=True, counted=True, at_least=3000),
+        Config(2, 64, 2, out_apart=False, lazy=True),
+    ),
 }
 
 # Queries and keys of a tile of the backward: the largest that fit.

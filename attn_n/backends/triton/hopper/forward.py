@@ -9,9 +9,11 @@ each consumer that reads it has arrived. A role counts the stage of a ring and t
 V have barriers of their own, so that the next S need not wait for this V.
 
 A consumer keeps two products in flight: S of a block begins before O of the block in front of it, and the softmax of S
-runs while that O is computed. Blocks of keys come from the last to the first, so that those under the diagonal come
-first. Two or three consumers share keys and values; for few keys two programs of one consumer each fit a processor, of
-which one computes while the other begins or ends a tile (+2 to 15 % at 512 keys).
+runs while that O is computed. O is rescaled only where a maximum has grown much (LAZY: +4 to 8 % at E = 256; at E = 128
++2 to 3 %, where the weights have to be ready before O is waited for; at E = 64 -3 %). Blocks of keys come from the last
+to the first, so that those under the diagonal come first. Two or three consumers share keys and values; for few keys
+two programs of one consumer each fit a processor, of which one computes while the other begins or ends a tile (+2 to
+15 % at 512 keys).
 
 Programs stay (+7 % at 2,048 keys), and the producer tells the consumers their next tile, by numbers in shared memory:
 what is read there the compiler knows to be the same for all threads, so that addresses stay in uniform registers (+2 to
@@ -51,6 +53,9 @@ from attn_n.backends.triton.hopper.pipeline import (
 from attn_n.backends.triton.portable.tile import LN2, LOG2E, tanh
 
 STRIP = gl.constexpr(64)  # queries of a consumer: the rows of a wgmma
+# LAZY: what is subtracted from the logits of a row lags behind their maximum by up to this, in base 2, so that O is
+# seldom rescaled. Weights are then up to 256, for which float16 and the sums have room. (As in FlashAttention 4.)
+LAG = gl.constexpr(8.0)
 
 RUN_TIME = (
     "strides_q", "strides_k", "strides_v", "strides_out", "stride_n", "batch", "heads", "len_q", "len_k", "left",
@@ -220,7 +225,8 @@ def bring_block(descriptor, rows, head, row, buffers, full, empty, stage, phase)
 def consume(
     ME: gl.constexpr, b, sizes, results,
     E: gl.constexpr, TILE_K: gl.constexpr, STAGES: gl.constexpr, CONSUMERS: gl.constexpr,
-    Q_IN_REGISTERS: gl.constexpr, OUT_APART: gl.constexpr, ONE_EDGE: gl.constexpr, PACKED: gl.constexpr,
+    Q_IN_REGISTERS: gl.constexpr, OUT_APART: gl.constexpr, LAZY: gl.constexpr, WEIGHTS_FIRST: gl.constexpr,
+    ONE_EDGE: gl.constexpr, PACKED: gl.constexpr,
 ):  # fmt: skip
     factor = results.scale * LOG2E if results.softcap is None else 1.0
     heads = sizes.heads
@@ -240,7 +246,7 @@ def consume(
             at = Tile(place, place % heads, first, rows, rows, of_sequence)
         stage, phase = attend(
             ME, b, at, results, factor, stage, phase, slot,
-            E, TILE_K, STAGES, CONSUMERS, Q_IN_REGISTERS, OUT_APART, ONE_EDGE,
+            E, TILE_K, STAGES, CONSUMERS, Q_IN_REGISTERS, OUT_APART, LAZY, WEIGHTS_FIRST, ONE_EDGE,
         )  # fmt: skip
         turn = (turn + 1) & 3
         mbarrier.wait(b.tile_full.index(turn & 1), turn >> 1)
@@ -252,7 +258,8 @@ def consume(
 def attend(
     ME: gl.constexpr, b, at, results, factor, stage, phase, q_phase,
     E: gl.constexpr, TILE_K: gl.constexpr, STAGES: gl.constexpr, CONSUMERS: gl.constexpr,
-    Q_IN_REGISTERS: gl.constexpr, OUT_APART: gl.constexpr, ONE_EDGE: gl.constexpr,
+    Q_IN_REGISTERS: gl.constexpr, OUT_APART: gl.constexpr, LAZY: gl.constexpr, WEIGHTS_FIRST: gl.constexpr,
+    ONE_EDGE: gl.constexpr,
 ):  # fmt: skip
     """The 64 queries of a consumer."""
     of_out, lse, sinks, stride_n, log_n, scale, softcap = results
@@ -315,15 +322,20 @@ def attend(
         if not ONE_EDGE and ((block < full_begin) | (block >= full_end)):
             s = visible(s, rows, block * TILE_K, at.sizes, TILE_K, S)
         new_top = gl.maximum(top, gl.max(s, axis=1) * factor)
+        if LAZY:
+            new_top = gl.where(new_top - top > LAG, new_top, top)
         shift = finite(new_top, HIDDEN)
         p = gl.exp2(s * factor - gl.expand_dims(shift, 1))
         rescale = gl.exp2(top - shift)
         top = new_top
         sums = sums * column(rescale, PARTS) + sums_of_threads(p, TILE_K, PARTS)
+        if WEIGHTS_FIRST:
+            # Passed already; the compiler does not move the wait for O before it.
+            mbarrier.wait(b.v_full.index(stage), phase)
         # For the compiler the wait stands behind the softmax, because it waits for p too.
         acc, weights, p = warpgroup_mma_wait(0, deps=[acc, weights, p])
         mbarrier.arrive(b.v_empty.index(stage), count=1)
-        acc = acc * column(rescale, OUT)
+        acc = rescaled(acc, column(rescale, OUT)) if LAZY else acc * column(rescale, OUT)
         weights = rounded(p, P, dtype)
         stage, phase = next_stage, next_phase
 
@@ -368,6 +380,39 @@ def attend(
         tma.store_wait(0)
         mbarrier.arrive(b.q_empty.index(ME), count=1)
     return stage, phase
+
+
+@gluon.constexpr_function
+def products(count):
+    """PTX: the numbers of a thread times their factors, which a warp goes past if all of them are one.
+
+    They belong to two rows, in turns of two.
+    """
+    factors = [f"${2 * count + i}" for i in range(count)]
+    lines = [
+        ".reg .pred some;",
+        f"setp.neu.f32 some, {factors[0]}, 0f3F800000;",
+        f"setp.neu.or.f32 some, {factors[2]}, 0f3F800000, some;",
+        "vote.sync.any.pred some, some, 0xFFFFFFFF;",
+        "@!some bra.uni PAST;",
+        *[f"mul.f32 ${i}, ${i}, {factor};" for i, factor in enumerate(factors)],
+        "PAST:",
+    ]
+    return "{" + "\n".join(lines) + "}"
+
+
+@gluon.constexpr_function
+def in_place(count):
+    return ",".join(["=f"] * count + [str(i) for i in range(count)] + ["f"] * count)
+
+
+@gluon.jit
+def rescaled(acc, factor):
+    COUNT: gl.constexpr = acc.shape[1] // 2  # numbers of a thread, of 128
+    factors = gl.broadcast(acc, factor)[1]
+    return gl.inline_asm_elementwise(
+        products(COUNT), in_place(COUNT), [acc, factors], gl.float32, is_pure=True, pack=COUNT
+    )
 
 
 @gluon.jit
@@ -419,7 +464,8 @@ def forward_kernel(
     q, k, v, out, lse, sinks, log_n, starts_q, starts_k, table, strides_q, strides_k, strides_v, strides_out, stride_n,
     batch, heads, len_q, len_k, left, right, scale, softcap, items, together,
     GROUPS: gl.constexpr, E: gl.constexpr, CONSUMERS: gl.constexpr, TILE_K: gl.constexpr, STAGES: gl.constexpr,
-    Q_IN_REGISTERS: gl.constexpr, OUT_APART: gl.constexpr, ONE_EDGE: gl.constexpr,
+    Q_IN_REGISTERS: gl.constexpr, OUT_APART: gl.constexpr, LAZY: gl.constexpr, WEIGHTS_FIRST: gl.constexpr,
+    ONE_EDGE: gl.constexpr,
 ):  # fmt: skip
     gl.static_assert(OUT_APART or not Q_IN_REGISTERS, "out waits in the buffer of q, which is then free already")
     dtype: gl.constexpr = q.dtype.element_ty
@@ -449,8 +495,8 @@ def forward_kernel(
     if CONSUMERS == 1:
         gl.warp_specialize(
             [
-                (consume, (0, b, sizes, results, E, TILE_K, STAGES, CONSUMERS, Q_IN_REGISTERS, OUT_APART, ONE_EDGE,
-                           starts_q is not None)),
+                (consume, (0, b, sizes, results, E, TILE_K, STAGES, CONSUMERS, Q_IN_REGISTERS, OUT_APART, LAZY,
+                           WEIGHTS_FIRST, ONE_EDGE, starts_q is not None)),
                 (produce, (b, of_q, of_k, of_v, sizes, packed, GROUPS, TILE_K, STAGES, CONSUMERS)),
             ],
             [1], [24],
@@ -458,10 +504,10 @@ def forward_kernel(
     elif CONSUMERS == 2:
         gl.warp_specialize(
             [
-                (consume, (0, b, sizes, results, E, TILE_K, STAGES, CONSUMERS, Q_IN_REGISTERS, OUT_APART, ONE_EDGE,
-                           starts_q is not None)),
-                (consume, (1, b, sizes, results, E, TILE_K, STAGES, CONSUMERS, Q_IN_REGISTERS, OUT_APART, ONE_EDGE,
-                           starts_q is not None)),
+                (consume, (0, b, sizes, results, E, TILE_K, STAGES, CONSUMERS, Q_IN_REGISTERS, OUT_APART, LAZY,
+                           WEIGHTS_FIRST, ONE_EDGE, starts_q is not None)),
+                (consume, (1, b, sizes, results, E, TILE_K, STAGES, CONSUMERS, Q_IN_REGISTERS, OUT_APART, LAZY,
+                           WEIGHTS_FIRST, ONE_EDGE, starts_q is not None)),
                 (produce, (b, of_q, of_k, of_v, sizes, packed, GROUPS, TILE_K, STAGES, CONSUMERS)),
             ],
             [4, 1], [240, 24],
@@ -469,12 +515,12 @@ def forward_kernel(
     else:
         gl.warp_specialize(
             [
-                (consume, (0, b, sizes, results, E, TILE_K, STAGES, CONSUMERS, Q_IN_REGISTERS, OUT_APART, ONE_EDGE,
-                           starts_q is not None)),
-                (consume, (1, b, sizes, results, E, TILE_K, STAGES, CONSUMERS, Q_IN_REGISTERS, OUT_APART, ONE_EDGE,
-                           starts_q is not None)),
-                (consume, (2, b, sizes, results, E, TILE_K, STAGES, CONSUMERS, Q_IN_REGISTERS, OUT_APART, ONE_EDGE,
-                           starts_q is not None)),
+                (consume, (0, b, sizes, results, E, TILE_K, STAGES, CONSUMERS, Q_IN_REGISTERS, OUT_APART, LAZY,
+                           WEIGHTS_FIRST, ONE_EDGE, starts_q is not None)),
+                (consume, (1, b, sizes, results, E, TILE_K, STAGES, CONSUMERS, Q_IN_REGISTERS, OUT_APART, LAZY,
+                           WEIGHTS_FIRST, ONE_EDGE, starts_q is not None)),
+                (consume, (2, b, sizes, results, E, TILE_K, STAGES, CONSUMERS, Q_IN_REGISTERS, OUT_APART, LAZY,
+                           WEIGHTS_FIRST, ONE_EDGE, starts_q is not None)),
                 (produce, (b, of_q, of_k, of_v, sizes, packed, GROUPS, TILE_K, STAGES, CONSUMERS)),
             ],
             [4, 4, 1], [160, 160, 24],

@@ -52,6 +52,7 @@ def prepared(problem: Problem, config: Config | None = None) -> Forward:
     constants = {
         "GROUPS": p.heads // p.heads_kv, "E": p.width, "CONSUMERS": config.consumers, "TILE_K": config.tile_k,
         "STAGES": config.stages, "Q_IN_REGISTERS": config.q_in_registers, "OUT_APART": config.out_apart,
+        "LAZY": config.lazy, "WEIGHTS_FIRST": config.weights_first,
         "ONE_EDGE": left is None and (right is None or (
             p.more_keys is not None and (p.more_keys + right + 1) % STRIP.value <= 1
         )),
