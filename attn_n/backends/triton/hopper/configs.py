@@ -15,7 +15,7 @@ class Config(NamedTuple):
     out_apart: bool = True  # out is stored from a buffer of its own, so that the next queries can come (+3 % at 2048)
     lazy: bool = False  # O is rescaled only where a maximum has grown much
     weights_first: bool = False  # those of a block are complete before O of the block in front is waited for
-    counted: bool = False  # under a causal mask programs take tiles by a counter, heavy ones first, not in pairs
+    counted: bool = False  # programs take tiles by a counter, heavy ones first: only where the last keys are masked
     at_least: int = 0  # keys that a query sees on the average
 
 
@@ -24,7 +24,8 @@ class Config(NamedTuple):
 # 3.6.
 FORWARD: dict[int, tuple[Config, ...]] = {
     64: (
-        Config(3, 128, 2, counted=True, at_least=1500),
+        Config(3, 128, 2, lazy=True, weights_first=True, counted=True, at_least=1500),
+        Config(3, 128, 2, at_least=1500),
         Config(1, 128, 2, q_in_registers=True, counted=True, at_least=1000),
         Config(1, 128, 2, q_in_registers=True, at_least=400),
         Config(1, 64, 4, q_in_registers=True),
@@ -50,8 +51,8 @@ UNEVEN = {64: (8, 4), 128: (4, 2), 256: (2, 2)}
 
 def find(problem: Problem) -> Config:
     """The tiles of the forward."""
-    keys = problem.keys_on_average
-    return next(row for row in FORWARD[problem.width] if keys >= row.at_least)
+    keys, masked = problem.keys_on_average, problem.right is not None
+    return next(row for row in FORWARD[problem.width] if keys >= row.at_least and (masked or not row.counted))
 
 
 def heads_of_item(problem: Problem, processors: int) -> int:

@@ -10,10 +10,10 @@ V have barriers of their own, so that the next S need not wait for this V.
 
 A consumer keeps two products in flight: S of a block begins before O of the block in front of it, and the softmax of S
 runs while that O is computed. O is rescaled only where a maximum has grown much (LAZY: +4 to 8 % at E = 256; at E = 128
-+2 to 3 %, where the weights have to be ready before O is waited for; at E = 64 -3 %). Blocks of keys come from the last
-to the first, so that those under the diagonal come first. Two or three consumers share keys and values; for few keys
-two programs of one consumer each fit a processor, of which one computes while the other begins or ends a tile (+2 to
-15 % at 512 keys).
++2 to 3 %, if the weights are ready before O is waited for; at E = 64 so too +2 % under a causal mask, else -3 %).
+Blocks of keys come from the last to the first, so that those under the diagonal come first. Two or three consumers
+share keys and values; for few keys two programs of one consumer each fit a processor, of which one computes while the
+other begins or ends a tile (+2 to 15 % at 512 keys).
 
 Programs stay (+7 % at 2,048 keys), and the producer tells the consumers their next tile, by numbers in shared memory:
 what is read there the compiler knows to be the same for all threads, so that addresses stay in uniform registers (+2 to
@@ -43,6 +43,7 @@ from attn_n.backends.triton.hopper.pipeline import (
     barriers,
     blocks_seen,
     bring,
+    eighths,
     following,
     put,
     rounded,
@@ -127,6 +128,20 @@ def sums_of_threads(p, TILE_K: gl.constexpr, LAYOUT: gl.constexpr):
     """Row sums that each thread makes of its own numbers, `(64, 4)`: they meet once, at the end (up to +5 %)."""
     parts = gl.sum(gl.sum(gl.reshape(p, [STRIP, TILE_K // 8, 4, 2]), axis=3), axis=1)
     return gl.convert_layout(parts, LAYOUT, assert_trivial=True)
+
+
+# Goes around something if no sum is negative, which none is. That is long, or the compiler would make no branch of it.
+BRANCH = gl.constexpr(
+    "{.reg .pred some; setp.lt.f32 some, $0, 0f00000000; setp.lt.or.f32 some, $1, 0f00000000, some;"
+    " vote.sync.any.pred some, some, 0xFFFFFFFF; @!some bra.uni PAST;"
+    + " mul.f32 $0, $0, $1;" * 16 + " PAST:}"
+)  # fmt: skip
+
+
+@gluon.jit
+def complete(sums):
+    """The same, behind a branch: the compiler moves nothing across that, so that what is summed up is complete."""
+    return gl.inline_asm_elementwise(BRANCH, "=f,=f,0,1", [sums], gl.float32, is_pure=True, pack=2)
 
 
 @gluon.jit
@@ -301,7 +316,7 @@ def attend(
     s = warpgroup_mma_wait(0, deps=[s])
     mbarrier.arrive(b.k_empty.index(stage), count=1)
     s = capped(s, scale, softcap)
-    if (own_end <= full_begin) | (own_end > full_end):
+    if BOUNDED or own_end > full_end:
         s = visible(s, rows, (own_end - 1) * TILE_K, at.sizes, TILE_K, S)
     top = gl.max(s, axis=1) * factor
     p = gl.exp2(s * factor - gl.expand_dims(finite(top, HIDDEN), 1))
@@ -328,10 +343,10 @@ def attend(
         p = gl.exp2(s * factor - gl.expand_dims(shift, 1))
         rescale = gl.exp2(top - shift)
         top = new_top
-        sums = sums * column(rescale, PARTS) + sums_of_threads(p, TILE_K, PARTS)
+        more = sums_of_threads(p, TILE_K, PARTS)
         if WEIGHTS_FIRST:
-            # Passed already; the compiler does not move the wait for O before it.
-            mbarrier.wait(b.v_full.index(stage), phase)
+            more = complete(more)
+        sums = sums * column(rescale, PARTS) + more
         # For the compiler the wait stands behind the softmax, because it waits for p too.
         acc, weights, p = warpgroup_mma_wait(0, deps=[acc, weights, p])
         mbarrier.arrive(b.v_empty.index(stage), count=1)
@@ -437,13 +452,14 @@ def capped(s, scale, softcap):
 @gluon.jit
 def visible(s, rows, first_key, sizes, TILE_K: gl.constexpr, LAYOUT: gl.constexpr):
     """s with -inf where a query does not see a key."""
-    keys = gl.expand_dims(first_key + gl.arange(0, TILE_K, layout=gl.SliceLayout(0, LAYOUT)), 0)
-    distance = gl.expand_dims(rows + (sizes.len_k - sizes.len_q), 1) - keys
-    seen = keys < sizes.len_k
-    if sizes.left is not None:
-        seen = seen & (distance <= sizes.left)
+    diagonal = gl.expand_dims(rows, 1) + (sizes.len_k - sizes.len_q - first_key)
+    last = sizes.len_k - 1 - first_key
     if sizes.right is not None:
-        seen = seen & (-distance <= sizes.right)
+        last = gl.minimum(diagonal + sizes.right, last)
+    eighth, rest = eighths(TILE_K, LAYOUT)
+    seen = eighth <= last - rest
+    if sizes.left is not None:
+        seen = seen & (eighth >= diagonal - sizes.left - rest)
     return gl.where(seen, s, float("-inf"))
 
 

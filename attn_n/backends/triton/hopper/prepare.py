@@ -38,12 +38,12 @@ def prepared(problem: Problem, config: Config | None = None) -> Forward:
     tiles = most_tiles(p, p.rows, tile_q) if p.packed else p.batch * of_head
     items = p.heads * tiles
     most = _processors(p.device) * (2 if config.consumers == 1 else 1)
-    causal, together = p.causal and not p.packed, None
-    if causal and config.counted:
+    together = None
+    if config.counted and right is not None and not p.packed:
         # Heads whose keys and values take 32 MB, and enough of them for three rounds of all programs.
         together = max((1 << 23) // (p.len_k * p.width) * (p.heads // p.heads_kv), triton.cdiv(3 * most, of_head))
         together = triton.cdiv(p.batch * p.heads, max(1, p.batch * p.heads // together))
-    elif causal:
+    elif p.causal and not p.packed:
         items = p.heads * p.batch * triton.cdiv(of_head, 2)  # an item is a pair of tiles
     numbers = (
         *p.strides[:4], p.stride_n, None if p.packed else p.batch, p.heads, p.len_q, p.len_k, left, right, p.scale,
