@@ -178,6 +178,28 @@ def test_query_heads_of_a_program(changes: dict[str, object], groups: int, heads
     assert configs.heads_of_item(problem, 132) == heads
 
 
+@pytest.mark.skipif(not tested(), reason="Gluon changes between releases of Triton, and this one is not tested")
+@pytest.mark.parametrize(
+    ("changes", "counted"),
+    [
+        ({}, False),
+        ({"right": 0}, True),
+        ({"left": 4000, "right": 0}, True),
+        ({"left": 4000}, False),
+        ({"right": 0, "len_q": 512, "len_k": 512}, False),
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("width", WIDTHS)
+def test_who_takes_tiles_by_a_counter(width: int, changes: dict[str, object], counted: bool) -> None:
+    from attn_n.backends.triton.hopper.prepare import prepared
+
+    q = torch.empty(1, 16, 16384, width, device="meta", dtype=torch.bfloat16)
+    problem = describe((q,) * 4, None, Options(0.1))._replace(**changes)
+    assert configs.find(problem).counted == counted
+    assert prepared(problem).table == counted
+
+
 def ragged(count: int, mean: int, seed: int = 0) -> tuple[int, ...]:
     """Lengths as real text has them: many short ones, a few long ones."""
     pick = random.Random(seed)
