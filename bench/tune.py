@@ -88,8 +88,9 @@ def _candidates(kernel: str, width: int) -> Iterator[tuple[Any, ...]]:
     if kernel == "hopper forward":
         places = ((False, False), (False, True), (True, True))  # of q_in_registers and out_apart
         softmax = ((False, False), (True, False), (True, True))  # of lazy and weights_first
-        for *one, place, kind, counted in itertools.product((1, 2, 3), (64, 128), (2, 3, 4), places, softmax, (0, 1)):
-            yield *one, *place, *kind, bool(counted)
+        for *one, place, kind in itertools.product((1, 2, 3), (64, 128), (2, 3, 4), places, softmax):
+            for counted in (False, True):
+                yield *one, *place, *kind, counted
         return
     for tile, warps, stages, descriptors in itertools.product(TILES, (4, 8), (1, 2, 3, 4), (False, True)):
         if _plausible(kernel, width, tile, warps):

@@ -126,17 +126,6 @@ def rounded(p, LAYOUT: gl.constexpr, dtype: gl.constexpr):
 
 
 @gluon.jit
-def eighths(COUNT: gl.constexpr, LAYOUT: gl.constexpr):
-    """`8 * i` and `j` of the columns `8 * i + j` of a product, `(1, COUNT)`.
-
-    In each eighth a thread has the same two j, and i are constants: so `8 * i <= x - j` is one instruction and takes no
-    registers for the columns. (The forward's mask: +1 to 6 % up to 2,048 keys if causal, +3 to 6 % with a window.)
-    """
-    columns = gl.expand_dims(gl.arange(0, COUNT, layout=gl.SliceLayout(0, LAYOUT)), 0)
-    return columns & -8, columns & 7
-
-
-@gluon.jit
 def blocks_seen(first, last, sizes, TILE_K: gl.constexpr):
     """`begin, full_begin, full_end, end`: the blocks of keys that the queries `first ... last` see, at least one.
 
