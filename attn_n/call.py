@@ -76,11 +76,20 @@ class AttentionCall:
     mask_dtype: torch.dtype | None = None
     alibi: bool = False
     n_kind: str = "none"  # "none" (n = 0), "float", "scalar tensor" or "per head"
-    varlen: bool = False
+    sequences: int | None = None  # how many are packed
     return_lse: bool = False
     needs_grad: bool = False
     mask_needs_grad: bool = False
     alibi_needs_grad: bool = False
+
+    @property
+    def varlen(self) -> bool:
+        return self.sequences is not None
+
+    @property
+    def mean_keys(self) -> int:
+        """Keys of a sequence; of packed ones on the average."""
+        return self.k_shape[-2] if self.sequences is None else self.k_shape[0] // max(self.sequences, 1)
 
     @property
     def heads_q(self) -> int:

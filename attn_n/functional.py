@@ -262,7 +262,7 @@ def _describe(
         mask_dtype=None if mask is None else mask.dtype,
         alibi=slopes is not None,
         n_kind=n_kind,
-        varlen=options.cu_seqlens_q is not None,
+        sequences=None if options.cu_seqlens_q is None else options.cu_seqlens_q.shape[0] - 1,
         return_lse=bool(request.return_lse),
         needs_grad=differentiates
         and (

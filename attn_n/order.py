@@ -22,7 +22,7 @@ class Row(NamedTuple):
     training: bool | None  # with gradients, where both passes count; None: either
     with_n: bool | None  # behind the kernel of another library n is one more pass over `out`; None: either
     widest: int  # heads up to this
-    keys: int  # from so many on
+    keys: int  # of a sequence, from so many on; of packed ones on the average
     first: tuple[str, ...]
     packed: bool = False
     causal: bool = False  # only these
@@ -31,8 +31,9 @@ class Row(NamedTuple):
     def __str__(self) -> str:
         passes = {None: "", True: "training, ", False: "inference, "}[self.training]
         n = {None: "", True: "with n, ", False: "n = 0, "}[self.with_n]
-        keys = "packed sequences" if self.packed else f"from {self.keys} keys on"
-        kind = ("few queries, " if self.few else "") + ("causal, " if self.causal else "")
+        keys = f"from {self.keys} keys on"
+        kinds = {"packed": self.packed, "few queries": self.few, "causal": self.causal}
+        kind = "".join(f"{name}, " for name, is_so in kinds.items() if is_so)
         return f"{passes}{n}{kind}heads up to {self.widest}, {keys}"
 
 
@@ -104,5 +105,5 @@ def _fits(row: Row, call: AttentionCall) -> bool:
         and row.with_n in (None, with_n)
         and max(call.head_dim, call.head_dim_v) <= row.widest
         and (not row.causal or (call.window_left is None and call.window_right == 0))
-        and (row.packed or call.k_shape[-2] >= row.keys)
+        and call.mean_keys >= row.keys
     )

@@ -101,7 +101,7 @@ def typical_calls(device: Device) -> dict[str, AttentionCall]:
         "ALiBi": replace(plain, alibi=True),
         "softcap": replace(plain, softcap=30.0),
         "dropout": replace(plain, dropout_p=0.1),
-        "varlen": replace(plain, varlen=True, **_self_attention(batch * length, heads, size)),
+        "varlen": replace(plain, sequences=batch, **_self_attention(batch * length, heads, size)),
         "lse gradient": replace(plain, return_lse=True),
     }
 

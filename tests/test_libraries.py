@@ -59,7 +59,7 @@ FEW_KEYS = {"k_shape": (2, 8, 9, 64), "v_shape": (2, 8, 9, 64)}
         (BACKENDS[4:], {"alibi": True}, "rounds what is added to the logits to bfloat16"),
         (BACKENDS[:1] + BACKENDS[3:4], WINDOW | FEW_KEYS, "open to the right only for L <= S + 1"),
         (("sdpa:flash",), WINDOW | FEW_KEYS, "open to the right only for L <= S + 1"),
-        (BACKENDS[3:4], WINDOW | {"varlen": True}, "full and for causal attention and causal windows alone"),
+        (BACKENDS[3:4], WINDOW | {"sequences": 2}, "full and for causal attention and causal windows alone"),
     ],
     ids=str,
 )  # fmt: skip
@@ -71,7 +71,7 @@ def test_why_not(backends: tuple[str, ...], changes: dict[str, Any], reason: str
 def test_nothing_refuses_what_the_libraries_can_do() -> None:
     """The only reason left is the library itself."""
     for backend in BACKENDS:
-        for changes in ({"return_lse": True}, {"window_right": 0}, {"varlen": True, "window_right": 0}):
+        for changes in ({"return_lse": True}, {"window_right": 0}, {"sequences": 2, "window_right": 0}):
             reason = why_not(backend, **changes)
             assert reason == absent(backend) or "made without" in str(reason)
     for changes in ({"alibi": True}, {"dropout_p": 0.2}, {"softcap": 3.0}, {"window_left": 4, "window_right": 9}):

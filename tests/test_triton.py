@@ -134,7 +134,7 @@ assert kernels[0] is kernels[1] is kernels[2]
     [
         ({}, None),
         ({"dtype": torch.float32, "mask_shape": (1, 1, 1, 256), "mask_dtype": torch.bool, "dropout_p": 0.5}, None),
-        ({"varlen": True, "softcap": 3.0, "alibi": True, "return_lse": True}, None),
+        ({"sequences": 2, "softcap": 3.0, "alibi": True, "return_lse": True}, None),
         ({"dtype": torch.float64}, "computes in float16, bfloat16 and float32, not in float64"),
         ({"capability": (7, 5)}, "needs compute capability 8.0 or later, found 7.5"),
         ({"v_shape": (2, 8, 256, 264)}, "takes heads of up to 256, got 264"),

@@ -89,8 +89,8 @@ def _attend(backend: str | None, n: str) -> Callable[[Inputs], Attend]:
 
 def _call(problem: Problem, n: str, needs_grad: bool) -> AttentionCall:
     """The call that the library will see, of contiguous tensors."""
-    heads_kv, packed = problem.num_heads_kv, bool(problem.sequences)
-    if packed:
+    heads_kv = problem.num_heads_kv
+    if problem.sequences:
         shapes = [(problem.length, heads, problem.width) for heads in (problem.heads, heads_kv)]
     else:
         shapes = [
@@ -112,6 +112,6 @@ def _call(problem: Problem, n: str, needs_grad: bool) -> AttentionCall:
         window_left=problem.window,
         window_right=0 if problem.causal else None,
         n_kind={"0": "none", "1": "float", "per head": "per head"}[n],
-        varlen=packed,
+        sequences=len(problem.sequences) or None,
         needs_grad=needs_grad,
     )
