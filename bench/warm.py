@@ -29,14 +29,16 @@ class Job(NamedTuple):
     contender: str
 
 
-def main() -> None:
+def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("words", nargs="*")
+    parser.add_argument("words", nargs="*", help="all of which a problem and contender must have")
     parser.add_argument("--quick", action="store_true", help="only what `pytest bench --quick` measures")
     parser.add_argument("--processes", type=int, default=max(1, (os.cpu_count() or 2) - 1))
-    args = parser.parse_args()
+    args = parser.parse_args(arguments)
     start = time.monotonic()
     jobs = [job for job in _jobs(args.quick) if all(word in f"{job}" for word in args.words)]
+    if not jobs:
+        parser.error(f"no problem and contender has all of the words {' '.join(args.words)!r}: name fewer")
     with ProcessPoolExecutor(args.processes, mp_context=multiprocessing.get_context("spawn")) as pool:
         for job, failure in zip(jobs, pool.map(_run, jobs), strict=True):
             if failure is not None:

@@ -26,6 +26,12 @@ def test_quick_jobs() -> None:
     assert not any("per head" in job.contender for job in jobs)
 
 
+def test_words_that_nothing_has(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        warm.main(["decode", "window"])
+    assert "all of the words 'decode window'" in capsys.readouterr().err
+
+
 def test_a_job(monkeypatch: pytest.MonkeyPatch) -> None:
     job = warm.Job("grid-forward-E64-L512-causal", "attn_n n=1")
     assert warm._run(job) is None
