@@ -87,9 +87,12 @@ class AttentionCall:
         return self.sequences is not None
 
     @property
-    def mean_keys(self) -> int:
-        """Keys of a sequence; of packed ones on the average."""
-        return self.k_shape[-2] if self.sequences is None else self.k_shape[0] // max(self.sequences, 1)
+    def keys_seen(self) -> int:
+        """How many keys a query sees at most: of its sequence (of packed ones on the average), or of its window."""
+        keys = self.k_shape[-2] if self.sequences is None else self.k_shape[0] // max(self.sequences, 1)
+        if self.window_left is None or self.window_right is None:
+            return keys
+        return min(keys, self.window_left + self.window_right + 1)
 
     @property
     def heads_q(self) -> int:

@@ -22,7 +22,7 @@ class Row(NamedTuple):
     training: bool | None  # with gradients, where both passes count; None: either
     with_n: bool | None  # behind the kernel of another library n is one more pass over `out`; None: either
     widest: int  # heads up to this
-    keys: int  # of a sequence, from so many on; of packed ones on the average
+    keys: int  # from so many on that a query sees
     first: tuple[str, ...]
     packed: bool = False
     causal: bool = False  # only these
@@ -40,9 +40,10 @@ class Row(NamedTuple):
 # An H100, bfloat16, 2026-11-26: PyTorch 2.11, Triton 3.6, FlashAttention 2 (2.8.3.post2), 3 (tokenspeed-fa3
 # 3.0.0.post20260810, without a backward) and 4 (4.0.0b36), xFormers 0.0.35; h100-2026-11-26-grid.json in
 # bench/results. By these rows the choice has 0.97 of the speed of the fastest that is installed, or more, for E = 64,
-# 128, 256, S = 512 to 16,384, causal and not. Packed sequences: h100-2026-11-26-varlen-window.json, E = 128, where
-# those of 64 keys train 1.12 times as fast on the portable kernels, and those of 512 1.33 times as fast on those of
-# Hopper. Few queries: h100-2026-11-25-window-decode.json, where FlashAttention 3 takes half the time of all else but 4.
+# 128, 256, S = 512 to 16,384, causal and not. Packed sequences and windows: h100-2026-11-26-varlen-window.json, where
+# at E = 128 sequences of 64 keys train 1.12 times as fast on the portable kernels, those of 512 1.33 times as fast on
+# those of Hopper, and windows of 256 and 1,024 keys with n 1.08 and 1.01 times as fast there as on FlashAttention 4.
+# Few queries: h100-2026-11-25-window-decode.json, where FlashAttention 3 takes half the time of all else but 4.
 SM_90 = (
     Row(False, None, 256, 1025, ("flash_attn:3",), few=True),
     Row(True, True, 128, 6000, ("flash_attn:4", "triton:hopper")),
@@ -84,7 +85,7 @@ def _row(call: AttentionCall) -> Row | None:
     """The first one that fits."""
     if call.capability != (9, 0) or torch.version.hip is not None or call.dtype.itemsize != 2:
         return None
-    few = not call.varlen and call.q_shape[-2] < FEW_QUERIES and call.k_shape[-2] > 1024
+    few = not call.varlen and call.q_shape[-2] < FEW_QUERIES and call.keys_seen > 1024
     if few and call.q_shape[-2] == 1:
         return None
     for row in SM_90:
@@ -102,5 +103,5 @@ def _fits(row: Row, call: AttentionCall) -> bool:
         and row.with_n in (None, with_n)
         and max(call.head_dim, call.head_dim_v) <= row.widest
         and (not row.causal or (call.window_left is None and call.window_right == 0))
-        and call.mean_keys >= row.keys
+        and call.keys_seen >= row.keys
     )

@@ -297,6 +297,8 @@ def test_the_choice_on_other_machines(changes: dict[str, object], chosen: str, m
     [
         (long, "flash_attn:4"),
         (long | {"n_kind": "float"}, "flash_attn:4"),
+        (long | {"n_kind": "float", "window_left": 255, "window_right": 0}, "triton:hopper"),
+        (long | {"n_kind": "float", "window_left": 2000, "window_right": 0}, "flash_attn:4"),
         (long | {"n_kind": "float", "needs_grad": False}, "triton:hopper"),
         (long | {"q_shape": (2, 8, 4, 64), "needs_grad": False}, "flash_attn:3"),
         (long | {"needs_grad": False}, "triton:hopper"),
