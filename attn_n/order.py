@@ -102,6 +102,6 @@ def _fits(row: Row, call: AttentionCall) -> bool:
         and row.training in (None, call.needs_grad)
         and row.with_n in (None, with_n)
         and max(call.head_dim, call.head_dim_v) <= row.widest
-        and (not row.causal or (call.window_left is None and call.window_right == 0))
+        and (not row.causal or call.causal)
         and call.keys_seen >= row.keys
     )
