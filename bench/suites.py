@@ -60,7 +60,7 @@ def _cuda() -> tuple[Suite, ...]:
         for causal in (False, True)
     )
     decode = tuple(_half(length, batch=8, heads=32, heads_kv=8, keys=65536) for length in (1, 4, 16))
-    gqa = tuple(_half(8192, True, batch=2, heads=32, heads_kv=heads) for heads in (8, 4, 1))
+    gqa = tuple(_half(8192, True, batch=2, heads=32, heads_kv=heads) for heads in (None, 8, 4, 1))
     varlen = tuple(
         _half(sum(lengths), True, heads=16, sequences=lengths)
         for lengths in ((2048,) * 8, _lengths(32, 16384), _lengths(256, 16384), _lengths(64, 65536))

@@ -162,13 +162,14 @@ KINDS_OF_N = (0.0, 1e-3, 1.0, 3.7, 1e4, "per head")
 @pytest.mark.parametrize("size", [64, 128])
 @pytest.mark.parametrize("n", KINDS_OF_N)
 def test_every_n(backend: str, dtype: torch.dtype, size: int, n: float | str, ran: list[str]) -> None:
-    """Forward and backward, causal and not, GQA, packed, where n weighs as much as the keys; with the gradient of n."""
+    """Both passes, causal or not, GQA, packed, many keys; n weighs as much as the keys; with the gradient of n."""
     shift = math.log(n) if isinstance(n, float) and n else -1.0
     common: dict[str, Any] = {"size": size, "size_v": size, "n": n, "shift": shift, "heads_q": 4, "heads_kv": 2}
     for case in (
         Case("full", len_q=130, len_k=7, **common),
         Case("causal", len_q=150, len_k=150, causal=True, **common),
         Case("packed", lengths_q=(5, 140, 9), lengths_k=(7, 160, 3), causal=True, **common),
+        Case("few queries, many keys", len_q=5, len_k=3000, **{**common, "shift": shift - math.log(3000)}),
     ):
         inputs = make(case, dtype, "cuda")
         if forward_only(backend):
