@@ -9,16 +9,18 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
-from bench import clocks, interleaved, summary
+from bench import clocks, interleaved, summary, warm
+from bench.contenders import contenders
 from bench.contenders.base import Contender
 from bench.machine import commit, machine
 from bench.problem import FORWARD
 from bench.record import Point, Run
 from bench.stage import entrants
-from bench.suites import DEVICE, Case
+from bench.suites import DEVICE, Case, cases, memory_lengths
 
 _run = pytest.StashKey[Run]()
 _started = pytest.StashKey[float]()
@@ -36,6 +38,35 @@ def pytest_configure(config: pytest.Config) -> None:
     config.stash[_run] = Run({}, commit(), date, shlex.join(["pytest", *sys.argv[1:]]))
     config.stash[_started] = time.monotonic()
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # cut short, pytest still shows what there is
+
+
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    quick = metafunc.config.getoption("quick")
+    if "case" in metafunc.fixturenames:
+        metafunc.parametrize("case", cases(quick), ids=str, scope="module")
+    if "contender" in metafunc.fixturenames:
+        metafunc.parametrize("contender", contenders(DEVICE, quick), ids=str)
+    if "length" in metafunc.fixturenames:
+        metafunc.parametrize("length", memory_lengths(quick))
+
+
+def pytest_collection_finish(session: pytest.Session) -> None:
+    """On a GPU compiling alone would take longer than all measurements."""
+    if DEVICE == "cpu" or session.config.option.collectonly:
+        return
+    jobs = warm.jobs(_parameters(item) for item in session.items)
+    if not jobs:
+        return
+    processes = warm.processes()
+    _tell(session.config, f"compiling for {len(jobs)} pairs of contender and problem, {processes} at a time")
+    for failure in warm.compile_all(jobs, processes):
+        _tell(session.config, failure)
+    _tell(session.config, f"compiled in {time.monotonic() - session.config.stash[_started]:.0f} s")
+    session.config.stash[_started] = time.monotonic()
+
+
+def _parameters(item: pytest.Item) -> dict[str, Any]:
+    return item.callspec.params if isinstance(item, pytest.Function) and hasattr(item, "callspec") else {}
 
 
 @pytest.fixture(scope="session")
@@ -82,21 +113,25 @@ def _contenders_of(session: pytest.Session) -> dict[Case, list[Contender]]:
     """What is asked for, after -k and the like."""
     asked: dict[Case, list[Contender]] = {}
     for item in session.items:
-        parameters = item.callspec.params if isinstance(item, pytest.Function) and hasattr(item, "callspec") else {}
+        parameters = _parameters(item)
         if "case" in parameters and "contender" in parameters:
             asked.setdefault(parameters["case"], []).append(parameters["contender"])
     return asked
 
 
 def _show_progress(config: pytest.Config, session: pytest.Session, case: Case, found: dict[str, Point]) -> None:
-    cases = list(_contenders_of(session))
-    done = cases.index(case) + 1
-    left = (time.monotonic() - config.stash[_started]) / done * (len(cases) - done) / 60
+    all_cases = list(_contenders_of(session))
+    done = all_cases.index(case) + 1
+    left = (time.monotonic() - config.stash[_started]) / done * (len(all_cases) - done) / 60
+    _tell(config, f"[{done}/{len(all_cases)}] {case}: {summary.in_short(found)}; about {left:.0f} min left")
+
+
+def _tell(config: pytest.Config, line: str) -> None:
     reporter = config.pluginmanager.getplugin("terminalreporter")
     capture = config.pluginmanager.getplugin("capturemanager")
     with capture.global_and_fixture_disabled():
         reporter.ensure_newline()
-        reporter.write_line(f"[{done}/{len(cases)}] {case}: {summary.in_short(found)}; about {left:.0f} min left")
+        reporter.write_line(line)
 
 
 @pytest.hookimpl(trylast=True)  # below the tables of pytest-benchmark

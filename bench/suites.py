@@ -89,6 +89,11 @@ def _lengths(count: int, total: int) -> tuple[int, ...]:
     return tuple(lengths)
 
 
+def memory_lengths(quick: bool) -> tuple[int, ...]:
+    lengths = (2048, 4096, 8192) if DEVICE == "cpu" else (2048, 8192, 32768)
+    return lengths[:1] if quick else lengths
+
+
 def memory_problem(length: int) -> Problem:
     return Problem(length) if DEVICE == "cpu" else _half(length, True, heads=16)
 

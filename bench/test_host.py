@@ -9,17 +9,15 @@ import pytest
 import torch
 
 from bench import host
-from bench.contenders import contenders
 from bench.contenders.base import Contender, Passes
 from bench.problem import make_inputs
 from bench.record import Point
-from bench.suites import DEVICE, tiny_problem
+from bench.suites import tiny_problem
 
 Keep = Callable[..., None]
 
 
 @pytest.mark.parametrize("suite", ["host", "host without gradients", "host backward"])
-@pytest.mark.parametrize("contender", contenders(DEVICE), ids=str, scope="module")
 def test_host(contender: Contender, suite: str, keep: Keep) -> None:
     _skip_absent(contender, "backward" if suite == "host backward" else "forward")
     forward, backward = _prepared(contender)
@@ -32,7 +30,6 @@ def test_host(contender: Contender, suite: str, keep: Keep) -> None:
     keep(_point(contender, suite, "host", values))
 
 
-@pytest.mark.parametrize("contender", contenders(DEVICE), ids=str)
 def test_first_call(contender: Contender, pytestconfig: pytest.Config, keep: Keep) -> None:
     if pytestconfig.getoption("quick"):
         pytest.skip("--quick leaves out new processes")

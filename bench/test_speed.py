@@ -5,17 +5,10 @@ from __future__ import annotations
 import pytest
 from pytest_benchmark.fixture import BenchmarkFixture
 
-from bench.contenders import contenders
 from bench.contenders.base import Contender
 from bench.interleaved import REPLAY
 from bench.record import Point
-from bench.suites import DEVICE, Case, cases
-
-
-def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
-    quick = metafunc.config.getoption("quick")
-    metafunc.parametrize("case", cases(quick), ids=str, scope="module")
-    metafunc.parametrize("contender", contenders(DEVICE, quick), ids=str)
+from bench.suites import Case
 
 
 @pytest.mark.benchmark(timer=REPLAY.clock)

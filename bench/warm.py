@@ -1,85 +1,91 @@
-"""Compiles what the suite runs, many kernels at a time: python -m bench.warm [WORD...]
+"""Compiles what a run is going to measure, many kernels at a time, so that the run spends its time on measuring.
 
-Triton, FlexAttention and, with FLASH_ATTENTION_CUTE_DSL_CACHE_ENABLED=1, FlashAttention 4 keep on disk what they have
-compiled, so that a run of the suite behind this one spends its time on measuring. With words only the problems and
-contenders whose names have all of them, as in `grid E128 hopper`; with --quick only those of `pytest bench --quick`.
+Triton, FlexAttention and FlashAttention 4 keep on disk what they have compiled, where other processes find it.
 """
 
 from __future__ import annotations
 
-import argparse
 import multiprocessing
 import os
-import time
+from collections.abc import Collection, Iterable, Mapping
 from concurrent.futures import ProcessPoolExecutor
-from typing import NamedTuple
+from concurrent.futures.process import BrokenProcessPool
+from typing import Any, NamedTuple
 
 import torch
 
-from bench.contenders import contenders
+from bench.contenders import named
+from bench.contenders.base import Contender
 from bench.contenders.library import one_line
-from bench.problem import FORWARD, make_inputs
-from bench.suites import DEVICE, Case, cases
+from bench.problem import FORWARD, Problem, make_inputs
+from bench.suites import Case, memory_problem, tiny_problem
+
+_BYTES_A_PROCESS = 5 << 30  # of the GPU: torch's context, and the inputs and gradients of the longest problems
 
 
 class Job(NamedTuple):
-    """The names of a case and of a contender, which another process can look up."""
-
-    case: str
     contender: str
+    problem: Problem
+    backward: bool
 
 
-def main(arguments: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("words", nargs="*", help="all of which a problem and contender must have")
-    parser.add_argument("--quick", action="store_true", help="only what `pytest bench --quick` measures")
-    parser.add_argument("--processes", type=int, default=max(1, (os.cpu_count() or 2) - 1))
-    args = parser.parse_args(arguments)
-    start = time.monotonic()
-    jobs = [job for job in _jobs(args.quick) if all(word in f"{job}" for word in args.words)]
-    if not jobs:
-        parser.error(f"no problem and contender has all of the words {' '.join(args.words)!r}: name fewer")
-    with ProcessPoolExecutor(args.processes, mp_context=multiprocessing.get_context("spawn")) as pool:
-        for job, failure in zip(jobs, pool.map(_run, jobs), strict=True):
-            if failure is not None:
-                print(f"{job.case}, {job.contender}: {failure}", flush=True)
-    print(f"{len(jobs)} in {time.monotonic() - start:.0f} s")
+def jobs(items: Iterable[Mapping[str, Any]]) -> list[Job]:
+    """What to compile for items of pytest with these parameters; nothing for those that measure the compiling."""
+    return list(dict.fromkeys(job for parameters in items if (job := _job(**parameters)) is not None))
 
 
-def _jobs(quick: bool = False) -> list[Job]:
-    """Every contender at every problem, but for those that compile nothing and take long."""
-    return [
-        Job(str(case), contender.name)
-        for case in _cases(quick).values()
-        for contender in contenders(DEVICE, quick)
-        if not contender.apart and contender.why_not(case.problem) is None
-    ]
+def _job(
+    contender: Contender | None = None, case: Case | None = None, length: int | None = None, suite: str | None = None
+) -> Job | None:
+    if contender is None or contender.apart:  # what is apart compiles nothing, and takes long
+        return None
+    if case is not None:
+        return Job(contender.name, case.problem, case.suite.measures != FORWARD)
+    if length is not None:
+        return Job(contender.name, memory_problem(length), True)
+    return None if suite is None else Job(contender.name, tiny_problem(), True)
 
 
-def _cases(quick: bool = False) -> dict[str, Case]:
-    """One for each problem: a job runs both passes."""
-    found: dict[object, Case] = {}
-    for case in cases(quick):
-        found.setdefault((case.suite.name, case.problem), case)
-    return {str(case): case for case in found.values()}
+def processes() -> int:
+    """How many have a core of the host and enough memory of the GPU."""
+    free, _ = torch.cuda.mem_get_info()
+    return max(1, min((os.cpu_count() or 2) - 1, free // _BYTES_A_PROCESS))
 
 
-def _run(job: Job) -> str | None:
+def compile_all(jobs: Collection[Job], processes: int) -> list[str]:
+    """Run each job once; returns what failed, which the suite finds too and reports."""
+    os.environ.setdefault("FLASH_ATTENTION_CUTE_DSL_CACHE_ENABLED", "1")  # it keeps nothing otherwise
+    spawn = multiprocessing.get_context("spawn")
+    failures = []
+    with ProcessPoolExecutor(processes, spawn, initializer=_one_thread) as pool:
+        try:
+            for job, failure in zip(jobs, pool.map(run, jobs), strict=True):
+                if failure is not None:
+                    failures.append(f"{job.contender} at {job.problem}: {failure}")
+        except BrokenProcessPool as crash:
+            failures.append(one_line(crash))
+    return failures
+
+
+def _one_thread() -> None:
+    """Inductor would start as many compilers as there are cores, in each process."""
+    os.environ["TORCHINDUCTOR_COMPILE_THREADS"] = "1"
+
+
+def run(job: Job) -> str | None:
     """What went wrong."""
-    case = _cases()[job.case]
-    contender = next(each for each in contenders(DEVICE) if each.name == job.contender)
+    problem = job.problem
     try:
-        passes = contender.prepare(make_inputs(case.problem))
+        contender = named(job.contender, problem.device)
+        if contender.why_not(problem) is not None:
+            return None
+        passes = contender.prepare(make_inputs(problem))
         out = passes.forward()
-        if case.suite.measures != FORWARD and "backward" in contender.measures:
+        if job.backward and "backward" in contender.measures:
             passes.backward(out)
-        if DEVICE == "cuda":
+        if problem.device == "cuda":
             torch.cuda.synchronize()
             torch.cuda.empty_cache()
-    except Exception as failure:  # of one contender; the suite reports it too
+    except Exception as failure:  # of one contender
         return one_line(failure)
     return None
-
-
-if __name__ == "__main__":
-    main()
