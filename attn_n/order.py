@@ -43,7 +43,7 @@ class Row(NamedTuple):
 # 128, 256, S = 512 to 16,384, causal and not. Packed sequences and windows: h100-2026-11-26-varlen-window.json, where
 # at E = 128 sequences of 64 keys train 1.12 times as fast on the portable kernels, those of 512 1.33 times as fast on
 # those of Hopper, and windows of 256 and 1,024 keys with n 1.08 and 1.01 times as fast there as on FlashAttention 4.
-# Few queries: h100-2026-11-25-window-decode.json, where FlashAttention 3 takes half the time of all else but 4.
+# Few queries: h100-2026-11-26-decode.json, where FlashAttention 3 takes half the time of all else but 4.
 SM_90 = (
     Row(False, None, 256, 1025, ("flash_attn:3",), few=True),
     Row(True, True, 128, 6000, ("flash_attn:4", "triton:hopper")),

@@ -62,4 +62,4 @@ def _entrant(contender: Contender, inputs: Inputs, training: bool) -> Entrant:
         reason = f"fails: {one_line(failure)}"
     if reason is not None:
         return Entrant(contender, "wrong", reason)
-    return Entrant(contender, "measured", None, passes, contender.backend(inputs))
+    return Entrant(contender, "measured", None, passes, contender.backend(inputs.problem, training))

@@ -10,7 +10,7 @@ import torch
 from bench.contenders import contenders, named
 from bench.contenders.base import Contender, Passes
 from bench.gate import what_is_wrong
-from bench.problem import Problem, make_inputs
+from bench.problem import FORWARD, PASSES, Problem, make_inputs
 from bench.stage import entrants
 from bench.suites import Suite
 
@@ -104,3 +104,12 @@ def test_a_wrong_one_and_one_that_raises_are_not_timed() -> None:
     point = found[0].point(suite, PROBLEMS[0], "forward", ())
     assert point.status == "wrong"
     assert "out by" in str(point.reason)
+
+
+@pytest.mark.parametrize(("measures", "told"), [(FORWARD, "without gradients"), (PASSES, "with gradients")])
+def test_the_backend_is_that_of_the_pass_that_is_timed(measures: tuple[str, ...], told: str) -> None:
+    contender = dataclasses.replace(
+        OURS, backend=lambda problem, gradients: f"with{'' if gradients else 'out'} gradients"
+    )
+    (entrant,) = entrants(Suite("some", tuple(PROBLEMS[:1]), (), measures), PROBLEMS[0], (contender,))
+    assert entrant.backend == told

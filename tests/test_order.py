@@ -15,24 +15,24 @@ from bench.record import Point, load
 from tests.test_registry import gpu_call
 
 RESULTS = Path(__file__).parent.parent / "bench" / "results"
-RUN = "h100-2026-11-26-grid.json"
+GRID, DECODE = "h100-2026-11-26-grid.json", "h100-2026-11-26-decode.json"
 OURS_AND_TORCHS = {"triton:hopper", "triton:portable", "sdpa:cudnn", "sdpa:flash", "sdpa:efficient"}
 FAMILIES = {"triton": "triton:hopper", "sdpa": "sdpa:cudnn"}  # the members that serve the grid
 LIBRARIES = {"flash_attn:2", "flash_attn:3", "flash_attn:4", "xformers:flash", "xformers:cutlass"}
 
 
-def measured(n: str) -> dict[Problem, dict[tuple[str, str | None], float]]:
-    """Medians by pass and the backend that served, of each problem of the grid."""
+def measured(run: str, n: str) -> dict[Problem, dict[tuple[str, str | None], float]]:
+    """Medians by pass and the backend that served, of each problem."""
     found: dict[Problem, dict[tuple[str, str | None], float]] = defaultdict(dict)
-    for point in derived.measured(points()):
+    for point in derived.measured(points(run)):
         if point.ours and point.n == n:
             found[derived.problem_of(point)][point.measure, point.backend] = point.median
     return found
 
 
 @functools.cache
-def points() -> list[Point]:
-    return load(RESULTS / RUN).points
+def points(run: str) -> list[Point]:
+    return load(RESULTS / run).points
 
 
 @pytest.mark.parametrize(
@@ -48,9 +48,24 @@ def points() -> list[Point]:
 @pytest.mark.parametrize("training", [False, True], ids=["inference", "training"])
 @pytest.mark.parametrize("n", ["0", "1", "per head"])
 def test_the_choice_is_the_fastest_or_near_it(n: str, training: bool, libraries: set[str]) -> None:
-    found = measured(n)
+    found = measured(GRID, n)
     assert len(found) == 24
     installed = (OURS_AND_TORCHS | libraries) - ({"flash_attn:3"} if training else set())  # it has no backward
+    assert slow_choices(found, n, training, installed) == []
+
+
+@pytest.mark.parametrize("libraries", [{"flash_attn:3"}, LIBRARIES], ids=["FlashAttention 3", "all"])
+@pytest.mark.parametrize("n", ["0", "1", "per head"])
+def test_the_choice_for_a_few_queries(n: str, libraries: set[str]) -> None:
+    found = measured(DECODE, n)
+    assert sorted(problem.length for problem in found) == [1, 4, 16]
+    assert slow_choices(found, n, False, OURS_AND_TORCHS | libraries) == []
+
+
+def slow_choices(
+    found: dict[Problem, dict[tuple[str, str | None], float]], n: str, training: bool, installed: set[str]
+) -> list[tuple[str, str, float]]:
+    """Where the choice has less than 0.97 of the speed of the fastest."""
     slow = []
     for problem, medians in found.items():
         passes = ("forward", "backward") if training else ("forward",)
@@ -59,11 +74,11 @@ def test_the_choice_is_the_fastest_or_near_it(n: str, training: bool, libraries:
             for backend in installed
             if all((each, backend) in medians for each in passes)
         }
-        shape = (problem.batch, problem.heads, problem.length, problem.width)
+        shape_k = (problem.batch, problem.num_heads_kv, problem.len_k, problem.width)
         call = gpu_call(
-            q_shape=shape,
-            k_shape=shape,
-            v_shape=shape,
+            q_shape=(problem.batch, problem.heads, problem.length, problem.width),
+            k_shape=shape_k,
+            v_shape=shape_k,
             window_right=0 if problem.causal else None,
             needs_grad=training,
             n_kind={"0": "none", "1": "float", "per head": "per head"}[n],
@@ -76,4 +91,4 @@ def test_the_choice_is_the_fastest_or_near_it(n: str, training: bool, libraries:
         speed = min(times.values()) / times[chosen]
         if speed < 0.97:
             slow.append((str(problem), chosen, round(speed, 3)))
-    assert slow == []
+    return slow

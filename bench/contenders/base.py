@@ -33,7 +33,7 @@ class Contender:
             returns what is shaped like q, `backward` dq, dk and dv.
         why_not: the reason why it does not take part in a problem, such as a library that is not installed.
         measures: the passes that it has: a library built without a backward has "forward" alone.
-        backend: which backend of attn_n serves the problem.
+        backend: which backend of attn_n serves the problem, with gradients or without.
         apart: it is measured in rounds of its own, because what it leaves behind in caches and heap slows the others.
     """
 
@@ -42,7 +42,7 @@ class Contender:
     prepare: Callable[[Inputs], Passes]
     why_not: Callable[[Problem], str | None] = lambda problem: None
     measures: tuple[str, ...] = PASSES
-    backend: Callable[[Inputs], str | None] = lambda inputs: None
+    backend: Callable[[Problem, bool], str | None] = lambda problem, gradients: None
     ours: bool = False
     apart: bool = False
 

@@ -52,7 +52,7 @@ def _contender(backend: str | None, n: str) -> Contender:
         prepare,
         why_not,
         measures,
-        backend=lambda inputs: registry.choose(_call(inputs.problem, n, training), backend)[0],
+        backend=lambda problem, gradients: registry.choose(_call(problem, n, gradients and training), backend)[0],
         ours=True,
         apart=backend == "reference",
     )
