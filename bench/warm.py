@@ -24,6 +24,8 @@ _BYTES_A_PROCESS = 5 << 30  # of the GPU: torch's context, and the inputs and gr
 
 
 class Job(NamedTuple):
+    """One forward, with its backward or without gradients; the contender by its name, which another process knows."""
+
     contender: str
     problem: Problem
     backward: bool
@@ -31,19 +33,20 @@ class Job(NamedTuple):
 
 def jobs(items: Iterable[Mapping[str, Any]]) -> list[Job]:
     """What to compile for items of pytest with these parameters; nothing for those that measure the compiling."""
-    return list(dict.fromkeys(job for parameters in items if (job := _job(**parameters)) is not None))
+    return list(dict.fromkeys(job for parameters in items if (job := _job(parameters)) is not None))
 
 
-def _job(
-    contender: Contender | None = None, case: Case | None = None, length: int | None = None, suite: str | None = None
-) -> Job | None:
+def _job(parameters: Mapping[str, Any]) -> Job | None:
+    contender: Contender | None = parameters.get("contender")
+    case: Case | None = parameters.get("case")
+    length: int | None = parameters.get("length")
     if contender is None or contender.apart:  # what is apart compiles nothing, and takes long
         return None
     if case is not None:
         return Job(contender.name, case.problem, case.suite.measures != FORWARD)
     if length is not None:
         return Job(contender.name, memory_problem(length), True)
-    return None if suite is None else Job(contender.name, tiny_problem(), True)
+    return Job(contender.name, tiny_problem(), True) if "suite" in parameters else None
 
 
 def processes() -> int:
@@ -80,7 +83,8 @@ def run(job: Job) -> str | None:
         if contender.why_not(problem) is not None:
             return None
         passes = contender.prepare(make_inputs(problem))
-        out = passes.forward()
+        with torch.set_grad_enabled(job.backward):
+            out = passes.forward()
         if job.backward and "backward" in contender.measures:
             passes.backward(out)
         if problem.device == "cuda":

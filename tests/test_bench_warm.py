@@ -24,6 +24,7 @@ def test_jobs() -> None:
         {"contender": ours, "suite": "host"},
         {"contender": ours, "length": 2048},
         {"contender": ours},  # the first call, which is to compile by itself
+        {"contender": ours, "problem": PROBLEM},  # a test of something else
         {},
     ]
     jobs = warm.jobs(items)
