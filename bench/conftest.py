@@ -17,7 +17,6 @@ from bench import clocks, interleaved, summary, warm
 from bench.contenders import contenders
 from bench.contenders.base import Contender
 from bench.machine import commit, machine
-from bench.problem import FORWARD
 from bench.record import Point, Run
 from bench.stage import entrants
 from bench.suites import DEVICE, Case, cases, memory_lengths
@@ -57,7 +56,7 @@ def pytest_collection_finish(session: pytest.Session) -> None:
     jobs = warm.jobs(_parameters(item) for item in session.items)
     if not jobs:
         return
-    processes = warm.processes()
+    processes = warm.at_a_time()
     _tell(session.config, f"compiling for {len(jobs)} pairs of contender and problem, {processes} at a time")
     for failure in warm.compile_all(jobs, processes):
         _tell(session.config, failure)
@@ -97,7 +96,7 @@ def points(
     clock = clocks.CudaClock(quick) if DEVICE == "cuda" else clocks.CpuClock(quick)
     times: dict[str, list[float]] = {}
     for apart in (False, True):
-        runs = {each.contender.name: each.run(measure, suite.measures != FORWARD) for each in present
+        runs = {each.contender.name: each.run(measure, suite.training) for each in present
                 if each.contender.apart == apart}  # fmt: skip
         times |= interleaved.measure({name: run for name, run in runs.items() if run is not None}, clock)
     found = {

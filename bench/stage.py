@@ -11,7 +11,7 @@ import torch
 from bench.contenders.base import Contender, Passes
 from bench.contenders.library import one_line
 from bench.gate import what_is_wrong
-from bench.problem import FORWARD, Inputs, Problem, make_inputs
+from bench.problem import Inputs, Problem, make_inputs
 from bench.record import Point
 from bench.suites import Suite
 
@@ -48,7 +48,7 @@ class Entrant:
 @functools.lru_cache(maxsize=1)  # all passes of a problem are measured before the next one
 def entrants(suite: Suite, problem: Problem, contenders: tuple[Contender, ...]) -> tuple[Entrant, ...]:
     inputs = make_inputs(problem)
-    return tuple(_entrant(contender, inputs, suite.measures != FORWARD) for contender in contenders)
+    return tuple(_entrant(contender, inputs, suite.training) for contender in contenders)
 
 
 def _entrant(contender: Contender, inputs: Inputs, training: bool) -> Entrant:

@@ -20,6 +20,11 @@ class Suite:
     quick: tuple[Problem, ...]  # those of --quick
     measures: tuple[str, ...] = PASSES
 
+    @property
+    def training(self) -> bool:
+        """Whether what it measures runs with gradients: all but a forward alone."""
+        return self.measures != FORWARD
+
 
 class Case(NamedTuple):
     """What is measured together: all contenders at one problem, in one direction."""

@@ -15,22 +15,24 @@ OURS = "attn_n n=1"
 
 
 @pytest.fixture(scope="session")
-def peaks() -> dict[tuple[str, int], int]:
+def peaks() -> dict[int, int]:
+    """Ours, by length."""
     return {}
 
 
-def test_peak(contender: Contender, length: int, peaks: dict[tuple[str, int], int], keep: Callable[..., None]) -> None:
+def test_peak(contender: Contender, length: int, peaks: dict[int, int], keep: Callable[..., None]) -> None:
     problem = memory_problem(length)
     reason = contender.why_absent(problem, "both")
     if reason is not None:
         pytest.skip(f"{contender.name}: {reason}")
-    bytes_ = peaks[contender.name, length] = peak(contender, problem)
+    bytes_ = peak(contender, problem)
     keep(
         Point(
             "memory", problem.fields(), "memory", contender.name, contender.n, contender.ours, "measured",
             values=(float(bytes_),),
         )
     )  # fmt: skip
-    shorter = max((each for name, each in peaks if name == OURS and each < length), default=None)
-    if contender.name == OURS and shorter is not None:
-        assert 0.9 <= bytes_ / peaks[OURS, shorter] / (length / shorter) <= 1.1
+    if contender.name == OURS:
+        shorter = max((each for each in peaks if each < length), default=None)
+        peaks[length] = bytes_
+        assert shorter is None or 0.9 <= bytes_ / peaks[shorter] / (length / shorter) <= 1.1

@@ -17,7 +17,7 @@ import torch
 from bench.contenders import named
 from bench.contenders.base import Contender
 from bench.contenders.library import one_line
-from bench.problem import FORWARD, Problem, make_inputs
+from bench.problem import Problem, make_inputs
 from bench.suites import Case, memory_problem, tiny_problem
 
 _BYTES_A_PROCESS = 5 << 30  # of the GPU: torch's context, and the inputs and gradients of the longest problems
@@ -43,14 +43,14 @@ def _job(parameters: Mapping[str, Any]) -> Job | None:
     if contender is None or contender.apart:  # what is apart compiles nothing, and takes long
         return None
     if case is not None:
-        return Job(contender.name, case.problem, case.suite.measures != FORWARD)
+        return Job(contender.name, case.problem, case.suite.training)
     if length is not None:
         return Job(contender.name, memory_problem(length), True)
     return Job(contender.name, tiny_problem(), True) if "suite" in parameters else None
 
 
-def processes() -> int:
-    """How many have a core of the host and enough memory of the GPU."""
+def at_a_time() -> int:
+    """How many processes have a core of the host and enough memory of the GPU."""
     free, _ = torch.cuda.mem_get_info()
     return max(1, min((os.cpu_count() or 2) - 1, free // _BYTES_A_PROCESS))
 

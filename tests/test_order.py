@@ -21,9 +21,12 @@ FAMILIES = {"triton": "triton:hopper", "sdpa": "sdpa:cudnn"}  # the members that
 LIBRARIES = {"flash_attn:2", "flash_attn:3", "flash_attn:4", "xformers:flash", "xformers:cutlass"}
 
 
-def measured(run: str, n: str) -> dict[Problem, dict[tuple[str, str | None], float]]:
-    """Medians by pass and the backend that served, of each problem."""
-    found: dict[Problem, dict[tuple[str, str | None], float]] = defaultdict(dict)
+# Of each problem, by pass and the backend that served.
+Medians = dict[Problem, dict[tuple[str, "str | None"], float]]
+
+
+def measured(run: str, n: str) -> Medians:
+    found: Medians = defaultdict(dict)
     for point in derived.measured(points(run)):
         if point.ours and point.n == n:
             found[derived.problem_of(point)][point.measure, point.backend] = point.median
@@ -62,9 +65,7 @@ def test_the_choice_for_a_few_queries(n: str, libraries: set[str]) -> None:
     assert slow_choices(found, n, False, OURS_AND_TORCHS | libraries) == []
 
 
-def slow_choices(
-    found: dict[Problem, dict[tuple[str, str | None], float]], n: str, training: bool, installed: set[str]
-) -> list[tuple[str, str, float]]:
+def slow_choices(found: Medians, n: str, training: bool, installed: set[str]) -> list[tuple[str, str, float]]:
     """Where the choice has less than 0.97 of the speed of the fastest."""
     slow = []
     for problem, medians in found.items():
