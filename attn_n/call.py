@@ -81,6 +81,7 @@ class AttentionCall:
     needs_grad: bool = False
     mask_needs_grad: bool = False
     alibi_needs_grad: bool = False
+    transform: str | None = None  # how it is differentiated, where that is not one backward pass
 
     @property
     def varlen(self) -> bool:
@@ -144,4 +145,48 @@ class AttentionCall:
             parts.append("returns lse")
         if self.needs_grad:
             parts.append("needs gradients")
+        if self.transform is not None:
+            parts.append(self.transform)
         return ", ".join(parts)
+
+
+def describe(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    options: Options,
+    *,
+    n_kind: str,
+    return_lse: bool,
+    needs_grad: bool,
+    mask_needs_grad: bool = False,
+    alibi_needs_grad: bool = False,
+    transform: str | None = None,
+) -> AttentionCall:
+    """The description of a call of canonical tensors."""
+    mask = options.mask
+    return AttentionCall(
+        device=q.device.type,
+        capability=torch.cuda.get_device_capability(q.device) if q.device.type == "cuda" else None,
+        dtype=q.dtype,
+        q_shape=tuple(q.shape),
+        k_shape=tuple(k.shape),
+        v_shape=tuple(v.shape),
+        q_stride=q.stride(),
+        k_stride=k.stride(),
+        v_stride=v.stride(),
+        window_left=options.window_left,
+        window_right=options.window_right,
+        softcap=options.softcap,
+        dropout_p=options.dropout_p,
+        mask_shape=None if mask is None else tuple(mask.shape),
+        mask_dtype=None if mask is None else mask.dtype,
+        alibi=options.alibi_slopes is not None,
+        n_kind=n_kind,
+        sequences=None if options.cu_seqlens_q is None else options.cu_seqlens_q.shape[0] - 1,
+        return_lse=return_lse,
+        needs_grad=needs_grad,
+        mask_needs_grad=mask_needs_grad,
+        alibi_needs_grad=alibi_needs_grad,
+        transform=transform,
+    )

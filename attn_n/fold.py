@@ -17,17 +17,17 @@ import torch
 from torch import Tensor
 
 
-def apply_(out: Tensor, lse: Tensor, log_n: float | Tensor, packed: bool, lse_wanted: bool) -> tuple[Tensor, bool]:
+def apply_(out: Tensor, lse: Tensor, log_n: float | Tensor, packed: bool, lse_wanted: bool) -> Tensor:
     """`out` at n = 0 becomes `out` at n, in place; `log_n` is a number or `(Hq,)`.
 
-    Returns the lse at n, or unless it is `lse_wanted` maybe still that at n = 0, and whether it lacks n: what has no
-    other use than the backward can be computed there.
+    Returns the lse at n, or unless it is `lse_wanted` maybe still that at n = 0.
     """
     fused = _fused(out, lse)
     if fused is not None:
-        return fused.scale_(out, lse, log_n, packed), False
+        lse_n: Tensor = fused.scale_(out, lse, log_n, packed)
+        return lse_n
     scale_(out, lse, log_n, packed)
-    return (with_n(lse, log_n, packed), False) if lse_wanted else (lse, True)
+    return with_n(lse, log_n, packed) if lse_wanted else lse
 
 
 def scale_(out: Tensor, lse: Tensor, log_n: float | Tensor, packed: bool) -> None:

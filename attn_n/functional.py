@@ -10,8 +10,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from attn_n import ops, plans, registry, validate
-from attn_n.call import AttentionCall, Options, Request
+from attn_n import ops, plans, registry, transforms, validate
+from attn_n.call import AttentionCall, Options, Request, describe
 from attn_n.compilation import constant_when_compiled
 
 
@@ -244,33 +244,19 @@ def _describe(
     mask_needs_grad = differentiates and mask is not None and mask.requires_grad
     alibi_needs_grad = differentiates and slopes is not None and slopes.requires_grad
     n_needs_grad = isinstance(n, Tensor) and n.requires_grad
-    call = AttentionCall(
-        device=q.device.type,
-        capability=_capability(q.device),
-        dtype=q.dtype,
-        q_shape=tuple(q.shape),
-        k_shape=tuple(k.shape),
-        v_shape=tuple(v.shape),
-        q_stride=q.stride(),
-        k_stride=k.stride(),
-        v_stride=v.stride(),
-        window_left=options.window_left,
-        window_right=options.window_right,
-        softcap=options.softcap,
-        dropout_p=options.dropout_p,
-        mask_shape=None if mask is None else tuple(mask.shape),
-        mask_dtype=None if mask is None else mask.dtype,
-        alibi=slopes is not None,
+    call = describe(
+        q, k, v, options,
         n_kind=n_kind,
-        sequences=None if options.cu_seqlens_q is None else options.cu_seqlens_q.shape[0] - 1,
         return_lse=bool(request.return_lse),
         needs_grad=differentiates
         and (
             q.requires_grad or k.requires_grad or v.requires_grad or n_needs_grad or mask_needs_grad or alibi_needs_grad
+            or transforms.by_functional_gradient()
         ),
         mask_needs_grad=mask_needs_grad,
         alibi_needs_grad=alibi_needs_grad,
-    )
+        transform=transforms.beyond_one_backward(q, k, v, n if isinstance(n, Tensor) else None, mask, slopes),
+    )  # fmt: skip
     return _Prepared(q, k, v, n, sinks is not None, options, call, out_shape)
 
 
@@ -282,8 +268,10 @@ def _run(prepared: _Prepared, request: Request, key: plans.Key | None = None) ->
         out, lse = backend.attend(q, k, v, n, n_is_logit, options, call.return_lse)
     else:
         tensor_n = n if isinstance(n, Tensor) else None
-        log_n = None if n is None or isinstance(n, Tensor) else math.log(n)
-        how = ops.How(name, n_is_logit, log_n, call.return_lse, ops.watched(q))
+        log_n, numbers = _numbers(n, options)
+        if torch.compiler.is_exporting() and registry.forced(request.backend)[0] is None:
+            name = ops.ANY_BACKEND
+        how = ops.How(name, n_is_logit, log_n, numbers, call.return_lse, ops.watched(q))
         out, lse = ops.attend(q, k, v, tensor_n, options, how, call.needs_grad)
         if key is not None:
             plans.keep(key, plans.Plan(options, how, call.needs_grad))
@@ -291,6 +279,20 @@ def _run(prepared: _Prepared, request: Request, key: plans.Key | None = None) ->
         out = out.reshape(*out_shape, out.shape[-1])
         lse = None if lse is None else lse.reshape(out_shape)
     return (out, lse) if call.return_lse and lse is not None else out
+
+
+def _numbers(n: float | Tensor | None, options: Options) -> tuple[float | None, Tensor | None]:
+    """log n of a number n, and the `numbers` of `ops.How`."""
+    number = None if isinstance(n, Tensor) else n
+    if torch.compiler.is_compiling():
+        from torch.fx.experimental.symbolic_shapes import has_static_value  # which imports SymPy
+
+        if not (has_static_value(options.scale) and (number is None or has_static_value(number))):
+            # Products with a tensor are what torch.compile takes a number as an input of its graph for.
+            one = torch.ones((), dtype=torch.float64)
+            log_n = one * 0.0 if number is None else (one * number).log()
+            return None if number is None else 0.0, torch.stack((log_n, one * options.scale))
+    return None if number is None else math.log(number), None
 
 
 def _autocast(q: Any, k: Any, v: Any) -> tuple[Any, Any, Any]:
@@ -340,7 +342,3 @@ def _window(request: Request, len_q: int | None = None, len_k: int | None = None
     if right is not None and len_q is not None and right >= len_q - 1:
         right = None
     return left, right
-
-
-def _capability(device: torch.device) -> tuple[int, int] | None:
-    return torch.cuda.get_device_capability(device) if device.type == "cuda" else None

@@ -2,39 +2,53 @@
 
 Host cost of a call with gradients: `torch.library.custom_op` with `register_autograd` about 69 us, an operator of a
 `torch.library.Library` under a plain `autograd.Function` about 31 us, a bare function under it about 10 us. Hence an
-eager call runs the function itself, and the operator, which is the same function, is for whoever watches operators.
+eager call runs the function itself. The registered operator wraps the same function; it is used only where somebody
+looks at operators: a compiler, a tensor subclass, a dispatch mode, a functorch transform.
 """
 
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch._C import _functorch
 
-from attn_n import fold, registry
-from attn_n.backends.base import empty_in_order, lies_in_order
-from attn_n.call import Options
+from attn_n import batching, flops, fold, registry
+from attn_n.backends.base import Backend, empty_in_order, lies_in_order
+from attn_n.call import Options, describe
 
 _OPTIONS = (
     "float scale, SymInt? window_left, SymInt? window_right, float? softcap, float dropout_p, Tensor? mask,"
     " Tensor? alibi_slopes, Tensor? cu_seqlens_q, Tensor? cu_seqlens_k, SymInt max_seqlen_q, SymInt max_seqlen_k"
 )
+_FORWARD = (
+    "Tensor q, Tensor k, Tensor v, Tensor? n, bool n_is_logit, float? log_n, Tensor? numbers, str backend, " + _OPTIONS
+)
+_BACKWARD = (
+    "Tensor dout, Tensor? dlse, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse, Tensor? rng_state, Tensor? n,"
+    " bool n_is_logit, bool rows_may_be_empty, bool needs_n_grad, Tensor? numbers, str backend, " + _OPTIONS
+)
+_PURE, _RANDOM = "forward", "forward_with_dropout"
 
 PLAIN = (Tensor, torch.nn.Parameter)
+ANY_BACKEND = ""  # in place of a name: the choice is made when the operator runs
 
 _library: Any = torch.library.Library("attn_n", "DEF")
 _library.define(
-    f"forward(Tensor q, Tensor k, Tensor v, Tensor? log_n_tensor, float? log_n, str backend, {_OPTIONS})"
-    " -> (Tensor out, Tensor lse, Tensor rng_state)",
-    tags=(torch.Tag.pt2_compliant_tag,),
+    f"{_PURE}({_FORWARD}) -> (Tensor out, Tensor lse, Tensor rng_state)", tags=(torch.Tag.pt2_compliant_tag,)
+)
+# Dropout has an operator of its own, for what torch.compile does with one that draws random numbers costs time: of a
+# checkpointed region it keeps the generator's state, so that the recomputation draws the same. It merges equal calls
+# none the less, unless their arguments differ: `drawn` is a random number of the graph, and not read.
+_library.define(
+    f"{_RANDOM}({_FORWARD}, Tensor? drawn) -> (Tensor out, Tensor lse, Tensor rng_state)",
+    tags=(torch.Tag.pt2_compliant_tag, torch.Tag.nondeterministic_seeded),
 )
 _library.define(
-    "backward(Tensor dout, Tensor? dlse, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse, Tensor? rng_state,"
-    f" Tensor? log_n_tensor, bool rows_may_be_empty, bool needs_n_grad, bool n_is_logit, str backend, {_OPTIONS})"
-    " -> (Tensor dq, Tensor dk, Tensor dv, Tensor dn)",
-    tags=(torch.Tag.pt2_compliant_tag,),
+    f"backward({_BACKWARD}) -> (Tensor dq, Tensor dk, Tensor dv, Tensor dn)", tags=(torch.Tag.pt2_compliant_tag,)
 )
 
 
@@ -42,15 +56,19 @@ class How(NamedTuple):
     """What runs, and what for.
 
     Attributes:
+        backend: its name, or `ANY_BACKEND`.
         n_is_logit: a tensor n holds log n.
         log_n: n as a number; None if it is a tensor, or 0.
-        lse_wanted: otherwise the lse that is returned may lack n.
+        numbers: `(log_n, scale)` as a float64 tensor on the CPU, which then stands for both of them: a number that is
+            handed to an operator is a constant of a compiled graph, and each value would compile another one.
+        lse_wanted: otherwise the lse that is returned without gradients may lack n.
         watched: what the function of that name says.
     """
 
     backend: str
     n_is_logit: bool
     log_n: float | None
+    numbers: Tensor | None
     lse_wanted: bool
     watched: bool
 
@@ -59,104 +77,116 @@ def attend(
     q: Tensor, k: Tensor, v: Tensor, n: Tensor | None, options: Options, how: How, needs_grad: bool
 ) -> tuple[Tensor, Tensor]:
     """(out, lse) of canonical tensors by a backend with a forward and a backward; n is `()` or `(Hq,)`."""
-    if needs_grad:
-        if how.watched:
-            q, k, v, options = _distinct(q, k, v, options)
-        attended: tuple[Tensor, Tensor] = _Attention.apply(q, k, v, n, options, how)  # type: ignore[no-untyped-call]
-        return attended
-    out, lse, *_ = _forward(q, k, v, None if n is None else _log_per_head(q, n, how), options, how)
+    if not (needs_grad or how.watched):
+        out, lse, _ = _eager_forward(
+            options, how.lse_wanted, q, k, v, n, how.n_is_logit, how.log_n, how.numbers, how.backend
+        )
+        return out, lse
+    arguments = (q, k, v, n, how.n_is_logit, how.log_n, how.numbers, how.backend, *options)
+    if how.watched and not torch._C._are_functorch_transforms_active():
+        flops.register()
+        out, lse, _ = _operator(arguments)
+    else:
+        out, lse, _ = _Attention.apply(*arguments)  # type: ignore[no-untyped-call]
     return out, lse
 
 
-def _forward(
-    q: Tensor, k: Tensor, v: Tensor, log_n_tensor: Tensor | None, options: Options, how: How
-) -> tuple[Tensor, Tensor, Tensor | None, bool]:
-    backend, _, log_n, lse_wanted, watched = how
-    if watched:
-        out, lse, rng_state = torch.ops.attn_n.forward(q, k, v, log_n_tensor, log_n, backend, *options)
-        return out, lse, rng_state, False
-    return _eager_forward(q, k, v, log_n_tensor, log_n, backend, options, lse_wanted)
-
-
 def watched(x: Tensor) -> bool:
-    """Whether somebody watches operators: a compiler, a tensor subclass (fake tensors), a mode (checkpoints)."""
+    """Whether somebody looks at operators: a compiler, a tensor subclass, a mode (checkpoints), functorch, a tracer."""
     if torch.compiler.is_compiling():
         return True
-    return type(x) not in PLAIN or torch._C._len_torch_dispatch_stack() > 0
+    return (
+        type(x) not in PLAIN
+        or torch._C._len_torch_dispatch_stack() > 0
+        or torch._C._are_functorch_transforms_active()
+        or torch._C._is_tracing()
+    )
 
 
-def _distinct(q: Tensor, k: Tensor, v: Tensor, options: Options) -> tuple[Tensor, Tensor, Tensor, Options]:
-    """Views in place of repetitions (self-attention of one tensor), of which torch.compile takes none."""
-    if k is q:
-        k = k.view_as(k)
-    if v is q or v is k:
-        v = v.view_as(v)
-    if options.cu_seqlens_k is not None and options.cu_seqlens_k is options.cu_seqlens_q:
-        options = options.replaced(cu_seqlens_k=options.cu_seqlens_k.view_as(options.cu_seqlens_k))
-    return q, k, v, options
+def _operator(arguments: Sequence[Any]) -> tuple[Tensor, Tensor, Tensor]:
+    q, options = arguments[0], _options_of(arguments)
+    results: tuple[Tensor, Tensor, Tensor]
+    if options.dropout_p:
+        # Drawn in a graph alone: in an eager call it would shift what the kernel draws.
+        drawn = torch.randint(1 << 62, (), device=q.device) if torch.compiler.is_compiling() else None
+        results = torch.ops.attn_n.forward_with_dropout(*arguments, drawn)
+    else:
+        results = torch.ops.attn_n.forward(*arguments)
+    return results
+
+
+def _options_of(arguments: Sequence[Any]) -> Options:
+    return Options(*arguments[8:19])
 
 
 class _Attention(torch.autograd.Function):
+    """Takes the arguments of the operator, and is the gradient of the operator too."""
+
+    generate_vmap_rule = True
+
     @staticmethod
-    def forward(
-        ctx: Any, q: Tensor, k: Tensor, v: Tensor, n: Tensor | None, options: Options, how: How
-    ) -> tuple[Tensor, Tensor]:
-        log_n_tensor = None if n is None else _log_per_head(q, n, how)
-        out, lse, rng_state, lse_lacks_n = _forward(q, k, v, log_n_tensor, options, how)
-        mask, slopes = options.mask, options.alibi_slopes
-        starts_q, starts_k = options.cu_seqlens_q, options.cu_seqlens_k
-        if mask is None and slopes is None and starts_q is None:
-            ctx.save_for_backward(q, k, v, out, lse, rng_state, log_n_tensor)
+    def forward(*arguments: Any) -> tuple[Tensor, Tensor, Tensor | None]:
+        if torch._C._are_functorch_transforms_active():  # an outer one, of several
+            return _operator(arguments)
+        # The lse always has n here. Under a checkpoint the backward gets what is saved from a second forward, which can
+        # run in another way than the first: nothing may be known of it but what it returned.
+        return _eager_forward(_options_of(arguments), True, *arguments[:8])
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
+        q, k, v, n, n_is_logit, log_n, numbers, backend = inputs[:8]
+        options, (out, lse, rng_state) = _options_of(inputs), output
+        tensors = options.mask, options.alibi_slopes, options.cu_seqlens_q, options.cu_seqlens_k, numbers
+        # An operator cannot return None: what it returns in its place, and what a bare function does, are one here.
+        saved = q, k, v, out, lse, rng_state if options.dropout_p else None, n
+        if all(x is None for x in tensors):
+            ctx.save_for_backward(*saved)
             ctx.options = options
         else:
-            ctx.save_for_backward(q, k, v, out, lse, rng_state, log_n_tensor, mask, slopes, starts_q, starts_k)
+            ctx.save_for_backward(*saved, *tensors)
             ctx.options = options.replaced(mask=None, alibi_slopes=None, cu_seqlens_q=None, cu_seqlens_k=None)
-        ctx.rest = how, lse_lacks_n, None if n is None else n.shape
+        ctx.rest = n_is_logit, log_n is not None, backend, len(inputs)
         ctx.set_materialize_grads(False)
-        return out, lse
 
     @staticmethod
     def backward(ctx: Any, *grads: Any) -> Any:
-        dout, dlse = grads
+        dout, dlse, _ = grads
+        n_is_logit, n_is_positive, backend, count = ctx.rest
         if dout is None and dlse is None:
-            return (None,) * 6
-        q, k, v, out, lse, rng_state, log_n_tensor, *tensors = ctx.saved_tensors
-        options, (how, lse_lacks_n, n_shape) = ctx.options, ctx.rest
+            return (None,) * count
+        q, k, v, out, lse, rng_state, n, *tensors = ctx.saved_tensors
+        options, numbers = ctx.options, None
         if tensors:
-            mask, slopes, starts_q, starts_k = tensors
+            mask, slopes, starts_q, starts_k, numbers = tensors
             options = options.replaced(mask=mask, alibi_slopes=slopes, cu_seqlens_q=starts_q, cu_seqlens_k=starts_k)
         if dout is None:
             dout = torch.zeros_like(out)
-        if lse_lacks_n:
-            n = how.log_n if log_n_tensor is None else log_n_tensor
-            lse = fold.with_n(lse, n, options.cu_seqlens_q is not None)
-        needs_n_grad = ctx.needs_input_grad[3]
-        rows_may_be_empty = how.log_n is None and _rows_may_be_empty(q, k, options)
+        needs_q, needs_k, needs_v, needs_n = ctx.needs_input_grad[:4]
+        rows_may_be_empty = not n_is_positive and _rows_may_be_empty(q, k, options)
         arguments = (
-            dout, dlse, q, k, v, out, lse, rng_state, log_n_tensor, rows_may_be_empty, needs_n_grad,
-            how.n_is_logit, how.backend,
+            dout, dlse, q, k, v, out, lse, rng_state, n, n_is_logit, rows_may_be_empty, needs_n, numbers, backend,
+            *options,
         )  # fmt: skip
         if torch.is_grad_enabled():
-            dq, dk, dv, dn = _Backward.apply(*arguments, options)  # type: ignore[no-untyped-call]
-        elif watched(q):
-            dq, dk, dv, dn = torch.ops.attn_n.backward(*arguments, *options)
+            dq, dk, dv, dn = _Backward.apply(*arguments)  # type: ignore[no-untyped-call]
         else:
-            dq, dk, dv, dn = _eager_backward(*arguments, options)
-        if not needs_n_grad:
-            dn = None
-        elif len(n_shape) == 0:
-            dn = dn.sum()
-        needs_q, needs_k, needs_v = ctx.needs_input_grad[:3]
-        return dq if needs_q else None, dk if needs_k else None, dv if needs_v else None, dn, None, None
+            dq, dk, dv, dn = _backward(*arguments)
+        found = dq if needs_q else None, dk if needs_k else None, dv if needs_v else None, dn if needs_n else None
+        return *found, *[None] * (count - 4)
 
 
 class _Backward(torch.autograd.Function):
     """The backward of a call under create_graph=True: it can be computed, but not differentiated once more."""
 
+    generate_vmap_rule = True
+
     @staticmethod
-    def forward(ctx: Any, *arguments: Any) -> Any:
-        ctx.backend = arguments[-2]
-        return _eager_backward(*arguments)
+    def forward(*arguments: Any) -> tuple[Tensor, ...]:
+        return _backward(*arguments)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
+        ctx.backend = inputs[13]
 
     @staticmethod
     def backward(ctx: Any, *grads: Any) -> Any:
@@ -166,10 +196,18 @@ class _Backward(torch.autograd.Function):
         )
 
 
-def _log_per_head(q: Tensor, n: Tensor, how: How) -> Tensor:
+def _backward(*arguments: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    dout, q = arguments[0], arguments[2]
+    if watched(q) or _functorch.is_legacy_batchedtensor(dout):  # is_grads_batched
+        gradients: tuple[Tensor, Tensor, Tensor, Tensor] = torch.ops.attn_n.backward(*arguments)
+        return gradients
+    return _eager_backward(Options(*arguments[14:]), *arguments[:14])
+
+
+def _log_per_head(q: Tensor, n: Tensor, n_is_logit: bool) -> Tensor:
     """log n as `(Hq,)` in the dtype of the lse."""
     n = n.detach().to(_lse_dtype(q))
-    return (n if how.n_is_logit else n.log()).expand(q.shape[1])
+    return (n if n_is_logit else n.log()).expand(q.shape[1])
 
 
 def _lse_dtype(q: Tensor) -> torch.dtype:
@@ -184,56 +222,74 @@ def _rows_may_be_empty(q: Tensor, k: Tensor, options: Options) -> bool:
 
 
 def _eager_forward(
-    q: Tensor, k: Tensor, v: Tensor, log_n_tensor: Tensor | None, log_n: float | None, backend: str, options: Options,
-    lse_wanted: bool,
-) -> tuple[Tensor, Tensor, Tensor | None, bool]:  # fmt: skip
-    """out, lse, the state of dropout, and whether the lse still lacks n, which the backward can add as well."""
-    n = log_n if log_n_tensor is None else log_n_tensor
+    options: Options, lse_wanted: bool, q: Tensor, k: Tensor, v: Tensor, n: Tensor | None, n_is_logit: bool,
+    log_n: float | None, numbers: Tensor | None, backend: str,
+) -> tuple[Tensor, Tensor, Tensor | None]:  # fmt: skip
+    """out, lse (unless it is wanted maybe still without n), and the state of dropout."""
+    if numbers is not None:
+        log_n, options = _numbers(numbers, log_n, options)
     packed = options.cu_seqlens_q is not None
+    log_of_n = log_n if n is None else _log_per_head(q, n, n_is_logit)
     if q.numel() == 0 or k.numel() == 0:
         out, lse = _nothing_to_see(q, v)
-        return out, lse if n is None else fold.with_n(lse, n, packed), None, False
-    chosen = registry.loaded(backend)
-    if n is None or chosen.applies_n:
-        return *chosen.forward(q, k, v, n, options), False
+        return out, lse if log_of_n is None else fold.with_n(lse, log_of_n, packed), None
+    chosen = _chosen(backend, q, k, v, n, log_n, options)
+    if chosen.differentiates:
+        with torch.no_grad():
+            out, attended_lse = chosen.attend(q, k, v, log_of_n, True, options, True)
+        assert attended_lse is not None
+        return out, attended_lse, None
+    if log_of_n is None or chosen.applies_n:
+        return chosen.forward(q, k, v, log_of_n, options)
     out, lse, rng_state = chosen.forward(q, k, v, None, options)
-    lse, lacks_n = fold.apply_(out, lse, n, packed, lse_wanted)
-    return out, lse, rng_state, lacks_n
+    return out, fold.apply_(out, lse, log_of_n, packed, lse_wanted), rng_state
 
 
 def _eager_backward(
-    dout: Tensor,
-    dlse: Tensor | None,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    out: Tensor,
-    lse: Tensor,
-    rng_state: Tensor | None,
-    log_n_tensor: Tensor | None,
-    rows_may_be_empty: bool,
-    needs_n_grad: bool,
-    n_is_logit: bool,
-    backend: str,
-    options: Options,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    log_n = log_n_tensor if n_is_logit else None
+    options: Options, dout: Tensor, dlse: Tensor | None, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor,
+    rng_state: Tensor | None, n: Tensor | None, n_is_logit: bool, rows_may_be_empty: bool, needs_n_grad: bool,
+    numbers: Tensor | None, backend: str,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    if numbers is not None:
+        _, options = _numbers(numbers, None, options)
+    log_n = _log_per_head(q, n, True) if n is not None and n_is_logit and needs_n_grad else None
     if q.numel() == 0 or k.numel() == 0:
         dq, dk, dv, dn = torch.zeros_like(q), torch.zeros_like(k), torch.zeros_like(v), lse.new_empty(0)
         if needs_n_grad:
             dn = fold.gradient_of_n(dout, dlse, out, lse, log_n, options.cu_seqlens_q is not None)
-        return dq, dk, dv, dn
-    # An operator cannot return None: what it returned in its place, and what a bare function did, are one here.
-    rng_state = rng_state if options.dropout_p else None
+        return dq, dk, dv, _shaped_as(dn, n)
     if rows_may_be_empty:
         lse, dlse = fold.lse_for_backward(lse, dlse)
-    chosen = registry.loaded(backend)
+    chosen = _chosen(backend, q, k, v, n, None, options)
     if needs_n_grad:
         dq, dk, dv, dn = chosen.backward_with_n(dout, dlse, q, k, v, out, lse, rng_state, log_n, options)
     else:
         dq, dk, dv = chosen.backward(dout, dlse, q, k, v, out, lse, rng_state, options)
         dn = lse.new_empty(0)
-    return dq, _sum_groups(dk, k.shape[1]), _sum_groups(dv, k.shape[1]), dn
+    return dq, _sum_groups(dk, k.shape[1]), _sum_groups(dv, k.shape[1]), _shaped_as(dn, n)
+
+
+def _chosen(
+    name: str, q: Tensor, k: Tensor, v: Tensor, n: Tensor | None, log_n: float | None, options: Options
+) -> Backend:
+    """The backend of that name, or that of the automatic order here and now (an exported program runs anywhere)."""
+    if name != ANY_BACKEND:
+        return registry.loaded(name)
+    needs_grad = any(x is not None and x.requires_grad for x in (q, k, v, n))
+    n_kind = "none" if n is None and log_n is None else "float" if n is None else "per head"
+    # Whether the lse has a gradient, an operator does not know.
+    call = describe(q, k, v, options, n_kind=n_kind, return_lse=needs_grad, needs_grad=needs_grad)
+    return registry.choose(call, None)[1]
+
+
+def _numbers(numbers: Tensor, log_n: float | None, options: Options) -> tuple[float | None, Options]:
+    log_of_n, scale = numbers.tolist()
+    return None if log_n is None else log_of_n, options.replaced(scale=scale)
+
+
+def _shaped_as(dn: Tensor, n: Tensor | None) -> Tensor:
+    """The gradient of n per head as that of a scalar, if n is one."""
+    return dn.sum() if n is not None and n.dim() == 0 and dn.numel() else dn
 
 
 def _nothing_to_see(q: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
@@ -254,52 +310,52 @@ def _in_order(x: Tensor, order: tuple[int, ...]) -> Tensor:
     return x if lies_in_order(x, order) else empty_in_order(x, x.shape, order).copy_(x)
 
 
-def _forward_operator(
-    q: Tensor, k: Tensor, v: Tensor, log_n_tensor: Tensor | None, log_n: float | None, backend: str, *values: Any
-) -> tuple[Tensor, Tensor, Tensor]:
-    options = Options(*values)
-    out, lse, rng_state, _ = _eager_forward(q, k, v, log_n_tensor, log_n, backend, options, lse_wanted=True)
+def _promises(backend: str) -> Backend:
+    """The backend whose orders of dimensions the results have; of an open choice the default ones."""
+    return Backend() if backend == ANY_BACKEND else registry.loaded(backend)
+
+
+def _forward_operator(*arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
+    q, backend, options = arguments[0], arguments[7], _options_of(arguments)
+    out, lse, rng_state = _eager_forward(options, True, *arguments[:8])
     if rng_state is None:
         rng_state = torch.empty(2 if options.dropout_p else 0, dtype=torch.int64, device=q.device)
-    chosen = registry.loaded(backend)
-    return _in_order(out, chosen.out_order(q)), _in_order(lse, chosen.lse_order(q)), rng_state
+    promised = _promises(backend)
+    return _in_order(out, promised.out_order(q)), _in_order(lse, promised.lse_order(q)), rng_state
 
 
-def _backward_operator(
-    dout: Tensor, dlse: Tensor | None, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor,
-    rng_state: Tensor | None, log_n_tensor: Tensor | None, rows_may_be_empty: bool, needs_n_grad: bool,
-    n_is_logit: bool, backend: str, *values: Any,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
-    options = Options(*values)
-    dq, dk, dv, dn = _eager_backward(
-        dout, dlse, q, k, v, out, lse, rng_state, log_n_tensor, rows_may_be_empty, needs_n_grad, n_is_logit, backend,
-        options,
-    )  # fmt: skip
-    order = registry.loaded(backend).gradient_order
+def _backward_operator(*arguments: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    q, k, v, backend = *arguments[2:5], arguments[13]
+    dq, dk, dv, dn = _eager_backward(Options(*arguments[14:]), *arguments[:14])
+    order = _promises(backend).gradient_order
     return _in_order(dq, order(q)), _in_order(dk, order(k)), _in_order(dv, order(v)), dn
 
 
-def _fake_forward(
-    q: Tensor, k: Tensor, v: Tensor, log_n_tensor: Tensor | None, log_n: float | None, backend: str, *values: Any
-) -> tuple[Tensor, Tensor, Tensor]:
-    options = Options(*values)
-    chosen = registry.loaded(backend)
-    out = empty_in_order(q, (*q.shape[:-1], v.shape[-1]), chosen.out_order(q))
-    lse = empty_in_order(q, q.shape[:-1], chosen.lse_order(q)).to(_lse_dtype(q))
+def _fake_forward(*arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
+    q, v, promised, options = arguments[0], arguments[2], _promises(arguments[7]), _options_of(arguments)
+    out = empty_in_order(q, (*q.shape[:-1], v.shape[-1]), promised.out_order(q))
+    lse = empty_in_order(q, q.shape[:-1], promised.lse_order(q)).to(_lse_dtype(q))
     return out, lse, q.new_empty(2 if options.dropout_p else 0, dtype=torch.int64)
 
 
-def _fake_backward(
-    dout: Tensor, dlse: Tensor | None, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor,
-    rng_state: Tensor | None, log_n_tensor: Tensor | None, rows_may_be_empty: bool, needs_n_grad: bool,
-    n_is_logit: bool, backend: str, *values: Any,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
-    chosen = registry.loaded(backend)
-    dq, dk, dv = (empty_in_order(x, x.shape, chosen.gradient_order(x)) for x in (q, k, v))
-    return dq, dk, dv, lse.new_empty(q.shape[1] if needs_n_grad else 0)
+def _fake_backward(*arguments: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    q, k, v, lse, n, needs_n_grad, promised = (
+        *arguments[2:5], arguments[6], arguments[8], arguments[11], _promises(arguments[13]),
+    )  # fmt: skip
+    dq, dk, dv = (empty_in_order(x, x.shape, promised.gradient_order(x)) for x in (q, k, v))
+    return dq, dk, dv, lse.new_empty(n.shape if needs_n_grad else 0)
 
 
-_library.impl("forward", _forward_operator, "CompositeExplicitAutograd")
+for _name in (_PURE, _RANDOM):
+    _library.impl(_name, _forward_operator, "CompositeExplicitAutograd")
+    torch.library.register_fake(f"attn_n::{_name}", _fake_forward, lib=_library)
+    torch.library.register_autograd(
+        f"attn_n::{_name}", _Attention.backward, setup_context=_Attention.setup_context, lib=_library
+    )
+    torch.library.register_vmap(f"attn_n::{_name}", batching.rule(getattr(torch.ops.attn_n, _name), 3, 8), lib=_library)
 _library.impl("backward", _backward_operator, "CompositeExplicitAutograd")
-torch.library.register_fake("attn_n::forward", _fake_forward, lib=_library)
 torch.library.register_fake("attn_n::backward", _fake_backward, lib=_library)
+torch.library.register_autograd(
+    "attn_n::backward", _Backward.backward, setup_context=_Backward.setup_context, lib=_library
+)
+torch.library.register_vmap("attn_n::backward", batching.rule(torch.ops.attn_n.backward, 7, 14), lib=_library)

@@ -7,9 +7,12 @@ import functools
 import importlib
 import importlib.metadata
 import os
+import threading
 from collections.abc import Callable, Iterator
 from contextvars import ContextVar
 from dataclasses import dataclass
+
+import torch
 
 from attn_n import order
 from attn_n.backends.base import Backend, Family
@@ -94,6 +97,16 @@ _generation = 0
 _innermost: ContextVar[str | None] = ContextVar("attn_n_backend", default=None)
 
 
+class _OfThread(threading.local):
+    """What `_innermost` holds, for torch.compile, which guards an attribute of an object but no context variable."""
+
+    def __init__(self) -> None:
+        self.innermost: str | None = None
+
+
+_of_thread = _OfThread()
+
+
 def register_backend(backend: Backend) -> None:
     """Make `backend` known by its name, in place of an earlier one of that name.
 
@@ -173,11 +186,13 @@ def use_backend(name: str | None) -> Iterator[None]:
     """
     if name is not None:
         find(name)
-    token = _innermost.set(name or "")
+    token, before = _innermost.set(name or ""), _of_thread.innermost
+    _of_thread.innermost = name or ""
     try:
         yield
     finally:
         _innermost.reset(token)
+        _of_thread.innermost = before
 
 
 def forced(backend: str | None) -> tuple[str | None, str]:
@@ -186,14 +201,14 @@ def forced(backend: str | None) -> tuple[str | None, str]:
         if not isinstance(backend, str):
             raise TypeError(f"backend: expected None or a name, got {type(backend).__name__}")
         return backend, "backend="
-    return _asked_around()
-
-
-@constant_when_compiled  # torch.compile guards neither the context nor the environment
-def _asked_around() -> tuple[str | None, str]:
-    named = _innermost.get()
+    named = _of_thread.innermost if torch.compiler.is_compiling() else _innermost.get()
     if named is not None:
         return named or None, "use_backend" if named else "automatic"
+    return _of_environment()
+
+
+@constant_when_compiled  # torch.compile does not guard the environment
+def _of_environment() -> tuple[str | None, str]:
     named = os.environ.get(ENVIRONMENT_VARIABLE)
     return (named, ENVIRONMENT_VARIABLE) if named else (None, "automatic")
 
@@ -212,12 +227,13 @@ def choose(call: AttentionCall, backend: str | None) -> tuple[str, Backend]:
             found, _ = find(candidate)
         except ValueError as error:
             raise ValueError(f"{asked_by}: {str(error).removeprefix('backend: ')}") from None
-        if isinstance(found, Family):
-            member = found.serving(call)
-            if member is not None:
-                return f"{candidate}:{member}", found.members[member]
-        elif found is not None and found.why_not(call) is None:
+        if found is None or _unserved(found, call) is not None:
+            continue
+        if not isinstance(found, Family):
             return candidate, found
+        member = found.serving(call)
+        assert member is not None
+        return f"{candidate}:{member}", found.members[member]
     raise UnsupportedError(_refusal(call, name, asked_by))
 
 
@@ -242,7 +258,13 @@ def explain(call: AttentionCall, backend: str | None) -> Explanation:
 def why_not(name: str, call: AttentionCall) -> str | None:
     """The reason why the backend called `name` does not serve `call`, or None if it does."""
     backend, problem = find(name)
-    return problem if backend is None else backend.why_not(call)
+    return problem if backend is None else _unserved(backend, call)
+
+
+def _unserved(backend: Backend, call: AttentionCall) -> str | None:
+    if call.transform is not None and not backend.differentiates:
+        return f"{call.transform} is served by differentiable operations alone, as those of reference"
+    return backend.why_not(call)
 
 
 def _refusal(call: AttentionCall, name: str | None, asked_by: str) -> str:

@@ -27,7 +27,9 @@ def floating(name: str, x: object) -> Tensor:
 
 def readable(x: Tensor) -> bool:
     """Whether the values of `x` can be looked at for free: a real tensor on the CPU, outside of any tracing."""
-    return x.device.type == "cpu" and type(x) in (Tensor, torch.nn.Parameter) and not torch.compiler.is_compiling()
+    if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
+        return False
+    return x.device.type == "cpu" and type(x) in (Tensor, torch.nn.Parameter)
 
 
 def qkv(q: Tensor, k: Tensor, v: Tensor, packed: bool) -> None:

@@ -237,6 +237,26 @@ def test_packed_boundaries_are_checked_by_the_reader_too() -> None:
     """A compiled call skips the check of values at its front door; who reads them to the host checks them there."""
     q, k, v, cu_q, cu_k, max_q, max_k = packed().values()
     cu_q[-1] = 8
-    arguments = (q, k, v, None, 0.0, "sdpa:cpu", 1.0, None, None, None, 0.0, None, None, cu_q, cu_k, max_q, max_k)
+    arguments = (
+        q,
+        k,
+        v,
+        None,
+        False,
+        0.0,
+        None,
+        "sdpa:cpu",
+        1.0,
+        None,
+        None,
+        None,
+        0.0,
+        None,
+        None,
+        cu_q,
+        cu_k,
+        max_q,
+        max_k,
+    )
     with pytest.raises(ValueError, match="cu_seqlens_q: expected to end at the 9 packed tokens, got 8"):
         torch.ops.attn_n.forward(*arguments)

@@ -39,16 +39,22 @@ def test_opcheck(case: Case) -> None:
     log_n = torch.linspace(-1, 1, case.heads_q)
     checks = ("test_schema", "test_faketensor", "test_aot_dispatch_dynamic")
     torch.library.opcheck(
-        torch.ops.attn_n.forward.default, (q, k, v, log_n, None, "sdpa:cpu", *options), test_utils=checks[:2]
+        torch.ops.attn_n.forward.default,
+        (q, k, v, log_n, True, None, None, "sdpa:cpu", *options),
+        test_utils=checks[:2],
     )
-    out, lse, state = torch.ops.attn_n.forward(q, k, v, log_n, None, "sdpa:cpu", *options)
+    out, lse, state = torch.ops.attn_n.forward(q, k, v, log_n, True, None, None, "sdpa:cpu", *options)
     arguments = (torch.randn_like(out), torch.randn_like(lse), q, k, v, out, lse, state, log_n)
     torch.library.opcheck(
-        torch.ops.attn_n.backward.default, (*arguments, True, True, True, "sdpa:cpu", *options), test_utils=checks[:2]
+        torch.ops.attn_n.backward.default,
+        (*arguments, True, True, True, None, "sdpa:cpu", *options),
+        test_utils=checks[:2],
     )
     if case.name in ("causal", "GQA", "packed"):
         torch.library.opcheck(
-            torch.ops.attn_n.forward.default, (q, k, v, log_n, None, "sdpa:cpu", *options), test_utils=checks[2:]
+            torch.ops.attn_n.forward.default,
+            (q, k, v, log_n, True, None, None, "sdpa:cpu", *options),
+            test_utils=checks[2:],
         )
 
 
@@ -239,11 +245,11 @@ def test_meta_and_fake_tensors(mode: str) -> None:
 def test_the_operators_on_meta_tensors() -> None:
     q, k, v, n = (x.detach() for x in leaves(9, device="meta"))
     options = Options(0.25)
-    out, lse, state = torch.ops.attn_n.forward(q, k, v, n, None, "sdpa:cpu", *options)
+    out, lse, state = torch.ops.attn_n.forward(q, k, v, n, True, None, None, "sdpa:cpu", *options)
     assert out.shape == q.shape
     assert lse.shape == q.shape[:3]
     gradients = torch.ops.attn_n.backward(
-        out, None, q, k, v, out, lse, state, n, False, True, True, "sdpa:cpu", *options
+        out, None, q, k, v, out, lse, state, n, True, False, True, None, "sdpa:cpu", *options
     )
     assert [x.shape for x in gradients] == [q.shape, k.shape, v.shape, n.shape]
 
@@ -258,12 +264,12 @@ def test_a_backend_with_other_strides_is_set_right(monkeypatch: pytest.MonkeyPat
             return None
 
         def forward(self, q: Tensor, k: Tensor, v: Tensor, log_n: object, options: Options) -> Any:
-            out, lse, _ = torch.ops.attn_n.forward(q, k, v, None, None, "sdpa:cpu", *options)
+            out, lse, _ = torch.ops.attn_n.forward(q, k, v, None, False, None, None, "sdpa:cpu", *options)
             return out.mT.contiguous().mT, lse.mT.contiguous().mT, None
 
     monkeypatch.setitem(registry._entries, "contrary", registry._Entry(Contrary))
     q, k, v, n = (x.detach() for x in leaves(9))
-    out, lse, _ = torch.ops.attn_n.forward(q, k, v, n.log(), None, "contrary", *Options(0.25))
+    out, lse, _ = torch.ops.attn_n.forward(q, k, v, n, False, None, None, "contrary", *Options(0.25))
     expected, expected_lse = flash_attention_n(q, k, v, sm_n=n, return_lse=True)
     assert torch.equal(out, expected)
     assert torch.equal(lse, expected_lse)

@@ -1,0 +1,40 @@
+"""Which of PyTorch's ways to differentiate and to batch surround a call."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch._C import _functorch
+from torch.autograd import forward_ad
+
+from attn_n.compilation import constant_when_compiled
+
+
+def beyond_one_backward(*tensors: Tensor | None) -> str | None:
+    """What a pair of a forward and a backward cannot give: forward-mode AD, or a gradient of a gradient."""
+    levels = _levels()
+    if "Jvp" in levels or (forward_ad._current_level >= 0 and _has_tangent(tensors)):
+        return "forward-mode AD"
+    return "differentiated twice by torch.func" if levels.count("Grad") > 1 else None
+
+
+def by_functional_gradient() -> bool:
+    """Whether torch.func computes a gradient, which inside of a torch.vmap no tensor shows."""
+    return "Grad" in _levels()
+
+
+@constant_when_compiled  # while torch.compile traces, it has these levels too
+def _levels() -> tuple[str, ...]:
+    """Those of functorch, from the outermost to the innermost: "Grad", "Jvp", "Vmap", "Functionalize"."""
+    if not torch._C._are_functorch_transforms_active():
+        return ()
+    stack: Any = _functorch.get_interpreter_stack()
+    return tuple(level.key().name for level in stack)
+
+
+def _has_tangent(tensors: tuple[Tensor | None, ...]) -> bool:
+    if torch.compiler.is_compiling():  # which cannot trace the question
+        return True
+    return any(x is not None and forward_ad.unpack_dual(x).tangent is not None for x in tensors)

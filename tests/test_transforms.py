@@ -1,0 +1,210 @@
+"""torch.func, torch.vmap, batched gradients and forward-mode AD: served, by `reference` where it has to be."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch.autograd import forward_ad
+
+import attn_n
+from attn_n import UnsupportedError, flash_attention_n, flash_attention_n_varlen
+from tests.cases import INTERPRETED
+from tests.oracle import attention_n
+
+BACKENDS = [None, "reference", *(["triton"] if INTERPRETED else [])]
+STARTS = torch.tensor([0, 3, 7], dtype=torch.int32)
+
+
+def inputs(*leading: int, dtype: torch.dtype = torch.float64, heads_kv: int = 2) -> list[Tensor]:
+    """q, k, v of negative logits, and sinks."""
+    q, k, v = (torch.randn(*leading, heads, 5, 8, dtype=dtype) for heads in (4, heads_kv, heads_kv))
+    q[..., 0], k[..., 0] = -2.0, 3.0
+    return [q, k, v, torch.linspace(-1.0, 1.0, 4, dtype=dtype)]
+
+
+def ours(q: Tensor, k: Tensor, v: Tensor, sinks: Tensor, **options: Any) -> Tensor:
+    out = flash_attention_n(q, k, v, True, sinks=sinks, **options)
+    assert isinstance(out, Tensor)
+    return out
+
+
+def exact(q: Tensor, k: Tensor, v: Tensor, sinks: Tensor) -> Tensor:
+    return attention_n(q, k, v, sinks=sinks, causal=True)[0]
+
+
+def loss_of(attend: Callable[..., Tensor], **options: Any) -> Callable[..., Tensor]:
+    return lambda *x: (attend(*x, **options).sin() * torch.arange(1.0, 9.0, dtype=x[0].dtype)).sum()
+
+
+def equal(got: Any, expected: Any, tolerance: float) -> bool:
+    return all(
+        torch.allclose(a.double(), b.double(), atol=tolerance)
+        for a, b in zip(torch.utils._pytree.tree_leaves(got), torch.utils._pytree.tree_leaves(expected), strict=True)
+    )
+
+
+def dtype_of(backend: str | None) -> tuple[torch.dtype, float]:
+    return (torch.float32, 1e-4) if backend == "triton" else (torch.float64, 1e-9)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_func_grad_vjp_jacrev(backend: str | None, ran: list[str]) -> None:
+    dtype, tolerance = dtype_of(backend)
+    x = inputs(2, dtype=dtype)
+    every = (0, 1, 2, 3)
+    got = torch.func.grad(loss_of(ours, backend=backend), every)(*x)
+    assert equal(got, torch.func.grad(loss_of(exact), every)(*[each.double() for each in x]), tolerance)
+    out, pull = torch.func.vjp(lambda *x: ours(*x, backend=backend), *x)
+    expected, exact_pull = torch.func.vjp(exact, *[each.double() for each in x])
+    assert equal((out, pull(out)), (expected, exact_pull(expected)), tolerance)
+    short = [x[0][:1, :, :2], x[1][:1], x[2][:1], x[3]]
+    got = torch.func.jacrev(lambda *x: ours(*x, backend=backend), every)(*short)
+    assert equal(got, torch.func.jacrev(exact, every)(*[each.double() for each in short]), tolerance)
+    kernel = {None: "forward sdpa:cpu", "triton": "forward triton:portable", "reference": "attend reference"}[backend]
+    assert kernel in ran
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize(
+    "in_dims", [(0, 0, 0, None), (1, None, None, None), (0, 0, 0, 0), (None, None, None, 0)], ids=str
+)
+def test_vmap(backend: str | None, in_dims: tuple[int | None, ...], ran: list[str]) -> None:
+    """Over the batch, over another dimension of q alone, and over the sinks."""
+    dtype, tolerance = dtype_of(backend)
+    x = inputs(2, dtype=dtype)
+    x = [
+        each if dim is None else torch.stack([each, each.flip(0), 0.5 * each], dim)
+        for each, dim in zip(x, in_dims, strict=True)
+    ]
+    wide = [each.double() for each in x]
+    assert equal(
+        torch.vmap(lambda *x: ours(*x, backend=backend), in_dims)(*x), torch.vmap(exact, in_dims)(*wide), tolerance
+    )
+    # per-sample gradients
+    got = torch.vmap(torch.func.grad(loss_of(ours, backend=backend), (0, 1, 2, 3)), in_dims)(*x)
+    assert equal(got, torch.vmap(torch.func.grad(loss_of(exact), (0, 1, 2, 3)), in_dims)(*wide), tolerance)
+    # the gradient of a loss over all samples
+    got = torch.func.grad(lambda *x: torch.vmap(loss_of(ours, backend=backend), in_dims)(*x).sum(), (0, 1, 2, 3))(*x)
+    expected = torch.func.grad(lambda *x: torch.vmap(loss_of(exact), in_dims)(*x).sum(), (0, 1, 2, 3))(*wide)
+    assert equal(got, expected, tolerance)
+    if backend is None:
+        assert set(ran) == {"forward sdpa:cpu", "backward sdpa:cpu"}
+
+
+def test_vmap_joins_the_batch(ran: list[str]) -> None:
+    """One kernel for all samples, unless n, a mask or packed sequences keep them apart."""
+    x = inputs(3, 2)
+    torch.vmap(ours, (0, 0, 0, None))(*x)
+    assert ran == ["forward sdpa:cpu"]
+    torch.vmap(lambda q, k, v, mask: flash_attention_n(q, k, v, sm_n=1.0, attn_mask=mask))(
+        *x[:3], torch.rand(3, 5, 5) > 0.3
+    )
+    assert ran == ["forward sdpa:cpu"] * 4
+
+
+def test_vmap_of_packed_sequences_and_masks() -> None:
+    q, k, v = (torch.randn(3, 7, 2, 8, dtype=torch.float64) for _ in range(3))
+    mask = torch.randn(3, 5, 5, dtype=torch.float64)
+
+    def varlen(q: Tensor, k: Tensor, v: Tensor) -> Any:
+        return flash_attention_n_varlen(q, k, v, STARTS, STARTS, 4, 4, sm_n=1.0)
+
+    expected = torch.stack([varlen(*one) for one in zip(q, k, v, strict=True)])
+    assert torch.allclose(torch.vmap(varlen)(q, k, v), expected)
+
+    def masked(q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Any:
+        return flash_attention_n(q, k, v, sm_n=1.0, attn_mask=mask)
+
+    x = inputs(3)[:3]
+    for one in (mask, mask > 0):
+        expected = torch.stack([masked(*each) for each in zip(*x, one, strict=True)])
+        assert torch.allclose(torch.vmap(masked)(*x, one), expected)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_batched_gradients(backend: str | None) -> None:
+    """What PyTorch's own gradcheck of SDPA asks for, and torch.autograd.functional.jacobian(vectorize=True)."""
+    dtype, tolerance = dtype_of(backend)
+    x = [each.requires_grad_() for each in inputs(1, dtype=dtype)]
+    wide = [each.detach().double().requires_grad_() for each in x]
+    with warnings.catch_warnings():  # PyTorch warns that its fallback is slow
+        warnings.simplefilter("ignore")
+        out, lse = flash_attention_n(*x[:3], True, sinks=x[3], return_lse=True, backend=backend)
+        douts, dlses = torch.randn(3, *out.shape, dtype=dtype), torch.randn(3, *lse.shape, dtype=lse.dtype)
+        got = torch.autograd.grad((out, lse), x, (douts, dlses), is_grads_batched=True)
+        got_jacobian = torch.autograd.functional.jacobian(
+            lambda *x: ours(*x, backend=backend), tuple(x), vectorize=True
+        )
+    exact_out, exact_lse = attention_n(*wide[:3], sinks=wide[3], causal=True)
+    expected = [
+        torch.autograd.grad((exact_out, exact_lse), wide, (dout.double(), dlse.double()), retain_graph=True)
+        for dout, dlse in zip(douts, dlses, strict=True)
+    ]
+    assert equal(got, [torch.stack(each) for each in zip(*expected, strict=True)], tolerance)
+    assert equal(got_jacobian, torch.autograd.functional.jacobian(exact, tuple(wide)), tolerance)
+
+
+@pytest.mark.filterwarnings("ignore:There is a performance drop")
+def test_gradcheck_with_batched_gradients() -> None:
+    x = [each.requires_grad_() for each in inputs(1)]
+    assert torch.autograd.gradcheck(ours, x, check_batched_grad=True, check_forward_ad=True)
+
+
+@pytest.mark.parametrize("of", range(4))
+def test_forward_mode(of: int, ran: list[str]) -> None:
+    """The tangent of each input is right, and the automatic choice takes what can compute it."""
+    x, tangent = inputs(2), torch.randn(inputs(2)[of].shape, dtype=torch.float64)
+
+    def along(attend: Callable[..., Tensor], **options: Any) -> Tensor:
+        with forward_ad.dual_level():
+            dual = [forward_ad.make_dual(each, tangent) if i == of else each for i, each in enumerate(x)]
+            return forward_ad.unpack_dual(attend(*dual, **options)).tangent
+
+    assert torch.allclose(along(ours), along(exact), atol=1e-10)
+    by_func = torch.func.jvp(lambda one: ours(*x[:of], one, *x[of + 1 :]), (x[of],), (tangent,))[1]
+    assert torch.allclose(by_func, along(exact), atol=1e-10)
+    assert set(ran) == {"attend reference"}
+    for backend in ("sdpa", "triton"):
+        with pytest.raises(UnsupportedError, match=rf"{backend}: forward-mode AD is served by .* reference"):
+            along(ours, backend=backend)
+    with forward_ad.dual_level():  # a call without tangents
+        ours(*x)
+    assert ran[-1] == "forward sdpa:cpu"
+
+
+def test_hessians() -> None:
+    """Twice differentiated: forward over reverse, and reverse over reverse."""
+    x = [each[:, :, :2] if each.dim() == 4 else each for each in inputs(1)]
+    for transform in (torch.func.hessian, lambda f: torch.func.jacrev(torch.func.grad(f))):
+        for of in (0, 3):
+            got, expected = (
+                transform(lambda one, f=f, of=of: f(*x[:of], one, *x[of + 1 :]))(x[of])
+                for f in (loss_of(ours), loss_of(exact))
+            )
+            assert torch.allclose(got, expected, atol=1e-9)
+    with pytest.raises(UnsupportedError, match=r"sdpa: differentiated twice by torch\.func"):
+        torch.func.jacrev(torch.func.grad(lambda q: loss_of(ours, backend="sdpa")(q, *x[1:])))(x[0])
+
+
+def test_explain_says_why() -> None:
+    x = inputs(2)
+    with forward_ad.dual_level():
+        explanation = attn_n.explain(forward_ad.make_dual(x[0], x[0]), *x[1:3], sinks=x[3])
+    assert explanation.chosen == "reference"
+    assert "forward-mode AD" in str(explanation.call)
+    assert "sdpa        no: forward-mode AD is served by differentiable operations alone" in str(explanation)
+
+
+def test_dropout_under_vmap() -> None:
+    q = torch.eye(16).expand(3, 1, 1, 16, 16)
+    attend = lambda q: flash_attention_n(q, q, q, sm_n=1.0, dropout_p=0.5, backend="triton")  # noqa: E731
+    if INTERPRETED:
+        with pytest.raises(RuntimeError, match="randomness='different'"):
+            torch.vmap(attend)(q)
+        out = torch.vmap(attend, randomness="different")(q)
+        assert not torch.equal(out[0], out[1])
