@@ -164,6 +164,7 @@ class _Prepared(NamedTuple):
 
 
 def _prepare(q: Tensor, k: Tensor, v: Tensor, request: Request) -> _Prepared:
+    validate.not_traced()
     q, k, v = _autocast(q, k, v)
     validate.qkv(q, k, v, packed=False)
     shape, mask = q.shape[:-1], request.attn_mask
@@ -186,6 +187,7 @@ def _prepare_varlen(
     max_seqlen_k: int,
     request: Request,
 ) -> _Prepared:
+    validate.not_traced()
     q, k, v = _autocast(q, k, v)
     validate.qkv(q, k, v, packed=True)
     validate.cu_seqlens("cu_seqlens_q", cu_seqlens_q, q)
@@ -268,7 +270,7 @@ def _run(prepared: _Prepared, request: Request, key: plans.Key | None = None) ->
         out, lse = backend.attend(q, k, v, n, n_is_logit, options, call.return_lse)
     else:
         tensor_n = n if isinstance(n, Tensor) else None
-        log_n, numbers = _numbers(n, options)
+        log_n, numbers, options = _numbers(n, options)
         if torch.compiler.is_exporting() and registry.forced(request.backend)[0] is None:
             name = ops.ANY_BACKEND
         how = ops.How(name, n_is_logit, log_n, numbers, call.return_lse, ops.watched(q))
@@ -281,18 +283,19 @@ def _run(prepared: _Prepared, request: Request, key: plans.Key | None = None) ->
     return (out, lse) if call.return_lse and lse is not None else out
 
 
-def _numbers(n: float | Tensor | None, options: Options) -> tuple[float | None, Tensor | None]:
-    """log n of a number n, and the `numbers` of `ops.How`."""
+def _numbers(n: float | Tensor | None, options: Options) -> tuple[float | None, Tensor | None, Options]:
+    """log n of a number n, the `numbers` of `ops.How`, and the options without what these stand for."""
     number = None if isinstance(n, Tensor) else n
     if torch.compiler.is_compiling():
         from torch.fx.experimental.symbolic_shapes import has_static_value  # which imports SymPy
 
         if not (has_static_value(options.scale) and (number is None or has_static_value(number))):
-            # Products with a tensor are what torch.compile takes a number as an input of its graph for.
+            # As a factor of a tensor a number becomes an input of the graph, elsewhere a constant.
             one = torch.ones((), dtype=torch.float64)
             log_n = one * 0.0 if number is None else (one * number).log()
-            return None if number is None else 0.0, torch.stack((log_n, one * options.scale))
-    return None if number is None else math.log(number), None
+            numbers = torch.stack((log_n, one * options.scale))
+            return None if number is None else 0.0, numbers, options.replaced(scale=1.0)
+    return None if number is None else math.log(number), None, options
 
 
 def _autocast(q: Any, k: Any, v: Any) -> tuple[Any, Any, Any]:

@@ -186,13 +186,14 @@ def use_backend(name: str | None) -> Iterator[None]:
     """
     if name is not None:
         find(name)
-    token, before = _innermost.set(name or ""), _of_thread.innermost
-    _of_thread.innermost = name or ""
+    token = None if torch.compiler.is_compiling() else _innermost.set(name or "")
+    before, _of_thread.innermost = _of_thread.innermost, name or ""
     try:
         yield
     finally:
-        _innermost.reset(token)
         _of_thread.innermost = before
+        if token is not None:
+            _innermost.reset(token)
 
 
 def forced(backend: str | None) -> tuple[str | None, str]:
@@ -275,9 +276,11 @@ def _refusal(call: AttentionCall, name: str | None, asked_by: str) -> str:
         f"use {' or '.join(others)}, or leave the choice to the library" if others else "change the call as said above"
     )
     reasons = [f"  {verdict.name}: {verdict.reason or 'serves it'}" for verdict in explanation.verdicts]
-    return "\n".join([f"{who}:", f"  {call}", *reasons, f"To do: {remedy}."])
+    described = [] if torch.compiler.is_compiling() else [f"  {call}"]  # which cannot trace it, with symbols for lengths
+    return "\n".join([f"{who}:", *described, *reasons, f"To do: {remedy}."])
 
 
+@constant_when_compiled  # which cannot trace what reads them
 def _read_entry_points() -> None:
     global _entry_points_read
     if _entry_points_read:

@@ -25,6 +25,14 @@ def floating(name: str, x: object) -> Tensor:
     return x
 
 
+def not_traced() -> None:
+    if torch.jit.is_tracing():
+        raise NotImplementedError(
+            "torch.jit.trace: attn_n cannot be traced by TorchScript, which would record the kernels of one backend and"
+            " one set of lengths.\nTo do: use torch.export.export or torch.compile."
+        )
+
+
 def readable(x: Tensor) -> bool:
     """Whether the values of `x` can be looked at for free: a real tensor on the CPU, outside of any tracing."""
     if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():

@@ -42,7 +42,8 @@ class Reference(Backend):
         dtype = q.dtype
         # Half precision is computed in float32 and rounded once: log n in bfloat16 would be off by up to 10 %.
         compute = torch.promote_types(dtype, torch.float32)
-        q, k, v = q.to(compute), k.to(compute), v.to(compute)
+        # The scale as a factor of a tensor, and below n alike: there torch.compile takes a number as an input.
+        q, k, v, options = q.to(compute) * options.scale, k.to(compute), v.to(compute), options.replaced(scale=1.0)
         if isinstance(n, Tensor):
             n = n.to(compute)
         if options.cu_seqlens_q is None:
@@ -120,7 +121,10 @@ def _log_n(q: Tensor, n: float | Tensor | None, n_is_logit: bool) -> Tensor:
     if isinstance(n, Tensor):
         n = n.reshape(-1)
         return n if n_is_logit else torch.where(n > 0, torch.where(n > 0, n, 1.0).log(), -math.inf)
-    return q.new_full((1,), n if n is not None and n_is_logit else math.log(n) if n else -math.inf)
+    if n is None:
+        return q.new_full((1,), -math.inf)
+    number = q.new_ones(1) * n
+    return number if n_is_logit else number.log()
 
 
 def _logsumexp(logits: Tensor) -> Tensor:

@@ -1,0 +1,242 @@
+"""What torch.compile, torch.export, checkpoints and counters make of a call: the same numbers as without them."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch.utils.checkpoint import checkpoint
+from torch.utils.flop_counter import FlopCounterMode
+
+from attn_n import UnsupportedError, flash_attention_n, flash_attention_n_varlen, registry, use_backend
+from tests.cases import INTERPRETED
+from tests.oracle import attention_n
+
+needs_interpreter = pytest.mark.skipif(not INTERPRETED, reason="the kernels are compiled for the GPU here")
+STARTS = torch.tensor([0, 3, 10], dtype=torch.int32)
+
+
+@pytest.fixture(autouse=True)
+def nothing_compiled() -> Iterator[None]:
+    torch.compiler.reset()
+    torch._dynamo.utils.counters.clear()
+    yield
+    torch.compiler.reset()
+
+
+def leaves(length: int = 9, size: int = 8) -> list[Tensor]:
+    return [torch.randn(2, 2, length, size, requires_grad=True) for _ in range(3)]
+
+
+def graphs() -> int:
+    return int(torch._dynamo.utils.counters["stats"]["unique_graphs"])
+
+
+@needs_interpreter
+@pytest.mark.parametrize("training", [True, False])
+def test_equal_calls_of_a_graph_drop_other_weights(training: bool) -> None:
+    q, k, _ = leaves(16, 16)
+    identity = torch.eye(16).expand(2, 2, 16, 16)
+
+    def two(q: Tensor, k: Tensor, v: Tensor) -> list[Any]:
+        return [flash_attention_n(q, k, v, sm_n=1.0, dropout_p=0.5, backend="triton") for _ in range(2)]
+
+    with contextlib.nullcontext() if training else torch.no_grad():
+        first, second = torch.compile(two, fullgraph=True, backend="aot_eager")(q, k, identity)
+    assert not torch.equal(first != 0, second != 0)
+
+
+@needs_interpreter
+def test_a_checkpoint_of_a_graph_drops_the_same_weights() -> None:
+    q, k, _ = leaves(16, 16)
+    v = torch.eye(16).expand(2, 2, 16, 16).clone().requires_grad_()
+
+    def attend(q: Tensor, k: Tensor, v: Tensor) -> Any:
+        return flash_attention_n(q * 1.0, k, v, sm_n=1.0, dropout_p=0.5, backend="triton")
+
+    out = torch.compile(lambda *x: checkpoint(attend, *x, use_reentrant=False), fullgraph=True, backend="aot_eager")(
+        q, k, v
+    )
+    dout = torch.randn_like(out)
+    (dv,) = torch.autograd.grad(out, v, dout)
+    # of v = 1 the output is the weights themselves, and dv = P^T dout
+    assert torch.allclose(dv, out.mT @ dout, atol=1e-5)
+
+
+def test_use_backend_after_compilation(ran: list[str]) -> None:
+    q, k, v = (x.detach() for x in leaves())
+    attend = torch.compile(lambda q, k, v: flash_attention_n(q, k, v, sm_n=1.0), fullgraph=True, backend="eager")
+    attend(q, k, v)
+    with use_backend("reference"):
+        attend(q, k, v)
+    attend(q, k, v)
+    assert ran[-1] == "forward sdpa:cpu"
+    assert "attend reference" in ran
+    assert graphs() == 2
+    with use_backend("flash_attn"), pytest.raises(Exception, match="flash_attn: has no kernel for device cpu"):
+        attend(q, k, v)
+
+
+@pytest.mark.skipif(torch.__version__ < "2.11", reason="PyTorch 2.8 does not trace the context manager")
+def test_use_backend_within_a_graph(ran: list[str]) -> None:
+    def attend(q: Tensor, k: Tensor, v: Tensor) -> Any:
+        with use_backend("reference"):
+            return flash_attention_n(q, k, v, sm_n=1.0)
+
+    torch.compile(attend, fullgraph=True, backend="eager")(*leaves())
+    assert set(ran) == {"attend reference"}
+    flash_attention_n(*leaves(), sm_n=1.0)
+    assert ran[-1] == "forward sdpa:cpu"
+
+
+@pytest.mark.parametrize(("backend", "varlen"), [("sdpa", False), ("sdpa", True), ("reference", False)])
+def test_one_graph_for_all_n_and_scales(backend: str, varlen: bool) -> None:
+    x = [torch.randn(10, 2, 8, requires_grad=True) for _ in range(3)] if varlen else leaves()
+    packing: list[Any] = [STARTS, STARTS, 7, 7] if varlen else []
+
+    def attend(n: float, scale: float) -> Any:
+        function: Any = flash_attention_n_varlen if varlen else flash_attention_n
+        return function(*x, *packing, True, sm_n=n, sm_scale=scale, return_lse=True, backend=backend)
+
+    compiled = torch.compile(attend, fullgraph=True, backend="aot_eager", dynamic=True)
+    for n, scale in ((1.0, 0.2), (0.25, 0.2), (3.0, 0.7), (30.0, 0.01)):
+        results = []
+        for function in (compiled, attend):
+            out, lse = function(n, scale)
+            results.append((out, lse, *torch.autograd.grad(out.square().sum() + lse.sum(), x)))
+        assert all(torch.allclose(a, b, atol=1e-5) for a, b in zip(*results, strict=True))
+    assert graphs() == 1
+    compiled(0.0, 0.2)  # plain softmax is another call
+    assert graphs() == 2
+
+
+def dlses(name: str, monkeypatch: pytest.MonkeyPatch) -> list[Tensor | None]:
+    """What the backend is given as the gradient of lse, in order."""
+    kernel, seen = registry.loaded(name), []
+    original = kernel.backward
+
+    def recorded(dout: Tensor, dlse: Tensor | None, *rest: Any) -> Any:
+        seen.append(dlse)
+        return original(dout, dlse, *rest)
+
+    monkeypatch.setattr(kernel, "backward", recorded)
+    return seen
+
+
+@pytest.mark.parametrize("return_lse", [False, True])
+def test_an_lse_that_nobody_uses_costs_nothing(return_lse: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    seen, x = dlses("sdpa:cpu", monkeypatch), leaves()
+
+    def attend(*x: Tensor) -> Any:
+        result = flash_attention_n(*x, sm_n=1.0, return_lse=return_lse)
+        return result[0] if return_lse else result
+
+    torch.compile(attend, fullgraph=True, backend="aot_eager")(*x).sum().backward()
+    assert seen == [None]
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("backend", ["sdpa:flash", "triton:hopper"])
+def test_compiled_training_at_the_widest_heads(backend: str) -> None:
+    """There a column for the gradient of lse would exceed the kernel of FlashAttention 2."""
+    x = [torch.randn(1, 2, 64, 256, device="cuda", dtype=torch.bfloat16, requires_grad=True) for _ in range(3)]
+
+    def attend(*x: Tensor) -> Any:
+        return flash_attention_n(*x, True, sm_n=1.0, backend=backend)
+
+    compiled = torch.compile(attend, fullgraph=True, backend="aot_eager")
+    dout = torch.randn_like(x[0])
+    got, expected = (torch.autograd.grad(function(*x), x, dout) for function in (compiled, attend))
+    assert all(torch.allclose(a, b, atol=2e-2) for a, b in zip(got, expected, strict=True))
+
+
+@pytest.mark.parametrize("counted", ["forward", "backward", "both"])
+@pytest.mark.parametrize("reentrant", [False, True])
+@pytest.mark.parametrize("n", [1.0, "per head"])
+def test_a_checkpoint_that_is_counted_in_one_pass(counted: str, reentrant: bool, n: float | str) -> None:
+    """The forward that is run once more goes another way than the first one, and both return the same."""
+    q, k, v = leaves()
+    of_n = torch.tensor([0.5, 3.0], requires_grad=True) if n == "per head" else n
+    wide = [x.detach().double().requires_grad_() for x in (q, k, v)]
+    (attention_n(*wide, n=of_n.detach().double() if isinstance(of_n, Tensor) else of_n)[0].square().sum()).backward()
+
+    def attend(*x: Tensor) -> Any:
+        return flash_attention_n(*x, sm_n=of_n, backend="sdpa")
+
+    def counter(where: str) -> Any:
+        return FlopCounterMode(display=False) if counted in (where, "both") else contextlib.nullcontext()
+
+    with counter("forward"):
+        loss = checkpoint(attend, q, k, v, use_reentrant=reentrant).square().sum()
+    with counter("backward"):
+        loss.backward()
+    assert all(torch.allclose(x.grad.double(), y.grad, atol=1e-5) for x, y in zip((q, k, v), wide, strict=True))
+
+
+@pytest.mark.parametrize("backend", ["sdpa", *(["triton"] if INTERPRETED else [])])
+def test_flops(backend: str) -> None:
+    """2 matmuls forward and 5 backward, over whole rectangles as PyTorch counts."""
+    batch, heads, len_q, len_k, size, size_v = 2, 4, 5, 7, 16, 8
+    q = torch.randn(batch, heads, len_q, size, requires_grad=True)
+    k, v = (torch.randn(batch, 2, len_k, width, requires_grad=True) for width in (size, size_v))
+    forward = 2 * batch * heads * len_q * len_k * (size + size_v)
+    backward = 2 * batch * heads * len_q * len_k * (3 * size + 2 * size_v)
+    with FlopCounterMode(display=False) as counter:
+        out = flash_attention_n(q, k, v, True, sm_n=1.0, backend=backend)
+    assert counter.get_total_flops() == forward
+    with FlopCounterMode(display=False) as counter:
+        out.sum().backward()
+    assert counter.get_total_flops() == backward
+
+
+def test_flops_of_packed_sequences() -> None:
+    q = torch.randn(10, 2, 16, requires_grad=True)
+    pairs = 3 * 3 + 7 * 7
+    with FlopCounterMode(display=False) as counter:
+        flash_attention_n_varlen(q, q, q, STARTS, STARTS, 7, 7, True, sm_n=1.0).sum().backward()
+    assert counter.get_total_flops() == 2 * 2 * pairs * 7 * 16
+
+
+def test_torchscript_is_refused() -> None:
+    with pytest.raises(NotImplementedError, match=r"torch\.jit\.trace: .*\n.*torch\.export"):
+        torch.jit.trace(lambda q: flash_attention_n(q, q, q, sm_n=1.0), torch.randn(1, 2, 4, 8))
+
+
+class Attention(torch.nn.Module):
+    def __init__(self, **options: Any) -> None:
+        super().__init__()
+        self.options = options
+
+    def forward(self, q: Tensor, k: Tensor, v: Tensor) -> Any:
+        return flash_attention_n(q, k, v, True, sm_n=1.0, **self.options)
+
+
+@pytest.mark.parametrize("strict", [False, True])
+def test_an_exported_program_chooses_where_it_runs(strict: bool, ran: list[str]) -> None:
+    x = leaves()
+    program = torch.export.export(Attention(), tuple(y.detach() for y in x), strict=strict).module()
+    expected = Attention()(*x)
+    ran.clear()
+    for name, runs in (("sdpa", "forward sdpa:cpu"), ("reference", "attend reference")):
+        with use_backend(name):
+            assert torch.allclose(program(*(y.detach() for y in x)), expected, atol=1e-6)
+        assert ran[-1] == runs
+    with use_backend("flash_attn"), pytest.raises(UnsupportedError, match=r"'flash_attn' .* does not serve this call"):
+        program(*x)
+    ran.clear()
+    got = torch.autograd.grad(program(*x).square().sum(), x)
+    assert ran == ["forward sdpa:cpu", "backward sdpa:cpu"]
+    assert all(torch.allclose(*pair) for pair in zip(got, torch.autograd.grad(expected.square().sum(), x), strict=True))
+
+
+def test_an_exported_program_keeps_a_name(ran: list[str]) -> None:
+    x = [y.detach() for y in leaves()]
+    program = torch.export.export(Attention(backend="sdpa"), tuple(x)).module()
+    ran.clear()
+    with use_backend("reference"):
+        program(*x)
+    assert ran == ["forward sdpa:cpu"]
