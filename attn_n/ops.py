@@ -8,7 +8,9 @@ looks at operators: a compiler, a tensor subclass, a dispatch mode, a functorch 
 
 from __future__ import annotations
 
+import functools
 import math
+import zlib
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -136,7 +138,8 @@ class _Attention(torch.autograd.Function):
     def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
         q, k, v, n, n_is_logit, log_n, numbers, backend = inputs[:8]
         options, (out, lse, rng_state) = _options_of(inputs), output
-        tensors = options.mask, options.alibi_slopes, options.cu_seqlens_q, options.cu_seqlens_k, numbers
+        stamp = _stamp(backend) if options.dropout_p else None
+        tensors = options.mask, options.alibi_slopes, options.cu_seqlens_q, options.cu_seqlens_k, numbers, stamp
         # An operator cannot return None: what it returns in its place, and what a bare function does, are one here.
         saved = q, k, v, out, lse, rng_state if options.dropout_p else None, n
         if all(x is None for x in tensors):
@@ -157,8 +160,13 @@ class _Attention(torch.autograd.Function):
         q, k, v, out, lse, rng_state, n, *tensors = ctx.saved_tensors
         options, numbers = ctx.options, None
         if tensors:
-            mask, slopes, starts_q, starts_k, numbers = tensors
+            mask, slopes, starts_q, starts_k, numbers, stamp = tensors
             options = options.replaced(mask=mask, alibi_slopes=slopes, cu_seqlens_q=starts_q, cu_seqlens_k=starts_k)
+            if stamp is not None and not torch.compiler.is_compiling() and not torch.equal(stamp, _stamp(backend)):
+                raise RuntimeError(
+                    f"dropout_p: a checkpoint ran the forward again on another backend than {backend!r}, where the same"
+                    " seed drops other weights.\nTo do: pass backend=, or keep use_backend around the backward as well."
+                )
         if dout is None:
             dout = torch.zeros_like(out)
         needs_q, needs_k, needs_v, needs_n = ctx.needs_input_grad[:4]
@@ -202,6 +210,12 @@ def _backward(*arguments: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         gradients: tuple[Tensor, Tensor, Tensor, Tensor] = torch.ops.attn_n.backward(*arguments)
         return gradients
     return _eager_backward(Options(*arguments[14:]), *arguments[:14])
+
+
+@functools.cache
+def _stamp(backend: str) -> Tensor:
+    """What a forward with dropout leaves of the backend that ran, for a number is not recomputed with the tensors."""
+    return torch.tensor(zlib.crc32(backend.encode()))
 
 
 def _log_per_head(q: Tensor, n: Tensor, n_is_logit: bool) -> Tensor:

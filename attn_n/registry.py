@@ -276,7 +276,9 @@ def _refusal(call: AttentionCall, name: str | None, asked_by: str) -> str:
         f"use {' or '.join(others)}, or leave the choice to the library" if others else "change the call as said above"
     )
     reasons = [f"  {verdict.name}: {verdict.reason or 'serves it'}" for verdict in explanation.verdicts]
-    described = [] if torch.compiler.is_compiling() else [f"  {call}"]  # which cannot trace it, with symbols for lengths
+    described = [f"  {call}"]
+    if torch.compiler.is_compiling():  # torch.compile does not trace the text of symbolic lengths
+        described = []
     return "\n".join([f"{who}:", *described, *reasons, f"To do: {remedy}."])
 
 

@@ -17,7 +17,8 @@ def beyond_one_backward(*tensors: Tensor | None) -> str | None:
     levels = _levels()
     if "Jvp" in levels or (forward_ad._current_level >= 0 and _has_tangent(tensors)):
         return "forward-mode AD"
-    return "differentiated twice by torch.func" if levels.count("Grad") > 1 else None
+    gradients = [level for level in levels if level == "Grad"]
+    return "differentiated twice by torch.func" if len(gradients) > 1 else None
 
 
 def by_functional_gradient() -> bool:
