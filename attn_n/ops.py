@@ -8,7 +8,6 @@ looks at operators: a compiler, a tensor subclass, a dispatch mode, a functorch 
 
 from __future__ import annotations
 
-import functools
 import math
 import zlib
 from collections.abc import Sequence
@@ -84,12 +83,15 @@ def attend(
             options, how.lse_wanted, q, k, v, n, how.n_is_logit, how.log_n, how.numbers, how.backend
         )
         return out, lse
+    if not how.watched:
+        attended: tuple[Tensor, Tensor] = _Attention.apply(q, k, v, n, options, how)  # type: ignore[no-untyped-call]
+        return attended
+    flops.register()
     arguments = (q, k, v, n, how.n_is_logit, how.log_n, how.numbers, how.backend, *options)
-    if how.watched and not torch._C._are_functorch_transforms_active():
-        flops.register()
-        out, lse, _ = _operator(arguments)
+    if torch._C._are_functorch_transforms_active():
+        out, lse, _ = _Operator.apply(*arguments)  # type: ignore[no-untyped-call]
     else:
-        out, lse, _ = _Attention.apply(*arguments)  # type: ignore[no-untyped-call]
+        out, lse, _ = _operator(arguments)
     return out, lse
 
 
@@ -122,65 +124,93 @@ def _options_of(arguments: Sequence[Any]) -> Options:
 
 
 class _Attention(torch.autograd.Function):
-    """Takes the arguments of the operator, and is the gradient of the operator too."""
+    """An eager call."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, q: Tensor, k: Tensor, v: Tensor, n: Tensor | None, options: Options, how: How
+    ) -> tuple[Tensor, Tensor]:
+        # The lse always has n here. Under a checkpoint the backward gets what is saved from a second forward, which can
+        # run in another way than the first: nothing may be known of it but what it returned.
+        out, lse, rng_state = _eager_forward(
+            options, True, q, k, v, n, how.n_is_logit, how.log_n, how.numbers, how.backend
+        )
+        _save(ctx, 6, (q, k, v, n, how.n_is_logit, how.log_n, how.numbers, how.backend), options, out, lse, rng_state)
+        return out, lse
+
+    @staticmethod
+    def backward(ctx: Any, dout: Tensor | None, dlse: Tensor | None) -> Any:
+        return _gradients(ctx, dout, dlse)
+
+
+class _Operator(torch.autograd.Function):
+    """The operator, with its own arguments: for functorch, whose kind of a function costs an eager call 25 us."""
 
     generate_vmap_rule = True
 
     @staticmethod
-    def forward(*arguments: Any) -> tuple[Tensor, Tensor, Tensor | None]:
-        if torch._C._are_functorch_transforms_active():  # an outer one, of several
-            return _operator(arguments)
-        # The lse always has n here. Under a checkpoint the backward gets what is saved from a second forward, which can
-        # run in another way than the first: nothing may be known of it but what it returned.
-        return _eager_forward(_options_of(arguments), True, *arguments[:8])
+    def forward(*arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
+        return _operator(arguments)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
-        q, k, v, n, n_is_logit, log_n, numbers, backend = inputs[:8]
-        options, (out, lse, rng_state) = _options_of(inputs), output
-        stamp = _stamp(backend) if options.dropout_p else None
-        tensors = options.mask, options.alibi_slopes, options.cu_seqlens_q, options.cu_seqlens_k, numbers, stamp
-        # An operator cannot return None: what it returns in its place, and what a bare function does, are one here.
-        saved = q, k, v, out, lse, rng_state if options.dropout_p else None, n
-        if all(x is None for x in tensors):
-            ctx.save_for_backward(*saved)
-            ctx.options = options
-        else:
-            ctx.save_for_backward(*saved, *tensors)
-            ctx.options = options.replaced(mask=None, alibi_slopes=None, cu_seqlens_q=None, cu_seqlens_k=None)
-        ctx.rest = n_is_logit, log_n is not None, backend, len(inputs)
-        ctx.set_materialize_grads(False)
+        _save(ctx, len(inputs), inputs[:8], _options_of(inputs), *output)
 
     @staticmethod
-    def backward(ctx: Any, *grads: Any) -> Any:
-        dout, dlse, _ = grads
-        n_is_logit, n_is_positive, backend, count = ctx.rest
-        if dout is None and dlse is None:
-            return (None,) * count
-        q, k, v, out, lse, rng_state, n, *tensors = ctx.saved_tensors
-        options, numbers = ctx.options, None
-        if tensors:
-            mask, slopes, starts_q, starts_k, numbers, stamp = tensors
-            options = options.replaced(mask=mask, alibi_slopes=slopes, cu_seqlens_q=starts_q, cu_seqlens_k=starts_k)
-            if stamp is not None and not torch.compiler.is_compiling() and not torch.equal(stamp, _stamp(backend)):
-                raise RuntimeError(
-                    f"dropout_p: a checkpoint ran the forward again on another backend than {backend!r}, where the same"
-                    " seed drops other weights.\nTo do: pass backend=, or keep use_backend around the backward as well."
-                )
-        if dout is None:
-            dout = torch.zeros_like(out)
-        needs_q, needs_k, needs_v, needs_n = ctx.needs_input_grad[:4]
-        rows_may_be_empty = not n_is_positive and _rows_may_be_empty(q, k, options)
-        arguments = (
-            dout, dlse, q, k, v, out, lse, rng_state, n, n_is_logit, rows_may_be_empty, needs_n, numbers, backend,
-            *options,
-        )  # fmt: skip
-        if torch.is_grad_enabled():
-            dq, dk, dv, dn = _Backward.apply(*arguments)  # type: ignore[no-untyped-call]
-        else:
-            dq, dk, dv, dn = _backward(*arguments)
-        found = dq if needs_q else None, dk if needs_k else None, dv if needs_v else None, dn if needs_n else None
-        return *found, *[None] * (count - 4)
+    def backward(ctx: Any, dout: Tensor | None, dlse: Tensor | None, _: Any) -> Any:
+        return _gradients(ctx, dout, dlse)
+
+
+def _save(
+    ctx: Any, inputs: int, arguments: Sequence[Any], options: Options, out: Tensor, lse: Tensor,
+    rng_state: Tensor | None,
+) -> None:  # fmt: skip
+    q, k, v, n, n_is_logit, log_n, numbers, backend = arguments
+    stamp = _stamp(backend) if options.dropout_p else None
+    tensors = options.mask, options.alibi_slopes, options.cu_seqlens_q, options.cu_seqlens_k, numbers, stamp
+    # An operator cannot return None: what it returns in its place, and what a bare function does, are one here.
+    saved = q, k, v, out, lse, rng_state if options.dropout_p else None, n
+    if all(x is None for x in tensors):
+        ctx.save_for_backward(*saved)
+        ctx.options = options
+    else:
+        ctx.save_for_backward(*saved, *tensors)
+        ctx.options = options.replaced(mask=None, alibi_slopes=None, cu_seqlens_q=None, cu_seqlens_k=None)
+    ctx.rest = n_is_logit, log_n is not None, backend, inputs
+    ctx.set_materialize_grads(False)
+
+
+def _gradients(ctx: Any, dout: Tensor | None, dlse: Tensor | None) -> tuple[Tensor | None, ...]:
+    n_is_logit, n_is_positive, backend, inputs = ctx.rest
+    nothing: list[None] = [None] * inputs
+    if dout is None and dlse is None:
+        return tuple(nothing)
+    q, k, v, out, lse, rng_state, n, *tensors = ctx.saved_tensors
+    options, numbers = ctx.options, None
+    if tensors:
+        mask, slopes, starts_q, starts_k, numbers, stamp = tensors
+        options = options.replaced(mask=mask, alibi_slopes=slopes, cu_seqlens_q=starts_q, cu_seqlens_k=starts_k)
+        if stamp is not None and not torch.compiler.is_compiling() and not torch.equal(stamp, _stamp(backend)):
+            raise RuntimeError(
+                f"dropout_p: a checkpoint ran the forward again on another backend than {backend!r}, where the same"
+                " seed drops other weights.\nTo do: pass backend=, or keep use_backend around the backward as well."
+            )
+    if dout is None:
+        dout = torch.zeros_like(out)
+    rows_may_be_empty = not n_is_positive and _rows_may_be_empty(q, k, options)
+    arguments = (
+        dout, dlse, q, k, v, out, lse, rng_state, n, n_is_logit, rows_may_be_empty, ctx.needs_input_grad[3],
+        numbers, backend,
+    )  # fmt: skip
+    if torch.is_grad_enabled():
+        dq, dk, dv, dn = _Backward.apply(*arguments, *options)  # type: ignore[no-untyped-call]
+    elif watched(q) or _functorch.is_legacy_batchedtensor(dout):  # is_grads_batched
+        dq, dk, dv, dn = torch.ops.attn_n.backward(*arguments, *options)
+    else:
+        dq, dk, dv, dn = _eager_backward(options, *arguments)
+    found: list[Tensor | None] = [dq, dk, dv, dn]
+    wanted = [x if needed else None for x, needed in zip(found, ctx.needs_input_grad, strict=False)]
+    return *wanted, *nothing[4:]
 
 
 class _Backward(torch.autograd.Function):
@@ -189,8 +219,9 @@ class _Backward(torch.autograd.Function):
     generate_vmap_rule = True
 
     @staticmethod
-    def forward(*arguments: Any) -> tuple[Tensor, ...]:
-        return _backward(*arguments)
+    def forward(*arguments: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        gradients: tuple[Tensor, Tensor, Tensor, Tensor] = torch.ops.attn_n.backward(*arguments)
+        return gradients
 
     @staticmethod
     def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
@@ -204,15 +235,6 @@ class _Backward(torch.autograd.Function):
         )
 
 
-def _backward(*arguments: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    dout, q = arguments[0], arguments[2]
-    if watched(q) or _functorch.is_legacy_batchedtensor(dout):  # is_grads_batched
-        gradients: tuple[Tensor, Tensor, Tensor, Tensor] = torch.ops.attn_n.backward(*arguments)
-        return gradients
-    return _eager_backward(Options(*arguments[14:]), *arguments[:14])
-
-
-@functools.cache
 def _stamp(backend: str) -> Tensor:
     """What a forward with dropout leaves of the backend that ran, for a number is not recomputed with the tensors."""
     return torch.tensor(zlib.crc32(backend.encode()))
@@ -364,7 +386,7 @@ for _name in (_PURE, _RANDOM):
     _library.impl(_name, _forward_operator, "CompositeExplicitAutograd")
     torch.library.register_fake(f"attn_n::{_name}", _fake_forward, lib=_library)
     torch.library.register_autograd(
-        f"attn_n::{_name}", _Attention.backward, setup_context=_Attention.setup_context, lib=_library
+        f"attn_n::{_name}", _Operator.backward, setup_context=_Operator.setup_context, lib=_library
     )
     torch.library.register_vmap(f"attn_n::{_name}", batching.rule(getattr(torch.ops.attn_n, _name), 3, 8), lib=_library)
 _library.impl("backward", _backward_operator, "CompositeExplicitAutograd")

@@ -26,7 +26,7 @@ def floating(name: str, x: object) -> Tensor:
 
 
 def not_traced() -> None:
-    if torch.jit.is_tracing():
+    if torch.jit.is_tracing():  # type: ignore[attr-defined, no-untyped-call]
         raise NotImplementedError(
             "torch.jit.trace: attn_n cannot be traced by TorchScript, which would record the kernels of one backend and"
             " one set of lengths.\nTo do: use torch.export.export or torch.compile."

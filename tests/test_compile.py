@@ -164,6 +164,48 @@ def test_compiled_training_at_the_widest_heads(backend: str) -> None:
     assert all(torch.allclose(a, b, atol=2e-2) for a, b in zip(got, expected, strict=True))
 
 
+@pytest.mark.gpu
+@pytest.mark.parametrize("backend", [None, "triton:hopper", "triton:portable", "sdpa:flash", "sdpa:efficient"])
+@pytest.mark.parametrize("varlen", [False, True])
+def test_one_graph_for_all_lengths_on_a_gpu(backend: str | None, varlen: bool) -> None:
+    sinks = torch.linspace(-1.0, 3.0, 4, device="cuda", requires_grad=True)
+
+    def attend(*x: Tensor) -> Any:
+        if varlen:
+            starts = torch.tensor([0, 40, x[0].shape[0]], device="cuda", dtype=torch.int32)
+            longest = x[0].shape[0] - 40
+            return flash_attention_n_varlen(*x[:3], starts, starts, longest, longest, True, sinks=x[3], backend=backend)
+        return flash_attention_n(*x[:3], True, sinks=x[3], backend=backend)
+
+    if varlen and backend == "sdpa:efficient":
+        pytest.skip("it reads the boundaries to the host")
+    compiled = torch.compile(attend, fullgraph=True, dynamic=True, backend="aot_eager")
+    for length in (100, 257, 1024):
+        shape = (length, 4, 64) if varlen else (2, 4, length, 64)
+        x = [torch.randn(shape, device="cuda", dtype=torch.bfloat16, requires_grad=True) for _ in range(3)]
+        dout = torch.randn_like(x[0])
+        got, expected = ((y := f(*x, sinks), *torch.autograd.grad(y, (*x, sinks), dout)) for f in (compiled, attend))
+        assert all(torch.allclose(a, b, rtol=2e-2, atol=2e-2) for a, b in zip(got, expected, strict=True))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("backend", ["triton", "sdpa:flash"])
+def test_dropout_in_a_graph_on_a_gpu(backend: str) -> None:
+    """Equal calls drop other weights, and a checkpoint the same ones as its first forward."""
+    q, k = (torch.randn(1, 2, 64, 64, device="cuda", dtype=torch.float16, requires_grad=True) for _ in range(2))
+    v = torch.eye(64, device="cuda", dtype=torch.float16).expand(1, 2, 64, 64).clone().requires_grad_()
+
+    def attend(q: Tensor, k: Tensor, v: Tensor) -> Any:
+        return flash_attention_n(q * 1.0, k, v, sm_n=1.0, dropout_p=0.5, backend=backend)
+
+    first, second = torch.compile(lambda *x: [attend(*x), attend(*x)], fullgraph=True)(q, k, v)
+    assert not torch.equal(first != 0, second != 0)
+    out = torch.compile(lambda *x: checkpoint(attend, *x, use_reentrant=False), fullgraph=True)(q, k, v)
+    dout = torch.randn_like(out)
+    (dv,) = torch.autograd.grad(out, v, dout)
+    assert torch.allclose(dv.float(), (out.mT @ dout).float(), atol=2e-2)
+
+
 @pytest.mark.parametrize("counted", ["forward", "backward", "both"])
 @pytest.mark.parametrize("reentrant", [False, True])
 @pytest.mark.parametrize("n", [1.0, "per head"])
