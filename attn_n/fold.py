@@ -11,6 +11,7 @@ from __future__ import annotations
 import functools
 import importlib
 import math
+import warnings
 from typing import Any
 
 import torch
@@ -78,9 +79,18 @@ def _fused(out: Tensor, lse: Tensor) -> Any:
 
 @functools.cache
 def _kernels() -> Any:
+    """None without Triton: torch gives the same numbers."""
     try:
         return importlib.import_module("attn_n.fused_fold")
-    except ImportError:  # without Triton, torch gives the same numbers
+    except Exception as error:  # a broken Triton can raise anything
+        if not (isinstance(error, ModuleNotFoundError) and error.name == "triton"):
+            warnings.warn(
+                "attn_n: the kernels that apply n behind other libraries cannot be imported "
+                f"({' '.join(f'{type(error).__name__}: {error}'.split())}); torch applies it, exactly but more slowly. "
+                "Mend or remove Triton.",
+                RuntimeWarning,
+                stacklevel=2,
+            )
         return None
 
 

@@ -69,8 +69,11 @@ def find(known: Key | None) -> Plan | None:
 
 
 def keep(known: Key, plan: Plan) -> None:
-    types, _, sides, *_ = known
+    types, _, sides, *_, generation = known
     if not _VALUES.issuperset(types) or not _VALUES.issuperset(sides):
+        return
+    # Backends were loaded or registered since: the plan may be of those before, and its key will not be asked for.
+    if generation != registry.generation():
         return
     if len(_plans) >= _MOST:
         forget()

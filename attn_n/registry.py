@@ -7,7 +7,9 @@ import functools
 import importlib
 import importlib.metadata
 import os
+import sys
 import threading
+import warnings
 from collections.abc import Callable, Iterator
 from contextvars import ContextVar
 from dataclasses import dataclass
@@ -38,11 +40,18 @@ class UnsupportedError(NotImplementedError):
 
 @dataclass(frozen=True)
 class Verdict:
-    """What one backend says of one call: `reason` is None if it serves it; `rank` counts the automatic order from 1."""
+    """What one backend says of one call.
+
+    Attributes:
+        reason: why it does not serve the call; None if it does.
+        rank: its place in the automatic order, counted from 1; None if it serves only when it is named.
+        by_name: why it has no place there, where there is something to say.
+    """
 
     name: str
     reason: str | None
     rank: int | None
+    by_name: str | None = None
 
 
 @dataclass(frozen=True)
@@ -57,14 +66,14 @@ class Explanation:
     def __str__(self) -> str:
         width = max(len(verdict.name) for verdict in self.verdicts)
         lines, chosen = [f"call: {self.call}"], self.chosen or ""
-        family = chosen.partition(":")[0]
-        serving = next((verdict.name for verdict in self.verdicts if verdict.name in (chosen, family)), None)
+        listed = [verdict.name for verdict in self.verdicts]
+        serving = chosen if chosen in listed else chosen.partition(":")[0]
         for verdict in self.verdicts:
             mark = "->" if verdict.name == serving else "  "
             if verdict.reason is not None:
                 said = f"no: {verdict.reason}"
             elif verdict.rank is None:
-                said = "serves it, when asked for by name"
+                said = "serves it, when asked for by name" + (f": {verdict.by_name}" if verdict.by_name else "")
             else:
                 said = f"serves it, number {verdict.rank} in the automatic order"
             lines.append(f"{mark} {verdict.name:{width}}  {said}")
@@ -72,28 +81,62 @@ class Explanation:
 
 
 class _Entry:
-    """A backend that is loaded when first asked for; `problem` says why it could not be."""
+    """A backend that is loaded when first asked for; `problem` says why it could not be.
 
-    def __init__(self, load: Callable[[], Backend]) -> None:
-        self._load: Callable[[], Backend] | None = load
-        self.backend: Backend | None = None
-        self.problem: str | None = None
+    Loading runs foreign code: it imports modules, each under a lock of Python's own, and a module may call attn_n while
+    it is imported. A lock of ours held meanwhile could therefore wait for a thread that waits for it. So none is held:
+    threads that ask at the same time all load, which the locks of the imports turn into waiting, and what the first of
+    them found is kept for all. Only then is the backend there.
+    """
+
+    def __init__(self, load: Callable[[], Backend], module: str | None = None) -> None:
+        """`module` is what `load` imports."""
+        self._load, self._module = load, module
+        self._found: tuple[Backend | None, str | None] | None = None
+        self._loading = threading.local()
 
     def load(self) -> None:
-        load, self._load = self._load, None
-        if load is None:
+        """Returns once the backend or its problem is known, but within its own import."""
+        if self._found is not None or getattr(self._loading, "here", False):
             return
+        self._loading.here = True
+        found: tuple[Backend | None, str | None]
+        broken = False
         try:
-            self.backend = load()
+            found = self._load(), None
         except ModuleNotFoundError as error:
-            self.problem = f"needs {error.name}, which is not installed"
+            found = None, f"needs {error.name}, which is not installed"
         except Exception as error:  # a broken install can raise anything; its own words are the explanation
-            self.problem = f"is installed but cannot be imported: {type(error).__name__}: {error}"
+            if self._is_being_imported():
+                return
+            found = None, f"is installed but cannot be imported: {type(error).__name__}: {error}"
+            broken = True
+        finally:
+            self._loading.here = False
+        with _lock:
+            first = self._found is None
+            if first:
+                self._found = found
+                _changed()
+        # Of others a call or `explain` names the backend, and is told.
+        if first and broken and self._module in BUILT_IN.values():
+            said = f"attn_n: {self._module} {found[1]}; the automatic choice passes over it"
+            warnings.warn(said, RuntimeWarning, stacklevel=2)
+
+    def get(self) -> tuple[Backend | None, str | None]:
+        """The backend, or the reason why there is none."""
+        return (None, "is being imported, and is there when that is done") if self._found is None else self._found
+
+    def _is_being_imported(self) -> bool:
+        """Whether this thread, or one that waits for it, is importing the module: then it has not its last word yet."""
+        spec = getattr(sys.modules.get(self._module or ""), "__spec__", None)
+        return bool(getattr(spec, "_initializing", False))
 
 
 _entries: dict[str, _Entry] = {}
 _entry_points_read = False
 _generation = 0
+_lock = threading.RLock()  # held for a few assignments, and never while foreign code runs
 _innermost: ContextVar[str | None] = ContextVar("attn_n_backend", default=None)
 
 
@@ -121,15 +164,20 @@ def register_backend(backend: Backend) -> None:
         raise TypeError(f"backend: expected an instance of attn_n.Backend, got {type(backend).__name__}")
     if not backend.name or ":" in backend.name:
         raise ValueError(f"backend: expected a name without a colon, got {backend.name!r}")
-    global _generation
-    _generation += 1
-    _entries[backend.name] = _Entry(lambda: backend)
-    loaded.cache_clear()
+    with _lock:
+        _entries[backend.name] = _Entry(lambda: backend)
+        _changed()
 
 
 def generation() -> int:
-    """Grows when a backend is registered: what was chosen before may no longer hold."""
+    """Grows when a backend is registered, and when one has been loaded: what was chosen before may no longer hold."""
     return _generation
+
+
+def _changed() -> None:
+    """To be called after the change: who reads the new number must find what it stands for."""
+    global _generation
+    _generation += 1
 
 
 def names() -> list[str]:
@@ -148,7 +196,7 @@ def find(name: str) -> tuple[Backend | None, str | None]:
     _load(base)
     if base not in _entries:
         raise ValueError(f"backend: expected one of {', '.join(names())}, got {name!r}")
-    backend, problem = _entries[base].backend, _entries[base].problem
+    backend, problem = _entries[base].get()
     if backend is None or not member:
         return backend, problem
     members = backend.members if isinstance(backend, Family) else {}
@@ -166,9 +214,14 @@ def _load(name: str) -> None:
         _entries[name].load()
 
 
-@functools.cache  # a call asks for its backend in a few places
 def loaded(name: str) -> Backend:
     """The backend called `name`, which has been chosen before and is therefore there."""
+    return _loaded(name, _generation)
+
+
+@functools.lru_cache(256)  # a call asks for its backend in a few places
+def _loaded(name: str, generation: int) -> Backend:
+    """With the generation, so that what was found before a change, and is kept only after it, is never found again."""
     backend, problem = find(name)
     if backend is None:
         raise UnsupportedError(f"backend {name}: {problem}")
@@ -222,12 +275,19 @@ def choose(call: AttentionCall, backend: str | None) -> tuple[str, Backend]:
         UnsupportedError: the forced backend, or none at all, serves the call.
     """
     name, asked_by = forced(backend)
-    candidates = order.automatic(call) if name is None else (name,)
+    try:
+        served = _first(call, order.automatic(call) if name is None else (name,))
+    except ValueError as error:
+        raise ValueError(f"{asked_by}: {str(error).removeprefix('backend: ')}") from None
+    if served is None:
+        raise UnsupportedError(_refusal(call, name, asked_by))
+    return served
+
+
+def _first(call: AttentionCall, candidates: tuple[str, ...]) -> tuple[str, Backend] | None:
+    """The first of the candidates that serves `call`, and of a family its member."""
     for candidate in candidates:
-        try:
-            found, _ = find(candidate)
-        except ValueError as error:
-            raise ValueError(f"{asked_by}: {str(error).removeprefix('backend: ')}") from None
+        found, _ = find(candidate)
         if found is None or _unserved(found, call) is not None:
             continue
         if not isinstance(found, Family):
@@ -235,24 +295,27 @@ def choose(call: AttentionCall, backend: str | None) -> tuple[str, Backend]:
         member = found.serving(call)
         assert member is not None
         return f"{candidate}:{member}", found.members[member]
-    raise UnsupportedError(_refusal(call, name, asked_by))
+    return None
 
 
 def explain(call: AttentionCall, backend: str | None) -> Explanation:
     """What each backend says of `call`, and which one serves it."""
     name, asked_by = forced(backend)
     automatic = order.automatic(call)
-    listed = [*automatic, *(known for known in names() if known not in automatic)]
+    listed: dict[str, str | None] = dict.fromkeys([*automatic, *names()])
+    for known in tuple(listed):
+        backend_known, _ = find(known)
+        if isinstance(backend_known, Family):
+            listed |= {f"{known}:{member}": why for member, why in backend_known.by_name(call).items()}
     if name is not None and name not in listed:
         find(name)
-        listed.append(name)
+        listed[name] = None
     verdicts = tuple(
-        Verdict(known, why_not(known, call), automatic.index(known) + 1 if known in automatic else None)
-        for known in listed
+        Verdict(known, why_not(known, call), automatic.index(known) + 1 if known in automatic else None, by_name)
+        for known, by_name in listed.items()
     )
-    wanted = automatic if name is None else (name,)
-    serving = next((v.name for v in verdicts if v.name in wanted and v.reason is None), None)
-    chosen = None if serving is None else choose(call, serving)[0]
+    served = _first(call, automatic if name is None else (name,))
+    chosen = None if served is None else served[0]
     return Explanation(call, chosen, order.reason(call) if name is None else asked_by, verdicts)
 
 
@@ -287,9 +350,9 @@ def _read_entry_points() -> None:
     global _entry_points_read
     if _entry_points_read:
         return
-    _entry_points_read = True
     for point in importlib.metadata.entry_points(group=ENTRY_POINT_GROUP):
-        _entries.setdefault(point.name, _Entry(_loader(point)))
+        _entries.setdefault(point.name, _Entry(_loader(point), point.module))
+    _entry_points_read = True
 
 
 def _loader(point: importlib.metadata.EntryPoint) -> Callable[[], Backend]:
@@ -312,4 +375,4 @@ def _built_in(module: str) -> Callable[[], Backend]:
 
 
 for _name, _module in BUILT_IN.items():
-    _entries[_name] = _Entry(_built_in(_module))
+    _entries[_name] = _Entry(_built_in(_module), _module)

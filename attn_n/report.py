@@ -147,11 +147,12 @@ def _reasons(name: str, members: list[str], call: AttentionCall) -> list[str]:
 
 
 def _members(name: str, device: Device) -> list[str]:
-    """The members of a family that are for the device."""
+    """The members of a family that are for the device, also those that run only by name."""
     backend, _ = registry.find(name)
     if not isinstance(backend, Family):
         return []
-    return [f"{name}:{member}" for member in backend.order(typical_calls(device)["bf16"])]
+    call = typical_calls(device)["bf16"]
+    return [f"{name}:{member}" for member in (*backend.order(call), *backend.by_name(call))]
 
 
 def _kernels(device: Device) -> list[str]:

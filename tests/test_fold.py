@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 
 import pytest
 import torch
@@ -121,6 +122,38 @@ def test_gradient_of_n(device: str, layout: str, of: str, with_dlse: bool, dtype
 def test_a_gradient_that_exp_would_overflow(device: str) -> None:
     out, lse = torch.zeros(1, 2, 4, 8, device=device), torch.full((1, 2, 4), -300.0, device=device)
     assert torch.equal(fused_fold.gradient_of_n(out, None, out, lse, None, False).cpu(), torch.zeros(2))
+
+
+@pytest.mark.parametrize(
+    ("error", "said"),
+    [
+        (ModuleNotFoundError("No module named 'triton'", name="triton"), None),
+        (ModuleNotFoundError("No module named 'triton.tools'", name="triton.tools"), "triton.tools"),
+        (ImportError("libcuda.so.1: cannot open shared object file"), r"ImportError: libcuda\.so\.1"),
+        (RuntimeError("0 active drivers"), "RuntimeError: 0 active drivers"),
+    ],
+    ids=str,
+)
+def test_kernels_that_cannot_be_imported(
+    error: Exception, said: str | None, monkeypatch: pytest.MonkeyPatch, recwarn: pytest.WarningsRecorder
+) -> None:
+    """Without Triton torch does it and nothing is said; anything else that costs the kernels is said, once."""
+
+    def fail(module: str) -> object:
+        assert module == "attn_n.fused_fold"
+        raise error
+
+    monkeypatch.setattr(fold.importlib, "import_module", fail)
+    fold._kernels.cache_clear()
+    try:
+        assert fold._kernels() is fold._kernels() is None
+    finally:
+        fold._kernels.cache_clear()
+    warnings = [str(warning.message) for warning in recwarn]
+    assert len(warnings) == (said is not None)
+    for warning in warnings:
+        assert re.search(said or "", warning)
+        assert "torch applies it" in warning
 
 
 @pytest.mark.gpu

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import importlib
 import math
+import re
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -121,10 +123,12 @@ def test_how_a_library_is_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     not_installed = "needs some library (pip install some), which is not installed"
     assert library("some_missing").problem() == not_installed
     assert library("some_namespace.kernels").problem() == not_installed
-    assert library("some_broken").problem() == (
+    broken = (
         f"some library {found} is installed but cannot be imported:"
         " OSError: libcudart.so.12: cannot open shared object file"
     )
+    with pytest.warns(RuntimeWarning, match=re.escape(f"attn_n: {broken}")):  # what it costs is not lost silently
+        assert library("some_broken").problem() == broken
     assert library("some_incomplete").problem() == (
         f"some library {found} is installed but needs a_part_that_is_missing, which is not"
     )
@@ -147,6 +151,23 @@ def test_a_function_that_changed() -> None:
     assert changed_function(math, "comb", "n", "k") is None
     assert changed_function(math, "comb", "n", "sink") == "the installed math.comb has no sink"
     assert changed_function(math, "gone") == "the installed library has no math.gone"
+
+
+def test_the_list_of_what_flash_attention_3_has(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A build without one lacks nothing; one that cannot be read is no promise, and says so."""
+    monkeypatch.delitem(sys.modules, "flash_attn_config", raising=False)
+    monkeypatch.syspath_prepend(tmp_path)
+    for text, said in (
+        ("CONFIG = {'build_flags': {'FLASHATTENTION_DISABLE_BACKWARD': True}}", "was made without backward"),
+        ("CONFIG = {'build_flags': {}}", "None"),
+        ("CONFIG = {}", "cannot be read: KeyError: 'build_flags'"),
+        ("from torch import not_there", "cannot be read: ImportError: cannot import name 'not_there'"),
+    ):
+        monkeypatch.delitem(sys.modules, "flash_attn_config", raising=False)
+        (tmp_path / "flash_attn_config.py").write_text(f"{text}  # {len(text)}\n")
+        importlib.invalidate_caches()
+        assert said in str(version_3.left_out("BACKWARD"))
+    monkeypatch.delitem(sys.modules, "flash_attn_config", raising=False)
 
 
 def forward_only(backend: str) -> bool:

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import importlib.metadata
 import subprocess
 import sys
 import threading
+import warnings
 from pathlib import Path
 
 import pytest
@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 import attn_n
-from attn_n import AttentionCall, Backend, UnsupportedError, flash_attention_n, registry, use_backend
+from attn_n import AttentionCall, Backend, UnsupportedError, flash_attention_n, order, registry, use_backend
 from attn_n.call import Options
 
 
@@ -250,20 +250,28 @@ wide = {
         ({"capability": (8, 0)}, "sdpa:flash"),
         ({"window_left": 64, "window_right": 0}, "triton:hopper"),
         ({"window_right": 0}, "triton:portable"),
-        ({"window_right": 0, "needs_grad": False}, "sdpa:cudnn"),
-        (odd, "sdpa:cudnn"),
+        ({"window_right": 0, "needs_grad": False}, "triton:hopper"),
+        (odd, "triton:portable"),
         ({"k_shape": (2, 8, 300, 64), "v_shape": (2, 8, 300, 64), "softcap": 30.0} | odd, "triton:portable"),
         ({"dropout_p": 0.1}, "sdpa:flash"),
         (packed, "triton:hopper"),
         (packed | {"sequences": 8}, "triton:portable"),
         (packed | {"sequences": 8, "needs_grad": False}, "triton:hopper"),
-        (long | {"q_shape": (2, 8, 1, 64), "n_kind": "float", "needs_grad": False}, "sdpa:cudnn"),
-        (long | {"q_shape": (2, 8, 4, 64), "n_kind": "float"}, "sdpa:cudnn"),
+        (long | {"q_shape": (2, 8, 1, 64), "n_kind": "float", "needs_grad": False}, "sdpa:flash"),
+        (long | {"q_shape": (2, 8, 1, 64), "n_kind": "per head", "needs_grad": False}, "sdpa:flash"),
+        (long | {"q_shape": (2, 8, 1, 64), "softcap": 30.0, "needs_grad": False}, "triton:hopper"),
+        (long | {"q_shape": (2, 8, 1, 64), "window_left": 2000, "needs_grad": False}, "triton:hopper"),
+        (long | {"q_shape": (2, 8, 4, 64), "n_kind": "float"}, "triton:hopper"),
+        (long | {"q_shape": (2, 8, 4, 64), "needs_grad": False}, "triton:hopper"),
+        ({"capability": (10, 0)}, "sdpa:flash"),
+        ({"capability": (12, 0), "window_right": 0, "needs_grad": False}, "sdpa:flash"),
         (packed | {"capability": (8, 0)}, "sdpa:flash"),
         ({"return_lse": True}, "triton:hopper"),
-        ({"return_lse": True} | odd, "sdpa:flash"),
+        ({"return_lse": True} | odd, "triton:portable"),
         ({"dtype": torch.float32}, "sdpa:efficient"),
-        ({"mask_shape": (1, 1, 256, 256), "mask_dtype": torch.bool}, "sdpa:efficient"),
+        ({"dropout_p": 0.1, "n_kind": "float"}, "sdpa:flash"),
+        ({"mask_shape": (1, 1, 256, 256), "mask_dtype": torch.bool}, "triton:portable"),
+        ({"mask_shape": (1, 1, 256, 256), "mask_dtype": torch.bool, "capability": (8, 0)}, "sdpa:efficient"),
         ({"alibi": True}, "triton:portable"),
         ({"alibi": True, "dtype": torch.float32}, "sdpa:efficient"),
         ({"alibi": True, "needs_grad": False}, "triton:portable"),
@@ -301,6 +309,8 @@ def test_the_choice_on_other_machines(changes: dict[str, object], chosen: str, m
         (long | {"n_kind": "float", "window_left": 2000, "window_right": 0}, "flash_attn:4"),
         (long | {"n_kind": "float", "needs_grad": False}, "triton:hopper"),
         (long | {"q_shape": (2, 8, 4, 64), "needs_grad": False}, "flash_attn:3"),
+        (long | {"q_shape": (2, 8, 1, 64), "needs_grad": False}, "sdpa:flash"),
+        (long | {"q_shape": (2, 8, 1, 64), "needs_grad": False, "softcap": 30.0}, "flash_attn:3"),
         (long | {"needs_grad": False}, "triton:hopper"),
         (long | {"needs_grad": False, "window_right": 0}, "flash_attn:3"),
         (long | {"needs_grad": False} | odd, "flash_attn:3"),
@@ -327,18 +337,82 @@ def test_the_choice_beside_flash_attention(
     assert [line[:2] for line in str(explanation).splitlines()].count("->") == 1
 
 
+@pytest.mark.parametrize("capability", [(8, 0), (9, 0), (10, 0), (12, 0)], ids=str)
 @pytest.mark.parametrize(
-    "changes", [{}, {"n_kind": "float"}, long | {"n_kind": "float"}, packed, {"alibi": True}], ids=str
-)
-def test_the_choice_can_be_compiled(changes: dict[str, object]) -> None:
-    fields = dataclasses.asdict(gpu_call(**changes))
+    "changes",
+    [
+        {}, {"n_kind": "float"}, {"n_kind": "per head", "window_right": 0, "needs_grad": False}, {"alibi": True},
+        {"window_left": 255, "window_right": 0, "needs_grad": False}, packed, packed | {"n_kind": "float"},
+    ],
+    ids=str,
+)  # fmt: skip
+def test_the_choice_can_be_compiled(
+    capability: tuple[int, int], changes: dict[str, object], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In one graph with dynamic lengths, which make symbolic numbers of all that is compared with them."""
+    from attn_n.backends.triton import hopper
 
-    def chosen(x: Tensor) -> str:
-        return registry.choose(AttentionCall(**{**fields, "q_shape": tuple(x.shape)}), None)[0]
+    monkeypatch.setattr(hopper, "tested", lambda: True)
+    fields = {
+        name: value for name, value in vars(gpu_call(**changes, capability=capability)).items() if name[:2] not in
+        ("q_", "k_", "v_", "se")
+    }  # fmt: skip
+
+    def chosen(q: Tensor, k: Tensor, starts: Tensor) -> tuple[str, Tensor]:
+        sequences = starts.shape[0] - 1 if "sequences" in changes else None
+        call = AttentionCall(
+            q_shape=tuple(q.shape), k_shape=tuple(k.shape), v_shape=tuple(k.shape), q_stride=q.stride(),
+            k_stride=k.stride(), v_stride=k.stride(), sequences=sequences, **fields,
+        )  # fmt: skip
+        return registry.choose(call, None)[0], q + 1
 
     torch.compiler.reset()
-    x = torch.empty(fields["q_shape"])
-    assert torch.compile(chosen, fullgraph=True, backend="eager")(x) == chosen(x)
+    compiled = torch.compile(chosen, fullgraph=True, dynamic=True, backend="eager")
+    seen = set()
+    for length, keys in ((100, 100), (257, 257), (1024, 1024), (3000, 3000), (1, 3000), (4, 3000), (4, 4)):
+        shapes = [(length, 8, 64), (keys, 8, 64)] if "sequences" in changes else [(2, 8, length, 64), (2, 8, keys, 64)]
+        tensors = *(torch.empty(shape, device="meta") for shape in shapes), torch.empty(3, device="meta")
+        expected = chosen(*tensors)[0]
+        assert compiled(*tensors)[0] == expected, (length, keys)
+        seen.add(expected)
+    assert "sdpa:cudnn" not in seen
+    assert len(seen) > 1 or capability != (9, 0) or changes
+
+
+def test_explain_says_why_cudnn_is_in_no_order(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.backends.cudnn, "is_available", lambda: True)
+    for capability in ((8, 0), (9, 0), (10, 0), (12, 0)):
+        for changes in ({}, long, {"needs_grad": False, "window_right": 0}, {"n_kind": "float"}):
+            call = gpu_call(**changes, capability=capability)
+            explanation = registry.explain(call, None)
+            verdict = next(verdict for verdict in explanation.verdicts if verdict.name == "sdpa:cudnn")
+            assert (verdict.reason, verdict.rank) == (None, None)
+            assert not any("cudnn" in name for name in order.automatic(call))
+            said = "serves it, when asked for by name: it builds a plan for every new shape (about 50 ms)"
+            assert f"sdpa:cudnn {said}" in " ".join(str(explanation).split())
+            # The family leaves it out, too; its own name takes it, and is what the arrow points at.
+            assert registry.choose(call, "sdpa")[0] == "sdpa:flash"
+            named = registry.explain(call, "sdpa:cudnn")
+            assert named.chosen == registry.choose(call, "sdpa:cudnn")[0] == "sdpa:cudnn"
+            assert "-> sdpa:cudnn" in str(named)
+            assert str(named).count("-> ") == 1
+    masked = gpu_call(mask_shape=(1, 1, 256, 256), mask_dtype=torch.bool)
+    assert "sdpa:cudnn no: is used here without mask" in " ".join(str(registry.explain(masked, None)).split())
+
+
+def test_a_backend_of_ours_that_is_broken_is_said_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The automatic choice passes over it, which nobody would notice but by its speed."""
+
+    def broken() -> Backend:
+        raise OSError("libcuda.so.1: cannot open shared object file")
+
+    monkeypatch.setitem(registry._entries, "sdpa", registry._Entry(broken, registry.BUILT_IN["sdpa"]))
+    said = r"attn_n\.backends\.sdpa is installed but cannot be imported: OSError: libcuda\.so\.1.* passes over it"
+    with pytest.warns(RuntimeWarning, match=said):
+        flash_attention_n(*inputs())
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        flash_attention_n(*inputs())
 
 
 def test_importing_is_light() -> None:

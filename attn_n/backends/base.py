@@ -125,6 +125,10 @@ class Family(Backend):
         """The members to try for `call`, the fastest first; those that are for other devices left out."""
         return tuple(self.members)
 
+    def by_name(self, call: AttentionCall) -> Mapping[str, str]:
+        """The members for the device of `call` that run only when asked for by their full name, and why."""
+        return {}
+
     def serving(self, call: AttentionCall) -> str | None:
         """The member that serves `call`."""
         for name in self.order(call):

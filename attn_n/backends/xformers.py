@@ -15,7 +15,7 @@ from attn_n.backends import flash_2
 from attn_n.backends.base import Backend, Family
 from attn_n.backends.flash import FlashBackend, sequences
 from attn_n.backends.layout import aligned_bias, key_head_each, rounds_bias
-from attn_n.backends.library import Library
+from attn_n.backends.library import IMPORTING, Library
 from attn_n.backends.memory_efficient import MemoryEfficientBackend
 from attn_n.backends.signatures import changed_function
 from attn_n.call import AttentionCall, Options
@@ -28,14 +28,15 @@ def load(module: str) -> Any:
     only_4 = "xformers.ops" not in sys.modules and _has("flash_attn") and not _has("flash_attn.flash_attn_interface")
     if not only_4:
         return importlib.import_module(module)
-    hidden = sys.modules.pop("flash_attn", None)
-    sys.modules["flash_attn"] = None  # type: ignore[assignment]  # with None a module counts as absent
-    try:
-        return importlib.import_module(module)
-    finally:
-        del sys.modules["flash_attn"]
-        if hidden is not None:
-            sys.modules["flash_attn"] = hidden
+    with IMPORTING:
+        hidden = sys.modules.pop("flash_attn", None)
+        sys.modules["flash_attn"] = None  # type: ignore[assignment]  # with None a module counts as absent
+        try:
+            return importlib.import_module(module)
+        finally:
+            del sys.modules["flash_attn"]
+            if hidden is not None:
+                sys.modules["flash_attn"] = hidden
 
 
 def _has(module: str) -> bool:

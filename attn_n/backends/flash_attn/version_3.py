@@ -37,11 +37,14 @@ def problem() -> str | None:
 
 @constant_when_compiled
 def left_out(what: str) -> str | None:
-    """The reason if the build lacks `what`, as its own list of flags says."""
+    """The reason if the build lacks `what`, as its own list of flags says; without such a list it lacks nothing."""
     try:
         flags: dict[str, bool] = importlib.import_module("flash_attn_config").CONFIG["build_flags"]
-    except ImportError:
+    except ModuleNotFoundError:
         return None
+    except Exception as error:  # a list that cannot be read promises nothing
+        said = " ".join(f"{type(error).__name__}: {error}".split())
+        return f"the list of what this build of FlashAttention 3 has, flash_attn_config, cannot be read: {said}"
     if not flags.get(f"FLASHATTENTION_DISABLE_{what}"):
         return None
     return f"this build of FlashAttention 3 ({LIBRARY.version()}) was made without {what.lower()}"

@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import threading
 from typing import Any
 
 import torch
 import triton
 from torch import Tensor
+
+# Triton's own launch is not for several threads at a time: while one of them loads a kernel onto the GPU another takes
+# it for loaded, and the interpreter keeps the program that it is in where all threads find it.
+_one_at_a_time = threading.RLock()
 
 
 class Launch:
@@ -43,9 +48,10 @@ class Launch:
         if found is not None:
             found(*arguments, *self._numbers, *self._constants.values())
             return
-        compiled = self._kernel[self.programs,](*arguments, *self._numbers, **self._constants, **self._options)
-        if aligned and compiled is not None:  # Triton's interpreter compiles nothing
-            self._found[kinds] = compiled[self.programs, 1, 1]
+        with _one_at_a_time:
+            compiled = self._kernel[self.programs,](*arguments, *self._numbers, **self._constants, **self._options)
+            if aligned and compiled is not None:  # Triton's interpreter compiles nothing
+                self._found[kinds] = compiled[self.programs, 1, 1]
 
     def compiled(self, *arguments: Tensor | float | None) -> Any:
         """The kernel, compiled but not launched."""
