@@ -337,12 +337,16 @@ def test_the_choice_beside_flash_attention(
     assert [line[:2] for line in str(explanation).splitlines()].count("->") == 1
 
 
-@pytest.mark.parametrize("capability", [(8, 0), (9, 0), (10, 0), (12, 0)], ids=str)
 @pytest.mark.parametrize(
-    "changes",
+    ("capability", "changes"),
     [
-        {}, {"n_kind": "float"}, {"n_kind": "per head", "window_right": 0, "needs_grad": False}, {"alibi": True},
-        {"window_left": 255, "window_right": 0, "needs_grad": False}, packed, packed | {"n_kind": "float"},
+        *(((9, 0), changes) for changes in (
+            {}, {"n_kind": "float"}, {"n_kind": "per head", "window_right": 0, "needs_grad": False}, {"alibi": True},
+            {"window_left": 255, "window_right": 0, "needs_grad": False}, packed, packed | {"n_kind": "float"},
+        )),
+        *((capability, changes) for capability in ((8, 0), (10, 0), (12, 0)) for changes in (
+            {"n_kind": "per head", "window_right": 0, "needs_grad": False}, packed,
+        )),
     ],
     ids=str,
 )  # fmt: skip
