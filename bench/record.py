@@ -19,7 +19,8 @@ class Point:
         suite: the group of problems that it belongs to, such as "grid" or "decode".
         problem: the fields of `bench.problem.Problem` that shape the work.
         measure: "forward", "backward" or "both", in seconds; "memory", in bytes; "host", seconds of host time a call;
-            "first call", seconds of the first call in a new process.
+            "first call", seconds of the first call in a new process; of calls whose lengths change "wall", seconds
+            from the first to the end of all for each call, and "step", seconds of the host in each.
         contender: its name; the same name is the same code path on every machine.
         n: "0", "1" or "per head".
         ours: whether it is attn_n; otherwise it is a peer.

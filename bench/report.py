@@ -7,6 +7,7 @@ import itertools
 import json
 import math
 import re
+import statistics
 import sys
 import textwrap
 from collections import defaultdict
@@ -101,7 +102,7 @@ def markdown(run: Run) -> str:
         points = [point for point in run.points if point.measure == measure]
         if points:
             sections += [f"### {title}, {unit.name}", *_cost_tables(points, unit), *_left_out(points)]
-    return "\n\n".join([*sections, *_duel_table(run.points)])
+    return "\n\n".join([*sections, *_lengths_tables(run.points), *_duel_table(run.points)])
 
 
 def _heading(run: Run) -> str:
@@ -179,6 +180,24 @@ def _cost_tables(points: Sequence[Point], unit: Unit) -> list[str]:
         titles = [f"{problem} {problem.batch}x{problem.heads}" for problem in problems]
         tables.append(f"**{suite}, {dtype}**\n\n{_lines(['', *titles], rows)}")
     return tables
+
+
+def _lengths_tables(points: Sequence[Point]) -> list[str]:
+    """One for each stream of changing lengths, with a row for each contender, the fastest first."""
+    sections = []
+    for suite in dict.fromkeys(point.suite for point in points if point.measure == "wall"):
+        there = [point for point in points if point.suite == suite]
+        steps = {point.contender: point.values for point in measured(there) if point.measure == "step"}
+        wall = [point for point in there if point.measure == "wall"]
+        rows = [
+            [point.contender, *(_digits(1e3 * value) for value in (
+                point.median, statistics.median(steps[point.contender]), max(steps[point.contender])
+            )), point.backend or ""]
+            for point in sorted(measured(wall), key=lambda point: point.median)
+        ]  # fmt: skip
+        titles = ["", "wall, mean", "host, median", "host, worst", "served by"]
+        sections += [f"### {suite}, ms a call, up to {problem_of(wall[0])}", _lines(titles, rows), *_left_out(wall)]
+    return sections
 
 
 def _duel_table(points: Sequence[Point]) -> list[str]:

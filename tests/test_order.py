@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from attn_n import order
-from bench import derived
+from attn_n import AttentionCall, order
+from bench import derived, lengths
 from bench.problem import Problem
 from bench.record import Point, load
 from tests.test_registry import gpu_call
@@ -74,6 +74,57 @@ def test_the_choice_for_a_few_queries(n: str, libraries: set[str]) -> None:
     assert slow_choices(found, n, False, OURS_AND_TORCHS | libraries) == []
 
 
+@pytest.mark.parametrize("path", sorted(RESULTS.glob("h100-*lengths*.json")), ids=lambda path: path.stem)
+def test_the_choice_counts_what_a_new_length_costs(path: Path) -> None:
+    found = load(path).points
+    assert {point.suite for point in found} == {f"{lengths.SUITE}{stream.name}" for stream in lengths.streams("cuda")}
+    assert slow_streams(found) == []
+
+
+def slow_streams(found: list[Point], most: float = 1.2) -> list[tuple[str, str, float]]:
+    """Where the automatic choice, as it was or is now, takes more than `most` times as long as the fastest by name."""
+    slow = []
+    for suite in dict.fromkeys(point.suite for point in found):
+        there = [point for point in derived.measured(found) if point.suite == suite and point.measure == "wall"]
+        walls = {point.contender.split()[1].partition("n=")[0]: point.median for point in there if point.ours}
+        by_name = {name: wall for name, wall in walls.items() if name}
+        assert by_name, f"nothing of ours was measured by name in {suite}"
+        problem, n = derived.problem_of(there[0]), next(point.n for point in there if point.ours)
+        names = (FAMILIES.get(name, name) for name in order.automatic(call_of(problem, n, suite.endswith("training"))))
+        chosen = next(name for name in names if name in by_name)
+        for name, wall in (("automatic", walls[""]), (chosen, by_name[chosen])):
+            ratio = wall / min(by_name.values())
+            if ratio > most:
+                slow.append((suite, name, round(ratio, 2)))
+    return slow
+
+
+def a_stream(suite: str, n: str, **walls: float) -> list[Point]:
+    """Points of the names in `walls`, with _ for the colon; `automatic` stands for the choice."""
+    problem = next(each for each in lengths.streams("cuda") if suite.endswith(each.name)).longest
+    return [
+        Point(
+            suite, problem.fields(), "wall", "attn_n " + ("" if name == "automatic" else name.replace("_", ":") + " ") +
+            f"n={n}", n, True, "measured", values=(wall,),
+        )
+        for name, wall in walls.items()
+    ]  # fmt: skip
+
+
+def test_a_slow_choice_is_seen() -> None:
+    suite, others = "lengths: growing cache", {"triton_hopper": 0.5, "triton_portable": 0.6, "sdpa_cudnn": 49.0}
+    assert slow_streams(a_stream(suite, "per head", automatic=0.22, sdpa_flash=0.2, **others)) == []
+    assert slow_streams(a_stream(suite, "per head", automatic=0.25, sdpa_flash=0.2, **others)) == [
+        (suite, "automatic", 1.25)
+    ]
+    # The order has changed since the measurement, for the worse.
+    assert slow_streams(a_stream(suite, "per head", automatic=0.5, sdpa_flash=0.7, **others)) == [
+        (suite, "sdpa:flash", 1.4)
+    ]
+    with pytest.raises(AssertionError, match="nothing of ours was measured by name"):
+        slow_streams(a_stream(suite, "per head", automatic=0.5))
+
+
 def slow_choices(found: Medians, n: str, training: bool, installed: set[str]) -> list[tuple[str, str, float]]:
     """Where the choice has less than 0.97 of the speed of the fastest."""
     slow = []
@@ -84,16 +135,7 @@ def slow_choices(found: Medians, n: str, training: bool, installed: set[str]) ->
             for backend in installed
             if all((each, backend) in medians for each in passes)
         }
-        shape_k = (problem.batch, problem.num_heads_kv, problem.len_k, problem.width)
-        call = gpu_call(
-            q_shape=(problem.batch, problem.heads, problem.length, problem.width),
-            k_shape=shape_k,
-            v_shape=shape_k,
-            window_right=0 if problem.causal else None,
-            needs_grad=training,
-            n_kind={"0": "none", "1": "float", "per head": "per head"}[n],
-        )
-        names = (FAMILIES.get(name, name) for name in order.automatic(call))
+        names = (FAMILIES.get(name, name) for name in order.automatic(call_of(problem, n, training)))
         chosen = next(name for name in names if name in installed)
         if chosen not in times:
             assert n == "per head", chosen
@@ -102,3 +144,15 @@ def slow_choices(found: Medians, n: str, training: bool, installed: set[str]) ->
         if speed < 0.97:
             slow.append((str(problem), chosen, round(speed, 3)))
     return slow
+
+
+def call_of(problem: Problem, n: str, training: bool) -> AttentionCall:
+    shape_k = (problem.batch, problem.num_heads_kv, problem.len_k, problem.width)
+    return gpu_call(
+        q_shape=(problem.batch, problem.heads, problem.length, problem.width),
+        k_shape=shape_k,
+        v_shape=shape_k,
+        window_right=0 if problem.causal else None,
+        needs_grad=training,
+        n_kind={"0": "none", "1": "float", "per head": "per head"}[n],
+    )

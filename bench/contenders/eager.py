@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from bench.contenders.base import Attend, Contender, by_autograd, too_large_for_quadratic
+from bench.contenders.base import KINDS_OF_N, Attend, Contender, by_autograd, too_large_for_quadratic
 from bench.problem import Inputs, Problem
 
 
@@ -38,4 +38,26 @@ def _why_not(problem: Problem) -> str | None:
     return too_large_for_quadratic(problem)
 
 
+def _attend_general(inputs: Inputs) -> Attend:
+    """As models have it in plain PyTorch, with groups of heads and any n: the sink is one more column of the logits."""
+    problem, hidden = inputs.problem, _hidden(inputs.problem)
+    groups = problem.heads // problem.num_heads_kv
+
+    def attend(q: Tensor, k: Tensor, v: Tensor, sinks: Tensor | None) -> Tensor:
+        k, v = (x if groups == 1 else x.repeat_interleave(groups, 1) for x in (k, v))
+        logits = q @ k.mT * q.shape[-1] ** -0.5
+        if hidden is not None:
+            logits = logits.masked_fill(hidden, float("-inf"))
+        if sinks is None:
+            return logits.softmax(-1) @ v
+        column = sinks[:, None, None].expand(*logits.shape[:-1], 1)
+        return torch.cat([logits, column], -1).softmax(-1)[..., :-1] @ v
+
+    return attend
+
+
 CONTENDERS = (Contender("eager softmax_n n=1", "1", by_autograd(_attend, "1"), _why_not, apart=True),)
+GENERAL = tuple(
+    Contender(f"eager n={n}", n, by_autograd(_attend_general, n), too_large_for_quadratic, apart=True)
+    for n in KINDS_OF_N
+)

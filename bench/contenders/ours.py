@@ -23,6 +23,15 @@ def contenders(device: str) -> tuple[Contender, ...]:
     return (*automatic, *(_contender(name, n) for name, kinds in _names() for n in kinds))
 
 
+def by_backend(device: str) -> Iterator[dict[str, Contender]]:
+    """The automatic choice, and each backend by name with its members, by every kind of n."""
+    names: list[str | None] = [None, "sdpa:cpu", "reference"]
+    if device != "cpu":
+        names = [None, "triton", *(name for name, _ in _names())]
+    for name in names:
+        yield {n: _contender(name, n) for n in KINDS_OF_N}
+
+
 def _names() -> Iterator[tuple[str, tuple[str, ...]]]:
     """Every backend that can be forced, of a family its members, and the kinds of n to measure it with."""
     for name in attn_n.backends():

@@ -21,7 +21,7 @@ _KERNELS: dict[str, tuple[SDPBackend, Callable[[Any], bool]]] = {
 
 
 def contenders(device: str) -> tuple[Contender, ...]:
-    plain = tuple(map(_of_kernel, _KERNELS)) if device == "cuda" else (_PLAIN,)
+    plain = tuple(map(_of_kernel, _KERNELS)) if device == "cuda" else (PLAIN,)
     return (*plain, _ZERO_PADDED)
 
 
@@ -90,5 +90,5 @@ def _params(problem: Problem) -> torch.backends.cuda.SDPAParams:
     return torch.backends.cuda.SDPAParams(q, k, k, None, 0.0, options["is_causal"], "enable_gqa" in options)
 
 
-_PLAIN = Contender("torch sdpa n=0", "0", by_autograd(_attend, "0"), _why_not)
+PLAIN = Contender("torch sdpa n=0", "0", by_autograd(_attend, "0"), _why_not)
 _ZERO_PADDED = Contender("zero-padded sdpa n=1", "1", by_autograd(_zero_padded, "1"), _why_not)

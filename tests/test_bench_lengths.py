@@ -1,0 +1,124 @@
+"""The suite of changing lengths, at the sizes of a CPU and in this process."""
+
+from __future__ import annotations
+
+import dataclasses
+import statistics
+from pathlib import Path
+
+import pytest
+import torch
+
+from bench import lengths, report
+from bench.contenders.base import Contender
+from bench.lengths import Party, Timed
+from bench.problem import Inputs
+from bench.record import Run, load
+
+STREAMS = {stream.name: stream for stream in lengths.streams("cpu")}
+PARTIES = {party.name: party for party in lengths.parties("cpu")}
+
+
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+def test_lengths_are_new(device: str) -> None:
+    for stream in lengths.streams(device):
+        before = {(problem.length, problem.len_k) for problem in stream.before}
+        timed = [(problem.length, problem.len_k) for problem in stream.problems]
+        assert before.isdisjoint(timed), stream.name
+        assert len(set(timed)) > 0.7 * len(timed), stream.name
+        if device == "cuda":  # kernels in Triton differ for multiples of 16: both come before the clock runs
+            assert {problem.len_k % 16 == 0 for problem in stream.before} == {True, False}
+    prompts = next(each for each in lengths.streams("cuda") if each.name == "prompts n=0").problems
+    assert len(prompts) == 200
+    assert 400 < statistics.median(problem.length for problem in prompts) < 650
+    assert max(problem.length for problem in prompts) > 2500
+
+
+@pytest.mark.parametrize("name", STREAMS)
+def test_each_party_is_checked_and_timed(name: str, ran: list[str]) -> None:
+    stream = STREAMS[name]
+    for party in PARTIES.values():
+        if party.name == "zero-padded sdpa":
+            continue
+        assert lengths.why_absent(party, stream) is None
+        assert lengths.prepare(party, stream) is None
+        ran.clear()
+        timed = lengths.run(party, stream)
+        assert timed.status == "measured"
+        assert len(timed.steps) == len(stream.problems)
+        assert 0 < sum(timed.steps) <= timed.wall * len(stream.problems)
+        calls = len(stream.before) + len(stream.problems)
+        if party.name == "attn_n":
+            passes = ["forward sdpa:cpu", *(["backward sdpa:cpu"] if stream.training else [])]
+            assert ran == passes * calls
+            assert timed.backend == "sdpa:cpu"
+        elif party.name == "attn_n reference":
+            assert ran == ["attend reference"] * calls
+        elif not party.name.startswith("attn_n"):
+            assert ran == []
+            assert timed.backend is None
+
+
+def test_the_cache_grows_within_one_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[Inputs] = []
+    party = PARTIES["attn_n"]
+
+    def prepare(inputs: Inputs) -> object:
+        seen.append(inputs)
+        return contender.prepare(inputs)
+
+    contender = party.of(STREAMS["growing cache"])
+    watched: Contender = dataclasses.replace(contender, prepare=prepare)  # type: ignore[arg-type]
+    lengths.run(Party("attn_n", {"per head": watched}), STREAMS["growing cache"])
+    timed = seen[len(STREAMS["growing cache"].before) :]
+    assert len({inputs.k.data_ptr() for inputs in timed}) == 1
+    assert len({inputs.k.stride() for inputs in timed}) == 1
+    assert [inputs.k.shape[2] for inputs in timed] == list(range(40, 48))
+    assert not timed[0].q.requires_grad
+
+
+def test_what_is_wrong_is_not_timed() -> None:
+    contender = PARTIES["attn_n"].by_n["0"]
+    forgets = Party("forgets n", {"0": contender, "per head": dataclasses.replace(contender, n="per head")})
+    assert lengths.prepare(forgets, STREAMS["prompts n=0"]) is None
+    for name in ("growing cache", "prompts n=per head", "training"):
+        assert "out by" in str(lengths.prepare(forgets, STREAMS[name]))
+
+    def broken(inputs: Inputs) -> object:
+        raise RuntimeError("no such kernel")
+
+    failing: Contender = dataclasses.replace(contender, prepare=broken)  # type: ignore[arg-type]
+    assert (
+        lengths.prepare(Party("broken", {"0": failing}), STREAMS["prompts n=0"])
+        == "fails: RuntimeError: no such kernel"
+    )
+
+
+def test_a_process_of_its_own(tmp_path: Path) -> None:
+    """Both tasks, and what the results and the tables make of them."""
+    names = ["growing cache", "training"]
+    assert lengths.prepare_all({"attn_n": names}) == {"attn_n": dict.fromkeys(names)}
+    timed = lengths.time_one("attn_n", names)
+    run = Run({"device": "Chip", "kind": "cpu"}, "abc", "2026-11-27", "pytest bench")
+    for name, found in timed.items():
+        run.points += lengths.points(PARTIES["attn_n"], STREAMS[name], found)
+        run.points += lengths.points(PARTIES["eager"], STREAMS[name], Timed("wrong", "out by 1"))
+    run.save(tmp_path / "run.json")
+    assert [point.measure for point in load(tmp_path / "run.json").points] == ["wall", "step"] * 4
+    text = report.markdown(load(tmp_path / "run.json"))
+    for name in names:
+        assert f"### lengths: {name}, ms a call, up to E16-" in text
+    rows = [line.split(" | ") for line in text.splitlines() if line.startswith("| attn_n n=per head")]
+    assert len(rows) == 2
+    assert all(row[-1] == "sdpa:cpu |" and float(row[1]) > 0 and float(row[3]) >= float(row[2]) for row in rows)
+    assert "eager n=per head (out by 1)" in text
+
+
+@pytest.mark.gpu
+def test_parties_on_a_gpu() -> None:
+    names = {party.name for party in lengths.parties("cuda")}
+    assert names >= {
+        "attn_n", "attn_n triton", "attn_n triton:hopper", "attn_n triton:portable", "attn_n sdpa:flash",
+        "attn_n sdpa:cudnn", "attn_n sdpa:efficient", "attn_n reference", "torch sdpa", "eager", "flash-attn 3",
+    }  # fmt: skip
+    assert torch.cuda.is_available()
