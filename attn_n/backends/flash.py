@@ -8,9 +8,8 @@ import torch
 from torch import Tensor
 
 from attn_n.backends.base import Backend
-from attn_n.backends.layout import HALF, common_width, narrowed, of_width
+from attn_n.backends.layout import HALF, common_width, lse_as_value_column, narrowed, of_width
 from attn_n.call import AttentionCall, Options
-from attn_n.fold import lse_as_value_column
 
 
 class FlashBackend(Backend):
