@@ -2,10 +2,10 @@
 
 Such a kernel is told the strides of its inputs, and still takes for granted that the columns of a row lie side by side.
 PyTorch's CPU kernel reads the wrong numbers where they do not; FlashAttention and the memory-efficient kernel stop with
-an error of their own. None of torch's `pad`, `clone`, `zeros_like`, `empty_like` and `to` gives such a tensor: they keep
-the order of the dimensions in memory, and with it heads, or channels, that are innermost. Hence whatever a backend pads,
-slices or copies for such a kernel passes through `of_width` last, or is allocated by `filled_up` or by
-`base.empty_in_order`, whose innermost dimension is the last one.
+an error of their own. None of torch's `pad`, `clone`, `zeros_like`, `empty_like` and `to` gives such a tensor: they
+keep the order of the dimensions in memory, and with it heads, or channels, that are innermost. Hence whatever a backend
+pads, slices or copies for such a kernel passes through `of_width` last, or is allocated by `filled_up` or by
+`base.empty_in_order`, in which the last dimension is the innermost one.
 """
 
 from __future__ import annotations
