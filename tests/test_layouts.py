@@ -36,7 +36,7 @@ LAYOUTS_OF_DOUT = ("heads first", "tokens first", "heads innermost", "transposed
 def _rows() -> Iterator[Case]:
     """Each layout of q, k and v, with a dout in the layout of its own; and each of dout."""
     for layout, (size, size_v) in itertools.product(LAYOUTS, SIZES):
-        case = Case(layout, layout=layout, len_q=9, len_k=12, size=size, size_v=size_v, heads_q=4, causal=True)
+        case = Case(layout, layout=layout, len_q=12, len_k=12, size=size, size_v=size_v, heads_q=4, causal=True)
         yield dataclasses.replace(case, heads_kv=1 if layout == "channels last" else 2)
     for layout, (size, size_v) in itertools.product(LAYOUTS_OF_DOUT[1:], SIZES):
         yield Case(f"dout {layout}", layout_of_dout=layout, len_q=9, len_k=12, size=size, size_v=size_v)
@@ -108,10 +108,10 @@ def test_opcheck(case: Case) -> None:
     packing: tuple[Any, ...] = inputs.packing() if case.packed else (None, None, 0, 0)
     options = Options(0.25, None, 0, None, 0.0, None, None, *packing)
     log_n, checks = torch.linspace(-1, 1, case.heads_q), ("test_schema", "test_faketensor")
-    arguments: tuple[Any, ...] = (q, k, v, log_n, None, "sdpa:cpu", *options)
+    arguments: tuple[Any, ...] = (q, k, v, log_n, True, None, None, "sdpa:cpu", *options)
     torch.library.opcheck(torch.ops.attn_n.forward.default, arguments, test_utils=checks)
     out, lse, state = torch.ops.attn_n.forward(*arguments)
-    arguments = (inputs.dout, inputs.dlse, q, k, v, out, lse, state, log_n, False, True, True, "sdpa:cpu", *options)
+    arguments = inputs.dout, inputs.dlse, q, k, v, out, lse, state, log_n, True, False, True, None, "sdpa:cpu", *options
     torch.library.opcheck(torch.ops.attn_n.backward.default, arguments, test_utils=checks)
 
 
