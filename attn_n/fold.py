@@ -103,20 +103,3 @@ def lse_for_backward(lse: Tensor, dlse: Tensor | None) -> tuple[Tensor, Tensor |
     """Rows without a denominator, whose lse is -inf, made to give zero gradients: `exp(S - inf) = 0`."""
     empty = lse == -math.inf
     return lse.masked_fill(empty, math.inf), None if dlse is None else dlse.masked_fill(empty, 0.0)
-
-
-def lse_as_value_column(
-    dout: Tensor, dlse: Tensor, v: Tensor, out: Tensor, width: int
-) -> tuple[Tensor, Tensor, Tensor]:
-    """dout, v and out of `width` columns, with which a library that knows no dlse computes `delta - dlse`.
-
-    The library takes `delta = rowsum(dout * out)` and `dP = dout V^T`. One more column, 1 in dout, 0 in v and -dlse in
-    out, adds -dlse to the first and nothing to the second. The further columns are zero; those of dV are dropped.
-    """
-    size = v.shape[-1]
-    pad = width - size
-    wide_dout = torch.nn.functional.pad(dout, (0, pad))
-    wide_dout[..., size] = 1.0
-    wide_out = torch.nn.functional.pad(out, (0, pad))
-    wide_out[..., size] = -dlse
-    return wide_dout, torch.nn.functional.pad(v, (0, pad)), wide_out

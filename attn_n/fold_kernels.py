@@ -1,4 +1,7 @@
-"""The kernels of `attn_n.fused_fold`, in Triton's own language."""
+"""The kernels of `attn_n.fused_fold`, in Triton's own language.
+
+Which numbers have 64 bits is said in `attn_n.backends.triton.portable.tile`.
+"""
 
 import triton
 import triton.language as tl
@@ -70,6 +73,5 @@ def row_of(x, strides, batch, head, row):
 def tile_of(x, strides, batch, head, row, inside, WIDTH: tl.constexpr, TILE_E: tl.constexpr):
     """The pointers and the mask of a tile of rows of one head."""
     column = tl.arange(0, TILE_E)
-    return row_of(x, strides, batch, head, row)[:, None] + column[None, :] * strides[3], inside[:, None] & (
-        column < WIDTH
-    )[None, :]
+    pointers = row_of(x, strides, batch, head, row)[:, None] + column[None, :].to(tl.int64) * strides[3]
+    return pointers, inside[:, None] & (column < WIDTH)[None, :]

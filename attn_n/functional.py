@@ -205,6 +205,9 @@ def _prepare_varlen(
         validate.mask(mask, q, (batch, q.shape[1], max_seqlen_q, max_seqlen_k))
         mask = mask[(None,) * (4 - mask.dim())]
     left, right = _window(request)
+    # Sides beyond the longest sequence bound nothing, and the kernels of libraries cut them to 32 bits.
+    left = None if left is None else min(left, max_seqlen_k)
+    right = None if right is None else min(right, max_seqlen_q)
     options = Options(
         validate.scale(request.sm_scale, q.shape[-1]),
         left,

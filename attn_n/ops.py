@@ -241,8 +241,8 @@ def _stamp(backend: str) -> Tensor:
 
 
 def _log_per_head(q: Tensor, n: Tensor, n_is_logit: bool) -> Tensor:
-    """log n as `(Hq,)` in the dtype of the lse."""
-    n = n.detach().to(_lse_dtype(q))
+    """log n as `(Hq,)` in the dtype of the lse, with a stride of 1, or 0 for a scalar."""
+    n = n.detach().to(_lse_dtype(q)).contiguous()
     return (n if n_is_logit else n.log()).expand(q.shape[1])
 
 

@@ -40,7 +40,8 @@ class Case:
     softcap: float | None = None
     mask: str = ""  # "bool", "float", "key padding", "hidden rows", "per head", "late" (hides the first keys)
     alibi: str = ""  # "per head" or "per batch"
-    layout: str = "heads first"
+    layout: str = "heads first"  # of q, k and v, see LAYOUTS
+    layout_of_dout: str = "heads first"
     lengths_q: tuple[int, ...] = ()  # packed sequences, in place of batch and len_q
     lengths_k: tuple[int, ...] = ()
 
@@ -149,11 +150,6 @@ def _cases() -> list[Case]:
         Case("negative scale", scale=-0.4, shift=0.0, **few),
         Case("zero scale", scale=0.0, shift=0.0, **few),
         Case("many blocks", batch=1, heads_q=1, heads_kv=1, len_q=many, len_k=many, causal=True, shift=-6.0),
-        Case("tokens first", layout="tokens first", causal=True),
-        Case("tokens first, GQA", layout="tokens first", heads_q=4, heads_kv=2, len_q=9),
-        Case("expanded over the batch", layout="expanded"),
-        Case("a stride in the last dimension", layout="transposed"),
-        Case("an odd offset", layout="unaligned", causal=True),
         Case("packed", lengths_q=(5, 17, 1), lengths_k=(7, 17, 30)),
         Case("packed, causal", lengths_q=(5, 17, 9), lengths_k=(5, 30, 4), causal=True),
         Case("packed, causal, n=0", lengths_q=(5, 17, 9), lengths_k=(5, 30, 4), causal=True, n=0.0),
@@ -241,7 +237,11 @@ def make(case: Case, dtype: torch.dtype, device: str, seed: int = 0) -> Inputs:
         scale = 1 / math.sqrt(case.size) if case.scale is None else case.scale
         size = math.sqrt(abs(case.shift) / scale)
         q[..., 0], k[..., 0] = math.copysign(size, case.shift), size
-    inputs = Inputs(case, *(_laid_out(x.to(dtype).to(device), case.layout) for x in (q, k, v)))
+    q, k, v = (x.to(dtype).to(device) for x in (q, k, v))
+    if case.layout == "one storage":
+        inputs = Inputs(case, *_in_one_storage(q, k, v))
+    else:
+        inputs = Inputs(case, *(laid_out(x, case.layout) for x in (q, k, v)))
 
     wide = torch.float64 if dtype == torch.float64 else torch.float32
     heads = torch.linspace(0.3, 4.0, case.heads_q, dtype=wide, device=device)
@@ -276,24 +276,69 @@ def make(case: Case, dtype: torch.dtype, device: str, seed: int = 0) -> Inputs:
         inputs.alibi_slopes = slopes if case.alibi == "per head" else slopes * batches
 
     out_shape = (*inputs.q.shape[:-1], case.size_v)
-    inputs.dout = normal(*out_shape).to(dtype).to(device)
+    inputs.dout = laid_out(normal(*out_shape).to(dtype).to(device), case.layout_of_dout)
     inputs.dlse = normal(*out_shape[:-1]).to(wide).to(device)
+    if case.layout_of_dout in ("transposed", "of a sum"):
+        inputs.dlse = laid_out(inputs.dlse, case.layout_of_dout)
     for tensor in inputs.differentiable.values():
         tensor.requires_grad_()
     return inputs
 
 
-def _laid_out(x: Tensor, layout: str) -> Tensor:
-    """The same values in another memory layout."""
-    if layout == "tokens first":
-        return x.transpose(1, 2).contiguous().transpose(1, 2)
-    if layout == "expanded":
+# From the outermost dimension to the innermost one, of (B, H, L, E), of packed (T, H, E), and of the lse (B, H, L).
+ORDERS = {
+    "heads first": ((0, 1, 2, 3), (0, 1, 2)),
+    "tokens first": ((0, 2, 1, 3), (0, 1, 2)),
+    "heads innermost": ((0, 2, 3, 1), (0, 2, 1)),
+    "batch innermost": ((1, 2, 3, 0), (1, 2, 0)),
+    "transposed": ((0, 1, 3, 2), (0, 2, 1), (1, 0)),
+}
+LAYOUTS = (
+    *ORDERS, "channels last", "sliced", "expanded over the batch", "expanded over heads", "overlapping rows",
+    "offset by one", "one storage",
+)  # fmt: skip
+# What tensor descriptors do not address: columns apart, and nothing between heads or rows.
+NO_DESCRIPTORS = (
+    "heads innermost", "batch innermost", "transposed", "channels last", "expanded over heads", "overlapping rows",
+)  # fmt: skip
+
+
+def laid_out(x: Tensor, layout: str) -> Tensor:
+    """x in another memory layout; where elements share memory, some of its values."""
+    if layout == "channels last":  # that of heads innermost, but for one head
+        return x.contiguous(memory_format=torch.channels_last)
+    if layout in ORDERS:
+        order = next(order for order in ORDERS[layout] if len(order) == x.dim())
+        inverse = sorted(range(x.dim()), key=lambda place: order[place])
+        return x.permute(order).contiguous().permute(inverse)
+    if layout == "sliced":  # in every dimension, by multiples of 16 bytes
+        wider = x.new_full([size + (16 if dim == x.dim() - 1 else 3) for dim, size in enumerate(x.shape)], math.nan)
+        inside = wider[tuple(slice(1, -2) for _ in x.shape[:-1])][..., 8:-8]
+        return inside.copy_(x)
+    if layout == "expanded over the batch":
         return x[:1].expand(x.shape)
-    if layout == "transposed":
-        return x.transpose(-1, -2).contiguous().transpose(-1, -2)
-    if layout == "unaligned":
+    if layout == "expanded over heads":
+        return x[:, :1].expand(x.shape)
+    if layout == "overlapping rows":
+        return torch.cat([x[..., 0, :], x[..., 1:, -1]], -1).unfold(-1, x.shape[-1], 1)
+    if layout == "offset by one":
         return torch.cat([x.new_zeros(1), x.flatten()])[1:].view(x.shape)
-    return x
+    assert layout == "of a sum"
+    return x.flatten()[0].expand(x.shape)
+
+
+def _in_one_storage(q: Tensor, k: Tensor, v: Tensor) -> list[Tensor]:
+    """As the projection of each token gives them: its queries, its keys and its values, one behind the other."""
+    packed = q.dim() == 3
+    tokens_first = [x if packed else x.transpose(1, 2) for x in (q, k, v)]
+    widths = [x.shape[-2] * x.shape[-1] for x in tokens_first]
+    tokens = max(x.shape[-3] for x in tokens_first)
+    together = q.new_full((*tokens_first[0].shape[:-3], tokens, sum(widths)), math.nan)
+    views = []
+    for part, x in zip(together.split(widths, -1), tokens_first, strict=True):
+        view = part.unflatten(-1, x.shape[-2:]).narrow(-3, 0, x.shape[-3]).copy_(x)
+        views.append(view if packed else view.transpose(1, 2))
+    return views
 
 
 def absent(backend: str) -> str | None:
@@ -334,7 +379,7 @@ def must_serve(backend: str, device: str, dtype: torch.dtype, case: Case, lse_gr
         and HOPPER
         and not features & {"mask", "alibi", "E != Ev"}
         and case.size in (64, 128, 256)
-        and case.layout != "transposed",
+        and case.layout not in NO_DESCRIPTORS,
         "flash_attn:2": half_on_gpu and not features & flash_2,
         "flash_attn:3": half_on_gpu
         and not features & (flash | softcap_3 | {"alibi"})

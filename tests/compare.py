@@ -18,7 +18,7 @@ Results = dict[str, Tensor]
 def library(inputs: Inputs, backend: str | None, lse_grad: bool = True) -> Results:
     """out, lse and the gradients by the library."""
     out, lse = _forward(inputs, backend, lse_grad)
-    return _with_gradients(inputs, out, lse)
+    return with_gradients(inputs, out, lse)
 
 
 def forward_of_library(inputs: Inputs, backend: str | None) -> Results:
@@ -65,7 +65,7 @@ def oracle(inputs: Inputs, dtype: torch.dtype, lse_grad: bool = True, ignore_n: 
         )
 
     out, lse = _packed(cast, attend) if case.packed else attend(cast.q, cast.k, cast.v, cast.mask, cast.alibi_slopes)
-    return _with_gradients(cast, out, lse if lse_grad else None)
+    return with_gradients(cast, out, lse if lse_grad else None)
 
 
 def _packed(inputs: Inputs, attend: Callable[..., tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
@@ -91,15 +91,18 @@ def _packed(inputs: Inputs, attend: Callable[..., tuple[Tensor, Tensor]]) -> tup
     return torch.cat(outs), torch.cat(lses)
 
 
-def _with_gradients(inputs: Inputs, out: Tensor, lse: Tensor | None) -> Results:
-    results = {"out": out.detach()}
-    loss = (out * inputs.dout).sum()
+def with_gradients(inputs: Inputs, out: Tensor, lse: Tensor | None) -> Results:
+    """out, lse and the gradients, where out and lse get those of the inputs as they lie in memory."""
+    results, outputs, given = {"out": out.detach()}, [out], [inputs.dout]
     if lse is not None:
         results["lse"] = lse.detach()
+        outputs.append(lse)
         # A row without a denominator has lse = -inf, which no loss can use.
-        loss = loss + (lse * inputs.dlse).masked_fill(lse == -math.inf, 0.0).sum()
+        empty = lse.detach() == -math.inf
+        given.append(inputs.dlse.masked_fill(empty, 0.0) if empty.any() else inputs.dlse)
     tensors = inputs.differentiable
-    gradients = torch.autograd.grad(loss, list(tensors.values()), materialize_grads=True)
+    # Not by a loss: its backward would lay the gradients out anew.
+    gradients = torch.autograd.grad(outputs, list(tensors.values()), given, materialize_grads=True)
     return results | {f"d{name}": gradient for name, gradient in zip(tensors, gradients, strict=True)}
 
 

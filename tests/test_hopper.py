@@ -314,7 +314,7 @@ def test_random_shapes(seed: int) -> None:
             "", batch=pick.randint(1, 3), heads_q=heads_kv * pick.choice([1, 2, 5]), heads_kv=heads_kv, len_q=len_q,
             len_k=len_k, size=width, size_v=width, causal=pick.random() < 0.4, window=window,
             softcap=pick.choice([None, None, 5.0]), n=pick.choice([0.0, 1.0, 3.7, "per head"]),
-            layout=pick.choice(["heads first", "tokens first", "expanded"]),
+            layout=pick.choice(["heads first", "tokens first", "expanded over the batch"]),
         )  # fmt: skip
         if pick.random() < 0.3:
             case = packed_at_random(pick, case, 12, 500)

@@ -147,7 +147,7 @@ class Family(Backend):
 
 
 def memory_order(x: Tensor) -> tuple[int, ...]:
-    """The dimensions of x from the largest stride to the smallest, the last one kept last."""
+    """The dimensions of x from the largest stride to the smallest, but for the last one: it comes last in any case."""
     return (*sorted(range(x.dim() - 1), key=x.stride, reverse=True), x.dim() - 1)
 
 
@@ -158,7 +158,7 @@ def empty_in_order(like: Tensor, shape: Sequence[int], order: tuple[int, ...]) -
 
 
 def gradients_like(*tensors: Tensor) -> list[Tensor]:
-    """Uninitialised dense tensors that lie in memory as their inputs do."""
+    """Uninitialised dense tensors that lie in memory as their inputs do, but with the last dimension innermost."""
     return [empty_in_order(x, x.shape, memory_order(x)) for x in tensors]
 
 

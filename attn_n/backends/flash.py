@@ -8,9 +8,8 @@ import torch
 from torch import Tensor
 
 from attn_n.backends.base import Backend
-from attn_n.backends.layout import HALF, common_width, narrowed, of_width
+from attn_n.backends.layout import HALF, common_width, lse_as_value_column, narrowed, of_width
 from attn_n.call import AttentionCall, Options
-from attn_n.fold import lse_as_value_column
 
 
 class FlashBackend(Backend):
@@ -114,7 +113,9 @@ def sequences(options: Options, q: Tensor, k: Tensor) -> Sequences:
     """Of tensors whose tokens come first."""
     if options.cu_seqlens_q is None:
         return Sequences(None, None, q.shape[1], k.shape[1])
-    return Sequences(options.cu_seqlens_q, options.cu_seqlens_k, options.max_seqlen_q, options.max_seqlen_k)
+    # The longest may be overstated: the kernels round it up, and count tiles by it, in 32 bits.
+    longest = min(options.max_seqlen_q, q.shape[0]), min(options.max_seqlen_k, k.shape[0])
+    return Sequences(options.cu_seqlens_q, options.cu_seqlens_k, *longest)
 
 
 def _tokens_first(options: Options, width: int, *tensors: Tensor) -> list[Tensor]:

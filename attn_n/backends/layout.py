@@ -1,4 +1,12 @@
-"""Tensors as the kernels of other libraries read them: width, alignment, heads, bias."""
+"""Tensors as the kernels of other libraries read them: width, strides, alignment, heads, bias.
+
+Such a kernel is told the strides of its inputs, and still takes for granted that the columns of a row lie side by side.
+PyTorch's CPU kernel reads the wrong numbers where they do not; FlashAttention and the memory-efficient kernel stop with
+an error of their own. None of torch's `pad`, `clone`, `zeros_like`, `empty_like` and `to` gives such a tensor: they
+keep the order of the dimensions in memory, and with it heads, or channels, that are innermost. Hence whatever a backend
+pads, slices or copies for such a kernel passes through `of_width` last, or is allocated by `filled_up` or by
+`base.empty_in_order`, in which the last dimension is the innermost one.
+"""
 
 from __future__ import annotations
 
@@ -16,17 +24,49 @@ def common_width(size: int, size_v: int, extra: int = 0, multiple: int = 8) -> i
 
 
 def of_width(x: Tensor, width: int) -> Tensor:
-    """x as a kernel reads it: filled up to `width` with zeros, unit stride in the last dimension, and on CUDA on
-    16-byte boundaries; x itself if it is so already."""
+    """x as a kernel reads it; x itself if it is so already.
+
+    - It has `width` columns, and those that are not of x are zero.
+    - Its last stride is 1.
+    - No other dimension has a stride of 1 (overlapping rows, as `Tensor.unfold` gives). A kernel that allocates its
+      output by `empty_like` would take that dimension for the innermost one. Strides of 0, as `expand` gives, stay.
+    - On CUDA its rows begin on 16-byte boundaries.
+    """
     if x.shape[-1] != width:
-        return torch.nn.functional.pad(x, (0, width - x.shape[-1]))
-    if x.stride(-1) != 1:
+        return filled_up(x, width)
+    *outer, column = x.stride()
+    # What is contiguous has rows side by side, whatever the strides of its dimensions of size 1 are.
+    if (column != 1 or 1 in outer) and not x.is_contiguous():
         return x.contiguous()
     if x.is_cuda:
-        aligned = all(stride * x.element_size() % 16 == 0 for stride in x.stride()[:-1])
+        aligned = all(stride * x.element_size() % 16 == 0 for stride in outer)
         if not aligned or x.data_ptr() % 16:
             return x.clone(memory_format=torch.contiguous_format)
     return x
+
+
+def filled_up(x: Tensor, width: int) -> Tensor:
+    """A contiguous copy of x with columns of zeros up to `width`."""
+    size = x.shape[-1]
+    wide = x.new_empty((*x.shape[:-1], width))
+    wide[..., :size].copy_(x)
+    wide[..., size:].zero_()
+    return wide
+
+
+def lse_as_value_column(
+    dout: Tensor, dlse: Tensor, v: Tensor, out: Tensor, width: int
+) -> tuple[Tensor, Tensor, Tensor]:
+    """dout, v and out of `width` columns, with which a library that knows no dlse computes `delta - dlse`.
+
+    The library takes `delta = rowsum(dout * out)` and `dP = dout V^T`. One more column, 1 in dout, 0 in v and -dlse in
+    out, adds -dlse to the first and nothing to the second. The further columns are zero; those of dV are dropped.
+    """
+    size = v.shape[-1]
+    wide_dout, wide_v, wide_out = (filled_up(x, width) for x in (dout, v, out))
+    wide_dout[..., size] = 1.0
+    wide_out[..., size] = -dlse
+    return wide_dout, wide_v, wide_out
 
 
 def narrowed(x: Tensor, size: int) -> Tensor:
@@ -59,5 +99,5 @@ def aligned_bias(q: Tensor, k: Tensor, bias: Tensor | None) -> Tensor | None:
     if bias is None:
         return None
     len_q, len_k = q.shape[2], k.shape[2]
-    rows = torch.nn.functional.pad(bias.to(q.dtype).expand(-1, -1, -1, len_k), (0, -len_k % 16))[..., :len_k]
+    rows = filled_up(bias.to(q.dtype).expand(-1, -1, -1, len_k), len_k + -len_k % 16)[..., :len_k]
     return rows.expand(q.shape[0], q.shape[1], len_q, len_k)

@@ -17,10 +17,9 @@ from torch import Tensor
 
 from attn_n import packed
 from attn_n.backends.base import Backend, empty_in_order, memory_order
-from attn_n.backends.layout import narrowed, of_width
+from attn_n.backends.layout import lse_as_value_column, narrowed, of_width
 from attn_n.bias import dense_bias
 from attn_n.call import Options
-from attn_n.fold import lse_as_value_column
 
 
 class RectangleBackend(Backend):

@@ -143,7 +143,7 @@ class CudnnAttention(Backend):
         rng_state: Tensor | None,
         options: Options,
     ) -> tuple[Tensor, Tensor, Tensor]:
-        dout, q, k, v = (of_width(x, x.shape[-1]) for x in (dout, q, k, v))
+        dout, q, k, v, out = (of_width(x, x.shape[-1]) for x in (dout, q, k, v, out))
         gradients: tuple[Tensor, Tensor, Tensor] = torch.ops.aten._scaled_dot_product_cudnn_attention_backward(
             dout, q, k, v, out, lse[..., None], None, None, None, None, None, q.shape[2], k.shape[2],
             0.0, options.window_right == 0, scale=options.scale,

@@ -56,10 +56,8 @@ class Problem(NamedTuple):
     @property
     def window(self) -> tuple[int | None, int | None]:
         """Left and right as kernels get them: wider ones see nothing more, and their edges would overflow."""
-        most = self.len_q + self.len_k
-        return None if self.left is None else min(self.left, most), None if self.right is None else min(
-            self.right, most
-        )
+        left, right = self.left, self.right
+        return None if left is None else min(left, self.len_k), None if right is None else min(right, self.len_q)
 
     @property
     def keys_on_average(self) -> int:
@@ -98,8 +96,9 @@ def describe(tensors: tuple[Tensor, ...], log_n: float | Tensor | None, options:
         rows, keys = batch * len_q, batch * len_k
         more_keys: int | None = len_k - len_q
     else:
-        batch, len_q, len_k = starts.shape[0] - 1, options.max_seqlen_q, options.max_seqlen_k
-        rows, keys = q.shape[0], k.shape[0]
+        batch, rows, keys = starts.shape[0] - 1, q.shape[0], k.shape[0]
+        # The longest sequence may be overstated, up to numbers of which kernels cannot count the tiles.
+        len_q, len_k = min(options.max_seqlen_q, rows), min(options.max_seqlen_k, keys)
         assert options.cu_seqlens_k is not None
         more_keys = 0 if starts.data_ptr() == options.cu_seqlens_k.data_ptr() else None
     return Problem(

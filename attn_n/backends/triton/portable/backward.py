@@ -16,6 +16,7 @@ from attn_n.backends.triton.portable.tile import (
     load,
     logits,
     matrix,
+    of_head,
     padded_rows_of,
     place,
     queries_that_see,
@@ -48,8 +49,8 @@ def dq_kernel(
     of_q, of_dq = matrix(q, strides_q, batch, head, first_q), matrix(dq, strides_dq, batch, head, first_q)
     of_k, of_v = matrix(k, strides_k, batch, head_kv, first_k), matrix(v, strides_v, batch, head_kv, first_k)
     of_out, of_dout = matrix(out, strides_out, batch, head, first_q), matrix(dout, strides_dout, batch, head, first_q)
-    of_mask = None if mask is None else mask + (batch * strides_mask[0] + head * strides_mask[1])
-    slope = None if slopes is None else tl.load(slopes + (batch * strides_slopes[0] + head * strides_slopes[1]))
+    of_mask = None if mask is None else of_head(mask, strides_mask, batch, head)
+    slope = None if slopes is None else tl.load(of_head(slopes, strides_slopes, batch, head))
 
     rows = first_row + tl.arange(0, TILE_Q)
     # By pointers, all at once: they come once, and a descriptor takes longer to make than that.
@@ -143,8 +144,8 @@ def dkdv_kernel(
         row_delta = tl.load(padded_rows_of(delta, batch, head, padded, first_q, len_q, starts_q is not None) + rows)
         # The end of the queries needs no care: beyond it lse is infinite, and the weights zero.
         edge = (first_row < full_begin) | (first_row >= full_end) if bounded else False
-        of_mask = None if mask is None else mask + (batch * strides_mask[0] + head * strides_mask[1])
-        slope = None if slopes is None else tl.load(slopes + (batch * strides_slopes[0] + head * strides_slopes[1]))
+        of_mask = None if mask is None else of_head(mask, strides_mask, batch, head)
+        slope = None if slopes is None else tl.load(of_head(slopes, strides_slopes, batch, head))
         s, slope_of_cap = logits(
             dot(k_tile, q_tile.T, PRECISION), rows[None, :], keys, len_q, len_k, left, right, scale, softcap,
             of_mask, strides_mask, slope, edge, LINEAR,

@@ -17,6 +17,7 @@ from attn_n.backends.triton.portable.tile import (
     load,
     logits,
     matrix,
+    of_head,
     place,
     rows_of,
     store,
@@ -43,8 +44,8 @@ def forward_kernel(
     head_kv = head // GROUPS
     of_q, of_out = matrix(q, strides_q, batch, head, first_q), matrix(out, strides_out, batch, head, first_q)
     of_k, of_v = matrix(k, strides_k, batch, head_kv, first_k), matrix(v, strides_v, batch, head_kv, first_k)
-    of_mask = None if mask is None else mask + (batch * strides_mask[0] + head * strides_mask[1])
-    slope = None if slopes is None else tl.load(slopes + (batch * strides_slopes[0] + head * strides_slopes[1]))
+    of_mask = None if mask is None else of_head(mask, strides_mask, batch, head)
+    slope = None if slopes is None else tl.load(of_head(slopes, strides_slopes, batch, head))
 
     view_q = view(of_q, 1, len_q, strides_q, WIDTH, TILE_Q, TILE_E, DESCRIPTORS)
     view_k = view(of_k, 1, len_k, strides_k, WIDTH, TILE_K, TILE_E, DESCRIPTORS)

@@ -2,6 +2,19 @@
 
 Everything is in base 2: a logit is `log2(e)` times that of the formulas, because exp2 is what the hardware has.
 An argument that is None (a mask, a side of the window, ...) is None when the kernel is compiled, and costs nothing.
+
+Which numbers have 64 bits. Triton gives an integer argument 32 bits if its value fits, a stride too, and a product of
+two of those has 32 bits as well. Hence in every kernel of this package and of `attn_n.fold_kernels` whatever is
+multiplied by a stride or by a length (batch, head, row, column, key, the start of a sequence) is first made int64, and
+so are the products of batch and heads. Only these stay within 32 bits:
+
+- Programs, and the tiles and items that they count: a grid has fewer than 2^31 programs.
+- Rows and keys within their sequence, and their distances: `prepare` refuses a length within a tile of 2^31, and a
+  longer one has 64 bits by its value. `Problem` bounds the window, and the longest packed sequence, by what there is.
+- `head * stride_n`: the stride of log n is 0 or 1, see `ops`.
+- The columns of the tensors that we allocate ourselves, whose last stride is 1.
+- In the kernels for Hopper, whose heads have 64 columns or more: the rows of all heads, also as coordinates of a
+  descriptor. 2^31 of them would take 512 GB in the sum for dQ.
 """
 
 import os
@@ -35,6 +48,12 @@ def place(starts_q, starts_k, heads, len_q, len_k, tiles):
 
 
 @triton.jit
+def of_head(x, strides, batch, head):
+    """Pointer to what x has for a batch, which is int64, and a head."""
+    return x + (batch * strides[0] + head.to(tl.int64) * strides[1])
+
+
+@triton.jit
 def matrix(x, strides, batch, head, first_row):
     """Pointer to the first row of a head. (The batch stride of packed tensors is zero.)"""
     return x + (batch * strides[0] + head.to(tl.int64) * strides[1] + first_row * strides[2])
@@ -64,7 +83,8 @@ def load(
         return view.load([head, first_row, 0]).reshape(TILE_ROWS, TILE_WIDTH)
     else:
         row, column = (first_row + tl.arange(0, TILE_ROWS))[:, None], tl.arange(0, TILE_WIDTH)[None, :]
-        pointers = view + tl.cast(head, tl.int64) * strides[1] + row.to(tl.int64) * strides[2] + column * strides[3]
+        of_row = view + tl.cast(head, tl.int64) * strides[1] + row.to(tl.int64) * strides[2]
+        pointers = of_row + column.to(tl.int64) * strides[3]
         if WIDTH == TILE_WIDTH:
             return tl.load(pointers, mask=row < rows, other=0.0)
         else:

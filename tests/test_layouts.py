@@ -1,0 +1,160 @@
+"""The table of memory layouts: every backend on each of them, with and without the lse in the loss, against float64."""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from attn_n import UnsupportedError, flash_attention_n
+from attn_n.backends.layout import of_width
+from attn_n.call import Options
+from tests import compare
+from tests.cases import LAYOUTS, Case, absent, laid_out, make, must_serve
+
+ON_GPU = {
+    torch.bfloat16: (
+        "reference", "sdpa:flash", "sdpa:cudnn", "sdpa:efficient", "triton:portable", "triton:hopper", "flash_attn:2",
+        "flash_attn:3", "flash_attn:4", "xformers:flash", "xformers:cutlass", None,
+    ),
+    torch.float32: ("sdpa:efficient", "xformers:cutlass"),
+}  # fmt: skip
+PLACES = [
+    *(("cpu", name, torch.float32) for name in ("reference", "sdpa:cpu", "triton:portable", None)),
+    ("cpu", "sdpa:cpu", torch.bfloat16),
+    *(("cuda", name, dtype) for dtype, names in ON_GPU.items() for name in names),
+]
+SIZES = ((64, 64), (64, 32), (32, 64), (40, 72))
+LAYOUTS_OF_DOUT = ("heads first", "tokens first", "heads innermost", "transposed", "overlapping rows", "of a sum")
+
+
+def _rows() -> Iterator[Case]:
+    """Each layout of q, k and v, with a dout in the layout of its own; and each of dout."""
+    for layout, (size, size_v) in itertools.product(LAYOUTS, SIZES):
+        case = Case(layout, layout=layout, len_q=12, len_k=12, size=size, size_v=size_v, heads_q=4, causal=True)
+        yield dataclasses.replace(case, heads_kv=1 if layout == "channels last" else 2)
+    for layout, (size, size_v) in itertools.product(LAYOUTS_OF_DOUT[1:], SIZES):
+        yield Case(f"dout {layout}", layout_of_dout=layout, len_q=9, len_k=12, size=size, size_v=size_v)
+    for layout in ("sliced", "heads innermost", "offset by one", "one storage"):
+        for size, size_v in SIZES[1:]:
+            packed = Case(f"packed {layout}", layout=layout, lengths_q=(5, 1, 8), lengths_k=(5, 3, 9), causal=True)
+            yield dataclasses.replace(packed, size=size, size_v=size_v, layout_of_dout="transposed")
+
+
+def _table() -> Iterator[object]:
+    for (device, backend, dtype), case, lse_grad in itertools.product(PLACES, _rows(), (True, False)):
+        # Our own kernels take every stride as it is: their interpreter is slow, and their compiler too.
+        few = device == "cuda" and "heads innermost" not in case.name
+        sizes = SIZES[::3] if few or backend is None else SIZES
+        sizes = {"triton:portable": SIZES[-1:], "triton:hopper": SIZES[:1]}.get(backend, sizes)
+        if (case.size, case.size_v) not in sizes:
+            continue
+        kind = str(dtype).removeprefix("torch.")
+        name = f"{case}-{case.size}-{case.size_v}-{'lse' if lse_grad else 'no lse'}-{device}-{backend}-{kind}"
+        marks = [pytest.mark.gpu] if device == "cuda" else []
+        yield pytest.param(device, backend, dtype, case, lse_grad, id=name, marks=marks)
+
+
+@pytest.mark.parametrize(("device", "backend", "dtype", "case", "lse_grad"), list(_table()))
+def test_the_table(
+    device: str, backend: str | None, dtype: torch.dtype, case: Case, lse_grad: bool, ran: list[str]
+) -> None:
+    """Whoever says that it serves a call serves it in every layout; `None` is the automatic choice."""
+    if backend is not None and absent(backend):
+        pytest.skip(f"{backend}: {absent(backend)}")
+    inputs = make(case, dtype, device)
+    if backend is not None and not must_serve(backend, device, dtype, case, lse_grad):
+        with pytest.raises(UnsupportedError, match=backend):
+            compare.library(inputs, backend, lse_grad)
+        return
+    got = compare.library(inputs, backend, lse_grad)
+    if backend is not None:
+        wanted = {"attend"} if backend == "reference" else {"forward", "backward"}
+        assert set(ran) == {f"{method} {backend}" for method in wanted}
+    excess = compare.excess(inputs, got, lse_grad)
+    assert max(excess.values()) <= 1, {name: f"{value:.2f} x the allowed error" for name, value in excess.items()}
+
+
+@pytest.mark.parametrize(
+    ("layout", "size", "size_v", "lse_grad"),
+    [
+        *(("heads innermost", *sizes, lse_grad) for sizes in SIZES for lse_grad in (True, False)),
+        *((layout, 64, 64, False) for layout in ("channels last", "overlapping rows", "one storage")),
+    ],
+)
+def test_compile(layout: str, size: int, size_v: int, lse_grad: bool, ran: list[str]) -> None:
+    """The compiler hands on a gradient of lse in any case: zeros, if the loss has no lse."""
+    torch.compiler.reset()
+    case = Case("", layout=layout, len_q=9, len_k=12, size=size, size_v=size_v)
+    inputs = make(case, torch.float32, "cpu")
+
+    def attend(q: Tensor, k: Tensor, v: Tensor) -> Any:
+        return flash_attention_n(q, k, v, sm_n=inputs.n, return_lse=True, backend="sdpa")
+
+    out, lse = torch.compile(attend, fullgraph=True, backend="aot_eager")(inputs.q, inputs.k, inputs.v)
+    excess = compare.excess(inputs, compare.with_gradients(inputs, out, lse if lse_grad else None), lse_grad)
+    assert max(excess.values()) <= 1, excess
+    assert {"forward sdpa:cpu", "backward sdpa:cpu"} <= set(ran)
+
+
+@pytest.mark.parametrize("case", [case for case in _rows() if (case.size, case.size_v) == (40, 72)], ids=str)
+def test_opcheck(case: Case) -> None:
+    """The strides that the fakes promise are those that come out."""
+    inputs = make(case, torch.float32, "cpu")
+    q, k, v = (x.detach() for x in (inputs.q, inputs.k, inputs.v))
+    packing: tuple[Any, ...] = inputs.packing() if case.packed else (None, None, 0, 0)
+    options = Options(0.25, None, 0, None, 0.0, None, None, *packing)
+    log_n, checks = torch.linspace(-1, 1, case.heads_q), ("test_schema", "test_faketensor")
+    arguments: tuple[Any, ...] = (q, k, v, log_n, True, None, None, "sdpa:cpu", *options)
+    torch.library.opcheck(torch.ops.attn_n.forward.default, arguments, test_utils=checks)
+    out, lse, state = torch.ops.attn_n.forward(*arguments)
+    arguments = inputs.dout, inputs.dlse, q, k, v, out, lse, state, log_n, True, False, True, None, "sdpa:cpu", *options
+    torch.library.opcheck(torch.ops.attn_n.backward.default, arguments, test_utils=checks)
+
+
+MASKED = [
+    *(pytest.param("cpu", name, torch.float32) for name in ("reference", "sdpa:cpu", "triton:portable")),
+    *(
+        pytest.param("cuda", name, dtype, marks=pytest.mark.gpu)
+        for name in ("sdpa:efficient", "triton:portable", "xformers:cutlass")
+        for dtype in (torch.float32, torch.bfloat16)
+    ),
+]
+
+
+@pytest.mark.parametrize(("device", "backend", "dtype"), MASKED)
+@pytest.mark.parametrize("layout", ["heads innermost", "transposed", "sliced", "expanded over heads", "offset by one"])
+@pytest.mark.parametrize("keys", [16, 13])
+def test_masks(device: str, backend: str, dtype: torch.dtype, layout: str, keys: int, ran: list[str]) -> None:
+    """A bias by relative position has heads innermost, as an embedding gives it."""
+    if absent(backend):
+        pytest.skip(f"{backend}: {absent(backend)}")
+    case = Case("", batch=2, heads_q=3, heads_kv=3, len_q=9, len_k=keys)
+    inputs = make(case, dtype, device)
+    inputs.mask = laid_out(torch.randn(2, 3, 9, keys, device=device, dtype=dtype), layout)
+    excess = compare.excess(inputs, compare.library(inputs, backend))
+    assert max(excess.values()) <= 1, excess
+    assert len(set(ran)) == (1 if backend == "reference" else 2)
+
+
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+def test_what_a_kernel_reads(device: str) -> None:
+    """Columns side by side, and room for an output like it: whatever the strides are."""
+    memory = torch.arange(4096.0, device=device)
+    for shape in itertools.product((1, 2), (1, 3), (1, 4), (1, 8, 24)):
+        for strides in itertools.product((0, 1, 8, 40), (0, 1, 8, 40), (0, 1, 8, 40), (0, 1, 3, 8)):
+            x = memory.as_strided(shape, strides, 7)
+            for width in (shape[-1], 24):
+                wide = of_width(x, width)
+                assert torch.equal(wide[..., : shape[-1]], x)
+                assert not wide[..., shape[-1] :].any()
+                if width > 1:
+                    assert wide.stride(-1) == torch.empty_like(wide).stride(-1) == 1
+                if device == "cuda":
+                    assert all(step * 4 % 16 == 0 for step in wide.stride()[:-1] if width % 4 == 0)
+                    assert wide.data_ptr() % 16 == 0
