@@ -186,6 +186,7 @@ def _prepare(q: Tensor, k: Tensor, v: Tensor, request: Request) -> _Prepared:
     validate.not_traced()
     q, k, v = _autocast(q, k, v)
     validate.qkv(q, k, v, packed=False)
+    q, k, v = _signed(q), _signed(k), _signed(v)
     if not q.shape[:-3] == k.shape[:-3] == v.shape[:-3]:
         leading = torch.broadcast_shapes(q.shape[:-3], k.shape[:-3], v.shape[:-3])
         q, k, v = (x.expand(*leading, *x.shape[-3:]) for x in (q, k, v))
@@ -195,7 +196,7 @@ def _prepare(q: Tensor, k: Tensor, v: Tensor, request: Request) -> _Prepared:
         mask = None
     if mask is not None:
         validate.mask(mask, q, (*shape, k.shape[-2]))
-        mask = _canonical_mask(mask, q.shape)
+        mask = _canonical_mask(_signed(mask), q.shape)
     q, k, v = _canonical(q), _canonical(k), _canonical(v)
     left, right = _window(request, q.shape[2], k.shape[2], right_of_mask)
     if right == 0:
@@ -217,6 +218,7 @@ def _prepare_varlen(
     validate.not_traced()
     q, k, v = _autocast(q, k, v)
     validate.qkv(q, k, v, packed=True)
+    q, k, v = _signed(q), _signed(k), _signed(v)
     validate.no_causal_bias(request.attn_mask)
     validate.cu_seqlens("cu_seqlens_q", cu_seqlens_q, q)
     validate.cu_seqlens("cu_seqlens_k", cu_seqlens_k, q)
@@ -231,7 +233,7 @@ def _prepare_varlen(
     batch, mask = cu_seqlens_q.shape[0] - 1, request.attn_mask
     if mask is not None:
         validate.mask(mask, q, (batch, q.shape[1], max_seqlen_q, max_seqlen_k))
-        mask = mask[(None,) * (4 - mask.dim())]
+        mask = _signed(mask)[(None,) * (4 - mask.dim())]
     left, right = _window(request)
     options = Options(
         validate.scale(request.sm_scale, q.shape[-1]),
@@ -256,13 +258,13 @@ def _describe(
         raise ValueError("sinks: expected None together with sm_n (a sink is log n), got both")
     n: float | Tensor | None
     if sinks is not None or isinstance(sm_n, Tensor):
-        n = validate.n_tensor(sm_n, sinks, q, heads)
+        n = _signed(validate.n_tensor(sm_n, sinks, q, heads))
         n_kind = "per head" if n.dim() else "scalar tensor"
     else:
         n = validate.n_number("sm_n", 0.0 if sm_n is None else sm_n)
         n, n_kind = (n, "float") if n > 0 else (None, "none")
     if slopes is not None:
-        slopes = validate.alibi(slopes, q, batch, heads).to(compute).expand(batch, heads)
+        slopes = _signed(validate.alibi(slopes, q, batch, heads)).to(compute).expand(batch, heads)
     options = options.replaced(
         softcap=validate.softcap(request.softcap),
         dropout_p=validate.dropout(request.dropout_p),
@@ -370,6 +372,14 @@ def _autocast(q: Any, k: Any, v: Any) -> tuple[Any, Any, Any]:
 @constant_when_compiled  # PyTorch 2.11 cannot trace it
 def _knows_autocast(device: str) -> bool:
     return torch.amp.is_autocast_available(device)
+
+
+def _signed(x: Tensor) -> Tensor:
+    """x with its sign in its memory, which our kernels read: that of a conjugate's imaginary part is a flag beside it.
+
+    In a compiled graph the operators do so by themselves.
+    """
+    return x if torch.compiler.is_compiling() else x.resolve_neg()
 
 
 def _canonical(x: Tensor) -> Tensor:

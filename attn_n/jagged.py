@@ -49,5 +49,5 @@ def packed(q: Any, k: Any, v: Any) -> Packed:
 
 def nested(x: Tensor, like: Any) -> Tensor:
     """What belongs to the queries, `(T, H, ...)`, as `(N, H, j, ...)` with the lengths of q."""
-    lengths = {"min_seqlen": like._get_min_seqlen(), "max_seqlen": like._get_max_seqlen()}
-    return torch.nested.nested_tensor_from_jagged(x, like.offsets(), **lengths).transpose(1, 2)
+    longest = like._get_max_seqlen()  # read already, and kept by q
+    return torch.nested.nested_tensor_from_jagged(x, like.offsets(), max_seqlen=longest).transpose(1, 2)

@@ -42,6 +42,8 @@ def key(q: Tensor, k: Tensor, v: Tensor, request: Request) -> Key | None:
     window, of_n = request.window, None
     learned = q.requires_grad or k.requires_grad or v.requires_grad
     n = tensor_n(request)
+    if q.is_neg() or k.is_neg() or v.is_neg() or (n is not None and n.is_neg()):
+        return None
     # The values of a tensor on a CPU are looked at in each call.
     if n is not None and not validate.readable(n):
         learned, of_n = learned or n.requires_grad, (n is request.sinks, n.shape, n.dtype, n.device)

@@ -70,10 +70,9 @@ def tensor(name: str, x: object) -> Tensor:
     kind = type(x)
     if x.is_nested:
         raise TypeError(
-            f"{name}: expected a dense tensor, got a NestedTensor of layout {x.layout}; q, k and v are served if all"
-            " three have layout torch.jagged and shape (N, H, L, E), by flash_attention_n: others go there by"
-            " torch.nested.nested_tensor([...], layout=torch.jagged).transpose(1, 2), or packed to"
-            " flash_attention_n_varlen"
+            f"{name}: expected a dense tensor, got a NestedTensor of layout {x.layout}: flash_attention_n takes q, k, v"
+            " that are all of layout torch.jagged and shape (N, H, length, E), and flash_attention_n_varlen the"
+            " values() and offsets() of such"
         )
     if x.layout is not torch.strided:
         raise TypeError(f"{name}: expected a dense tensor, got layout {x.layout}: pass {name}.to_dense()")
