@@ -74,6 +74,8 @@ def test_causal_bias(len_q: int, len_k: int, corner: str, device: str, backend: 
     "changes",
     [
         {"causal": True},
+        {"causal": True, "len_q": 130, "len_k": 66},  # where that is the narrower one
+        {"window": (3, 9), "len_q": 130, "len_k": 66},
         {"window": (100, None)},
         {"window": (70, 1), "n": 0.0},
         {"window": (64, None), "n": 0.0},  # the left side is where the right side is: one key a row
@@ -87,12 +89,14 @@ def test_causal_bias(len_q: int, len_k: int, corner: str, device: str, backend: 
 )
 def test_causal_bias_beside_others(changes: dict[str, Any], device: str, backend: str, ran: list[str]) -> None:
     skip_if_absent(backend)
-    case = Case("", batch=1, len_q=66, len_k=130, size=64, size_v=64, **changes)
+    case = Case("", **{"batch": 1, "len_q": 66, "len_k": 130, "size": 64, "size_v": 64} | changes)
     inputs = make(case, torch.float32 if device == "cpu" else torch.bfloat16, device)
-    call = explain(inputs.q, inputs.k, inputs.v, **inputs.keywords | {"attn_mask": causal_upper_left(66, 130)}).call
-    reason = registry.why_not(backend, call)
+    bias = causal_upper_left(case.len_q, case.len_k)
+    reason = registry.why_not(
+        backend, explain(inputs.q, inputs.k, inputs.v, **inputs.keywords | {"attn_mask": bias}).call
+    )
     if reason is not None:
-        assert ("softcap" in changes and backend != "reference") or ("alibi" in changes and device == "cuda"), reason
+        assert any(what in reason for what in ("softcap", "alibi", "bias", "passed each other", "added to the logits"))
         return
     served(device, backend, case, "upper left", ran)
 
@@ -153,6 +157,18 @@ def test_flash_attention_has_no_negative_side(left: int | None, backend: str, mo
         reason = registry.why_not(backend, gpu_call(window_left=left, window_right=right))
         wanted = "used here without mask, ALiBi, window" if backend == "sdpa:cudnn" else "right side is negative"
         assert wanted in str(reason)
+
+
+@pytest.mark.parametrize(("left", "served"), [(None, True), (7, True), (6, True), (5, False)])
+def test_a_window_that_the_hopper_kernels_cannot_wait_in(
+    left: int | None, served: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A role would wait for a block of keys that nobody brings."""
+    hopper = pytest.importorskip("attn_n.backends.triton.hopper")
+    monkeypatch.setattr(hopper, "tested", lambda: True)
+    reason = registry.why_not("triton:hopper", gpu_call(window_left=left, window_right=-6))
+    assert (reason is None) == served
+    assert served or "passed each other" in str(reason)
 
 
 @pytest.mark.parametrize(
