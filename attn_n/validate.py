@@ -51,8 +51,9 @@ def no_others(function: str, unknown: Iterable[str], known: Sequence[str]) -> No
 
 def causal(value: Any) -> bool:
     """True or False, also as 1 or 0 or NumPy's: SDPA has its mask in this place, FlashAttention its dropout."""
-    numpys = type(value).__name__ in ("bool_", "bool")
-    if isinstance(value, (bool, torch.SymBool)) or numpys or (isinstance(value, int) and value in (0, 1)):
+    if isinstance(value, (bool, torch.SymBool)) or (isinstance(value, int) and value in (0, 1)):
+        return bool(value)
+    if type(value).__module__ == "numpy" and type(value).__name__ in ("bool", "bool_"):
         return bool(value)
     instead = ": a mask is passed as attn_mask=" if isinstance(value, Tensor) else ""
     instead = ": a probability of dropping is passed as dropout_p=" if isinstance(value, float) else instead
@@ -140,6 +141,8 @@ def no_causal_bias(attn_mask: object) -> None:
 def _is_causal_bias(attn_mask: object) -> bool:
     """By its name, as its module need not have been imported."""
     kind = type(attn_mask)
+    if attn_mask is None or kind in PLAIN:
+        return False
     return kind.__name__ == "CausalBias" and kind.__module__ == "torch.nn.attention.bias"
 
 
