@@ -30,6 +30,8 @@ class Options(NamedTuple):
 
     Query i of a sequence stands at position `p = i + S - L`, so that the last query meets the last key; it sees
     the keys `p - window_left ... p + window_right`. None is unlimited, and `window_right = 0` is causal attention.
+    The right side may be negative, but not of packed sequences: `L - S` is a causal mask from the first query and the
+    first key on, where there are more keys.
     """
 
     scale: float
@@ -91,9 +93,10 @@ class AttentionCall:
     def keys_seen(self) -> int:
         """How many keys a query sees at most: of its sequence (of packed ones on the average), or of its window."""
         keys = self.k_shape[-2] if self.sequences is None else self.k_shape[0] // max(self.sequences, 1)
-        if self.window_left is None or self.window_right is None:
-            return keys
-        return min(keys, self.window_left + self.window_right + 1)
+        left, right = self.window_left, self.window_right
+        if right is not None and right < 0:
+            keys = max(0, keys + right)
+        return keys if left is None or right is None else max(0, min(keys, left + right + 1))
 
     @property
     def heads_q(self) -> int:
@@ -121,10 +124,21 @@ class AttentionCall:
         """Whether the visible keys are bounded in another way than causally."""
         return self.window_left is not None or self.window_right not in (None, 0)
 
+    def _sizes(self) -> str:
+        """How the shapes were read: (B, L, H, E) passed for (B, H, L, E) shows here."""
+        heads = {"Hq": self.heads_q, "Hkv": self.heads_kv}
+        if self.sequences is None:
+            sizes = {"B": self.q_shape[0], **heads, "L": self.q_shape[2], "S": self.k_shape[2]}
+        else:
+            sizes = {"sequences": self.sequences, **heads, "Tq": self.q_shape[0], "Tk": self.k_shape[0]}
+        sizes |= {"E": self.head_dim, "Ev": self.head_dim_v}
+        return f"read as {', '.join(f'{name} = {size}' for name, size in sizes.items())}"
+
     def __str__(self) -> str:
         device = self.device if self.capability is None else f"{self.device} sm_{''.join(map(str, self.capability))}"
         parts = [
             f"{'packed ' if self.varlen else ''}q {self.q_shape}, k {self.k_shape}, v {self.v_shape}",
+            self._sizes(),
             f"{str(self.dtype).removeprefix('torch.')} on {device}",
         ]
         if self.causal:

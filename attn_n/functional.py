@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import inspect
 import math
-from collections.abc import Sequence
-from typing import Any, NamedTuple
+import warnings
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple, NoReturn
 
 import torch
 from torch import Tensor
 
-from attn_n import ops, plans, registry, transforms, validate
+from attn_n import jagged, ops, plans, registry, transforms, validate
 from attn_n.call import AttentionCall, Options, Request, describe
 from attn_n.compilation import constant_when_compiled
 
@@ -31,6 +32,7 @@ def flash_attention_n(
     dropout_p: float = 0.0,
     return_lse: bool = False,
     backend: str | None = None,
+    **unknown: NoReturn,
 ) -> Tensor | tuple[Tensor, Tensor]:
     """Attention with softmax_n: `out_i = sum_j exp(s_ij) v_j / (n + sum_j exp(s_ij))`, `s = sm_scale q k^T + masks`.
 
@@ -38,14 +40,16 @@ def flash_attention_n(
 
     Args:
         q: `(N, ..., Hq, L, E)`, 2 to 6 dimensions, float16, bfloat16, float32 or float64, any strides. With two
-            dimensions there is one head.
-        k: `(N, ..., Hkv, S, E)`, with `Hq % Hkv == 0`: each key head serves `Hq / Hkv` query heads (GQA, MQA).
+            dimensions there is one head. Or a jagged NestedTensor `(N, Hq, j, E)`, as k and v then are.
+        k: `(N, ..., Hkv, S, E)`, with `Hq % Hkv == 0`: each key head serves `Hq / Hkv` query heads (GQA, MQA). Those
+            before the heads broadcast.
         v: `(N, ..., Hkv, S, Ev)`.
         causal: query i sees the keys `j <= p`.
         sm_scale: factor of the logits; None is `1 / sqrt(E)`.
         sm_n: n >= 0: None is 0, plain softmax; a number; or a differentiable tensor `()` or `(Hq,)`.
         sinks: differentiable logits `(Hq,)` of attention sinks: `log n` a head. Excludes `sm_n`.
-        attn_mask: broadcastable to `(N, ..., Hq, L, S)`; bool (True = attend) or floating (added to the logits).
+        attn_mask: broadcastable to `(N, ..., Hq, L, S)`; bool (True = attend) or floating (added to the logits). Or a
+            `torch.nn.attention.bias.CausalBias`, which is served as a window, without a mask in memory.
         window: `(left, right)`: query i sees the keys `p - left <= j <= p + right`; None is unlimited on that side.
         softcap: c > 0: logits become `c tanh(s / c)` before masks.
         alibi_slopes: `(Hq,)` or `(N, Hq)`: adds `-slope |p - j|` to the logits.
@@ -67,6 +71,8 @@ def flash_attention_n(
     Formulas: n is one more key with logit log n and value 0, as in "Attention Is Off By One" (E. Miller, 2023; n = 1)
     and in the learned sinks of gpt-oss; the backward is that of FlashAttention-2 (T. Dao, 2023) with n in its lse.
     """
+    if unknown:
+        validate.no_others("flash_attention_n", unknown, Request._fields)
     request = Request(
         causal, sm_scale, sm_n, sinks, attn_mask, window, softcap, alibi_slopes, dropout_p, return_lse, backend
     )
@@ -75,6 +81,8 @@ def flash_attention_n(
     if plan is not None:
         out, lse = ops.attend(q, k, v, plans.tensor_n(request), *plan)
         return (out, lse) if return_lse else out
+    if jagged.is_jagged(q):
+        return _run_jagged(q, k, v, request)
     prepared = _prepare(q, k, v, request)
     canonical = prepared.q is q and prepared.k is k and prepared.v is v
     return _run(prepared, request, key if canonical else None)
@@ -100,6 +108,7 @@ def flash_attention_n_varlen(
     dropout_p: float = 0.0,
     return_lse: bool = False,
     backend: str | None = None,
+    **unknown: NoReturn,
 ) -> Tensor | tuple[Tensor, Tensor]:
     """`flash_attention_n` of sequences of different lengths, packed one behind the other without padding.
 
@@ -121,6 +130,8 @@ def flash_attention_n_varlen(
     Raises:
         TypeError, ValueError, UnsupportedError: as `flash_attention_n`.
     """
+    if unknown:
+        validate.no_others("flash_attention_n_varlen", unknown, Request._fields)
     request = Request(
         causal, sm_scale, sm_n, sinks, attn_mask, window, softcap, alibi_slopes, dropout_p, return_lse, backend
     )
@@ -139,13 +150,21 @@ def explain(q: Tensor, k: Tensor, v: Tensor, *args: Any, **kwargs: Any) -> regis
     Takes what `flash_attention_n` takes, or what `flash_attention_n_varlen` takes if that has `cu_seqlens_q`. The call
     is validated and not run.
     """
-    varlen = "cu_seqlens_q" in kwargs or bool(args and isinstance(args[0], Tensor))
-    function = flash_attention_n_varlen if varlen else flash_attention_n
+    by_name = "cu_seqlens_q" in kwargs or "cu_seqlens_k" in kwargs
+    varlen = by_name or (len(args) > 1 and isinstance(args[1], Tensor))  # args[0] alone may be a mask, as SDPA has it
+    function: Callable[..., Any] = flash_attention_n
+    if varlen:
+        function = flash_attention_n_varlen
     bound = inspect.signature(function).bind(q, k, v, *args, **kwargs)
     bound.apply_defaults()
+    validate.no_others(function.__name__, bound.arguments.pop("unknown"), Request._fields)
     request = Request(*(bound.arguments.pop(name) for name in Request._fields))
-    prepare = _prepare_varlen if varlen else _prepare
-    explanation = registry.explain(prepare(**bound.arguments, request=request).call, request.backend)
+    if jagged.is_jagged(q):
+        prepared = _prepare_varlen(*jagged.packed(q, k, v), request)
+    else:
+        prepare = _prepare_varlen if varlen else _prepare
+        prepared = prepare(**bound.arguments, request=request)
+    explanation = registry.explain(prepared.call, request.backend)
     print(explanation)
     return explanation
 
@@ -167,12 +186,21 @@ def _prepare(q: Tensor, k: Tensor, v: Tensor, request: Request) -> _Prepared:
     validate.not_traced()
     q, k, v = _autocast(q, k, v)
     validate.qkv(q, k, v, packed=False)
+    q, k, v = _signed(q), _signed(k), _signed(v)
+    if not q.shape[:-3] == k.shape[:-3] == v.shape[:-3]:
+        leading = torch.broadcast_shapes(q.shape[:-3], k.shape[:-3], v.shape[:-3])
+        q, k, v = (x.expand(*leading, *x.shape[-3:]) for x in (q, k, v))
     shape, mask = q.shape[:-1], request.attn_mask
+    right_of_mask = validate.causal_bias(mask, q.shape[-2], k.shape[-2])
+    if right_of_mask is not None:
+        mask = None
     if mask is not None:
         validate.mask(mask, q, (*shape, k.shape[-2]))
-        mask = _canonical_mask(mask, q.shape)
+        mask = _canonical_mask(_signed(mask), q.shape)
     q, k, v = _canonical(q), _canonical(k), _canonical(v)
-    left, right = _window(request, q.shape[2], k.shape[2])
+    left, right = _window(request, q.shape[2], k.shape[2], right_of_mask)
+    if right == 0:
+        _warn_of_rows_without_keys(q, k)
     options = Options(validate.scale(request.sm_scale, q.shape[-1]), left, right, mask=mask)
     return _describe(q, k, v, q.shape[0], request, options, shape)
 
@@ -190,6 +218,8 @@ def _prepare_varlen(
     validate.not_traced()
     q, k, v = _autocast(q, k, v)
     validate.qkv(q, k, v, packed=True)
+    q, k, v = _signed(q), _signed(k), _signed(v)
+    validate.no_causal_bias(request.attn_mask)
     validate.cu_seqlens("cu_seqlens_q", cu_seqlens_q, q)
     validate.cu_seqlens("cu_seqlens_k", cu_seqlens_k, q)
     if cu_seqlens_q.shape != cu_seqlens_k.shape:
@@ -203,7 +233,7 @@ def _prepare_varlen(
     batch, mask = cu_seqlens_q.shape[0] - 1, request.attn_mask
     if mask is not None:
         validate.mask(mask, q, (batch, q.shape[1], max_seqlen_q, max_seqlen_k))
-        mask = mask[(None,) * (4 - mask.dim())]
+        mask = _signed(mask)[(None,) * (4 - mask.dim())]
     left, right = _window(request)
     # Sides beyond the longest sequence bound nothing, and the kernels of libraries cut them to 32 bits.
     left = None if left is None else min(left, max_seqlen_k)
@@ -231,13 +261,13 @@ def _describe(
         raise ValueError("sinks: expected None together with sm_n (a sink is log n), got both")
     n: float | Tensor | None
     if sinks is not None or isinstance(sm_n, Tensor):
-        n = validate.n_tensor(sm_n, sinks, q, heads)
+        n = _signed(validate.n_tensor(sm_n, sinks, q, heads))
         n_kind = "per head" if n.dim() else "scalar tensor"
     else:
         n = validate.n_number("sm_n", 0.0 if sm_n is None else sm_n)
         n, n_kind = (n, "float") if n > 0 else (None, "none")
     if slopes is not None:
-        slopes = validate.alibi(slopes, q, batch, heads).to(compute).expand(batch, heads)
+        slopes = _signed(validate.alibi(slopes, q, batch, heads)).to(compute).expand(batch, heads)
     options = options.replaced(
         softcap=validate.softcap(request.softcap),
         dropout_p=validate.dropout(request.dropout_p),
@@ -301,6 +331,34 @@ def _numbers(n: float | Tensor | None, options: Options) -> tuple[float | None, 
     return None if number is None else math.log(number), None, options
 
 
+def _run_jagged(q: Tensor, k: Tensor, v: Tensor, request: Request) -> Tensor | tuple[Tensor, Tensor]:
+    results = _run(_prepare_varlen(*jagged.packed(q, k, v), request), request)
+    if isinstance(results, Tensor):
+        return jagged.nested(results, q)
+    out, lse = results
+    return jagged.nested(out, q), jagged.nested(lse, q)
+
+
+_warned = False
+
+
+def _warn_of_rows_without_keys(q: Tensor, k: Tensor) -> None:
+    """Once, where a causal mask leaves most rows without keys: so it does of `(B, L, H, E)` passed for `(B, H, L, E)`.
+
+    With fewer KV heads than query heads nothing else tells: the heads of q pass for queries, those of k for keys.
+    """
+    global _warned
+    if torch.compiler.is_compiling() or _warned or not 0 < 2 * k.shape[2] < q.shape[2]:
+        return
+    _warned = True
+    shapes = f"q {tuple(q.shape)} and k {tuple(k.shape)} were read as (N, heads, length, E)"
+    warnings.warn(
+        f"{q.shape[2] - k.shape[2]} of {q.shape[2]} rows see no key under this causal mask, and are zero: {shapes}. If"
+        " the length comes before the heads, pass q.transpose(1, 2), and k and v so too. (This is said once.)",
+        stacklevel=4,
+    )
+
+
 def _autocast(q: Any, k: Any, v: Any) -> tuple[Any, Any, Any]:
     """q, k and v, whatever the user passed, in the dtype of an enclosing autocast, which leaves float64 alone."""
     if not isinstance(q, Tensor):
@@ -317,6 +375,14 @@ def _autocast(q: Any, k: Any, v: Any) -> tuple[Any, Any, Any]:
 @constant_when_compiled  # PyTorch 2.11 cannot trace it
 def _knows_autocast(device: str) -> bool:
     return torch.amp.is_autocast_available(device)
+
+
+def _signed(x: Tensor) -> Tensor:
+    """x with its sign in its memory, which our kernels read: that of a conjugate's imaginary part is a flag beside it.
+
+    In a compiled graph the operators do so by themselves.
+    """
+    return x if torch.compiler.is_compiling() else x.resolve_neg()
 
 
 def _canonical(x: Tensor) -> Tensor:
@@ -338,11 +404,15 @@ def _canonical_mask(mask: Tensor, q_shape: Sequence[int]) -> Tensor:
     return mask.expand(*leading, *mask.shape[-3:]).reshape(math.prod(leading), *mask.shape[-3:])
 
 
-def _window(request: Request, len_q: int | None = None, len_k: int | None = None) -> tuple[int | None, int | None]:
-    """The window with `causal` in it; a side that bounds nothing at these lengths is None."""
+def _window(
+    request: Request, len_q: int | None = None, len_k: int | None = None, right_of_mask: int | None = None
+) -> tuple[int | None, int | None]:
+    """The window with `causal` and a CausalBias in it; a side that bounds nothing at these lengths is None."""
     left, right = validate.window(request.window)
-    if request.causal:
+    if validate.causal(request.causal):
         right = 0
+    if right_of_mask is not None:
+        right = right_of_mask if right is None else min(right, right_of_mask)
     if left is not None and len_k is not None and left >= len_k - 1:
         left = None
     if right is not None and len_q is not None and right >= len_q - 1:

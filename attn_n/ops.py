@@ -253,8 +253,9 @@ def _lse_dtype(q: Tensor) -> torch.dtype:
 def _rows_may_be_empty(q: Tensor, k: Tensor, options: Options) -> bool:
     if options.mask is not None or options.cu_seqlens_q is not None:
         return True
-    bounded = options.window_left is not None or options.window_right is not None
-    return k.shape[-2] == 0 or (bounded and q.shape[-2] > k.shape[-2])
+    right = options.window_right
+    bounded = options.window_left is not None or right is not None
+    return k.shape[-2] == 0 or (right is not None and right < 0) or (bounded and q.shape[-2] > k.shape[-2])
 
 
 def _eager_forward(

@@ -42,14 +42,20 @@ def key(q: Tensor, k: Tensor, v: Tensor, request: Request) -> Key | None:
     window, of_n = request.window, None
     learned = q.requires_grad or k.requires_grad or v.requires_grad
     n = tensor_n(request)
+    if q.is_neg() or k.is_neg() or v.is_neg() or (n is not None and n.is_neg()):
+        return None
     # The values of a tensor on a CPU are looked at in each call.
     if n is not None and not validate.readable(n):
         learned, of_n = learned or n.requires_grad, (n is request.sinks, n.shape, n.dtype, n.device)
         request = request._replace(sm_n=None) if n is request.sm_n else request._replace(sinks=None)
+    try:
+        shapes = q.shape, k.shape, v.shape, q.stride(), k.stride(), v.stride()
+    except RuntimeError:  # sparse or nested: no such call is served
+        return None
     # The types as well, and first: True equals 1, and must not be taken for it.
     return (
         tuple(map(type, request)), request, tuple(map(type, window)) if type(window) is tuple else (),
-        q.shape, k.shape, v.shape, q.stride(), k.stride(), v.stride(), q.dtype, k.dtype, v.dtype,
+        shapes, q.dtype, k.dtype, v.dtype,
         q.device, k.device, v.device, torch.is_grad_enabled() and learned, of_n,
         registry.forced(request.backend), registry.generation(),
     )  # fmt: skip

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import difflib
 import functools
 import importlib
 import importlib.metadata
@@ -195,15 +196,27 @@ def find(name: str) -> tuple[Backend | None, str | None]:
     base, _, member = name.partition(":")
     _load(base)
     if base not in _entries:
-        raise ValueError(f"backend: expected one of {', '.join(names())}, got {name!r}")
+        raise ValueError(_unknown(name, [one for known in names() for one in _with_members(known)]))
     backend, problem = _entries[base].get()
     if backend is None or not member:
         return backend, problem
     members = backend.members if isinstance(backend, Family) else {}
     if member not in members:
-        expected = ", ".join([base, *(f"{base}:{known}" for known in members)])
-        raise ValueError(f"backend: expected one of {expected}, got {name!r}")
+        raise ValueError(_unknown(name, _with_members(base)))
     return members[member], None
+
+
+def _with_members(name: str) -> list[str]:
+    """A known backend, and the members of it if it is a family that can be loaded."""
+    backend, _ = find(name)
+    return [name, *(f"{name}:{member}" for member in (backend.members if isinstance(backend, Family) else ()))]
+
+
+def _unknown(name: str, expected: list[str]) -> str:
+    by_any_name = {one.partition(":")[2]: one for one in reversed(expected)} | {one: one for one in expected}
+    near = difflib.get_close_matches(name.lower(), by_any_name, n=1)
+    hint = f": did you mean {by_any_name[near[0]]!r}?" if near else ""
+    return f"backend: expected one of {', '.join(expected)}, got {name!r}{hint}"
 
 
 @constant_when_compiled  # an import cannot be traced

@@ -11,28 +11,31 @@ from attn_n import validate
 from attn_n.fold import bounded_exp
 
 
-def softmax_n(x: Tensor, n: float | Tensor = 0.0, dim: int = -1, dtype: torch.dtype | None = None) -> Tensor:
+def softmax_n(
+    x: Tensor, n: float | Tensor | None = 0.0, dim: int | None = -1, dtype: torch.dtype | None = None
+) -> Tensor:
     """`exp(x_i) / (n + sum_j exp(x_j))` along `dim`; n = 0 is `torch.softmax`.
 
     Args:
         x: floating tensor of any shape. float16 and bfloat16 are computed in float32 and rounded once.
         n: a finite number >= 0, or a tensor of them that broadcasts against `x` with `dim` of size 1;
-            a tensor n is differentiable.
-        dim: the dimension that is normalised.
-        dtype: cast `x` to this first, as `torch.softmax` does.
+            a tensor n is differentiable. None is 0.
+        dim: the dimension that is normalised; None is the last one.
+        dtype: cast `x` to this first, as `torch.softmax` does: a floating one.
 
     Returns:
         A tensor shaped as `x`. A slice that is -inf everywhere gives zeros, for every n.
 
     Raises:
-        TypeError: `x` is not a floating tensor, or n neither a number nor a tensor.
-        ValueError: n is negative, NaN or infinite, or its shape does not broadcast.
+        TypeError: `x` is not a floating tensor, n neither a number nor a tensor, or `dim` no integer.
+        ValueError: n is negative, NaN or infinite, its shape does not broadcast, or x has no such `dim`.
 
     The maximum that is subtracted is `max(max_j x_j, log n)`, so that neither a large x nor a large n overflows.
     """
     validate.floating("x", x)
+    n, dim = 0.0 if n is None else n, validate.dimension("dim", -1 if dim is None else dim, x)
     if dtype is not None:
-        x = x.to(dtype)
+        x = validate.floating("dtype", x.to(dtype))
     compute = x.to(torch.promote_types(x.dtype, torch.float32))
     if isinstance(n, Tensor):
         validate.n_values("n", n)

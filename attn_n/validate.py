@@ -6,8 +6,9 @@ CPU; on an accelerator a check would stall the stream, so there only shapes, dty
 
 from __future__ import annotations
 
+import difflib
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from itertools import pairwise
 from typing import Any
 
@@ -15,6 +16,134 @@ import torch
 from torch import Tensor
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+PLAIN = (Tensor, torch.nn.Parameter)
+
+# How other libraries spell what is asked for here.
+SPELLINGS = {
+    "is_causal": "here it is causal, and aligned with the last query and the last key",
+    "scale": "here it is sm_scale",
+    "softmax_scale": "here it is sm_scale",
+    "enable_gqa": "leave it out: k and v may always have fewer heads than q",
+    "dropout": "here it is dropout_p",
+    "window_size": "here it is window, with None for a side without a limit",
+    "s_aux": "here it is sinks",
+    "learnable_sink": "here it is sinks",
+    "sink": "here it is sinks",
+    "n": "here it is sm_n",
+    "mask": "here it is attn_mask",
+    "attn_bias": "here it is attn_mask",
+    "logits_soft_cap": "here it is softcap",
+    "return_attn_probs": "here it is return_lse, which returns lse alone",
+    "return_softmax_lse": "here it is return_lse",
+    "deterministic": "here it is torch.use_deterministic_algorithms(True)",
+}
+
+
+def no_others(function: str, unknown: Iterable[str], known: Sequence[str]) -> None:
+    """No keyword that `function` does not have; the text names the right one."""
+    for name in unknown:
+        said = SPELLINGS.get(name)
+        if said is None:
+            near = difflib.get_close_matches(name, known, n=1)
+            said = f"did you mean {near[0]}?" if near else f"it has {', '.join(known)}"
+        raise TypeError(f"{function}() got an unexpected keyword argument {name!r}: {said}")
+
+
+def causal(value: Any) -> bool:
+    """True or False, also as 1 or 0 or NumPy's: SDPA has its mask in this place, FlashAttention its dropout."""
+    if isinstance(value, (bool, torch.SymBool)) or (isinstance(value, int) and value in (0, 1)):
+        return bool(value)
+    if type(value).__module__ == "numpy" and type(value).__name__ in ("bool", "bool_"):
+        return bool(value)
+    instead = ": a mask is passed as attn_mask=" if isinstance(value, Tensor) else ""
+    instead = ": a probability of dropping is passed as dropout_p=" if isinstance(value, float) else instead
+    raise TypeError(f"causal: expected True or False, got {type(value).__name__}{instead}")
+
+
+def tensor(name: str, x: object) -> Tensor:
+    """A tensor whose values are in its memory, or whose operators know where they are.
+
+    A subclass that overrides `__torch_function__` may keep anything in its memory (PyTorch's CausalBias: nothing).
+    One with a `__torch_dispatch__` (fake tensors, DTensor) knows what to do in an operator.
+    """
+    if not isinstance(x, Tensor):
+        raise TypeError(f"{name}: expected a torch.Tensor, got {type(x).__name__}{_how_to_convert(x)}")
+    kind = type(x)
+    if x.is_nested:
+        raise TypeError(
+            f"{name}: expected a dense tensor, got a NestedTensor of layout {x.layout}: flash_attention_n takes q, k, v"
+            " that are all of layout torch.jagged and shape (N, H, length, E), and flash_attention_n_varlen the"
+            " values() and offsets() of such"
+        )
+    if x.layout is not torch.strided:
+        raise TypeError(f"{name}: expected a dense tensor, got layout {x.layout}: pass {name}.to_dense()")
+    if kind in PLAIN:
+        return x
+    # That of Tensor itself keeps the subclass and changes no value; where it is switched off it is no method.
+    own_function = getattr(kind.__torch_function__, "__func__", None)
+    if own_function not in (None, getattr(Tensor.__torch_function__, "__func__", None)):
+        raise TypeError(
+            f"{name}: expected a plain torch.Tensor, got {kind.__module__}.{kind.__name__}, whose memory need not hold"
+            f" its values{_how_to_convert(x) or f': if it does, pass {name}.as_subclass(torch.Tensor)'}"
+        )
+    return x
+
+
+def same_kind(name: str, x: Tensor, q: Tensor) -> None:
+    """No tensor that only operators can read (DTensor and the like) beside a plain q: its kernels read memory."""
+    if type(x) in PLAIN or type(q) not in PLAIN or torch._C._len_torch_dispatch_stack() > 0:
+        return
+    if torch.compiler.is_compiling() or type(x).__torch_dispatch__ is Tensor.__torch_dispatch__:
+        return
+    kind = type(x)
+    instead = _how_to_convert(x) or ": pass what it holds here (of a DTensor to_local() or full_tensor())"
+    raise TypeError(f"{name}: expected a plain torch.Tensor as q is, got {kind.__module__}.{kind.__name__}{instead}")
+
+
+def _how_to_convert(x: object) -> str:
+    """The way from the masks of other libraries to ours."""
+    module, name = type(x).__module__, type(x).__name__
+    if name == "BlockMask":
+        return ": pass torch.nn.attention.flex_attention.create_mask(mask_mod, B, H, L, S), or causal= and window="
+    if module.startswith("xformers."):
+        return ": pass causal=True or window= for what it says, or its materialize((L, S))"
+    if name == "MaskedTensor":
+        return ": pass get_data(), and what is masked as attn_mask"
+    return ""
+
+
+def causal_bias(attn_mask: object, len_q: int, len_k: int) -> int | None:
+    """The right side of the window that a `torch.nn.attention.bias.CausalBias` stands for; None if it is none.
+
+    Such a mask has lengths and a corner, and nothing in its memory. From the upper left corner on query i sees the
+    keys `j <= i`, which is `p + L - S`.
+    """
+    if not _is_causal_bias(attn_mask):
+        return None
+    mask: Any = attn_mask
+    if (mask.seq_len_q, mask.seq_len_kv) != (len_q, len_k):
+        raise ValueError(
+            f"attn_mask: expected a CausalBias of {len_q} queries and {len_k} keys, got one of {mask.seq_len_q} and"
+            f" {mask.seq_len_kv}"
+        )
+    return 0 if mask.variant.name == "LOWER_RIGHT" else len_q - len_k
+
+
+def no_causal_bias(attn_mask: object) -> None:
+    if _is_causal_bias(attn_mask):
+        raise TypeError(
+            "attn_mask: a CausalBias has one pair of lengths, and packed sequences have many: causal=True is"
+            " causal_lower_right of each; for causal_upper_left pass"
+            " torch.ones(max_seqlen_q, max_seqlen_k, dtype=torch.bool).tril()"
+        )
+
+
+def _is_causal_bias(attn_mask: object) -> bool:
+    """By its name, as its module need not have been imported."""
+    kind = type(attn_mask)
+    if attn_mask is None or kind in PLAIN:
+        return False
+    return kind.__name__ == "CausalBias" and kind.__module__ == "torch.nn.attention.bias"
 
 
 def floating(name: str, x: object) -> Tensor:
@@ -37,24 +166,28 @@ def readable(x: Tensor) -> bool:
     """Whether the values of `x` can be looked at for free: a real tensor on the CPU, outside of any tracing."""
     if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
         return False
-    return x.device.type == "cpu" and type(x) in (Tensor, torch.nn.Parameter)
+    return x.device.type == "cpu" and type(x) in PLAIN
 
 
 def qkv(q: Tensor, k: Tensor, v: Tensor, packed: bool) -> None:
     """Types, dtypes, devices and shapes of the three tensors."""
     for name, x in (("q", q), ("k", k), ("v", v)):
-        floating(name, x)
+        floating(name, tensor(name, x))
         if packed and x.dim() != 3:
             raise ValueError(f"{name}: expected 3 dimensions (T, H, E) of packed sequences, got shape {_shape(x)}")
         if not 2 <= x.dim() <= 6:
             raise ValueError(f"{name}: expected 2 to 6 dimensions (N, ..., heads, length, E), got shape {_shape(x)}")
     for name, x in (("k", k), ("v", v)):
+        same_kind(name, x, q)
         if x.dtype != q.dtype:
             raise TypeError(f"{name}: expected the dtype of q, {_dtype(q)}, got {_dtype(x)}")
         if x.device != q.device:
             raise ValueError(f"{name}: expected the device of q, {q.device}, got {x.device}")
         if x.dim() != q.dim():
-            raise ValueError(f"{name}: expected {q.dim()} dimensions as q {_shape(q)} has, got {_shape(x)}")
+            instead = ""
+            if 2 <= x.dim() == q.dim() - 1:
+                instead = f": {name}[None] if all of the batch share it, {name}.unsqueeze(-3) if it has no heads"
+            raise ValueError(f"{name}: expected {q.dim()} dimensions as q {_shape(q)} has, got {_shape(x)}{instead}")
     if q.shape[-1] == 0 or v.shape[-1] == 0:
         raise ValueError(f"q, v: expected head sizes of at least 1, got q {_shape(q)} and v {_shape(v)}")
     if k.shape[-1] != q.shape[-1]:
@@ -78,10 +211,10 @@ def qkv(q: Tensor, k: Tensor, v: Tensor, packed: bool) -> None:
             )
     if not packed:
         for name, x in (("k", k), ("v", v)):
-            if x.shape[:-3] != q.shape[:-3]:
+            if not (_agree(x.shape[:-3], q.shape[:-3]) and _agree(x.shape[:-3], k.shape[:-3])):
                 raise ValueError(
-                    f"{name}: expected the leading dimensions of q, {tuple(q.shape[:-3])}, got {tuple(x.shape[:-3])}"
-                    f" (q {_shape(q)}, {name} {_shape(x)})"
+                    f"{name}: expected the leading dimensions of q, {tuple(q.shape[:-3])}, or 1, got"
+                    f" {tuple(x.shape[:-3])} (q {_shape(q)}, k {_shape(k)}, v {_shape(v)})"
                 )
 
 
@@ -108,7 +241,8 @@ def n_values(name: str, n: Tensor) -> None:
 def n_tensor(sm_n: object, sinks: object, q: Tensor, heads: int) -> Tensor:
     """The tensor form of n: `sm_n` a scalar or one number a head, or `sinks` one logit a head."""
     name = "sm_n" if sinks is None else "sinks"
-    n = floating(name, sm_n if sinks is None else sinks)
+    n = floating(name, tensor(name, sm_n if sinks is None else sinks))
+    same_kind(name, n, q)
     shapes: tuple[tuple[int, ...], ...] = ((heads,),) if sinks is not None else ((), (heads,))
     if tuple(n.shape) not in shapes:
         expected = " or ".join(map(str, shapes))
@@ -124,8 +258,8 @@ def n_tensor(sm_n: object, sinks: object, q: Tensor, heads: int) -> Tensor:
 
 def mask(attn_mask: object, q: Tensor, target: Sequence[int]) -> None:
     """A mask that broadcasts to `target`, `(N, ..., heads, L, S)`."""
-    if not isinstance(attn_mask, Tensor):
-        raise TypeError(f"attn_mask: expected a torch.Tensor, got {type(attn_mask).__name__}")
+    attn_mask = tensor("attn_mask", attn_mask)
+    same_kind("attn_mask", attn_mask, q)
     if attn_mask.dtype != torch.bool and attn_mask.dtype not in DTYPES:
         raise TypeError(f"attn_mask: expected bool (True = attend) or a floating dtype, got {_dtype(attn_mask)}")
     if attn_mask.device != q.device:
@@ -145,7 +279,8 @@ def window(value: object) -> tuple[int | None, int | None]:
         if not _is_integer(size):
             raise TypeError(f"window: expected {side} to be None or an integer, got {size!r}")
         if size < 0:
-            raise ValueError(f"window: expected {side} >= 0, or None for no limit on that side, got {size}")
+            instead = ": FlashAttention's -1 is None here" if size == -1 else ""
+            raise ValueError(f"window: expected {side} >= 0, or None for no limit on that side, got {size}{instead}")
     return value[0], value[1]
 
 
@@ -154,19 +289,22 @@ def softcap(value: object) -> float | None:
         return None
     cap = _number("softcap", value, "None or a finite number > 0")
     if cap <= 0:
-        raise ValueError(f"softcap: expected None or a finite number > 0, got {value}")
+        instead = ": FlashAttention's 0 for no cap is None here" if cap == 0 else ""
+        raise ValueError(f"softcap: expected None or a finite number > 0, got {value}{instead}")
     return cap
 
 
 def dropout(value: object) -> float:
     p = _number("dropout_p", value, "a number in [0, 1)")
     if not 0 <= p < 1:
-        raise ValueError(f"dropout_p: expected a number in [0, 1), got {value}")
+        instead = ": with 1, which SDPA takes, nothing is left of the values" if p == 1 else ""
+        raise ValueError(f"dropout_p: expected a number in [0, 1), got {value}{instead}")
     return p
 
 
 def alibi(alibi_slopes: object, q: Tensor, batch: int, heads: int) -> Tensor:
-    slopes = floating("alibi_slopes", alibi_slopes)
+    slopes = floating("alibi_slopes", tensor("alibi_slopes", alibi_slopes))
+    same_kind("alibi_slopes", slopes, q)
     allowed = ((heads,), (batch, heads))
     if tuple(slopes.shape) not in allowed:
         raise ValueError(f"alibi_slopes: expected shape {' or '.join(map(str, allowed))}, got {_shape(slopes)}")
@@ -177,8 +315,8 @@ def alibi(alibi_slopes: object, q: Tensor, batch: int, heads: int) -> Tensor:
 
 def cu_seqlens(name: str, cu: object, q: Tensor) -> None:
     """Type, shape and device of the sequence boundaries; `boundaries` checks their values."""
-    if not isinstance(cu, Tensor):
-        raise TypeError(f"{name}: expected a torch.Tensor, got {type(cu).__name__}")
+    cu = tensor(name, cu)
+    same_kind(name, cu, q)
     if cu.dtype != torch.int32:
         raise TypeError(f"{name}: expected int32, got {_dtype(cu)}")
     if cu.dim() != 1 or cu.shape[0] == 0:
@@ -212,11 +350,27 @@ def length(name: str, value: Any) -> int:
     return result
 
 
+def dimension(name: str, value: Any, x: Tensor) -> int:
+    """One of those of x, counted from either end."""
+    if not _is_integer(value):
+        raise TypeError(f"{name}: expected None or an integer, got {type(value).__name__}")
+    most = max(x.dim(), 1)  # a number counts as one dimension, as in torch
+    if not -most <= value < most:
+        raise ValueError(f"{name}: expected a dimension of x {_shape(x)}, {-most} to {most - 1}, got {value}")
+    result: int = value
+    return result
+
+
 def broadcasts(shape: Sequence[int], target: Sequence[int]) -> bool:
     if len(shape) > len(target):
         return False
     ends = zip(reversed(shape), reversed(target), strict=False)
     return all(size == wanted or size == 1 for size, wanted in ends)
+
+
+def _agree(sizes: Sequence[int], others: Sequence[int]) -> bool:
+    """Whether they broadcast together."""
+    return all(size == other or size == 1 or other == 1 for size, other in zip(sizes, others, strict=True))
 
 
 def _number(name: str, value: Any, expected: str) -> float:

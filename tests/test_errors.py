@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 import attn_n
-from attn_n import flash_attention_n, flash_attention_n_varlen
+from attn_n import flash_attention_n, flash_attention_n_varlen, functional
 
 
 def tensors(**changes: Any) -> dict[str, Any]:
@@ -39,12 +39,17 @@ BAD = [
     ("one dimension", {"q": torch.randn(8)}, ValueError, r"q: expected 2 to 6 dimensions .* got shape \(8,\)"),
     ("seven dimensions", {"k": torch.randn(1, 1, 1, 1, 1, 6, 8)}, ValueError, r"k: expected 2 to 6 dimensions"),
     ("other dimensions", {"k": torch.randn(2, 6, 8)}, ValueError, r"k: expected 4 dimensions as q \(2, 4, 5, 8\)"),
-    ("N", {"k": torch.randn(3, 2, 6, 8)}, ValueError, r"k: expected the leading dimensions of q, \(2,\), got \(3,\)"),
+    (
+        "N",
+        {"k": torch.randn(3, 2, 6, 8)},
+        ValueError,
+        r"k: expected the leading dimensions of q, \(2,\), or 1, got \(3,\)",
+    ),
     (
         "N of v",
         {"v": torch.randn(3, 2, 6, 8)},
         ValueError,
-        r"v: expected the leading dimensions of q, \(2,\), got \(3,\)",
+        r"v: expected the leading dimensions of q, \(2,\), or 1, got \(3,\)",
     ),
     ("E", {"k": torch.randn(2, 2, 6, 7)}, ValueError, r"k: expected the head size of q, 8, got 7"),
     ("E = 0", {"q": torch.randn(2, 4, 5, 0), "k": torch.randn(2, 2, 6, 0)}, ValueError, r"head sizes of at least 1"),
@@ -138,17 +143,32 @@ BAD = [
     ("window of floats", {"window": (1.5, 2)}, TypeError, r"window: expected left to be None or an integer, got 1.5"),
     ("window of one", {"window": (3,)}, TypeError, r"window: expected None or a pair \(left, right\), got \(3,\)"),
     ("window is a number", {"window": 3}, TypeError, r"window: expected None or a pair \(left, right\), got 3"),
-    ("softcap 0", {"softcap": 0.0}, ValueError, r"softcap: expected None or a finite number > 0, got 0.0"),
+    ("window of -1", {"window": (-1, 0)}, ValueError, r"window: expected left >= 0, .*got -1: .*-1 is None here"),
+    (
+        "softcap 0",
+        {"softcap": 0.0},
+        ValueError,
+        r"softcap: expected None or a finite number > 0, got 0.0: .* is None here",
+    ),
     ("softcap < 0", {"softcap": -2}, ValueError, r"softcap: expected None or a finite number > 0, got -2"),
     ("slopes shape", {"alibi_slopes": torch.ones(2)}, ValueError, r"alibi_slopes: .*\(4,\) or \(2, 4\), got \(2,\)"),
     ("slopes dtype", {"alibi_slopes": torch.ones(4, dtype=torch.int8)}, TypeError, r"alibi_slopes: expected float16"),
     ("dropout 1", {"dropout_p": 1.0}, ValueError, r"dropout_p: expected a number in \[0, 1\), got 1.0"),
+    (
+        "dropout 1, as SDPA has it",
+        {"dropout_p": 1.0},
+        ValueError,
+        r"got 1.0: with 1, which SDPA takes, nothing is left",
+    ),
+    ("a mask in the place of causal", {"causal": torch.ones(5, 6)}, TypeError, r"causal: .* got Tensor: .*attn_mask="),
+    ("dropout in the place of causal", {"causal": 0.0}, TypeError, r"causal: .* got float: .*dropout_p="),
+    ("causal is None", {"causal": None}, TypeError, r"causal: expected True or False, got NoneType"),
     ("dropout < 0", {"dropout_p": -0.1}, ValueError, r"dropout_p: expected a number in \[0, 1\), got -0.1"),
     (
         "unknown backend",
         {"backend": "cuda"},
         ValueError,
-        r"backend=: expected one of triton, sdpa, .*reference.*, got 'cuda'",
+        r"backend=: expected one of triton, .*sdpa, sdpa:cpu, .*reference.*, got 'cuda'",
     ),
     (
         "unknown member",
@@ -219,6 +239,59 @@ def test_bad_packed_input(changes: dict[str, Any], error: type[Exception], text:
     with pytest.raises(error, match=text):
         flash_attention_n_varlen(**packed(**changes))
     assert ran == []
+
+
+@pytest.mark.parametrize(
+    ("name", "text"),
+    [
+        ("is_causal", "here it is causal"),
+        ("scale", "here it is sm_scale"),
+        ("softmax_scale", "here it is sm_scale"),
+        ("enable_gqa", "leave it out"),
+        ("dropout", "here it is dropout_p"),
+        ("window_size", "here it is window, with None"),
+        ("s_aux", "here it is sinks"),
+        ("learnable_sink", "here it is sinks"),
+        ("sm_m", r"did you mean sm_n\?"),
+        ("something", "it has causal, sm_scale, .*backend"),
+    ],
+)
+def test_the_names_of_other_libraries(name: str, text: str, ran: list[str]) -> None:
+    said = rf"got an unexpected keyword argument '{name}': {text}"
+    with pytest.raises(TypeError, match=rf"flash_attention_n\(\) {said}"):
+        flash_attention_n(**tensors(**{name: None}))
+    with pytest.raises(TypeError, match=rf"flash_attention_n_varlen\(\) {said}"):
+        flash_attention_n_varlen(**packed(**{name: None}))
+    for call in (tensors, packed):
+        with pytest.raises(TypeError, match=said):
+            attn_n.explain(**call(**{name: None}))
+    with pytest.raises(TypeError, match="causal: expected True or False, got Tensor"):
+        attn_n.explain(*tensors().values(), torch.ones(5, 6))
+    assert ran == []
+
+
+def test_flags_of_other_kinds() -> None:
+    expected = flash_attention_n(**tensors(causal=True))
+    for causal in (1, np.bool_(True), np.ones((), dtype=bool)[()]):
+        assert torch.equal(flash_attention_n(**tensors(causal=causal)), expected)
+
+
+def test_most_rows_without_keys(monkeypatch: pytest.MonkeyPatch, recwarn: pytest.WarningsRecorder) -> None:
+    """Said once of (B, L, H, E) passed for (B, H, L, E), by the line that called."""
+    monkeypatch.setattr(functional, "_warned", False)
+    q, k = torch.randn(2, 12, 8, 16), torch.randn(2, 12, 2, 16)
+    flash_attention_n(q, k, k)
+    flash_attention_n(q[:, :, :4], k, k, causal=True)  # half of the rows are no more than half
+    flash_attention_n(q, k[:, :, :0], k[:, :, :0], causal=True)
+    flash_attention_n(q, k, k, window=(1, 1))
+    assert not recwarn.list
+    with pytest.warns(
+        UserWarning, match=r"^6 of 8 rows see no key .*q \(2, 12, 8, 16\) .*q.transpose\(1, 2\)"
+    ) as caught:
+        flash_attention_n(q, k, k, causal=True)
+    assert caught[0].filename == __file__
+    flash_attention_n(q[:1], k[:1], k[:1], causal=True)
+    assert not recwarn.list
 
 
 def test_the_calls_that_are_changed_are_good() -> None:

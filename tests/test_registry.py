@@ -96,16 +96,22 @@ def test_use_backend_ends_after_an_error(ran: list[str]) -> None:
 def test_unknown_names(monkeypatch: pytest.MonkeyPatch) -> None:
     with (
         pytest.raises(
-            ValueError, match="backend: expected one of triton, sdpa, flash_attn, xformers, reference, got 'fast'"
+            ValueError,
+            match=r"backend: expected one of triton, .*sdpa, sdpa:cpu, .*xformers:cutlass, reference, got 'fast'",
         ),
         use_backend("fast"),
     ):
         pass
     monkeypatch.setenv("ATTN_N_BACKEND", "fastest")
-    with pytest.raises(ValueError, match=r"ATTN_N_BACKEND: expected one of triton, sdpa, .*, got 'fastest'"):
+    with pytest.raises(ValueError, match=r"ATTN_N_BACKEND: expected one of triton, .*, got 'fastest'"):
         flash_attention_n(*inputs())
     with pytest.raises(ValueError, match="expected one of reference, got 'reference:fast'"):
         flash_attention_n(*inputs(), backend="reference:fast")
+    for name, near in (("tritn", "triton"), ("cudnn", "sdpa:cudnn"), ("SDPA", "sdpa"), ("sdpa:cdnn", "sdpa:cudnn")):
+        with pytest.raises(ValueError, match=f"got '{name}': did you mean '{near}'"):
+            flash_attention_n(*inputs(), backend=name)
+    with pytest.raises(ValueError, match=r"got 'zzz'$"):
+        flash_attention_n(*inputs(), backend="zzz")
 
 
 @pytest.mark.parametrize("how", ["argument", "context", "variable"])
@@ -133,6 +139,7 @@ def test_explain(capsys: pytest.CaptureFixture[str], ran: list[str]) -> None:
     assert explanation.verdicts[0].reason == "cpu: PyTorch's CPU kernel has no dropout"
     assert capsys.readouterr().out.strip() == str(explanation)
     assert "causal, dropout 0.1, n: float" in str(explanation)
+    assert "read as B = 1, Hq = 2, Hkv = 2, L = 5, S = 5, E = 8, Ev = 8, float32" in str(explanation)
     assert "-> reference   serves it, number 2 in the automatic order" in str(explanation)
     assert "chosen: reference (automatic)" in str(explanation)
     assert attn_n.explain(*inputs()).chosen == "sdpa:cpu"
@@ -142,7 +149,9 @@ def test_explain(capsys: pytest.CaptureFixture[str], ran: list[str]) -> None:
         assert attn_n.explain(*inputs()).chosen == "reference"
     packed = torch.randn(5, 2, 8), torch.randn(5, 2, 8), torch.randn(5, 2, 8)
     starts = torch.tensor([0, 2, 5], dtype=torch.int32)
-    assert "packed q (5, 2, 8)" in str(attn_n.explain(*packed, starts, starts, 3, 3))
+    said = str(attn_n.explain(*packed, starts, starts, 3, 3))
+    assert "packed q (5, 2, 8)" in said
+    assert "read as sequences = 2, Hq = 2, Hkv = 2, Tq = 5, Tk = 5, E = 8, Ev = 8" in said
     assert ran == []
 
 

@@ -29,6 +29,15 @@ def test_n_zero_is_softmax() -> None:
         assert torch.allclose(softmax_n(x, dim=dim), x.softmax(dim), atol=1e-7)
 
 
+def test_none_is_what_it_is_in_flash_attention_softmax_n() -> None:
+    """The last dimension, and n = 0."""
+    x, n = torch.randn(3, 4), torch.rand(3, 1)
+    assert torch.equal(softmax_n(x, n=None, dim=None), softmax_n(x, 0.0, -1))
+    assert torch.equal(softmax_n(x, 2.0, dim=None), softmax_n(x, 2.0, -1))
+    assert torch.equal(softmax_n(x, n, dim=None), softmax_n(x, n, -1))
+    assert torch.allclose(softmax_n(torch.tensor(0.0), 1.0, dim=None), torch.tensor(0.5))
+
+
 def test_what_is_hidden_everywhere_is_zero() -> None:
     x = torch.full((2, 3), -math.inf, requires_grad=True)
     for n in (0.0, 1.0):
@@ -53,6 +62,22 @@ def test_gradients() -> None:
         else:  # the derivative at n = 0 is one-sided: - softmax(x)_i / sum exp(x)
             got = torch.autograd.grad(softmax_n(x, n)[:, 0].sum(), n)[0]
             assert torch.allclose(got, -(x.softmax(-1)[:, 0] / x.exp().sum(-1)).sum())
+
+
+@pytest.mark.parametrize(
+    ("options", "error", "text"),
+    [
+        ({"dim": 2}, ValueError, r"dim: expected a dimension of x \(2, 3\), -2 to 1, got 2"),
+        ({"dim": -3}, ValueError, r"dim: expected a dimension of x \(2, 3\), -2 to 1, got -3"),
+        ({"dim": (0, 1)}, TypeError, "dim: expected None or an integer, got tuple"),
+        ({"dtype": torch.int64}, TypeError, "dtype: expected float16.*, got int64"),
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("n", [1.0, torch.tensor(1.0)])
+def test_bad_options(n: float | torch.Tensor, options: dict[str, object], error: type[Exception], text: str) -> None:
+    with pytest.raises(error, match=text):
+        softmax_n(torch.ones(2, 3), n, **options)  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize(

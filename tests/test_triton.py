@@ -121,10 +121,10 @@ kernels = [
     compiled("sm_90", "forward", 64, None, torch.bfloat16,
              Options(scale, window_left=left, window_right=right, softcap=cap), length, n)
     for length, scale, left, right, cap, n in (
-        (256, 0.1, 5, 0, 2.0, 1.0), (1, 1.0, 16, 1, 1.0, 0.0), (77, 0.3, 1, 7, 16.0, 3.0),
+        (256, 0.1, 5, 0, 2.0, 1.0), (1, 1.0, 16, 1, 1.0, 0.0), (77, 0.3, 1, 7, 16.0, 3.0), (77, 0.3, 9, -7, 16.0, 3.0),
     )
 ]
-assert kernels[0] is kernels[1] is kernels[2]
+assert all(kernel is kernels[0] for kernel in kernels)
 """
     subprocess.run([sys.executable, "-c", code], env={**os.environ, "TRITON_INTERPRET": "0"}, check=True)
 

@@ -54,6 +54,8 @@ class FlashBackend(Backend):
             return "FlashAttention takes no attn_mask"
         if call.alibi_needs_grad:
             return "no gradient of alibi_slopes"
+        if call.window_right is not None and call.window_right < 0:
+            return "FlashAttention takes no window whose right side is negative (causal_upper_left, L < S)"
         extra = 1 if call.return_lse and call.needs_grad and not self.takes_dlse else 0
         width = common_width(call.head_dim, call.head_dim_v, extra)
         if width > widest:

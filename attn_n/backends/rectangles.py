@@ -147,14 +147,20 @@ class RectangleBackend(Backend):
             if options.mask is not None:
                 bias = dense_bias(options, len_q, len_k, (0, len_q), (0, len_k), _accumulator(q), q.device)
             yield _Piece(_ALL, _ALL, bias=bias, whole=True)
-        elif options.alibi_slopes is None and options.mask is None and left is None and right == 0:
-            before = len_k - len_q  # keys that every query sees, or if negative queries that see none
-            if before == 0:
+        elif options.alibi_slopes is None and options.mask is None and left is None and right is not None:
+            # Keys that every query sees, or if negative queries that see none.
+            before = min(len_k, len_k - len_q + right)
+            row, key = max(0, -before), max(0, before)
+            side = min(len_q - row, len_k - key)  # of the square on the diagonal; the rows below it see all its keys
+            if before == 0 and side == len_q == len_k:
                 yield _Piece(_ALL, _ALL, causal=True, whole=True)
                 return
-            if before > 0:
-                yield _Piece(slice(0, len_q), slice(0, before))
-            yield _Piece(slice(max(0, -before), len_q), slice(max(0, before), len_k), causal=True)
+            if key > 0:
+                yield _Piece(slice(0, len_q), slice(0, key))
+            if side > 0:
+                yield _Piece(slice(row, row + side), slice(key, key + side), causal=True)
+                if row + side < len_q:
+                    yield _Piece(slice(row + side, len_q), slice(key, key + side))
         else:
             step = self._rows_a_piece(options, len_k)
             for start in range(0, len_q, step):

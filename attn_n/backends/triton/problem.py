@@ -62,7 +62,7 @@ class Problem(NamedTuple):
     @property
     def keys_on_average(self) -> int:
         """How many keys a query sees, roughly: what decides which tiles are worth their preparation."""
-        return self._seen(self.len_k)
+        return self._seen(self.len_k if self.right is None else max(0, self.len_k + min(self.right, 0)))
 
     @property
     def queries_on_average(self) -> int:
@@ -71,7 +71,7 @@ class Problem(NamedTuple):
 
     def _seen(self, length: int) -> int:
         if self.left is not None and self.right is not None:
-            return min(length, self.left + self.right + 1)
+            return max(0, min(length, self.left + self.right + 1))
         return length if self.left is None and self.right is None else length // 2
 
     @property

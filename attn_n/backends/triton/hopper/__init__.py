@@ -37,6 +37,9 @@ class HopperKernels(PortableKernels):
             return f"takes heads of {', '.join(map(str, WIDTHS))} with E = Ev, got {call.head_dim}, {call.head_dim_v}"
         if call.mask_shape is not None or call.alibi or call.dropout_p:
             return "no attn_mask, alibi_slopes or dropout"
+        left, right = call.window_left, call.window_right
+        if left is not None and right is not None and left + right < 0:  # its roles count on a key for each query
+            return "no window whose sides have passed each other, so that nothing is seen"
         strides = (call.q_stride, call.k_stride, call.v_stride)
         if not all(fits_descriptors(stride, call.dtype.itemsize) for stride in strides):
             return "reads strides that are multiples of 16 bytes, and nothing expanded over heads or rows"
