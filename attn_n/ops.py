@@ -287,6 +287,8 @@ def _eager_backward(
     rng_state: Tensor | None, n: Tensor | None, n_is_logit: bool, rows_may_be_empty: bool, needs_n_grad: bool,
     numbers: Tensor | None, backend: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    # The gradient of a complex loss may have its sign in a flag, which kernels do not see.
+    dout, dlse = dout.resolve_neg(), None if dlse is None else dlse.resolve_neg()
     if numbers is not None:
         _, options = _numbers(numbers, None, options)
     log_n = _log_per_head(q, n, True) if n is not None and n_is_logit and needs_n_grad else None
