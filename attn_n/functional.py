@@ -11,9 +11,8 @@ from typing import Any, NamedTuple, NoReturn
 import torch
 from torch import Tensor
 
-from attn_n import jagged, ops, plans, registry, transforms, validate
+from attn_n import autocast, jagged, ops, plans, registry, transforms, validate
 from attn_n.call import AttentionCall, Options, Request, describe
-from attn_n.compilation import constant_when_compiled
 
 
 def flash_attention_n(
@@ -300,14 +299,16 @@ def _run(prepared: _Prepared, request: Request, key: plans.Key | None = None) ->
     name, backend = registry.choose(call, request.backend)
     lse: Tensor | None
     if backend.differentiates:
-        out, lse = backend.attend(q, k, v, n, n_is_logit, options, call.return_lse)
+        with autocast.suspended(q.device.type):
+            out, lse = backend.attend(q, k, v, n, n_is_logit, options, call.return_lse)
     else:
         tensor_n = n if isinstance(n, Tensor) else None
         log_n, numbers, options = _numbers(n, options)
         if torch.compiler.is_exporting() and registry.forced(request.backend)[0] is None:
             name = ops.ANY_BACKEND
         how = ops.How(name, n_is_logit, log_n, numbers, call.return_lse, ops.watched(q))
-        out, lse = ops.attend(q, k, v, tensor_n, options, how, call.needs_grad)
+        with autocast.suspended(q.device.type):
+            out, lse = ops.attend(q, k, v, tensor_n, options, how, call.needs_grad)
         if key is not None:
             plans.keep(key, plans.Plan(options, how, call.needs_grad))
     if out.dim() != len(out_shape) + 1:
@@ -364,17 +365,12 @@ def _autocast(q: Any, k: Any, v: Any) -> tuple[Any, Any, Any]:
     if not isinstance(q, Tensor):
         return q, k, v
     device = q.device.type
-    if not _knows_autocast(device) or not torch.is_autocast_enabled(device):
+    if not autocast.enabled(device):
         return q, k, v
     dtype = torch.get_autocast_dtype(device)
     cast = (torch.float16, torch.bfloat16, torch.float32)
     q, k, v = (x.to(dtype) if isinstance(x, Tensor) and x.dtype in cast else x for x in (q, k, v))
     return q, k, v
-
-
-@constant_when_compiled  # PyTorch 2.11 cannot trace it
-def _knows_autocast(device: str) -> bool:
-    return torch.amp.is_autocast_available(device)
 
 
 def _signed(x: Tensor) -> Tensor:

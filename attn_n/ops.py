@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 from torch._C import _functorch
 
-from attn_n import batching, flops, fold, registry
+from attn_n import autocast, batching, flops, fold, registry
 from attn_n.backends.base import Backend, empty_in_order, lies_in_order
 from attn_n.call import Options, describe
 
@@ -202,12 +202,13 @@ def _gradients(ctx: Any, dout: Tensor | None, dlse: Tensor | None) -> tuple[Tens
         dout, dlse, q, k, v, out, lse, rng_state, n, n_is_logit, rows_may_be_empty, ctx.needs_input_grad[3],
         numbers, backend,
     )  # fmt: skip
-    if torch.is_grad_enabled():
-        dq, dk, dv, dn = _Backward.apply(*arguments, *options)  # type: ignore[no-untyped-call]
-    elif watched(q) or _functorch.is_legacy_batchedtensor(dout):  # is_grads_batched
-        dq, dk, dv, dn = torch.ops.attn_n.backward(*arguments, *options)
-    else:
-        dq, dk, dv, dn = _eager_backward(options, *arguments)
+    with autocast.suspended(q.device.type):
+        if torch.is_grad_enabled():
+            dq, dk, dv, dn = _Backward.apply(*arguments, *options)  # type: ignore[no-untyped-call]
+        elif watched(q) or _functorch.is_legacy_batchedtensor(dout):  # is_grads_batched
+            dq, dk, dv, dn = torch.ops.attn_n.backward(*arguments, *options)
+        else:
+            dq, dk, dv, dn = _eager_backward(options, *arguments)
     found: list[Tensor | None] = [dq, dk, dv, dn]
     wanted = [x if needed else None for x, needed in zip(found, ctx.needs_input_grad, strict=False)]
     return *wanted, *nothing[4:]

@@ -16,9 +16,10 @@ from torch._subclasses import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
-from attn_n import Backend, flash_attention_n, flash_attention_n_varlen, registry, use_backend
+from attn_n import Backend, flash_attention_n, flash_attention_n_varlen, register_backend, registry, use_backend
 from attn_n.call import Options
 from tests.cases import CASES, Case, make
+from tests.oracle import attention_n
 
 
 def served_by_cpu(case: Case) -> bool:
@@ -227,6 +228,75 @@ def test_autocast(backend: str) -> None:
     with torch.autocast("cpu", torch.bfloat16):
         doubles = [x.detach().double() for x in (q, k, v)]
         assert flash_attention_n(*doubles, backend=backend).dtype == torch.float64
+
+
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+@pytest.mark.parametrize(("compiled", "packed"), [(False, False), (False, True), (True, False)])
+def test_the_reference_under_autocast(compiled: bool, packed: bool, device: str) -> None:
+    """Only the inputs and the output are rounded: log n, the bias and all products are float32."""
+    q, k, v = (torch.randn(2, 2, 33, 16, device=device).bfloat16().float().requires_grad_() for _ in range(3))
+    sinks, mask = torch.tensor([0.3, 1.7], device=device, requires_grad=True), torch.randn(33, 33, device=device) * 3
+    exact = [x.detach().double().requires_grad_() for x in (q, k, v, sinks)]
+    out, lse = attention_n(*exact[:3], sinks=exact[3], mask=mask.double()[None, None])
+    dout = torch.randn(out.shape, device=device).bfloat16()
+    exact_gradients = torch.autograd.grad((out * dout.double()).sum() + lse.sum(), exact)
+
+    def attend(q: Tensor, k: Tensor, v: Tensor, sinks: Tensor) -> tuple[Tensor, Tensor]:
+        keywords: dict[str, Any] = {"sinks": sinks, "attn_mask": mask, "return_lse": True, "backend": "reference"}
+        if not packed:
+            return flash_attention_n(q, k, v, **keywords)
+        starts = torch.tensor([0, 33, 66], dtype=torch.int32, device=device)
+        tokens = (x.transpose(1, 2).flatten(0, 1) for x in (q, k, v))
+        results = flash_attention_n_varlen(*tokens, starts, starts, 33, 33, **keywords)
+        of_out, of_lse = (x.unflatten(0, (2, 33)).transpose(1, 2) for x in results)
+        return of_out, of_lse
+
+    torch.compiler.reset()
+    with torch.autocast(device, torch.bfloat16):
+        got, got_lse = (torch.compile(attend, fullgraph=True, backend="aot_eager") if compiled else attend)(
+            q, k, v, sinks
+        )
+    assert got.dtype == torch.bfloat16
+    assert torch.allclose(got.double(), out, rtol=2**-8, atol=1e-6)
+    assert torch.allclose(got_lse.double(), lse, atol=1e-5)
+    *gradients, dsinks = torch.autograd.grad((got * dout).sum() + got_lse.sum(), (q, k, v, sinks))
+    *exact_gradients, exact_dsinks = exact_gradients
+    if not compiled:  # the compiler traces the backward under the autocast of the forward
+        assert torch.allclose(dsinks.double(), exact_dsinks, rtol=1e-5, atol=1e-5)
+        for gradient, truth in zip(gradients, exact_gradients, strict=True):
+            assert torch.allclose(gradient.double(), truth, rtol=2**-8, atol=1e-5)
+
+
+@pytest.mark.parametrize("passes", ["forward", "both"])
+def test_autocast_does_not_reach_a_backend(passes: str) -> None:
+    """Not one that is made of torch's own operations either, nor its backward, wherever that runs."""
+    seen = []
+
+    class Plain(Backend):
+        name = "plain"
+
+        def why_not(self, call: object) -> None:
+            return None
+
+        def forward(self, q: Tensor, k: Tensor, v: Tensor, log_n: object, options: Options) -> Any:
+            seen.append((q.float() @ q.float().mT).dtype)
+            return torch.ops.attn_n.forward(q, k, v, None, None, "sdpa:cpu", *options)
+
+        def backward(self, dout: Tensor, dlse: Tensor | None, q: Tensor, *rest: Any) -> Any:
+            seen.append((dout.float() @ q.float().mT).dtype)
+            return q, rest[0], rest[1]
+
+    register_backend(Plain())
+    q, k, v, n = leaves(16)
+    with torch.autocast("cpu", torch.bfloat16):
+        out = flash_attention_n(q, k, v, sm_n=n, backend="plain")
+        assert out.dtype == torch.bfloat16
+        if passes == "both":
+            out.sum().backward()
+    if passes == "forward":
+        out.sum().backward()
+    assert seen == [torch.float32, torch.float32]
+    registry._entries.pop("plain")
 
 
 @pytest.mark.parametrize("mode", ["meta", "fake"])

@@ -93,3 +93,14 @@ def test_bad_options(n: float | torch.Tensor, options: dict[str, object], error:
 def test_bad_input(x: torch.Tensor, n: object, error: type[Exception], text: str) -> None:
     with pytest.raises(error, match=text):
         softmax_n(x, n)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+def test_under_autocast(device: str) -> None:
+    x, n = torch.randn(3, 7, device=device), torch.tensor(0.7, device=device)
+    for dtype in (torch.bfloat16, torch.float32, torch.float64):
+        expected = softmax_n(x.to(dtype), n)
+        with torch.autocast(device, torch.bfloat16):
+            got = softmax_n(x.to(dtype), n)
+        assert got.dtype == dtype
+        assert torch.equal(got, expected)
