@@ -95,8 +95,9 @@ def _kernels() -> Any:
 
 
 def bounded_exp(x: Tensor) -> Tensor:
-    """exp(x), a number near the largest instead of infinity: times zero it is zero."""
-    return x.clamp(max=math.log(torch.finfo(x.dtype).max) - 1).exp()
+    """exp(x), and a large number instead of infinity: times zero it is zero, and a sum of such products not NaN."""
+    largest = math.log(torch.finfo(x.dtype).max) - 1
+    return x.clamp(max=largest).exp().masked_fill(x > largest, torch.finfo(x.dtype).max ** 0.75)
 
 
 def lse_for_backward(lse: Tensor, dlse: Tensor | None) -> tuple[Tensor, Tensor | None]:

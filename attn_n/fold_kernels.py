@@ -49,9 +49,11 @@ def gradient_kernel(
         delta -= tl.load(row_of(dlse, strides_dlse, batch, head, row), mask=inside, other=0.0)
     row_lse = tl.load(row_of(lse, strides_lse, batch, head, row), mask=inside, other=float("inf"))
     log_n = 0.0 if sinks is None else tl.load(sinks + head * stride_n)
-    # Bounded below infinity, which times a delta of zero would be NaN. At n = 0 a row without visible keys has
-    # lse = log n = -inf, and n does not reach its zero output.
-    share = tl.where(row_lse == float("-inf"), 0.0, tl.exp(tl.minimum(log_n - row_lse, 87.0)))
+    # A large number instead of infinity: times a delta of zero that would be NaN, and so would be its sum with the
+    # opposite. At n = 0 a row without visible keys has lse = log n = -inf, and n does not reach its zero output.
+    power = log_n - row_lse
+    share = tl.where(power > 87.0, 7.9e28, tl.exp(tl.minimum(power, 87.0)))  # 2**96
+    share = tl.where(row_lse == float("-inf"), 0.0, share)
     tl.store(shares + tl.program_id(0), -tl.sum(share * delta))
 
 

@@ -151,11 +151,12 @@ def launch_of(
         problem, arguments = describe((q, k, v, out), log_n, options), (q, k, v, out, lse, None, log_n, *extras)
     else:
         problem = describe(tuple(tensors), None, options)
-        lse_log2, delta = q.new_zeros(2, problem.heads, padded_rows(problem), dtype=torch.float32)
+        lse_log2, delta, lost = q.new_zeros(3, problem.heads, padded_rows(problem), dtype=torch.float32)
+        lost = lost if problem.float_mask else None
         if kernel == "dq":
-            arguments = (q, k, v, out, dout, lse, None, lse_log2, delta, dq, None, None, *extras)
+            arguments = (q, k, v, out, dout, lse, None, lse_log2, delta, lost, dq, None, None, *extras)
         else:
-            arguments = (q, k, v, dout, lse_log2, delta, dk, dv, *extras)
+            arguments = (q, k, v, dout, lse_log2, delta, lost, dk, dv, *extras)
     launch = prepared(kernel, problem, config)
     return functools.partial(launch.compiled if compile_only else launch, *arguments)
 

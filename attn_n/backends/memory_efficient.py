@@ -11,6 +11,7 @@ from attn_n.backends.rectangles import RectangleBackend
 class MemoryEfficientBackend(RectangleBackend):
     bias_elements = 1 << 25
     most_rows = 2048
+    base_2 = True
 
     def out_order(self, q: Tensor) -> tuple[int, ...]:
         """Token by token: the backward kernel reads out so, whatever strides it is given."""

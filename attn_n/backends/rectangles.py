@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from attn_n import packed
+from attn_n.backends import large_bias
 from attn_n.backends.base import Backend, empty_in_order, memory_order
 from attn_n.backends.layout import lse_as_value_column, narrowed, of_width
 from attn_n.bias import dense_bias
@@ -28,10 +29,12 @@ class RectangleBackend(Backend):
     Attributes:
         bias_elements: how many elements a bias that is built here may have: small beside the inputs of a long call.
         most_rows: how many rows a rectangle with such a bias may have.
+        base_2: the kernel multiplies logits by log2(e), their bias with them, so that `finfo.min` becomes -inf.
     """
 
     bias_elements: int
     most_rows: int
+    base_2: bool = False
 
     def widths(self, size: int, size_v: int) -> tuple[int, int]:
         """The head sizes that the kernel runs at, for E and for Ev."""
@@ -88,7 +91,12 @@ class RectangleBackend(Backend):
         out = lse = None
         for piece in self._pieces(q, k, options):
             some = (q, k, v) if piece.whole else (q[:, :, piece.rows], k[:, :, piece.keys], v[:, :, piece.keys])
-            part, part_lse = self.kernel_forward(*some, piece.causal, piece.bias, options.scale)
+            bias, top = piece.bias, None
+            if bias is not None and self.base_2 and _adds(options):
+                bias, top = large_bias.alone(bias)
+            part, part_lse = self.kernel_forward(*some, piece.causal, bias, options.scale)
+            if top is not None:
+                part_lse = torch.where(top.isnan(), part_lse, top)
             if piece.bias is not None:
                 hidden = (piece.bias == -math.inf).all(-1)
                 part = part.masked_fill(hidden[..., None], 0.0)
@@ -121,11 +129,19 @@ class RectangleBackend(Backend):
         dout, v, out = (of_width(x, width_v) for x in (dout, v, out))
         gradients: list[Tensor] | None = None
         for piece in self._pieces(q, k, options):
-            rows, keys = piece.rows, piece.keys
+            rows, keys, bias = piece.rows, piece.keys, piece.bias
+            some_dout, some_q, some_k, some_lse = dout[:, :, rows], q[:, :, rows], k[:, :, keys], lse[:, :, rows]
+            if bias is not None and _adds(options):
+                sums: Tensor | None
+                if self.base_2:
+                    bias, top = large_bias.alone(bias)
+                    some_lse, sums = large_bias.backward_of_alone(bias, top, some_lse, some_k.shape[2])
+                else:
+                    sums = large_bias.sums_of_weights(some_q, some_k, bias, some_lse, options.scale)
+                some_dout = some_dout if sums is None else (some_dout / sums[..., None]).to(dout.dtype)
             parts = self.kernel_backward(
-                dout[:, :, rows], q[:, :, rows], k[:, :, keys], v[:, :, keys], out[:, :, rows], lse[:, :, rows],
-                piece.causal, piece.bias, options.scale,
-            )  # fmt: skip
+                some_dout, some_q, some_k, v[:, :, keys], out[:, :, rows], some_lse, piece.causal, bias, options.scale
+            )
             if piece.whole:
                 gradients = list(parts)
                 break
@@ -192,6 +208,11 @@ class _Piece(NamedTuple):
     causal: bool = False
     bias: Tensor | None = None
     whole: bool = False  # it is all there is
+
+
+def _adds(options: Options) -> bool:
+    """Whether a mask adds any number to the logits, and does not only hide keys."""
+    return options.mask is not None and options.mask.is_floating_point()
 
 
 def _nothing(q: Tensor, width_v: int) -> tuple[Tensor, Tensor]:

@@ -129,8 +129,11 @@ def _log_n(q: Tensor, n: float | Tensor | None, n_is_logit: bool) -> Tensor:
 
 def _logsumexp(logits: Tensor) -> Tensor:
     """log sum exp over the keys, with -inf and a zero gradient where all of them are -inf."""
-    hidden = (logits == -math.inf).all(-1)
-    return torch.logsumexp(logits.masked_fill(hidden[..., None], 0.0), -1).masked_fill(hidden, -math.inf)
+    # Not by torch.logsumexp: its gradient exp(logits - lse) lacks what the rounding of a large lse has lost.
+    top = logits.detach().amax(-1, keepdim=True)
+    hidden = top == -math.inf
+    total = (logits - top.masked_fill(hidden, 0.0)).exp().sum(-1, keepdim=True)
+    return (top + total.masked_fill(hidden, 1.0).log()).squeeze(-1)
 
 
 def _zero_n_to_differentiate(n: float | Tensor | None, n_is_logit: bool) -> Tensor | None:

@@ -49,6 +49,11 @@ class Problem(NamedTuple):
         return self.scale > 0 and not bent
 
     @property
+    def float_mask(self) -> bool:
+        """Whether a mask is added to the logits."""
+        return self.mask_dtype is not None and self.mask_dtype.is_floating_point
+
+    @property
     def causal(self) -> bool:
         """Whether the masked keys are later ones alone: later queries see more, and the first keys are seen by most."""
         return self.left is None and self.right is not None

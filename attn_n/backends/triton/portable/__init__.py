@@ -101,7 +101,10 @@ class PortableKernels(Backend):
         lse, dlse = lse.contiguous(), None if dlse is None else dlse.contiguous()
         dq, dk, dv = gradients_like(q, k, v)
         problem = describe((q, k, v, out, dout, dq, dk, dv), log_n, options)
-        lse_log2, delta = torch.empty(2, problem.heads, padded_rows(problem), dtype=torch.float32, device=q.device)
+        scratch = torch.empty(
+            3 if problem.float_mask else 2, problem.heads, padded_rows(problem), dtype=torch.float32, device=q.device
+        )
+        lse_log2, delta, lost = scratch[0], scratch[1], scratch[2] if problem.float_mask else None
         extras = _extras(rng_state, options)
         launch = prepared("dq", problem)
         shares = None
@@ -109,9 +112,9 @@ class PortableKernels(Backend):
             # A program beyond the end of a packed sequence writes nothing.
             new = torch.empty if options.cu_seqlens_q is None else torch.zeros
             shares = new(launch.programs, dtype=torch.float32, device=q.device)
-        launch(q, k, v, out, dout, lse, dlse, lse_log2, delta, dq, log_n, shares, *extras)
+        launch(q, k, v, out, dout, lse, dlse, lse_log2, delta, lost, dq, log_n, shares, *extras)
         for kernel in configs.kernels_of_keys(problem):
-            prepared(kernel, problem)(q, k, v, dout, lse_log2, delta, dk, dv, *extras)
+            prepared(kernel, problem)(q, k, v, dout, lse_log2, delta, lost, dk, dv, *extras)
         return dq, dk, dv, None if shares is None else shares.view(problem.batch, problem.heads, -1)
 
 

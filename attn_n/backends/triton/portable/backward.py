@@ -1,12 +1,16 @@
 """The backward kernels: dQ and delta by tiles of queries, then dK and dV by tiles of keys.
 
 n is in the lse and appears nowhere else. Nothing is added by atomics: the same gradients each time, bit by bit.
+
+A floating mask can make an lse so large that it loses the logarithm of the sum: of a whole row of -1e9 the weights
+`exp(s - lse)` are 1 each. There dQ's kernel takes the sum of the weights first, and both kernels divide by it.
 """
 
 import triton
 import triton.language as tl
 
 from attn_n.backends.triton.portable.tile import (
+    LARGE_LSE,
     LOG2E,
     RUN_TIME,
     add_dot,
@@ -26,18 +30,28 @@ from attn_n.backends.triton.portable.tile import (
 )
 
 
+@triton.jit
+def weights_of(s, row_lse, row_lost):
+    """exp(s - lse), by what lse has lost less; without that s and lse are in base 2, and with it natural."""
+    if row_lost is None:
+        return tl.exp2(s - row_lse)
+    else:
+        return tl.exp2((s - row_lse) * LOG2E - row_lost)
+
+
 @triton.jit(do_not_specialize=RUN_TIME)
 def dq_kernel(
-    q, k, v, out, dout, lse, dlse, lse_log2, delta, dq, sinks, dn, mask, slopes, rng_state, starts_q, starts_k,
+    q, k, v, out, dout, lse, dlse, lse_log2, delta, lost, dq, sinks, dn, mask, slopes, rng_state, starts_q, starts_k,
     strides_q, strides_k, strides_v, strides_out, strides_dout, strides_dq, strides_mask, strides_slopes, stride_n,
     padded, heads, len_q, len_k, left, right, scale, softcap, dropout_threshold, dropout_scale,
     GROUPS: tl.constexpr, WIDTH: tl.constexpr, WIDTH_V: tl.constexpr, TILE_E: tl.constexpr, TILE_V: tl.constexpr,
-    LINEAR: tl.constexpr, PRECISION: tl.constexpr, DESCRIPTORS: tl.constexpr,
+    LINEAR: tl.constexpr, FLOAT_MASK: tl.constexpr, PRECISION: tl.constexpr, DESCRIPTORS: tl.constexpr,
     TILE_Q: tl.constexpr, TILE_K: tl.constexpr,
 ):  # fmt: skip
     """One program for each tile of queries of one head.
 
-    It leaves lse in base 2 and `delta = rowsum(dout * out) - dlse` for the other kernel, infinite and 0 beyond the end.
+    It leaves lse in base 2 (natural beside a floating mask) and `delta = rowsum(dout * out) - dlse` for the other
+    kernel, infinite and 0 beyond the end, and beside a floating mask what lse has lost, in base 2.
     """
     tiles = tl.cdiv(len_q, TILE_Q)
     tile, head, batch, first_q, first_k, len_q, len_k = place(starts_q, starts_k, heads, len_q, len_k, tiles)
@@ -58,7 +72,8 @@ def dq_kernel(
     dout_tile = load(of_dout, 0, first_row, len_q, strides_dout, WIDTH_V, TILE_Q, TILE_V, False)
     out_tile = load(of_out, 0, first_row, len_q, strides_out, WIDTH_V, TILE_Q, TILE_V, False)
     of_lse = rows_of(lse, batch, head, heads, first_q, rows, len_q, starts_q is not None)
-    row_lse = tl.load(of_lse, mask=rows < len_q, other=float("inf")) * LOG2E
+    unit: tl.constexpr = LOG2E if FLOAT_MASK else 1.0  # from the logits to base 2
+    row_lse = tl.load(of_lse, mask=rows < len_q, other=float("inf")) * (LOG2E / unit)
     row_delta = tl.sum(out_tile.to(tl.float32) * dout_tile.to(tl.float32), 1)
     if dlse is not None:
         of_dlse = rows_of(dlse, batch, head, heads, first_q, rows, len_q, starts_q is not None)
@@ -67,8 +82,10 @@ def dq_kernel(
     tl.store(padded_rows_of(delta, batch, head, padded, first_q, len_q, starts_q is not None) + rows, row_delta)
     if dn is not None:
         # exp(log n - lse) * delta, or without sinks exp(-lse) * delta, which is the gradient of n itself
-        sink = tl.load(sinks + head * stride_n) * LOG2E if sinks is not None else 0.0
-        share = tl.exp2(tl.minimum(sink - row_lse, 126.0))
+        sink = tl.load(sinks + head * stride_n) * (LOG2E / unit) if sinks is not None else 0.0
+        share = tl.exp2(tl.minimum((sink - row_lse) * unit, 126.0))
+        if FLOAT_MASK:  # so that the shares of two rows of `finfo.min` are not infinite and opposite
+            share = tl.where((sink - row_lse) * unit > 126.0, 7.9e28, share)
         tl.store(dn + tl.program_id(0), -tl.sum(share * row_delta))
     view_k = view(of_k, 1, len_k, strides_k, WIDTH, TILE_K, TILE_E, DESCRIPTORS)
     view_v = view(of_v, 1, len_k, strides_v, WIDTH_V, TILE_K, TILE_V, DESCRIPTORS)
@@ -76,15 +93,33 @@ def dq_kernel(
     dq_tile = tl.zeros((TILE_Q, TILE_E), tl.float32)
 
     begin, full_begin, full_end, end = keys_seen(first_row, len_q, len_k, left, right, TILE_Q, TILE_K)
+    if FLOAT_MASK:
+        row_lost = tl.zeros((TILE_Q,), tl.float32)
+        large = (tl.abs(row_lse) >= LARGE_LSE) & (tl.abs(row_lse) < float("inf"))
+        if tl.max(large.to(tl.int32), 0) > 0:
+            total = tl.zeros((TILE_Q,), tl.float32)
+            for first_key in tl.range(begin, end, TILE_K):
+                k_tile = load(view_k, 0, first_key, len_k, strides_k, WIDTH, TILE_K, TILE_E, DESCRIPTORS)
+                s, _ = logits(
+                    dot(q_tile, k_tile.T, PRECISION), rows[:, None], first_key + tl.arange(0, TILE_K)[None, :],
+                    len_q, len_k, left, right, scale, softcap, of_mask, strides_mask, slope,
+                    (first_key < full_begin) | (first_key >= full_end), LINEAR, FLOAT_MASK,
+                )  # fmt: skip
+                total += tl.sum(tl.exp2((s - row_lse[:, None]) * unit), 1)
+            # What a rounding cannot have done n did, a sink of 2,000 beside logits as large: that is no loss.
+            log_total = tl.log2(total)
+            lost_here = large & (tl.abs(log_total) <= tl.abs(row_lse) * (LOG2E * 2.0**-22))
+            row_lost = tl.where(lost_here, log_total, 0.0)
+        tl.store(padded_rows_of(lost, batch, head, padded, first_q, len_q, starts_q is not None) + rows, row_lost)
     for first_key in tl.range(begin, end, TILE_K):
         here = first_key + tl.arange(0, TILE_K)[None, :]
         k_tile = load(view_k, 0, first_key, len_k, strides_k, WIDTH, TILE_K, TILE_E, DESCRIPTORS)
         v_tile = load(view_v, 0, first_key, len_k, strides_v, WIDTH_V, TILE_K, TILE_V, DESCRIPTORS)
         s, slope_of_cap = logits(
             dot(q_tile, k_tile.T, PRECISION), rows[:, None], here, len_q, len_k, left, right, scale, softcap,
-            of_mask, strides_mask, slope, (first_key < full_begin) | (first_key >= full_end), LINEAR,
+            of_mask, strides_mask, slope, (first_key < full_begin) | (first_key >= full_end), LINEAR, FLOAT_MASK,
         )  # fmt: skip
-        weights = tl.exp2(s * factor - row_lse[:, None])
+        weights = weights_of(s * factor, row_lse[:, None], row_lost[:, None] if FLOAT_MASK else None)
         dweights = dot(dout_tile, v_tile.T, PRECISION)
         if rng_state is not None:
             keep = kept(rng_state, batch * heads + head, rows[:, None], here, dropout_threshold)
@@ -96,11 +131,11 @@ def dq_kernel(
 
 @triton.jit(do_not_specialize=RUN_TIME)
 def dkdv_kernel(
-    q, k, v, dout, lse_log2, delta, dk, dv, mask, slopes, rng_state, starts_q, starts_k,
+    q, k, v, dout, lse_log2, delta, lost, dk, dv, mask, slopes, rng_state, starts_q, starts_k,
     strides_q, strides_k, strides_v, strides_dout, strides_dk, strides_dv, strides_mask, strides_slopes,
     padded, heads, len_q, len_k, left, right, scale, softcap, dropout_threshold, dropout_scale,
     GROUPS: tl.constexpr, WIDTH: tl.constexpr, WIDTH_V: tl.constexpr, TILE_E: tl.constexpr, TILE_V: tl.constexpr,
-    LINEAR: tl.constexpr, PRECISION: tl.constexpr, DESCRIPTORS: tl.constexpr,
+    LINEAR: tl.constexpr, FLOAT_MASK: tl.constexpr, PRECISION: tl.constexpr, DESCRIPTORS: tl.constexpr,
     TILE_Q: tl.constexpr, TILE_K: tl.constexpr, DK: tl.constexpr, DV: tl.constexpr,
 ):  # fmt: skip
     """One program for each tile of keys of one key head; it goes through the query heads that share it.
@@ -142,15 +177,18 @@ def dkdv_kernel(
         dout_tile = load(view_dout, member, first_row, len_q, strides_dout, WIDTH_V, TILE_Q, TILE_V, DESCRIPTORS)
         row_lse = tl.load(padded_rows_of(lse_log2, batch, head, padded, first_q, len_q, starts_q is not None) + rows)
         row_delta = tl.load(padded_rows_of(delta, batch, head, padded, first_q, len_q, starts_q is not None) + rows)
+        row_lost = None
+        if FLOAT_MASK:
+            row_lost = tl.load(padded_rows_of(lost, batch, head, padded, first_q, len_q, starts_q is not None) + rows)
         # The end of the queries needs no care: beyond it lse is infinite, and the weights zero.
         edge = (first_row < full_begin) | (first_row >= full_end) if bounded else False
         of_mask = None if mask is None else of_head(mask, strides_mask, batch, head)
         slope = None if slopes is None else tl.load(of_head(slopes, strides_slopes, batch, head))
         s, slope_of_cap = logits(
             dot(k_tile, q_tile.T, PRECISION), rows[None, :], keys, len_q, len_k, left, right, scale, softcap,
-            of_mask, strides_mask, slope, edge, LINEAR,
+            of_mask, strides_mask, slope, edge, LINEAR, FLOAT_MASK,
         )  # fmt: skip
-        weights = tl.exp2(s * factor - row_lse[None, :])
+        weights = weights_of(s * factor, row_lse[None, :], row_lost[None, :] if FLOAT_MASK else None)
         keep = (
             None if rng_state is None
             else kept(rng_state, batch * heads + head, rows[None, :], keys, dropout_threshold)

@@ -31,7 +31,7 @@ def forward_kernel(
     strides_q, strides_k, strides_v, strides_out, strides_mask, strides_slopes, stride_n,
     heads, len_q, len_k, left, right, scale, softcap, dropout_threshold, dropout_scale,
     GROUPS: tl.constexpr, WIDTH: tl.constexpr, WIDTH_V: tl.constexpr, TILE_E: tl.constexpr, TILE_V: tl.constexpr,
-    LINEAR: tl.constexpr, PRECISION: tl.constexpr, DESCRIPTORS: tl.constexpr,
+    LINEAR: tl.constexpr, FLOAT_MASK: tl.constexpr, PRECISION: tl.constexpr, DESCRIPTORS: tl.constexpr,
     TILE_Q: tl.constexpr, TILE_K: tl.constexpr,
 ):  # fmt: skip
     tiles = tl.cdiv(len_q, TILE_Q)
@@ -55,6 +55,7 @@ def forward_kernel(
     sink = log_n if sinks is None else tl.load(sinks + head * stride_n)
     rows = first_row + tl.arange(0, TILE_Q)
     factor = scale * LOG2E if LINEAR else 1.0
+    unit: tl.constexpr = LOG2E if FLOAT_MASK else 1.0  # from the logits to base 2
     acc = tl.zeros((TILE_Q, TILE_V), tl.float32)
     total = tl.zeros((TILE_Q,), tl.float32)
     top = tl.full((TILE_Q,), float("-inf"), tl.float32)
@@ -65,14 +66,14 @@ def forward_kernel(
         k_tile = load(view_k, 0, first_key, len_k, strides_k, WIDTH, TILE_K, TILE_E, DESCRIPTORS)
         s, _ = logits(
             dot(q_tile, k_tile.T, PRECISION), rows[:, None], here, len_q, len_k, left, right, scale, softcap,
-            of_mask, strides_mask, slope, (first_key < full_begin) | (first_key >= full_end), LINEAR,
+            of_mask, strides_mask, slope, (first_key < full_begin) | (first_key >= full_end), LINEAR, FLOAT_MASK,
         )  # fmt: skip
         new_top = tl.maximum(top, tl.max(s, 1) * factor)
         # A row that has seen no key yet has no maximum to subtract.
         hidden: tl.constexpr = left is not None or right is not None or mask is not None
         shift = tl.where(new_top == float("-inf"), 0.0, new_top) if hidden else new_top
-        weights = tl.exp2(s * factor - shift[:, None])
-        rescale = tl.exp2(top - shift)
+        weights = tl.exp2((s * factor - shift[:, None]) * unit)
+        rescale = tl.exp2((top - shift) * unit)
         total = total * rescale + tl.sum(weights, 1)
         if rng_state is not None:
             weights = tl.where(
@@ -83,16 +84,17 @@ def forward_kernel(
         top = new_top
 
     if sink is not None:
-        sink *= LOG2E
+        sink *= LOG2E / unit
         new_top = tl.maximum(top, sink)
         shift = tl.where(new_top == float("-inf"), 0.0, new_top)
-        rescale = tl.exp2(top - shift)
+        rescale = tl.exp2((top - shift) * unit)
         acc *= rescale[:, None]
-        total = total * rescale + tl.exp2(sink - shift)
+        total = total * rescale + tl.exp2((sink - shift) * unit)
         top = new_top
     nothing = total == 0.0
     acc = acc * ((dropout_scale if rng_state is not None else 1.0) / tl.where(nothing, 1.0, total))[:, None]
-    found = tl.where(nothing, float("-inf"), (top + tl.log2(total)) * LN2)
+    found = top + tl.log2(total) * LN2 if FLOAT_MASK else (top + tl.log2(total)) * LN2
+    found = tl.where(nothing, float("-inf"), found)
     of_lse = rows_of(lse, batch, head, heads, first_q, rows, len_q, starts_q is not None)
     tl.store(of_lse, found, mask=rows < len_q)
     store(of_out, acc, first_row, len_q, strides_out, WIDTH_V, TILE_Q, TILE_V)

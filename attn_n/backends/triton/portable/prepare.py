@@ -29,8 +29,8 @@ def prepared(kernel: str, problem: Problem, config: Config | None = None) -> Lau
     tile_e, tile_v = configs.tiles_of_widths(p)
     constants = {
         "GROUPS": p.heads // p.heads_kv, "WIDTH": p.width, "WIDTH_V": p.width_v, "TILE_E": tile_e, "TILE_V": tile_v,
-        "LINEAR": p.linear, "PRECISION": "tf32" if p.tf32 else "ieee", "TILE_Q": config.tile_q, "TILE_K": config.tile_k,
-        "DESCRIPTORS": config.descriptors,
+        "LINEAR": p.linear, "FLOAT_MASK": p.float_mask, "PRECISION": "tf32" if p.tf32 else "ieee",
+        "TILE_Q": config.tile_q, "TILE_K": config.tile_k, "DESCRIPTORS": config.descriptors,
     }  # fmt: skip
     numbers: tuple[Any, ...] = (
         p.heads, p.len_q, p.len_k, *p.window, p.scale, p.softcap,

@@ -1,6 +1,7 @@
 """What the kernels share: how a tile is read, which tiles see each other, and their logits.
 
-Everything is in base 2: a logit is `log2(e)` times that of the formulas, because exp2 is what the hardware has.
+Everything is in base 2: a logit is `log2(e)` times that of the formulas, because exp2 is what the hardware has. Beside
+a floating mask logits are natural: its `finfo.min` times log2(e) would be -inf, which hides a key as only -inf may.
 An argument that is None (a mask, a side of the window, ...) is None when the kernel is compiled, and costs nothing.
 
 Which numbers have 64 bits. Triton gives an integer argument 32 bits if its value fits, a stride too, and a product of
@@ -26,6 +27,9 @@ LOG2E = tl.constexpr(1.4426950408889634)
 LN2 = tl.constexpr(0.6931471805599453)
 # Triton's interpreter multiplies the bits of bfloat16 as if they were integers.
 INTERPRETED = tl.constexpr(os.environ.get("TRITON_INTERPRET") == "1")
+
+# From here on the rounding of an lse changes the weights by more than 3e-5.
+LARGE_LSE = tl.constexpr(1024.0)
 
 # At least the longest tile of queries.
 ROW_PADDING = tl.constexpr(128)
@@ -153,27 +157,32 @@ def logits(
     slope,  # of ALiBi, or None
     edge,  # whether some of the pairs may be outside of the window, or beyond the end
     LINEAR: tl.constexpr,  # whether logits are products times a positive number, which is left to the caller
+    FLOAT_MASK: tl.constexpr,
 ):  # fmt: skip
-    """Logits in base 2, -inf where a query does not see a key, and the derivative of the softcap."""
+    """Logits in base 2, or natural ones beside a floating mask, and the derivative of the softcap.
+
+    They are -inf where a query does not see a key.
+    """
     slope_of_cap = 1.0
+    unit: tl.constexpr = 1.0 if FLOAT_MASK else LOG2E
     if LINEAR:
         s = products
     elif softcap is not None:
         capped = tanh(products * (scale / softcap))
         slope_of_cap = 1 - capped * capped
-        s = capped * (softcap * LOG2E)
+        s = capped * (softcap * unit)
     else:
-        s = products * (scale * LOG2E)
+        s = products * (scale * unit)
     distance = row + (len_k - len_q) - key
     if slope is not None:
-        s -= tl.abs(distance).to(tl.float32) * (slope * LOG2E)
+        s -= tl.abs(distance).to(tl.float32) * (slope * unit)
     if mask is not None:
         pointers = mask + row.to(tl.int64) * strides_mask[2] + key.to(tl.int64) * strides_mask[3]
         inside = (row < len_q) & (key < len_k)
-        if mask.dtype.element_ty == tl.uint8:
-            s = tl.where(tl.load(pointers, mask=inside, other=0) != 0, s, float("-inf"))
+        if FLOAT_MASK:
+            s += tl.load(pointers, mask=inside, other=0.0).to(tl.float32)
         else:
-            s += tl.load(pointers, mask=inside, other=0.0).to(tl.float32) * LOG2E
+            s = tl.where(tl.load(pointers, mask=inside, other=0) != 0, s, float("-inf"))
     if edge:
         visible = key < len_k
         if left is not None:
