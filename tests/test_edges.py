@@ -129,6 +129,21 @@ def test_double_backward_elsewhere_says_so() -> None:
         gradient.sum().backward()
 
 
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_a_gradient_of_the_lse_of_a_row_without_keys(backend: str) -> None:
+    """That lse is -inf at n = 0, and so may be its gradient: no other gradient becomes NaN by that."""
+    q, k, v = qkv(1, 2, 5, 7)
+    mask = torch.ones(5, 7, dtype=torch.bool)
+    mask[2] = False
+    gradients = []
+    for rows in ([0, 1, 2, 3, 4], [0, 1, 3, 4]):
+        out, lse = flash_attention_n(q, k, v, attn_mask=mask, return_lse=True, backend=backend)
+        gradients.append(torch.autograd.grad(out.sum() + lse[:, :, rows].square().sum(), (q, k, v)))
+    assert lse[0, 0, 2] == -math.inf
+    for with_it, without_it in zip(*gradients, strict=True):
+        assert torch.equal(with_it, without_it)
+
+
 @pytest.mark.parametrize("backend", IN_FLOAT64)
 @pytest.mark.parametrize(
     "options", [{}, {"causal": True}, {"window": (2, 1)}, {"alibi_slopes": torch.tensor([0.5, 1.0])}]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -63,6 +64,72 @@ def test_what_a_plan_depends_on(monkeypatch: pytest.MonkeyPatch, ran: list[str])
     with torch.no_grad():
         assert not flash_attention_n(q, k, v, sm_n=1.0).requires_grad
     assert flash_attention_n(*inputs(dtype=torch.float64), sm_n=1.0).dtype == torch.float64
+
+
+class Particular(attn_n.Backend):
+    """It notes what it is asked, which it is when a call is not planned."""
+
+    name = "particular"
+
+    def __init__(self, reason: str | None = None) -> None:
+        self.reason, self.asked = reason, list[attn_n.AttentionCall]()
+
+    def why_not(self, call: attn_n.AttentionCall) -> str | None:
+        self.asked.append(call)
+        return self.reason
+
+    def forward(self, q: Tensor, k: Tensor, v: Tensor, log_n: object, options: attn_n.Options) -> Any:
+        return *attention_n(q, k, v), None
+
+
+@pytest.fixture
+def particular() -> Iterator[Particular]:
+    backend = Particular()
+    attn_n.register_backend(backend)
+    yield backend
+    registry._entries.pop("particular")
+
+
+@pytest.mark.parametrize("place", [0, 1, 2], ids=["q", "k", "v"])
+def test_other_strides_are_another_call(place: int, particular: Particular) -> None:
+    tensors = list(inputs(length=8))
+    flash_attention_n(*tensors, backend="particular")  # it is loaded now, which may change the choice
+    for _ in range(2):
+        asked = len(particular.asked)
+        flash_attention_n(*tensors, backend="particular")
+    assert len(particular.asked) == asked, "a call that is planned"
+    tensors[place] = tensors[place].mT
+    flash_attention_n(*tensors, backend="particular")
+    assert len(particular.asked) == asked + 1
+    call = particular.asked[-1]
+    assert (call.q_stride, call.k_stride, call.v_stride)[place] == (128, 64, 1, 8)
+
+
+def test_a_backend_that_is_registered_anew_is_asked_anew(particular: Particular) -> None:
+    q, k, v = inputs()
+    flash_attention_n(q, k, v, backend="particular")
+    attn_n.register_backend(Particular("has changed its mind"))
+    with pytest.raises(attn_n.UnsupportedError, match="has changed its mind"):
+        flash_attention_n(q, k, v, backend="particular")
+
+
+@pytest.mark.parametrize("place", [1, 2], ids=["k", "v"])
+def test_a_tensor_on_another_device_after_a_good_call(place: int) -> None:
+    tensors = list(inputs())
+    flash_attention_n(*tensors)
+    tensors[place] = tensors[place].to("meta")
+    with pytest.raises(ValueError, match=f"{'qkv'[place]}: expected the device of q, cpu, got meta"):
+        flash_attention_n(*tensors)
+
+
+@pytest.mark.gpu
+def test_the_same_call_on_another_device(ran: list[str]) -> None:
+    tensors = inputs(dtype=torch.bfloat16)
+    flash_attention_n(*tensors, backend="sdpa")
+    flash_attention_n(*(x.cuda() for x in tensors), backend="sdpa")
+    assert ran[0] == "forward sdpa:cpu"
+    assert ran[1].startswith("forward sdpa:")
+    assert ran[1] != ran[0]
 
 
 def test_a_returned_lse_is_another_call() -> None:

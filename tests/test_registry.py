@@ -253,6 +253,25 @@ wide = {
 
 
 @pytest.mark.parametrize(
+    ("changes", "keys"),
+    [
+        ({}, 256),
+        ({"window_right": 0}, 256),
+        ({"window_left": 10}, 256),
+        ({"window_left": 10, "window_right": 0}, 11),
+        ({"window_left": 10, "window_right": 5}, 16),
+        ({"window_left": 0, "window_right": 5}, 6),
+        ({"window_left": 200, "window_right": 100}, 256),
+        (packed, 250),
+        (packed | {"window_left": 10, "window_right": 5}, 16),
+    ],
+    ids=str,
+)
+def test_how_many_keys_a_query_sees(changes: dict[str, object], keys: int) -> None:
+    assert gpu_call(**changes).keys_seen == keys
+
+
+@pytest.mark.parametrize(
     ("changes", "chosen"),
     [
         ({}, "triton:hopper"),
