@@ -17,7 +17,8 @@ pytest.importorskip("triton")
 
 import attn_n
 from attn_n import flash_attention_n, flash_attention_n_varlen
-from attn_n.backends.triton.hopper import HopperKernels, configs, tested
+from attn_n.backends.triton import BACKEND, hopper
+from attn_n.backends.triton.hopper import HopperKernels, configs
 from attn_n.backends.triton.hopper.configs import BACKWARD, FORWARD, Config
 from attn_n.backends.triton.problem import describe
 from attn_n.call import Options
@@ -178,7 +179,7 @@ def test_query_heads_of_a_program(changes: dict[str, object], groups: int, heads
     assert configs.heads_of_item(problem, 132) == heads
 
 
-@pytest.mark.skipif(not tested(), reason="Gluon changes between releases of Triton, and this one is not tested")
+@pytest.mark.skipif(not hopper.tested(), reason="Gluon changes between releases of Triton, and this one is not tested")
 @pytest.mark.parametrize(
     ("changes", "counted"),
     [
@@ -542,7 +543,7 @@ def test_the_order_of_packed_tiles(batch: int, device: str) -> None:
     assert found[2 * tiles :] == [-1] * 2 * (most - tiles)
 
 
-@pytest.mark.skipif(not tested(), reason="Gluon changes between releases of Triton, and this one is not tested")
+@pytest.mark.skipif(not hopper.tested(), reason="Gluon changes between releases of Triton, and this one is not tested")
 @pytest.mark.parametrize("width", WIDTHS)
 def test_variants_of_the_packed_forward_ahead_of_time(width: int) -> None:
     """The same for windows, softcap, and keys with boundaries of their own; numbers compile nothing."""
@@ -563,7 +564,7 @@ assert kernel(False, scale=0.1, window_left=9) is kernel(False, scale=1.0, windo
     subprocess.run([sys.executable, "-c", code], env={**os.environ, "TRITON_INTERPRET": "0"}, check=True)
 
 
-@pytest.mark.skipif(not tested(), reason="Gluon changes between releases of Triton, and this one is not tested")
+@pytest.mark.skipif(not hopper.tested(), reason="Gluon changes between releases of Triton, and this one is not tested")
 @pytest.mark.parametrize("width", BACKWARD)
 def test_variants_of_the_backward_ahead_of_time(width: int) -> None:
     """Windows, softcap and float16 spill little, no product waits for another, and numbers compile nothing.
@@ -616,16 +617,12 @@ assert kernel(256, scale=0.1, window_left=9) is kernel(1, scale=1.0, window_left
     ids=str,
 )  # fmt: skip
 def test_why_not(changes: dict[str, object], reason: str | None, monkeypatch: pytest.MonkeyPatch) -> None:
-    from attn_n.backends.triton import hopper
-
     monkeypatch.setattr(hopper, "tested", lambda: True)  # whatever the Triton here
     found = HopperKernels().why_not(gpu_call(**changes))
     assert (found is None) if reason is None else str(found).startswith(reason)
 
 
 def test_another_triton(monkeypatch: pytest.MonkeyPatch) -> None:
-    from attn_n.backends.triton import BACKEND, hopper
-
     monkeypatch.setattr(hopper.triton, "__version__", "3.9.0")
     assert HopperKernels().why_not(gpu_call()) == "was tested on Triton 3.6, found 3.9.0"
     assert BACKEND.serving(gpu_call()) == "portable"
