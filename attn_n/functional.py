@@ -82,7 +82,7 @@ def flash_attention_n(
         return (out, lse) if return_lse else out
     if jagged.is_jagged(q):
         return _run_jagged(q, k, v, request)
-    prepared = _prepare(q, k, v, request)
+    prepared = _prepare(q, k, v, request, plain=key is not None)
     canonical = prepared.q is q and prepared.k is k and prepared.v is v
     return _run(prepared, request, key if canonical else None)
 
@@ -181,11 +181,14 @@ class _Prepared(NamedTuple):
     out_shape: Sequence[int]  # of out, but for its last dimension
 
 
-def _prepare(q: Tensor, k: Tensor, v: Tensor, request: Request) -> _Prepared:
-    validate.not_traced()
-    q, k, v = _autocast(q, k, v)
+def _prepare(q: Tensor, k: Tensor, v: Tensor, request: Request, plain: bool = False) -> _Prepared:
+    """`plain`: the call has a key, so that nothing surrounds it, and q, k, v and n are plain tensors."""
+    if not plain:
+        validate.not_traced()
+        q, k, v = _autocast(q, k, v)
     validate.qkv(q, k, v, packed=False)
-    q, k, v = _signed(q), _signed(k), _signed(v)
+    if not plain:
+        q, k, v = _signed(q), _signed(k), _signed(v)
     if not q.shape[:-3] == k.shape[:-3] == v.shape[:-3]:
         leading = torch.broadcast_shapes(q.shape[:-3], k.shape[:-3], v.shape[:-3])
         q, k, v = (x.expand(*leading, *x.shape[-3:]) for x in (q, k, v))
@@ -201,7 +204,7 @@ def _prepare(q: Tensor, k: Tensor, v: Tensor, request: Request) -> _Prepared:
     if right == 0:
         _warn_of_rows_without_keys(q, k)
     options = Options(validate.scale(request.sm_scale, q.shape[-1]), left, right, mask=mask)
-    return _describe(q, k, v, q.shape[0], request, options, shape)
+    return _describe(q, k, v, q.shape[0], request, options, shape, plain)
 
 
 def _prepare_varlen(
@@ -251,10 +254,11 @@ def _prepare_varlen(
 
 
 def _describe(
-    q: Tensor, k: Tensor, v: Tensor, batch: int, request: Request, options: Options, out_shape: Sequence[int]
-) -> _Prepared:
+    q: Tensor, k: Tensor, v: Tensor, batch: int, request: Request, options: Options, out_shape: Sequence[int],
+    plain: bool = False,
+) -> _Prepared:  # fmt: skip
     """The checks and the canonical form that batches and packed sequences share."""
-    heads, compute = q.shape[1], torch.promote_types(q.dtype, torch.float32)
+    heads = q.shape[1]
     sm_n, sinks, slopes = request.sm_n, request.sinks, request.alibi_slopes
     if sinks is not None and sm_n is not None:
         raise ValueError("sinks: expected None together with sm_n (a sink is log n), got both")
@@ -266,31 +270,34 @@ def _describe(
         n = validate.n_number("sm_n", 0.0 if sm_n is None else sm_n)
         n, n_kind = (n, "float") if n > 0 else (None, "none")
     if slopes is not None:
+        compute = torch.promote_types(q.dtype, torch.float32)
         slopes = _signed(validate.alibi(slopes, q, batch, heads)).to(compute).expand(batch, heads)
-    options = options.replaced(
-        softcap=validate.softcap(request.softcap),
-        dropout_p=validate.dropout(request.dropout_p),
-        alibi_slopes=slopes,
-    )
+    softcap, dropout_p = validate.softcap(request.softcap), validate.dropout(request.dropout_p)
+    if softcap is not None or dropout_p or slopes is not None:
+        options = options.replaced(softcap=softcap, dropout_p=dropout_p, alibi_slopes=slopes)
     if options.scale <= 0:  # flash kernels take the maximum before they scale
         q, options = q * (-1 if options.scale else 0), options.replaced(scale=-options.scale or 1.0)
     mask, differentiates = options.mask, torch.is_grad_enabled()
     mask_needs_grad = differentiates and mask is not None and mask.requires_grad
     alibi_needs_grad = differentiates and slopes is not None and slopes.requires_grad
     n_needs_grad = isinstance(n, Tensor) and n.requires_grad
+    inputs_need_grad = q.requires_grad or k.requires_grad or v.requires_grad or n_needs_grad
+    transform = None
+    if not plain:
+        inputs_need_grad = inputs_need_grad or transforms.by_functional_gradient()
+        transform = transforms.beyond_one_backward(q, k, v, n if isinstance(n, Tensor) else None, mask, slopes)
     call = describe(
-        q, k, v, options,
+        q,
+        k,
+        v,
+        options,
         n_kind=n_kind,
         return_lse=bool(request.return_lse),
-        needs_grad=differentiates
-        and (
-            q.requires_grad or k.requires_grad or v.requires_grad or n_needs_grad or mask_needs_grad or alibi_needs_grad
-            or transforms.by_functional_gradient()
-        ),
+        needs_grad=differentiates and (inputs_need_grad or mask_needs_grad or alibi_needs_grad),
         mask_needs_grad=mask_needs_grad,
         alibi_needs_grad=alibi_needs_grad,
-        transform=transforms.beyond_one_backward(q, k, v, n if isinstance(n, Tensor) else None, mask, slopes),
-    )  # fmt: skip
+        transform=transform,
+    )
     return _Prepared(q, k, v, n, sinks is not None, options, call, out_shape)
 
 

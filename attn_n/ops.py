@@ -16,6 +16,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 from torch._C import _functorch
+from torch.autograd import forward_ad
 
 from attn_n import autocast, batching, flops, fold, registry
 from attn_n.backends.base import Backend, empty_in_order, lies_in_order
@@ -96,7 +97,7 @@ def attend(
 
 
 def watched(x: Tensor) -> bool:
-    """Whether somebody looks at operators: a compiler, a tensor subclass, a mode (checkpoints), functorch, a tracer."""
+    """Whether somebody looks at operators: a compiler, a subclass, a mode (checkpoints), functorch, forward-mode AD."""
     if torch.compiler.is_compiling():
         return True
     return (
@@ -104,6 +105,7 @@ def watched(x: Tensor) -> bool:
         or torch._C._len_torch_dispatch_stack() > 0
         or torch._C._are_functorch_transforms_active()
         or torch._C._is_tracing()
+        or forward_ad._current_level >= 0
     )
 
 

@@ -73,6 +73,13 @@ SM_90 = (
 )
 
 
+_BY_KIND = {
+    (packed, queries): tuple(row for row in SM_90 if row.packed == packed and row.queries == queries)
+    for packed in (False, True)
+    for queries in (MANY, FEW, ONE)
+}
+
+
 def automatic(call: AttentionCall) -> tuple[str, ...]:
     """The backends to try for a call that names none."""
     row = _row(call)
@@ -92,9 +99,8 @@ def _row(call: AttentionCall) -> Row | None:
         return None
     if call.dropout_p:  # not measured; the portable kernels draw more random numbers than FlashAttention
         return None
-    queries = _queries(call)
-    for row in SM_90:
-        if row.queries == queries and _fits(row, call):
+    for row in _BY_KIND[call.varlen, _queries(call)]:
+        if _fits(row, call):
             return row
     return None
 
@@ -113,7 +119,7 @@ def _queries(call: AttentionCall) -> str:
 def _fits(row: Row, call: AttentionCall) -> bool:
     """A function and no method: torch.compile of PyTorch 2.8 does not trace every method of a NamedTuple."""
     with_n = call.n_kind != "none"
-    if row.packed != call.varlen or row.training not in (None, call.needs_grad) or row.with_n not in (None, with_n):
+    if row.training not in (None, call.needs_grad) or row.with_n not in (None, with_n):
         return False
     if row.causal and not call.causal:
         return False

@@ -301,13 +301,14 @@ def _first(call: AttentionCall, candidates: tuple[str, ...]) -> tuple[str, Backe
     """The first of the candidates that serves `call`, and of a family its member."""
     for candidate in candidates:
         found, _ = find(candidate)
-        if found is None or _unserved(found, call) is not None:
+        if found is None or _beyond(found, call) is not None:
             continue
-        if not isinstance(found, Family):
+        if isinstance(found, Family):
+            member = found.serving(call)
+            if member is not None:
+                return f"{candidate}:{member}", found.members[member]
+        elif found.why_not(call) is None:
             return candidate, found
-        member = found.serving(call)
-        assert member is not None
-        return f"{candidate}:{member}", found.members[member]
     return None
 
 
@@ -335,13 +336,14 @@ def explain(call: AttentionCall, backend: str | None) -> Explanation:
 def why_not(name: str, call: AttentionCall) -> str | None:
     """The reason why the backend called `name` does not serve `call`, or None if it does."""
     backend, problem = find(name)
-    return problem if backend is None else _unserved(backend, call)
+    return problem if backend is None else _beyond(backend, call) or backend.why_not(call)
 
 
-def _unserved(backend: Backend, call: AttentionCall) -> str | None:
-    if call.transform is not None and not backend.differentiates:
-        return f"{call.transform} is served by differentiable operations alone, as those of reference"
-    return backend.why_not(call)
+def _beyond(backend: Backend, call: AttentionCall) -> str | None:
+    """What a pair of a forward and a backward cannot do, whosoever it is."""
+    if call.transform is None or backend.differentiates:
+        return None
+    return f"{call.transform} is served by differentiable operations alone, as those of reference"
 
 
 def _refusal(call: AttentionCall, name: str | None, asked_by: str) -> str:

@@ -153,6 +153,8 @@ def memory_order(x: Tensor) -> tuple[int, ...]:
 
 def empty_in_order(like: Tensor, shape: Sequence[int], order: tuple[int, ...]) -> Tensor:
     """An uninitialised dense tensor of `shape` whose dimensions lie in memory in `order`."""
+    if order == tuple(range(len(order))):
+        return like.new_empty(shape)
     inverse = sorted(range(len(order)), key=lambda place: order[place])
     return like.new_empty([shape[dim] for dim in order]).permute(inverse)
 

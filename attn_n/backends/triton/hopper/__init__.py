@@ -52,12 +52,12 @@ class HopperKernels(PortableKernels):
         from attn_n.backends.triton.hopper.prepare import list_of_tiles, prepared
 
         out = empty_in_order(q, q.shape, self.out_order(q))
-        problem = describe((q, k, v, out), log_n, options)
-        if not problem.fits_descriptors:  # q, k or v begins off a multiple of 16 bytes, which a call does not tell
+        launches = prepared(describe((q, k, v, out), log_n, options))
+        if launches is None:  # q, k or v begins off a multiple of 16 bytes, which a call does not tell
             return super().forward(q, k, v, log_n, options)
         lse = torch.empty(q.shape[:-1], dtype=torch.float32, device=q.device)
         sinks, number = (log_n, None) if isinstance(log_n, Tensor) else (None, log_n)
-        launches, starts_q, starts_k = prepared(problem), options.cu_seqlens_q, options.cu_seqlens_k
+        starts_q, starts_k = options.cu_seqlens_q, options.cu_seqlens_k
         table = list_of_tiles(launches, q, starts_q, starts_k)
         launches.main(q, k, v, out, lse, sinks, number, starts_q, starts_k, table)
         return out, lse, None

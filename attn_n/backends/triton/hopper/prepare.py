@@ -6,7 +6,6 @@ import functools
 from typing import NamedTuple
 
 import torch
-import triton
 from torch import Tensor
 
 from attn_n.backends.triton.hopper import configs
@@ -29,22 +28,24 @@ class Forward(NamedTuple):
 
 
 @functools.lru_cache(1024)
-def prepared(problem: Problem, config: Config | None = None) -> Forward:
-    """The launches of the forward; `config` in place of that of the table."""
+def prepared(problem: Problem, config: Config | None = None) -> Forward | None:
+    """The launches of the forward; `config` in place of that of the table. None where descriptors cannot address it."""
+    if not problem.fits_descriptors:
+        return None
     p, config = problem, config or configs.find(problem)
     left, right = p.window
     tile_q = config.consumers * STRIP.value
-    of_head = triton.cdiv(p.len_q, tile_q)
+    of_head = _cdiv(p.len_q, tile_q)
     tiles = most_tiles(p, p.rows, tile_q) if p.packed else p.batch * of_head
     items = p.heads * tiles
     most = _processors(p.device) * (2 if config.consumers == 1 else 1)
     together = None
     if config.counted and right is not None and not p.packed:
         # Heads whose keys and values take 32 MB, and enough of them for three rounds of all programs.
-        together = max((1 << 23) // (p.len_k * p.width) * (p.heads // p.heads_kv), triton.cdiv(3 * most, of_head))
-        together = triton.cdiv(p.batch * p.heads, max(1, p.batch * p.heads // together))
+        together = max((1 << 23) // (p.len_k * p.width) * (p.heads // p.heads_kv), _cdiv(3 * most, of_head))
+        together = _cdiv(p.batch * p.heads, max(1, p.batch * p.heads // together))
     elif p.causal and not p.packed:
-        items = p.heads * p.batch * triton.cdiv(of_head, 2)  # an item is a pair of tiles
+        items = p.heads * p.batch * _cdiv(of_head, 2)  # an item is a pair of tiles
     numbers = (
         *p.strides[:4], p.stride_n, None if p.packed else p.batch, p.heads, p.len_q, p.len_k, left, right, p.scale,
         p.softcap, items, together,
@@ -89,7 +90,7 @@ def list_of_tiles(
 
 
 def _order(problem: Problem, tile: int) -> Launch:
-    programs = triton.cdiv(problem.batch, BLOCK.value)
+    programs = _cdiv(problem.batch, BLOCK.value)
     return Launch(order_kernel, programs, problem.device, (problem.batch,), {"TILE": tile}, {"num_warps": 4}, False)
 
 
@@ -121,7 +122,7 @@ def prepared_backward(problem: Problem) -> Backward:
         batch, tiles_q, tiles_k = 1, most_tiles(p, p.rows, tile_q), most_tiles(p, p.keys, tile_k)
         sequences, len_q, len_k, together = p.batch, tiles_q * tile_q, 0, None
     else:
-        batch, tiles_q, tiles_k = p.batch, triton.cdiv(p.len_q, tile_q), triton.cdiv(p.len_k, tile_k)
+        batch, tiles_q, tiles_k = p.batch, _cdiv(p.len_q, tile_q), _cdiv(p.len_k, tile_k)
         sequences, len_q, len_k, together = None, p.len_q, p.len_k, 1
         if p.causal:
             # As many as all programs take at once, so that a light tile is followed by a heavy one of the next heads
@@ -155,6 +156,11 @@ def prepared_backward(problem: Problem) -> Backward:
     )  # fmt: skip
 
 
+def _cdiv(a: int, b: int) -> int:
+    return -(-a // b)  # triton.cdiv takes 4 us on the host
+
+
+@functools.cache
 def _processors(device: torch.device) -> int:
     """As many programs run at once; without a GPU kernels are but compiled."""
     return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 132

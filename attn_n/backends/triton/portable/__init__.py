@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+
 import torch
 import triton
 from torch import Tensor
@@ -120,7 +122,12 @@ class PortableKernels(Backend):
 
 @constant_when_compiled
 def _too_old() -> bool:
-    return bool(TorchVersion(triton.__version__) < _OLDEST)
+    return _older(triton.__version__)
+
+
+@functools.cache  # comparing versions takes longer than all other questions
+def _older(version: str) -> bool:
+    return bool(TorchVersion(version) < _OLDEST)
 
 
 def _extras(rng_state: Tensor | None, options: Options) -> tuple[Tensor | None, ...]:

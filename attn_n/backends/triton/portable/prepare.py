@@ -5,8 +5,6 @@ from __future__ import annotations
 import functools
 from typing import Any
 
-import triton
-
 from attn_n.backends.triton.launch import Launch
 from attn_n.backends.triton.portable import configs
 from attn_n.backends.triton.portable.backward import dkdv_kernel, dq_kernel
@@ -37,7 +35,7 @@ def prepared(kernel: str, problem: Problem, config: Config | None = None) -> Lau
         min(int(p.dropout_p * 2**31), 2**31 - 1), 1 / (1 - p.dropout_p),
     )  # fmt: skip
     extras = p.strides_mask, p.strides_slopes
-    programs_of_queries = p.batch * p.heads * triton.cdiv(p.len_q, config.tile_q)
+    programs_of_queries = p.batch * p.heads * -(-p.len_q // config.tile_q)
     if kernel == "forward":
         numbers = *p.strides, *extras, p.stride_n, *numbers
         return Launch(forward_kernel, programs_of_queries, p.device, numbers, constants, options, config.descriptors)
@@ -46,7 +44,7 @@ def prepared(kernel: str, problem: Problem, config: Config | None = None) -> Lau
     if kernel == "dq":
         numbers = q, k, v, out, dout, dq, *extras, p.stride_n, *numbers
         return Launch(dq_kernel, programs_of_queries, p.device, numbers, constants, options, config.descriptors)
-    programs_of_keys = p.batch * p.heads_kv * triton.cdiv(p.len_k, config.tile_k)
+    programs_of_keys = p.batch * p.heads_kv * -(-p.len_k // config.tile_k)
     numbers = q, k, v, dout, dk, dv, *extras, *numbers
     constants |= {"DK": "dk" in kernel, "DV": "dv" in kernel}
     return Launch(dkdv_kernel, programs_of_keys, p.device, numbers, constants, options, config.descriptors)
