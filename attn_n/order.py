@@ -50,12 +50,15 @@ class Row(NamedTuple):
 # at E = 128 sequences of 64 keys train 1.12 times as fast on the portable kernels, those of 512 1.33 times as fast on
 # those of Hopper, and windows of 256 and 1,024 keys with n 1.08 and 1.01 times as fast there as on FlashAttention 4.
 # Few queries: h100-2026-11-26-decode.json, where FlashAttention 3 and 4 take half the time of all else, and for one
-# query PyTorch's FlashAttention-2 as little as they. It prepares nothing for a new length, and one comes with each step
-# of a decoder: a call of the kernels in Triton takes 0.49 ms then, 0.16 ms at a length that it has seen.
+# query PyTorch's FlashAttention-2 as little as they. Below 4,096 keys all of them take less than the host does for a
+# length that it has not seen, and one comes with each step of a decoder: h100-2026-11-27-lengths.json, where a kernel
+# with n inside costs the host least.
 # The portable kernels are 1.2 to 1.9 times as fast as PyTorch's FlashAttention-2 at every point of the grid. Hence they
 # come before it, for what those of Hopper do not serve.
 SM_90 = (
-    Row(None, None, 256, 0, ("sdpa:flash", "flash_attn:3", "flash_attn:4", "triton"), queries=ONE),
+    Row(None, None, 256, 4096, ("sdpa:flash", "flash_attn:3", "flash_attn:4", "triton"), queries=ONE),
+    Row(None, True, 256, 0, ("triton",), queries=ONE),
+    Row(None, False, 256, 0, ("sdpa:flash", "flash_attn:3", "flash_attn:4", "triton"), queries=ONE),
     Row(False, None, 256, 1025, ("flash_attn:3", "flash_attn:4", "triton"), queries=FEW),
     Row(None, None, 256, 1025, ("triton",), queries=FEW),
     Row(True, True, 128, 6000, ("flash_attn:4", "triton")),
@@ -84,6 +87,8 @@ def automatic(call: AttentionCall) -> tuple[str, ...]:
     """The backends to try for a call that names none."""
     row = _row(call)
     default = DEFAULT.get(call.device, ELSEWHERE)
+    if row is None and _masks_by_numbers(call):
+        default = ("triton", *[name for name in default if name != "triton"])
     return default if row is None else (*row.first, *[name for name in default if name not in row.first])
 
 
@@ -91,6 +96,21 @@ def reason(call: AttentionCall) -> str:
     """Why the order of a call is what it is."""
     row = _row(call)
     return "automatic" if row is None else f"automatic, by speed on an H100: {row}"
+
+
+def _masks_by_numbers(call: AttentionCall) -> bool:
+    """Whether rows may be hidden by -65504 and the like, in training and in half precision on a GPU.
+
+    There the gradients of the memory-efficient kernels carry the rounding of a large lse, and those of `triton` do not.
+    """
+    mask = call.mask_dtype
+    return (
+        call.device == "cuda"
+        and call.needs_grad
+        and call.dtype.itemsize == 2
+        and mask is not None
+        and mask.is_floating_point
+    )
 
 
 def _row(call: AttentionCall) -> Row | None:

@@ -32,9 +32,11 @@ def wrong(asked: Asked) -> dict[str, dict[str, str | None]]:
 
 
 @pytest.fixture(scope="session")
-def timed() -> dict[str, dict[str, Timed]]:
-    """Those of the parties that have been, each in a single process."""
-    return {}
+def timed(asked: Asked, wrong: dict[str, dict[str, str | None]]) -> dict[str, dict[str, Timed]]:
+    """All that is right, before the first is shown."""
+    return lengths.time_all(
+        {party: [name for name in names if wrong[party][name] is None] for party, names in asked.items()}
+    )
 
 
 @pytest.mark.parametrize("stream", lengths.streams(DEVICE), ids=str)
@@ -42,8 +44,6 @@ def timed() -> dict[str, dict[str, Timed]]:
 def test_lengths(
     party: Party,
     stream: Stream,
-    asked: Asked,
-    timed: dict[str, dict[str, Timed]],
     pytestconfig: pytest.Config,
     request: pytest.FixtureRequest,
     keep: Callable[..., None],
@@ -55,9 +55,7 @@ def test_lengths(
         _keep(keep, party, stream, Timed("absent", reason))
         pytest.skip(f"{party.name}: {reason}")
     wrong: dict[str, dict[str, str | None]] = request.getfixturevalue("wrong")
-    if party.name not in timed:
-        right = [name for name in asked[party.name] if wrong[party.name][name] is None]
-        timed[party.name] = lengths.time_one(party.name, right) if right else {}
+    timed: dict[str, dict[str, Timed]] = request.getfixturevalue("timed")
     reason = wrong[party.name][stream.name]
     _keep(keep, party, stream, Timed("wrong", reason) if reason is not None else timed[party.name][stream.name])
     if reason is not None:

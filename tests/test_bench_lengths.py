@@ -46,7 +46,7 @@ def test_each_party_is_checked_and_timed(name: str, ran: list[str]) -> None:
         timed = lengths.run(party, stream)
         assert timed.status == "measured"
         assert len(timed.steps) == len(stream.problems)
-        assert 0 < sum(timed.steps) <= timed.wall * len(stream.problems)
+        assert 0 < sum(timed.steps) <= timed.wall[0] * len(stream.problems)
         calls = len(stream.before) + len(stream.problems)
         if party.name == "attn_n":
             passes = ["forward sdpa:cpu", *(["backward sdpa:cpu"] if stream.training else [])]
@@ -94,11 +94,13 @@ def test_what_is_wrong_is_not_timed() -> None:
     )
 
 
-def test_a_process_of_its_own(tmp_path: Path) -> None:
+def test_a_process_of_its_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Both tasks, and what the results and the tables make of them."""
+    monkeypatch.setattr(lengths, "PROCESSES", 2)
     names = ["growing cache", "training"]
     assert lengths.prepare_all({"attn_n": names}) == {"attn_n": dict.fromkeys(names)}
-    timed = lengths.time_one("attn_n", names)
+    timed = lengths.time_all({"attn_n": names})["attn_n"]
+    assert {len(found.wall) for found in timed.values()} == {lengths.PROCESSES}
     run = Run({"device": "Chip", "kind": "cpu"}, "abc", "2026-11-27", "pytest bench")
     for name, found in timed.items():
         run.points += lengths.points(PARTIES["attn_n"], STREAMS[name], found)

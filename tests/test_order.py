@@ -112,14 +112,14 @@ def a_stream(suite: str, n: str, **walls: float) -> list[Point]:
 
 
 def test_a_slow_choice_is_seen() -> None:
-    suite, others = "lengths: growing cache", {"triton_hopper": 0.5, "triton_portable": 0.6, "sdpa_cudnn": 49.0}
-    assert slow_streams(a_stream(suite, "per head", automatic=0.22, sdpa_flash=0.2, **others)) == []
-    assert slow_streams(a_stream(suite, "per head", automatic=0.25, sdpa_flash=0.2, **others)) == [
+    suite, others = "lengths: growing cache", {"sdpa_flash": 0.5, "triton_portable": 0.6, "sdpa_cudnn": 49.0}
+    assert slow_streams(a_stream(suite, "per head", automatic=0.22, triton_hopper=0.2, **others)) == []
+    assert slow_streams(a_stream(suite, "per head", automatic=0.25, triton_hopper=0.2, **others)) == [
         (suite, "automatic", 1.25)
     ]
     # The order has changed since the measurement, for the worse.
-    assert slow_streams(a_stream(suite, "per head", automatic=0.5, sdpa_flash=0.7, **others)) == [
-        (suite, "sdpa:flash", 1.4)
+    assert slow_streams(a_stream(suite, "per head", automatic=0.5, triton_hopper=0.7, **others)) == [
+        (suite, "triton:hopper", 1.4)
     ]
     with pytest.raises(AssertionError, match="nothing of ours was measured by name"):
         slow_streams(a_stream(suite, "per head", automatic=0.5))

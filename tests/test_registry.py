@@ -245,8 +245,11 @@ def gpu_call(**changes: object) -> AttentionCall:
 packed: dict[str, object] = {"sequences": 2} | {
     f"{x}_{what}": value for x in "qkv" for what, value in (("shape", (500, 8, 64)), ("stride", (512, 64, 1)))
 }
+bool_mask = {"mask_shape": (1, 1, 256, 256), "mask_dtype": torch.bool}
+float_mask = bool_mask | {"mask_dtype": torch.bfloat16}
 odd = {"q_stride": (139264, 17408, 68, 1)}  # nothing for the Hopper kernels
 long = {"k_shape": (2, 8, 3000, 64), "v_shape": (2, 8, 3000, 64)}
+longer = {"k_shape": (2, 8, 5000, 64), "v_shape": (2, 8, 5000, 64)}
 wide = {
     name: (2, 8, 3000 if name[0] != "q" else 256, 256) for name in ("q_shape", "k_shape", "v_shape")
 } | {f"{x}_stride": (8 * 3000 * 256, 3000 * 256, 256, 1) for x in "qkv"}  # fmt: skip
@@ -285,8 +288,9 @@ def test_how_many_keys_a_query_sees(changes: dict[str, object], keys: int) -> No
         (packed, "triton:hopper"),
         (packed | {"sequences": 8}, "triton:portable"),
         (packed | {"sequences": 8, "needs_grad": False}, "triton:hopper"),
-        (long | {"q_shape": (2, 8, 1, 64), "n_kind": "float", "needs_grad": False}, "sdpa:flash"),
-        (long | {"q_shape": (2, 8, 1, 64), "n_kind": "per head", "needs_grad": False}, "sdpa:flash"),
+        (long | {"q_shape": (2, 8, 1, 64), "n_kind": "float", "needs_grad": False}, "triton:hopper"),
+        (longer | {"q_shape": (2, 8, 1, 64), "n_kind": "per head", "needs_grad": False}, "sdpa:flash"),
+        (long | {"q_shape": (2, 8, 1, 64), "needs_grad": False}, "sdpa:flash"),
         (long | {"q_shape": (2, 8, 1, 64), "softcap": 30.0, "needs_grad": False}, "triton:hopper"),
         (long | {"q_shape": (2, 8, 1, 64), "window_left": 2000, "needs_grad": False}, "triton:hopper"),
         (long | {"q_shape": (2, 8, 4, 64), "n_kind": "float"}, "triton:hopper"),
@@ -300,6 +304,9 @@ def test_how_many_keys_a_query_sees(changes: dict[str, object], keys: int) -> No
         ({"dropout_p": 0.1, "n_kind": "float"}, "sdpa:flash"),
         ({"mask_shape": (1, 1, 256, 256), "mask_dtype": torch.bool}, "triton:portable"),
         ({"mask_shape": (1, 1, 256, 256), "mask_dtype": torch.bool, "capability": (8, 0)}, "sdpa:efficient"),
+        (float_mask | {"capability": (8, 0)}, "triton:portable"),
+        (float_mask | {"capability": (8, 0), "needs_grad": False}, "sdpa:efficient"),
+        (bool_mask | {"capability": (8, 0)}, "sdpa:efficient"),
         ({"alibi": True}, "triton:portable"),
         ({"alibi": True, "dtype": torch.float32}, "sdpa:efficient"),
         ({"alibi": True, "needs_grad": False}, "triton:portable"),

@@ -145,8 +145,8 @@ class CudnnAttention(Backend):
     ) -> tuple[Tensor, Tensor, Tensor]:
         q, k, v, out = (of_width(x, x.shape[-1]) for x in (q, k, v, out))
         if dout.stride() != out.stride():
-            # PyTorch keeps cuDNN's plan of a backward by the strides of q, k and v alone. From a dout that lies in another
-            # way than that of the first call it would read wrong numbers.
+            # PyTorch keeps cuDNN's plan of a backward by the strides of q, k and v alone, and would read wrong numbers
+            # from a dout that lies in another way than that of the first call.
             dout = torch.empty_like(out).copy_(dout)
         gradients: tuple[Tensor, Tensor, Tensor] = torch.ops.aten._scaled_dot_product_cudnn_attention_backward(
             dout, q, k, v, out, lse[..., None], None, None, None, None, None, q.shape[2], k.shape[2],
