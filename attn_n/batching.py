@@ -47,11 +47,12 @@ def rule(
 def _joined(
     operator: Callable[..., Results], by_batch: int, count: int, in_dims: tuple[int | None, ...], arguments: Any
 ) -> Results:
-    tensors = []
+    tensors, batch = [], 0
     for x, dim in zip(arguments[:by_batch], in_dims, strict=False):
         if x is not None:
-            x = (x.expand(count, *x.shape) if dim is None else x.movedim(dim, 0)).flatten(0, 1)
+            x = x.expand(count, *x.shape) if dim is None else x.movedim(dim, 0)
+            batch, x = x.shape[1], x.flatten(0, 1)
         tensors.append(x)
     results = operator(*tensors, *arguments[by_batch:])
     # The state of dropout and the gradient of n are empty here.
-    return tuple(x.unflatten(0, (count, -1)) if x.dim() > 1 else x.expand(count, -1) for x in results)
+    return tuple(x.unflatten(0, (count, batch)) if x.dim() > 1 else x.expand(count, -1) for x in results)

@@ -28,7 +28,8 @@ def dense_bias(
     if options.mask is not None:
         mask = _narrow(_narrow(options.mask, 2, rows), 3, keys)
         if mask.dtype == torch.bool:
-            bias = torch.zeros(mask.shape, dtype=dtype, device=device).masked_fill_(~mask, -math.inf)
+            # Not in place, here and below: under torch.vmap a mask may have a dimension that a new tensor has not.
+            bias = torch.zeros(mask.shape, dtype=dtype, device=device).masked_fill(~mask, -math.inf)
         else:
             bias = mask.to(dtype)
     if slopes is None and left is None and right is None:
@@ -43,9 +44,9 @@ def dense_bias(
         return bias
     hidden = torch.zeros_like(distance, dtype=torch.bool)
     if left is not None:
-        hidden |= distance > left
+        hidden = hidden | (distance > left)
     if right is not None:
-        hidden |= -distance > right
+        hidden = hidden | (-distance > right)
     if bias is None:
         bias = torch.zeros((1, 1, *distance.shape), dtype=dtype, device=device)
     return bias.masked_fill(hidden, -math.inf)

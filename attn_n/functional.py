@@ -11,7 +11,7 @@ from typing import Any, NamedTuple, NoReturn
 import torch
 from torch import Tensor
 
-from attn_n import autocast, jagged, ops, plans, registry, transforms, validate
+from attn_n import autocast, fold, jagged, ops, plans, registry, transforms, validate
 from attn_n.call import AttentionCall, Options, Request, describe
 
 
@@ -277,15 +277,14 @@ def _describe(
         options = options.replaced(softcap=softcap, dropout_p=dropout_p, alibi_slopes=slopes)
     if options.scale <= 0:  # flash kernels take the maximum before they scale
         q, options = q * (-1 if options.scale else 0), options.replaced(scale=-options.scale or 1.0)
-    mask, differentiates = options.mask, torch.is_grad_enabled()
-    mask_needs_grad = differentiates and mask is not None and mask.requires_grad
-    alibi_needs_grad = differentiates and slopes is not None and slopes.requires_grad
-    n_needs_grad = isinstance(n, Tensor) and n.requires_grad
-    inputs_need_grad = q.requires_grad or k.requires_grad or v.requires_grad or n_needs_grad
-    transform = None
+    mask, transform = options.mask, None
+    tensors = q, k, v, n if isinstance(n, Tensor) else None, mask, slopes
+    needing = [x is not None and x.requires_grad for x in tensors]
     if not plain:
-        inputs_need_grad = inputs_need_grad or transforms.by_functional_gradient()
-        transform = transforms.beyond_one_backward(q, k, v, n if isinstance(n, Tensor) else None, mask, slopes)
+        needing = [transforms.requires_grad(x) for x in tensors]
+        transform = transforms.beyond_one_backward(*tensors)
+    *_, of_mask, of_slopes = needing
+    differentiates = torch.is_grad_enabled()
     call = describe(
         q,
         k,
@@ -293,9 +292,9 @@ def _describe(
         options,
         n_kind=n_kind,
         return_lse=bool(request.return_lse),
-        needs_grad=differentiates and (inputs_need_grad or mask_needs_grad or alibi_needs_grad),
-        mask_needs_grad=mask_needs_grad,
-        alibi_needs_grad=alibi_needs_grad,
+        needs_grad=differentiates and any(needing),
+        mask_needs_grad=differentiates and of_mask,
+        alibi_needs_grad=differentiates and of_slopes,
         transform=transform,
     )
     return _Prepared(q, k, v, n, sinks is not None, options, call, out_shape)
@@ -332,8 +331,8 @@ def _numbers(n: float | Tensor | None, options: Options) -> tuple[float | None, 
 
         if not (has_static_value(options.scale) and (number is None or has_static_value(number))):
             # As a factor of a tensor a number becomes an input of the graph, elsewhere a constant.
-            one = torch.ones((), dtype=torch.float64)
-            log_n = one * 0.0 if number is None else (one * number).log()
+            one = torch.ones((), dtype=torch.float64, device="cpu")
+            log_n = one * 0.0 if number is None else fold.log_of_number(number)
             numbers = torch.stack((log_n, one * options.scale))
             return None if number is None else 0.0, numbers, options.replaced(scale=1.0)
     return None if number is None else math.log(number), None, options

@@ -18,7 +18,7 @@ from torch import Tensor
 from torch._C import _functorch
 from torch.autograd import forward_ad
 
-from attn_n import autocast, batching, flops, fold, registry
+from attn_n import autocast, batching, flops, fold, registry, transforms
 from attn_n.backends.base import Backend, empty_in_order, lies_in_order
 from attn_n.call import Options, describe
 
@@ -89,7 +89,7 @@ def attend(
         return attended
     flops.register()
     arguments = (q, k, v, n, how.n_is_logit, how.log_n, how.numbers, how.backend, *options)
-    if torch._C._are_functorch_transforms_active():
+    if transforms.by_functional_gradient() and not torch.compiler.is_compiling():
         out, lse, _ = _Operator.apply(*arguments)  # type: ignore[no-untyped-call]
     else:
         out, lse, _ = _operator(arguments)
@@ -240,13 +240,15 @@ class _Backward(torch.autograd.Function):
 
 def _stamp(backend: str) -> Tensor:
     """What a forward with dropout leaves of the backend that ran, for a number is not recomputed with the tensors."""
-    return torch.tensor(zlib.crc32(backend.encode()))
+    return torch.tensor(zlib.crc32(backend.encode()), device="cpu")
 
 
 def _log_per_head(q: Tensor, n: Tensor, n_is_logit: bool) -> Tensor:
     """log n as `(Hq,)` in the dtype of the lse, with a stride of 1, or 0 for a scalar."""
-    n = n.detach().to(_lse_dtype(q)).contiguous()
-    return (n if n_is_logit else n.log()).expand(q.shape[1])
+    n, dtype = n.detach(), _lse_dtype(q)
+    if not n_is_logit:  # a float64 n may be no number of float32, and its logarithm is one
+        n = n.to(torch.promote_types(n.dtype, dtype)).log()
+    return n.to(dtype).contiguous().expand(q.shape[1])
 
 
 def _lse_dtype(q: Tensor) -> torch.dtype:

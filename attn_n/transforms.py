@@ -15,6 +15,8 @@ from attn_n.compilation import constant_when_compiled
 def beyond_one_backward(*tensors: Tensor | None) -> str | None:
     """What a pair of a forward and a backward cannot give: forward-mode AD, or a gradient of a gradient."""
     levels = _levels()
+    if torch.compiler.is_compiling() and "Grad" in levels:  # it traces no autograd.Function there
+        return "a gradient of torch.func within torch.compile"
     if "Jvp" in levels or (forward_ad._current_level >= 0 and _has_tangent(tensors)):
         return "forward-mode AD"
     gradients = [level for level in levels if level == "Grad"]
@@ -22,8 +24,21 @@ def beyond_one_backward(*tensors: Tensor | None) -> str | None:
 
 
 def by_functional_gradient() -> bool:
-    """Whether torch.func computes a gradient, which inside of a torch.vmap no tensor shows."""
+    """Whether torch.func computes a gradient. (torch.vmap alone, and autograd around it, need none.)"""
     return "Grad" in _levels()
+
+
+def requires_grad(x: Tensor | None) -> bool:
+    """Whether x has a gradient to come, also where torch.vmap has hidden that in what it wraps."""
+    if x is None:
+        return False
+    if torch.compiler.is_compiling():  # there nobody can look into what torch.vmap wraps
+        return x.requires_grad or (x.is_floating_point() and "Vmap" in _levels())
+    while not x.requires_grad:
+        if not _functorch.is_functorch_wrapped_tensor(x):
+            return False
+        x = _functorch.get_unwrapped(x)
+    return True
 
 
 @constant_when_compiled  # while torch.compile traces, it has these levels too
@@ -38,4 +53,8 @@ def _levels() -> tuple[str, ...]:
 def _has_tangent(tensors: tuple[Tensor | None, ...]) -> bool:
     if torch.compiler.is_compiling():  # which cannot trace the question
         return True
-    return any(x is not None and forward_ad.unpack_dual(x).tangent is not None for x in tensors)
+    # What torch.vmap wraps cannot be asked.
+    return any(
+        x is not None and (_functorch.is_batchedtensor(x) or forward_ad.unpack_dual(x).tangent is not None)
+        for x in tensors
+    )

@@ -166,6 +166,8 @@ def readable(x: Tensor) -> bool:
     """Whether the values of `x` can be looked at for free: a real tensor on the CPU, outside of any tracing."""
     if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
         return False
+    if torch._C._len_torch_dispatch_stack() > 0:  # of make_fx, say
+        return False
     return x.device.type == "cpu" and type(x) in PLAIN
 
 

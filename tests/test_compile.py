@@ -124,6 +124,27 @@ def test_one_graph_for_all_n_and_scales(backend: str, varlen: bool) -> None:
     assert graphs() == 2
 
 
+def test_a_default_device_is_not_that_of_numbers() -> None:
+    x = leaves()
+    compiled = torch.compile(
+        lambda *x, n, scale: flash_attention_n(*x, sm_n=n, sm_scale=scale),
+        fullgraph=True, dynamic=True, backend="aot_eager",
+    )  # fmt: skip
+    for n, scale in ((1.5, 0.3), (2.5, 0.4)):
+        with torch.device("meta"):
+            out = compiled(*x, n=n, scale=scale)
+        assert torch.allclose(out.double(), attention_n(*(y.double() for y in x), n=n, scale=scale)[0], atol=1e-5)
+
+
+@needs_interpreter
+def test_a_default_device_is_not_that_of_dropout() -> None:
+    x = leaves()
+    with torch.device("meta"):
+        out = flash_attention_n(*x, sm_n=1.0, dropout_p=0.5, backend="triton")
+    out.sum().backward()
+    assert all(y.grad is not None for y in x)
+
+
 def dlses(name: str, monkeypatch: pytest.MonkeyPatch) -> list[Tensor | None]:
     """What the backend is given as the gradient of lse, in order."""
     kernel, seen = registry.loaded(name), []

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import warnings
 from collections.abc import Callable
 from typing import Any
@@ -210,3 +211,91 @@ def test_dropout_under_vmap() -> None:
             torch.vmap(attend)(q)
         out = torch.vmap(attend, randomness="different")(q)
         assert not torch.equal(out[0], out[1])
+
+
+@pytest.mark.parametrize("of", ["mask", "slopes"])
+def test_a_batched_mask_has_its_gradient(of: str, ran: list[str]) -> None:
+    """torch.vmap hides from all that its tensors need a gradient."""
+    q, k, v, _ = inputs(2)
+    x = torch.randn(3, 5, 5, dtype=torch.float64) if of == "mask" else torch.rand(3, 4, dtype=torch.float64)
+
+    def attend(x: Tensor) -> Any:
+        return flash_attention_n(q, k, v, sm_n=1.0, **{"attn_mask" if of == "mask" else "alibi_slopes": x})
+
+    def truth(x: Tensor) -> Tensor:
+        return attention_n(q, k, v, 1.0, **{"mask" if of == "mask" else "alibi_slopes": x})[0]
+
+    expected = torch.func.grad(lambda x: torch.stack([truth(one) for one in x]).square().sum())(x)
+    assert torch.allclose(torch.func.grad(lambda x: torch.vmap(attend)(x).square().sum())(x), expected)
+    assert torch.allclose(torch.vmap(torch.func.grad(lambda x: attend(x).square().sum()))(x), expected)
+    leaf = x.clone().requires_grad_()
+    assert torch.allclose(torch.autograd.grad(torch.vmap(attend)(leaf).square().sum(), leaf)[0], expected)
+    assert set(ran) == {"attend reference"}
+
+
+def test_all_derivatives_at_n_zero() -> None:
+    """n = 0 is no corner of the formula: it is linear in the denominator."""
+    q, k, v, _ = inputs(1)
+    zero = torch.tensor([0.0, 0.0, 1.0, 0.0], dtype=torch.float64)
+
+    def attend(n: Tensor, **options: Any) -> Any:
+        return flash_attention_n(q, k, v, True, sm_n=n, backend="reference", **options)
+
+    def truth(n: Tensor) -> Tensor:  # the oracle without its bounds, which have no second derivative
+        weights = (q @ k.repeat_interleave(2, 1).mT / math.sqrt(8)).exp().tril()
+        return weights @ v.repeat_interleave(2, 1) / (weights.sum(-1) + n[:, None])[..., None]
+
+    tangent = torch.rand(4, dtype=torch.float64)
+    for one in (attend, lambda n: attend(n, softcap=1e6)):
+        assert torch.allclose(one(zero), truth(zero))
+        assert torch.allclose(
+            torch.func.jvp(one, (zero,), (tangent,))[1], torch.func.jvp(truth, (zero,), (tangent,))[1]
+        )
+        assert torch.allclose(torch.func.jacrev(one)(zero), torch.func.jacrev(truth)(zero))
+        assert torch.allclose(
+            torch.func.hessian(lambda n, one=one: one(n).sin().sum())(zero),
+            torch.func.hessian(lambda n: truth(n).sin().sum())(zero),
+        )
+    batch = torch.zeros(3, 4, dtype=torch.float64)
+    got, expected = (torch.func.grad(lambda n, f=f: torch.vmap(f)(n).square().sum())(batch) for f in (attend, truth))
+    assert torch.allclose(got, expected)
+
+
+@pytest.mark.parametrize("backend", [None, "reference"])
+def test_transforms_within_a_graph(backend: str | None) -> None:
+    torch.compiler.reset()
+    x = inputs(3, 2)
+    for transform, in_dims in (
+        (lambda f: torch.vmap(f, (0, 0, 0, None)), (0, 0, 0, None)),
+        (lambda f: torch.func.grad(lambda *x: f(*x).square().sum(), (0, 3)), None),
+    ):
+        function = transform(lambda *x: ours(*x, backend=backend))
+        arguments = x if in_dims else [*[one[0] for one in x[:3]], x[3]]
+        got = torch.compile(function, fullgraph=True, backend="aot_eager")(*arguments)
+        assert equal(got, transform(exact)(*arguments), 1e-9)
+    torch.compiler.reset()
+
+
+def test_odd_transforms(ran: list[str]) -> None:
+    q, k, v, sinks = inputs(2)
+    mask = torch.rand(3, 5, 5) > 0.3
+    capped = torch.vmap(lambda m: flash_attention_n(q, k, v, sm_n=1.0, softcap=3.0, attn_mask=m))(mask)
+    assert torch.allclose(capped[1], flash_attention_n(q, k, v, sm_n=1.0, softcap=3.0, attn_mask=mask[1]))
+    with forward_ad.dual_level():
+        out = torch.vmap(lambda q: ours(q, k, v, sinks))(torch.stack([q, q]))
+    assert torch.allclose(out[0], exact(q, k, v, sinks))
+    assert torch.vmap(lambda q: ours(q, k, v, sinks))(q.new_empty(0, *q.shape)).shape == (0, *q.shape)
+    assert torch.allclose(torch.func.functionalize(ours)(q, k, v, sinks), exact(q, k, v, sinks))
+    _, linear = torch.func.linearize(lambda n: flash_attention_n(q, k, v, True, sm_n=n), sinks.exp())
+    tangent = torch.rand_like(sinks)
+    expected = torch.func.jvp(lambda n: attention_n(q, k, v, n, causal=True)[0], (sinks.exp(),), (tangent,))[1]
+    assert torch.allclose(linear(tangent), expected)
+
+
+def test_a_planned_call_has_tangents_too() -> None:
+    x = inputs(2)
+    for _ in range(2):
+        ours(*x)
+    with forward_ad.dual_level():
+        out = ours(forward_ad.make_dual(x[0], x[1].repeat_interleave(2, 1)), *x[1:])
+        assert forward_ad.unpack_dual(out).tangent is not None
