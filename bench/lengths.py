@@ -35,6 +35,7 @@ from bench.suites import DEVICE
 SUITE = "lengths: "  # and the name of a stream
 PROCESSES = 5
 LONG = 2.0  # seconds of a stream
+SECONDS = 240.0
 
 Step = Callable[[], object]
 
@@ -165,13 +166,15 @@ def prepare_all(asked: Mapping[str, Sequence[str]]) -> dict[str, dict[str, str |
 def time_all(asked: Mapping[str, Sequence[str]]) -> dict[str, dict[str, Timed]]:
     """By party and stream, each party alone in a new process, and PROCESSES times: one may be half as fast as another.
 
-    All parties have their turn before one has another. What takes long is far from the others, and has one turn.
+    All parties have their turn before one has another, and no other one after SECONDS. What takes long is far from the
+    others, and has one turn.
     """
     found: dict[str, dict[str, Timed]] = {}
+    end = time.monotonic() + SECONDS
     for turn in range(PROCESSES):
         for party in random.Random(turn).sample(sorted(asked), len(asked)):
             before = found.get(party, {})
-            if any(sum(timed.steps) > LONG for timed in before.values()):
+            if before and (time.monotonic() > end or any(sum(timed.steps) > LONG for timed in before.values())):
                 continue
             for name, timed in time_one(party, asked[party]).items():
                 known = before.get(name)
