@@ -228,7 +228,7 @@ def _usual(q: Tensor, k: Tensor, v: Tensor) -> bool:
         return False
     if not q.dtype == k.dtype == v.dtype or q.dtype not in DTYPES or not q.device == k.device == v.device:
         return False
-    if not q.layout == k.layout == v.layout == torch.strided:
+    if not q.layout == k.layout == v.layout == torch.strided or q.is_nested or k.is_nested or v.is_nested:
         return False
     of_q, of_k, of_v = q.shape, k.shape, v.shape
     if not len(of_q) == len(of_k) == len(of_v) == 4 or not of_q[0] == of_k[0] == of_v[0] or of_k[2] != of_v[2]:
@@ -384,8 +384,10 @@ def dimension(name: str, value: Any, x: Tensor) -> int:
 def broadcasts(shape: Sequence[int], target: Sequence[int]) -> bool:
     if len(shape) > len(target):
         return False
-    ends = zip(reversed(shape), reversed(target), strict=False)
-    return all(size == wanted or size == 1 for size, wanted in ends)
+    for size, wanted in zip(shape[::-1], target[::-1], strict=False):  # PyTorch 2.8 does not always trace `all`
+        if size not in (wanted, 1):
+            return False
+    return True
 
 
 def _agree(sizes: Sequence[int], others: Sequence[int]) -> bool:

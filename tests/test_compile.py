@@ -86,7 +86,7 @@ def test_use_backend_after_compilation(ran: list[str]) -> None:
     assert ran[-1] == "forward sdpa:cpu"
     assert "attend reference" in ran
     assert graphs() == 2
-    said = "flash_attn: has no kernel for device cpu" if TORCH >= "2.11" else ""  # 2.8 says what it cannot trace
+    said = "flash_attn: has no kernel for device cpu" if TORCH >= "2.11" else "."  # 2.8 says what it cannot trace
     with use_backend("flash_attn"), pytest.raises(Exception, match=said):
         attend(q, k, v)
 
@@ -124,6 +124,7 @@ def test_one_graph_for_all_n_and_scales(backend: str, varlen: bool) -> None:
     assert graphs() == 2
 
 
+@pytest.mark.skipif(TORCH < "2.11", reason="PyTorch 2.8 puts the inputs of a graph that are numbers there itself")
 def test_a_default_device_is_not_that_of_numbers() -> None:
     x = leaves()
     compiled = torch.compile(
