@@ -384,8 +384,8 @@ def dimension(name: str, value: Any, x: Tensor) -> int:
 def broadcasts(shape: Sequence[int], target: Sequence[int]) -> bool:
     if len(shape) > len(target):
         return False
-    for size, wanted in zip(shape[::-1], target[::-1], strict=False):  # PyTorch 2.8 does not always trace `all`
-        if size not in (wanted, 1):
+    for i in range(1, len(shape) + 1):  # noqa: SIM110  (PyTorch 2.8 traces neither `all` here nor `zip`)
+        if shape[-i] not in (target[-i], 1):
             return False
     return True
 
