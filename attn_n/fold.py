@@ -100,24 +100,31 @@ def bounded_exp(x: Tensor) -> Tensor:
     return x.clamp(max=largest).exp().masked_fill(x > largest, torch.finfo(x.dtype).max ** 0.75)
 
 
+def as_tensor(n: float) -> Tensor:
+    """n as a float64 tensor `()` on the CPU; torch.compile may have a symbol for n."""
+    return torch.ones((), dtype=torch.float64, device="cpu") * n
+
+
 def log_of_number(n: float) -> Tensor:
-    """log n as a float64 tensor `()` on the CPU; torch.compile may have a symbol for n."""
-    return (torch.ones((), dtype=torch.float64, device="cpu") * n).log()
+    """log n, of the same kind."""
+    return as_tensor(n).log()
 
 
 def weight_of_n(n: float | Tensor, top: Tensor) -> Tensor:
     """`n exp(-top)`, the term of n in a denominator whose logits are less by `top`, which is at least log n.
 
     It is linear in n, at n = 0 too, so that its derivatives of every order are right. Neither a large nor a small n
-    leaves the range of the numbers of `top`.
+    leaves the range of the numbers of `top`, in whose dtype the result is.
     """
-    if not isinstance(n, Tensor):
-        return (log_of_number(n) - top).exp()
+    n = n if isinstance(n, Tensor) else as_tensor(n)
     n = n.to(torch.promote_types(n.dtype, top.dtype))
-    positive = n.detach() > 0
-    of_one = torch.where(positive, n.detach(), 1.0)
-    weight = (of_one.log() - top).exp() * torch.where(positive, n / of_one, 0.0)
-    return torch.where(positive, weight, n * bounded_exp(-top)).to(top.dtype)
+    constant = n.detach()
+    constant = torch.where(constant > 0, constant, 1.0)
+    log_n = constant.log()
+    rounded = log_n.to(top.dtype)
+    # What a narrower dtype cannot hold of log n is added to the difference, which is small where n counts.
+    exponent = (rounded - top) + (log_n - rounded).to(top.dtype)
+    return (n / constant).to(top.dtype) * bounded_exp(exponent)
 
 
 def lse_for_backward(lse: Tensor, dlse: Tensor | None) -> tuple[Tensor, Tensor | None]:

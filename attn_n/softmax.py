@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from attn_n import validate
-from attn_n.fold import bounded_exp
+from attn_n.fold import as_tensor, weight_of_n
 
 
 def softmax_n(
@@ -44,16 +44,13 @@ def softmax_n(
             reduced[dim] = 1
         if not validate.broadcasts(n.shape, reduced):
             raise ValueError(f"n: expected a shape that broadcasts to {tuple(reduced)}, got {tuple(n.shape)}")
-        n = n.to(compute)
-        log_n: float | Tensor = n.detach().log()
+        n = n.to(device=x.device, dtype=torch.promote_types(n.dtype, compute.dtype))
     else:
-        n = validate.n_number("n", n)
-        log_n = math.log(n) if n > 0 else -math.inf
+        n = as_tensor(validate.n_number("n", n))
     top = compute.detach().amax(dim, keepdim=True) if x.numel() else compute.detach().sum(dim, keepdim=True)
-    top = torch.maximum(top, torch.as_tensor(log_n, dtype=top.dtype, device=top.device))
+    top = torch.maximum(top, n.detach().log().to(top.dtype))
     top = top.masked_fill(top == -math.inf, 0.0)
     weights = (compute - top).exp()
-    # n and not exp(log n), because that has a gradient at n = 0 too; there exp(-top) is bounded to keep 0 * inf away.
-    denominator = weights.sum(dim, keepdim=True) + n * bounded_exp(-top)
+    denominator = weights.sum(dim, keepdim=True) + weight_of_n(n, top)
     # Only where nothing is visible and n = 0 is the denominator zero, and there every weight is zero too.
     return (weights / denominator.masked_fill(denominator == 0, 1.0)).to(x.dtype)

@@ -6,8 +6,10 @@ import math
 
 import pytest
 import torch
+import torch._dynamo.testing
 
 from attn_n import softmax_n
+from attn_n.fold import weight_of_n
 
 
 @pytest.mark.parametrize("n", [0.0, 1e-6, 1.0, 3.7, 1e20])
@@ -62,6 +64,43 @@ def test_gradients() -> None:
         else:  # the derivative at n = 0 is one-sided: - softmax(x)_i / sum exp(x)
             got = torch.autograd.grad(softmax_n(x, n)[:, 0].sum(), n)[0]
             assert torch.allclose(got, -(x.softmax(-1)[:, 0] / x.exp().sum(-1)).sum())
+
+
+@pytest.mark.parametrize("x", [0.5, -95.0])
+@pytest.mark.parametrize("n", [1e300, 1e39, 1e38, 3.7, 1e-37, 1e-40, 1e-300])
+@pytest.mark.parametrize("as_tensor", [False, True])
+def test_n_beyond_the_dtype_of_x(n: float, x: float, as_tensor: bool) -> None:
+    """With exp(-top) as a factor of its own one of the two overflows, or is flushed to zero."""
+    expected = math.exp(x) / (n + math.exp(x))
+    for dtype in (torch.float32, torch.bfloat16):
+        weight = softmax_n(torch.tensor([x], dtype=dtype), torch.tensor(n, dtype=torch.float64) if as_tensor else n)
+        assert weight.dtype == dtype
+        assert weight.double().item() == pytest.approx(
+            expected, rel=1e-4 if dtype == torch.float32 else 4e-3, abs=1e-38
+        )
+
+
+@pytest.mark.parametrize("n", [0.0, 1e-3, 2.5])
+@pytest.mark.parametrize("shape", [(), (3, 1)])
+def test_the_weight_of_n_is_linear_in_n(n: float, shape: tuple[int, ...]) -> None:
+    """In reverse and forward mode, batched, and twice, at n = 0 too."""
+    top = torch.randn(3, 1, dtype=torch.float64, requires_grad=True)
+    values = torch.full(shape, n, dtype=torch.float64, requires_grad=True)
+    assert torch.allclose(weight_of_n(values, top), n * (-top).exp(), rtol=1e-14)
+    options = {"check_forward_ad": True, "check_batched_grad": True, "check_batched_forward_grad": True}
+    assert torch.autograd.gradcheck(weight_of_n, (values, top.detach()), **options)
+    assert torch.autograd.gradgradcheck(weight_of_n, (values, top))
+    each = torch.vmap(weight_of_n)(values.expand(3, 1), top)
+    assert torch.allclose(each, weight_of_n(values, top), rtol=1e-14)
+
+
+def test_a_compiled_number_n_is_not_a_constant() -> None:
+    graphs = torch._dynamo.testing.CompileCounter()
+    compiled = torch.compile(softmax_n, backend=graphs, dynamic=True, fullgraph=True)
+    x = torch.randn(3, 4)
+    for n in (0.5, 1.5, 1e-40, 3e300):
+        assert torch.equal(compiled(x, n), softmax_n(x, n))
+    assert graphs.frame_count == 1
 
 
 @pytest.mark.parametrize(
