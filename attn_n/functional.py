@@ -198,12 +198,12 @@ def _prepare(q: Tensor, k: Tensor, v: Tensor, request: Request, plain: bool = Fa
         mask = None
     if mask is not None:
         validate.mask(mask, q, (*shape, k.shape[-2]))
-        mask = _canonical_mask(_signed(mask), q.shape)
+        mask = _canonical_mask(_finite(_signed(mask), q), q.shape)
     q, k, v = _canonical(q), _canonical(k), _canonical(v)
     left, right = _window(request, q.shape[2], k.shape[2], right_of_mask)
     if right == 0:
         _warn_of_rows_without_keys(q, k)
-    options = Options(validate.scale(request.sm_scale, q.shape[-1]), left, right, mask=mask)
+    options = Options(validate.scale(request.sm_scale, q), left, right, mask=mask)
     return _describe(q, k, v, q.shape[0], request, options, shape, plain)
 
 
@@ -235,13 +235,13 @@ def _prepare_varlen(
     batch, mask = cu_seqlens_q.shape[0] - 1, request.attn_mask
     if mask is not None:
         validate.mask(mask, q, (batch, q.shape[1], max_seqlen_q, max_seqlen_k))
-        mask = _signed(mask)[(None,) * (4 - mask.dim())]
+        mask = _finite(_signed(mask), q)[(None,) * (4 - mask.dim())]
     left, right = _window(request)
     # Sides beyond the longest sequence bound nothing, and the kernels of libraries cut them to 32 bits.
     left = None if left is None else min(left, max_seqlen_k)
     right = None if right is None else min(right, max_seqlen_q)
     options = Options(
-        validate.scale(request.sm_scale, q.shape[-1]),
+        validate.scale(request.sm_scale, q),
         left,
         right,
         mask=mask,
@@ -272,11 +272,14 @@ def _describe(
     if slopes is not None:
         compute = torch.promote_types(q.dtype, torch.float32)
         slopes = _signed(validate.alibi(slopes, q, batch, heads)).to(compute).expand(batch, heads)
-    softcap, dropout_p = validate.softcap(request.softcap), validate.dropout(request.dropout_p)
+    softcap, dropout_p = validate.softcap(request.softcap, q), validate.dropout(request.dropout_p)
     if softcap is not None or dropout_p or slopes is not None:
         options = options.replaced(softcap=softcap, dropout_p=dropout_p, alibi_slopes=slopes)
-    if options.scale <= 0:  # flash kernels take the maximum before they scale
-        q, options = q * (-1 if options.scale else 0), options.replaced(scale=-options.scale or 1.0)
+    # Kernels take the maximum before they scale, and flush a scale that is no normal number to zero.
+    if abs(options.scale) < torch.finfo(torch.promote_types(q.dtype, torch.float32)).tiny:
+        q, options = q * options.scale, options.replaced(scale=1.0)
+    elif options.scale < 0:
+        q, options = -q, options.replaced(scale=-options.scale)
     mask, transform = options.mask, None
     tensors = q, k, v, n if isinstance(n, Tensor) else None, mask, slopes
     needing = [x is not None and x.requires_grad for x in tensors]
@@ -291,7 +294,7 @@ def _describe(
         v,
         options,
         n_kind=n_kind,
-        return_lse=bool(request.return_lse),
+        return_lse=validate.flag("return_lse", request.return_lse),
         needs_grad=differentiates and any(needing),
         mask_needs_grad=differentiates and of_mask,
         alibi_needs_grad=differentiates and of_slopes,
@@ -387,6 +390,19 @@ def _signed(x: Tensor) -> Tensor:
     return x if torch.compiler.is_compiling() else x.resolve_neg()
 
 
+def _finite(mask: Tensor, q: Tensor) -> Tensor:
+    """What is finite in a float64 mask made so in float32, in which the logits of other inputs are: only -inf hides.
+
+    The gradient passes as through the rounding of any other value.
+    """
+    if mask.dtype != torch.float64 or q.dtype == torch.float64:
+        return mask
+    largest = torch.finfo(torch.float32).max
+    constant = mask.detach()
+    beyond = (constant.abs() > largest) & ~constant.isinf()
+    return torch.where(beyond, constant.clamp(-largest, largest) + (mask - constant), mask)
+
+
 def _canonical(x: Tensor) -> Tensor:
     """(N, ..., H, L, E) as (B, H, L, E)."""
     if x.dim() == 4:
@@ -411,7 +427,7 @@ def _window(
 ) -> tuple[int | None, int | None]:
     """The window with `causal` and a CausalBias in it; a side that bounds nothing at these lengths is None."""
     left, right = validate.window(request.window)
-    if validate.causal(request.causal):
+    if validate.flag("causal", request.causal):
         right = 0
     if right_of_mask is not None:
         right = right_of_mask if right is None else min(right, right_of_mask)

@@ -36,6 +36,8 @@ def packed(q: Any, k: Any, v: Any) -> Packed:
             )
         if x.lengths() is not None:
             raise ValueError(f"{name}: expected sequences that lie one behind the other: pass {name}.contiguous()")
+    if k.shape[0] != q.shape[0]:
+        raise ValueError(f"k: expected the number of sequences of q, {q.shape[0]}, got {k.shape[0]}")
     if v.offsets() is not k.offsets():
         raise ValueError(
             "v: expected the very offsets of k, got others: make v by"

@@ -158,15 +158,18 @@ def register_backend(backend: Backend) -> None:
     can register without being imported, by an entry point of the group `attn_n.backends` that loads to a `Backend`.
 
     Raises:
-        TypeError: `backend` is not an instance of `attn_n.Backend`.
+        TypeError: `backend` is not an instance of `attn_n.Backend`, or has no name.
         ValueError: its name is empty or has a colon, which separates a family from its member.
     """
     if not isinstance(backend, Backend):
         raise TypeError(f"backend: expected an instance of attn_n.Backend, got {type(backend).__name__}")
-    if not backend.name or ":" in backend.name:
-        raise ValueError(f"backend: expected a name without a colon, got {backend.name!r}")
+    name = getattr(backend, "name", None)
+    if not isinstance(name, str):
+        raise TypeError(f"backend: expected an attribute name that is a str, got {type(name).__name__}")
+    if not name or ":" in name:
+        raise ValueError(f"backend: expected a name without a colon, got {name!r}")
     with _lock:
-        _entries[backend.name] = _Entry(lambda: backend)
+        _entries[name] = _Entry(lambda: backend)
         _changed()
 
 
@@ -193,12 +196,12 @@ def find(name: str) -> tuple[Backend | None, str | None]:
     Raises:
         ValueError: nobody has registered that name.
     """
-    base, _, member = name.partition(":")
+    base, colon, member = name.partition(":")
     _load(base)
     if base not in _entries:
         raise ValueError(_unknown(name, [one for known in names() for one in _with_members(known)]))
     backend, problem = _entries[base].get()
-    if backend is None or not member:
+    if backend is None or not colon:
         return backend, problem
     members = backend.members if isinstance(backend, Family) else {}
     if member not in members:
@@ -248,9 +251,12 @@ def use_backend(name: str | None) -> Iterator[None]:
     It holds for this thread or task, the innermost one wins, and it wins over `ATTN_N_BACKEND`.
 
     Raises:
+        TypeError: the name is neither None nor a str.
         ValueError: the name is unknown.
     """
     if name is not None:
+        if not isinstance(name, str):
+            raise TypeError(f"use_backend: expected None or a name, got {type(name).__name__}")
         find(name)
     token = None if torch.compiler.is_compiling() else _innermost.set(name or "")
     before, _of_thread.innermost = _of_thread.innermost, name or ""

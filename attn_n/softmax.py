@@ -27,18 +27,19 @@ def softmax_n(
         A tensor shaped as `x`. A slice that is -inf everywhere gives zeros, for every n.
 
     Raises:
-        TypeError: `x` is not a floating tensor, n neither a number nor a tensor, or `dim` no integer.
+        TypeError: `x` is no dense (or jagged) floating tensor, n neither that nor a number, `dim` no integer, or
+            `dtype` no floating `torch.dtype`.
         ValueError: n is negative, NaN or infinite, its shape does not broadcast, or x has no such `dim`.
 
     The maximum that is subtracted is `max(max_j x_j, log n)`, so that neither a large x nor a large n overflows.
     """
-    validate.floating("x", x)
+    validate.for_operators("x", x)
     n, dim = 0.0 if n is None else n, validate.dimension("dim", -1 if dim is None else dim, x)
     if dtype is not None:
-        x = validate.floating("dtype", x.to(dtype))
+        x = x.to(validate.dtype("dtype", dtype))
     compute = x.to(torch.promote_types(x.dtype, torch.float32))
     if isinstance(n, Tensor):
-        validate.n_values("n", n)
+        validate.n_values("n", validate.for_operators("n", n))
         reduced = list(x.shape)
         if reduced:
             reduced[dim] = 1

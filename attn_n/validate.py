@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import difflib
 import math
+import numbers
 from collections.abc import Iterable, Sequence
 from itertools import pairwise
 from typing import Any
@@ -49,15 +50,18 @@ def no_others(function: str, unknown: Iterable[str], known: Sequence[str]) -> No
         raise TypeError(f"{function}() got an unexpected keyword argument {name!r}: {said}")
 
 
-def causal(value: Any) -> bool:
-    """True or False, also as 1 or 0 or NumPy's: SDPA has its mask in this place, FlashAttention its dropout."""
+def flag(name: str, value: Any) -> bool:
+    """True or False, also as 1 or 0 or NumPy's: where causal is, SDPA has its mask and FlashAttention its dropout."""
     if isinstance(value, (bool, torch.SymBool)) or (isinstance(value, int) and value in (0, 1)):
         return bool(value)
     if type(value).__module__ == "numpy" and type(value).__name__ in ("bool", "bool_"):
         return bool(value)
-    instead = ": a mask is passed as attn_mask=" if isinstance(value, Tensor) else ""
-    instead = ": a probability of dropping is passed as dropout_p=" if isinstance(value, float) else instead
-    raise TypeError(f"causal: expected True or False, got {type(value).__name__}{instead}")
+    instead = ""
+    if name == "causal" and isinstance(value, Tensor):
+        instead = ": a mask is passed as attn_mask="
+    elif name == "causal" and isinstance(value, float):
+        instead = ": a probability of dropping is passed as dropout_p="
+    raise TypeError(f"{name}: expected True or False, got {type(value).__name__}{instead}")
 
 
 def tensor(name: str, x: object) -> Tensor:
@@ -121,6 +125,12 @@ def causal_bias(attn_mask: object, len_q: int, len_k: int) -> int | None:
     if not _is_causal_bias(attn_mask):
         return None
     mask: Any = attn_mask
+    if not hasattr(mask, "seq_len_q") or not hasattr(mask, "variant"):
+        raise TypeError(
+            "attn_mask: a CausalBias that has lost its lengths and its corner, as detach(), clone() and a reentrant"
+            " checkpoint return it: make it inside of what is checkpointed, or pass causal=True, which is"
+            " causal_lower_right"
+        )
     if (mask.seq_len_q, mask.seq_len_kv) != (len_q, len_k):
         raise ValueError(
             f"attn_mask: expected a CausalBias of {len_q} queries and {len_k} keys, got one of {mask.seq_len_q} and"
@@ -152,6 +162,26 @@ def floating(name: str, x: object) -> Tensor:
     if x.dtype not in DTYPES:
         raise TypeError(f"{name}: expected float16, bfloat16, float32 or float64, got {_dtype(x)}")
     return x
+
+
+def for_operators(name: str, x: object) -> Tensor:
+    """A floating tensor whose values torch's operators can read: one that is dense, or jagged."""
+    x = floating(name, x)
+    if x.layout is not torch.jagged and (x.is_nested or x.layout is not torch.strided):
+        kind = "a NestedTensor" if x.is_nested else "one"
+        raise TypeError(f"{name}: expected a dense tensor, got {kind} of layout {x.layout}")
+    if _is_causal_bias(x) or type(x).__name__ == "MaskedTensor":
+        raise TypeError(f"{name}: expected a plain torch.Tensor, -inf where it is masked, got {type(x).__name__}")
+    return x
+
+
+def dtype(name: str, value: object) -> torch.dtype:
+    """One that `floating` knows."""
+    if not isinstance(value, torch.dtype):
+        raise TypeError(f"{name}: expected None or a torch.dtype, got {type(value).__name__}")
+    if value not in DTYPES:
+        raise TypeError(f"{name}: expected float16, bfloat16, float32 or float64, got {_name(value)}")
+    return value
 
 
 def not_traced() -> None:
@@ -238,10 +268,15 @@ def _usual(q: Tensor, k: Tensor, v: Tensor) -> bool:
     return of_q[3] > 0 and of_v[3] > 0
 
 
-def scale(sm_scale: object, head_dim: int) -> float:
+def scale(sm_scale: object, q: Tensor) -> float:
     if sm_scale is None:
-        return 1.0 / math.sqrt(head_dim)
-    return _number("sm_scale", sm_scale, "None or a finite number")
+        return 1.0 / math.sqrt(q.shape[-1])
+    number = _number("sm_scale", sm_scale, "None or a finite number")
+    largest = torch.finfo(_computed_in(q)).max
+    if not -largest <= number <= largest:
+        expected = f"None or a number that {_name(_computed_in(q))} holds, in which the logits are computed"
+        raise ValueError(f"sm_scale: expected {expected}, got {sm_scale}")
+    return number
 
 
 def n_number(name: str, n: object) -> float:
@@ -271,7 +306,7 @@ def n_tensor(sm_n: object, sinks: object, q: Tensor, heads: int) -> Tensor:
         raise ValueError(f"{name}: expected the device of q, {q.device}, got {n.device}")
     if sinks is None:
         n_values(name, n)
-    elif readable(n) and not bool((n < math.inf).all()):
+    elif readable(n) and not bool((n.to(_computed_in(q)) < math.inf).all()):
         raise ValueError(f"sinks: expected logits below +inf and no NaN (-inf is n = 0), got {n.detach()}")
     return n
 
@@ -291,7 +326,7 @@ def mask(attn_mask: object, q: Tensor, target: Sequence[int]) -> None:
 def window(value: object) -> tuple[int | None, int | None]:
     if value is None:
         return None, None
-    if not isinstance(value, Sequence) or len(value) != 2:
+    if not isinstance(value, Sequence) or isinstance(value, (str, bytes, bytearray, memoryview)) or len(value) != 2:
         raise TypeError(f"window: expected None or a pair (left, right), got {value!r}")
     for side, size in zip(("left", "right"), value, strict=True):
         if size is None:
@@ -301,16 +336,23 @@ def window(value: object) -> tuple[int | None, int | None]:
         if size < 0:
             instead = ": FlashAttention's -1 is None here" if size == -1 else ""
             raise ValueError(f"window: expected {side} >= 0, or None for no limit on that side, got {size}{instead}")
-    return value[0], value[1]
+    left, right = value
+    return None if left is None else _integer(left), None if right is None else _integer(right)
 
 
-def softcap(value: object) -> float | None:
+def softcap(value: object, q: Tensor) -> float | None:
+    """Kernels divide by it and multiply with it, and with log2(e) too, which must neither overflow nor vanish."""
     if value is None:
         return None
     cap = _number("softcap", value, "None or a finite number > 0")
     if cap <= 0:
         instead = ": FlashAttention's 0 for no cap is None here" if cap == 0 else ""
         raise ValueError(f"softcap: expected None or a finite number > 0, got {value}{instead}")
+    smallest, largest = (1e-300, 1e300) if q.dtype == torch.float64 else (1e-30, 1e30)
+    if not smallest <= cap <= largest:
+        instead = ": no cap is None" if cap > largest else ""
+        expected = f"None or a number from {smallest} to {largest} for inputs in {_dtype(q)}"
+        raise ValueError(f"softcap: expected {expected}, got {value}{instead}")
     return cap
 
 
@@ -330,6 +372,8 @@ def alibi(alibi_slopes: object, q: Tensor, batch: int, heads: int) -> Tensor:
         raise ValueError(f"alibi_slopes: expected shape {' or '.join(map(str, allowed))}, got {_shape(slopes)}")
     if slopes.device != q.device:
         raise ValueError(f"alibi_slopes: expected the device of q, {q.device}, got {slopes.device}")
+    if readable(slopes) and not bool(slopes.to(_computed_in(q)).isfinite().all()):
+        raise ValueError(f"alibi_slopes: expected numbers finite in {_name(_computed_in(q))}, got {slopes.detach()}")
     return slopes
 
 
@@ -366,8 +410,7 @@ def length(name: str, value: Any) -> int:
         raise TypeError(f"{name}: expected an integer, got {type(value).__name__}")
     if value < 0:
         raise ValueError(f"{name}: expected an integer >= 0, got {value}")
-    result: int = value
-    return result
+    return _integer(value)
 
 
 def dimension(name: str, value: Any, x: Tensor) -> int:
@@ -377,8 +420,7 @@ def dimension(name: str, value: Any, x: Tensor) -> int:
     most = max(x.dim(), 1)  # a number counts as one dimension, as in torch
     if not -most <= value < most:
         raise ValueError(f"{name}: expected a dimension of x {_shape(x)}, {-most} to {most - 1}, got {value}")
-    result: int = value
-    return result
+    return _integer(value)
 
 
 def broadcasts(shape: Sequence[int], target: Sequence[int]) -> bool:
@@ -396,18 +438,39 @@ def _agree(sizes: Sequence[int], others: Sequence[int]) -> bool:
 
 
 def _number(name: str, value: Any, expected: str) -> float:
-    if not isinstance(value, (int, float)) and (isinstance(value, Tensor) or not hasattr(value, "__float__")):
+    if isinstance(value, bool) or not (isinstance(value, (int, float)) or _converts_to_float(value)):
         raise TypeError(f"{name}: expected {expected}, got {type(value).__name__}")
-    if isinstance(value, bool):
-        raise TypeError(f"{name}: expected {expected}, got bool")
-    number = float(value)
+    try:
+        number = float(value)
+    except OverflowError:  # an integer, which can be too long to be printed
+        raise ValueError(f"{name}: expected {expected}, got an integer beyond the range of float64") from None
     if not -math.inf < number < math.inf:  # torch.compile traces comparisons, but not math.isfinite
         raise ValueError(f"{name}: expected {expected}, got {value}")
     return number
 
 
+def _converts_to_float(value: Any) -> bool:
+    """Of NumPy's scalars and arrays, all of which have `__float__`, those that are one real number."""
+    if isinstance(value, Tensor) or not hasattr(value, "__float__"):
+        return False
+    if type(value).__module__ != "numpy" or torch.compiler.is_compiling():  # where NumPy's are arrays of torch
+        return True
+    return value.ndim == 0 and value.dtype.kind in "iuf"
+
+
 def _is_integer(value: object) -> bool:
-    return isinstance(value, (int, torch.SymInt)) and not isinstance(value, bool)
+    return isinstance(value, (int, torch.SymInt, numbers.Integral)) and not isinstance(value, bool)
+
+
+def _integer(value: Any) -> int:
+    """What `_is_integer`, as Python's own: backends know no other."""
+    result: Any = value if isinstance(value, (int, torch.SymInt)) else int(value)
+    return result  # type: ignore[no-any-return]
+
+
+def _computed_in(x: Tensor) -> torch.dtype:
+    """The dtype of the logits and of the lse."""
+    return torch.promote_types(x.dtype, torch.float32)
 
 
 def _shape(x: Tensor) -> tuple[int, ...]:
@@ -415,4 +478,8 @@ def _shape(x: Tensor) -> tuple[int, ...]:
 
 
 def _dtype(x: Tensor) -> str:
-    return str(x.dtype).removeprefix("torch.")
+    return _name(x.dtype)
+
+
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from fractions import Fraction
 from typing import Any
 
 import numpy as np
@@ -12,6 +13,7 @@ from torch import Tensor
 
 import attn_n
 from attn_n import flash_attention_n, flash_attention_n_varlen, functional
+from tests.cases import INTERPRETED
 
 
 def tensors(**changes: Any) -> dict[str, Any]:
@@ -110,6 +112,30 @@ BAD = [
         ValueError,
         r"sm_n: expected the device of q, cpu",
     ),
+    (
+        "n is beyond float64",
+        {"sm_n": 10**5000},
+        ValueError,
+        r"sm_n: expected a finite number >= 0 .*got an integer beyond the range of float64",
+    ),
+    ("n is NumPy's bool", {"sm_n": np.True_}, TypeError, r"sm_n: expected a finite number >= 0 or a tensor, got bool"),
+    ("n is NumPy's string", {"sm_n": np.str_("1")}, TypeError, r"sm_n: expected .*, got str_"),
+    ("n is a complex number", {"sm_n": np.complex64(1 + 2j)}, TypeError, r"sm_n: expected .*, got complex64"),
+    ("n is an array", {"sm_n": np.array([1.0, 2.0])}, TypeError, r"sm_n: expected .* or a tensor, got ndarray"),
+    ("n is an array of one", {"sm_n": np.array([1.0])}, TypeError, r"sm_n: expected .* or a tensor, got ndarray"),
+    (
+        "scale is beyond float64",
+        {"sm_scale": -(10**400)},
+        ValueError,
+        r"sm_scale: expected None or a finite number, got an integer beyond",
+    ),
+    (
+        "scale is beyond float32",
+        {"sm_scale": 1e39},
+        ValueError,
+        r"sm_scale: expected None or a number that float32 holds, .*, got 1e\+39",
+    ),
+    ("dropout is NumPy's bool", {"dropout_p": np.False_}, TypeError, r"dropout_p: expected a number .*, got bool"),
     ("sinks with n", {"sinks": torch.zeros(4), "sm_n": 1.0}, ValueError, r"sinks: expected None together with sm_n"),
     (
         "sinks with n = 0",
@@ -119,6 +145,12 @@ BAD = [
     ),
     ("sinks shape", {"sinks": torch.zeros(())}, ValueError, r"sinks: expected shape \(4,\) for 4 heads of q, got \(\)"),
     ("sinks are inf", {"sinks": torch.full((4,), math.inf)}, ValueError, r"sinks: expected logits below \+inf"),
+    (
+        "sinks are inf in float32",
+        {"sinks": torch.full((4,), 1e39, dtype=torch.float64)},
+        ValueError,
+        r"sinks: expected logits below \+inf",
+    ),
     (
         "mask shape",
         {"attn_mask": torch.ones(5, 7, dtype=torch.bool)},
@@ -143,6 +175,10 @@ BAD = [
     ("window of floats", {"window": (1.5, 2)}, TypeError, r"window: expected left to be None or an integer, got 1.5"),
     ("window of one", {"window": (3,)}, TypeError, r"window: expected None or a pair \(left, right\), got \(3,\)"),
     ("window is a number", {"window": 3}, TypeError, r"window: expected None or a pair \(left, right\), got 3"),
+    ("window is a string", {"window": "ab"}, TypeError, r"window: expected None or a pair .*, got 'ab'"),
+    ("window is bytes", {"window": b"ab"}, TypeError, r"window: expected None or a pair .*, got b'ab'"),
+    ("window of bools", {"window": (np.True_, 1)}, TypeError, r"window: expected left to be None or an integer"),
+    ("window of NumPy's -1", {"window": (3, np.int64(-1))}, ValueError, r"window: expected right >= 0, .*got -1"),
     ("window of -1", {"window": (-1, 0)}, ValueError, r"window: expected left >= 0, .*got -1: .*-1 is None here"),
     (
         "softcap 0",
@@ -151,6 +187,27 @@ BAD = [
         r"softcap: expected None or a finite number > 0, got 0.0: .* is None here",
     ),
     ("softcap < 0", {"softcap": -2}, ValueError, r"softcap: expected None or a finite number > 0, got -2"),
+    (
+        "softcap beyond float32",
+        {"softcap": 1e39},
+        ValueError,
+        r"softcap: .* from 1e-30 to 1e\+30 for inputs in float32, got 1e\+39: no cap is None",
+    ),
+    ("softcap times log2(e) beyond float32", {"softcap": 3e38}, ValueError, r"softcap: .*, got 3e\+38"),
+    ("softcap that float32 flushes", {"softcap": 1e-40}, ValueError, r"softcap: expected None or .*, got 1e-40$"),
+    (
+        "slopes are NaN",
+        {"alibi_slopes": torch.tensor([0.5, math.nan, 1, 1])},
+        ValueError,
+        r"alibi_slopes: expected numbers finite in float32, got",
+    ),
+    ("slopes are inf", {"alibi_slopes": torch.full((2, 4), math.inf)}, ValueError, r"alibi_slopes: expected numbers"),
+    (
+        "slopes are inf in float32",
+        {"alibi_slopes": torch.full((4,), 1e39, dtype=torch.float64)},
+        ValueError,
+        r"alibi_slopes: expected numbers finite in float32",
+    ),
     ("slopes shape", {"alibi_slopes": torch.ones(2)}, ValueError, r"alibi_slopes: .*\(4,\) or \(2, 4\), got \(2,\)"),
     ("slopes dtype", {"alibi_slopes": torch.ones(4, dtype=torch.int8)}, TypeError, r"alibi_slopes: expected float16"),
     ("dropout 1", {"dropout_p": 1.0}, ValueError, r"dropout_p: expected a number in \[0, 1\), got 1.0"),
@@ -163,6 +220,9 @@ BAD = [
     ("a mask in the place of causal", {"causal": torch.ones(5, 6)}, TypeError, r"causal: .* got Tensor: .*attn_mask="),
     ("dropout in the place of causal", {"causal": 0.0}, TypeError, r"causal: .* got float: .*dropout_p="),
     ("causal is None", {"causal": None}, TypeError, r"causal: expected True or False, got NoneType"),
+    ("return_lse is a string", {"return_lse": "no"}, TypeError, r"return_lse: expected True or False, got str"),
+    ("return_lse is a tensor", {"return_lse": torch.tensor([1, 0])}, TypeError, r"return_lse: .*, got Tensor$"),
+    ("return_lse is 2", {"return_lse": 2}, TypeError, r"return_lse: expected True or False, got int"),
     ("dropout < 0", {"dropout_p": -0.1}, ValueError, r"dropout_p: expected a number in \[0, 1\), got -0.1"),
     (
         "unknown backend",
@@ -175,6 +235,12 @@ BAD = [
         {"backend": "sdpa:fast"},
         ValueError,
         r"backend=: expected one of sdpa, sdpa:cpu, .*got 'sdpa:fast'",
+    ),
+    (
+        "member without a name",
+        {"backend": "sdpa:"},
+        ValueError,
+        r"backend=: expected one of sdpa, sdpa:cpu, .*got 'sdpa:': did you mean 'sdpa'",
     ),
     ("backend is no name", {"backend": 3}, TypeError, r"backend: expected None or a name, got int"),
 ]
@@ -272,8 +338,59 @@ def test_the_names_of_other_libraries(name: str, text: str, ran: list[str]) -> N
 
 def test_flags_of_other_kinds() -> None:
     expected = flash_attention_n(**tensors(causal=True))
-    for causal in (1, np.bool_(True), np.ones((), dtype=bool)[()]):
-        assert torch.equal(flash_attention_n(**tensors(causal=causal)), expected)
+    for yes in (1, np.bool_(True), np.ones((), dtype=bool)[()]):
+        assert torch.equal(flash_attention_n(**tensors(causal=yes)), expected)
+        assert len(flash_attention_n(**tensors(return_lse=yes))) == 2
+    for no in (0, np.bool_(False)):
+        assert isinstance(flash_attention_n(**tensors(return_lse=no)), Tensor)
+
+
+def test_numbers_of_other_kinds() -> None:
+    """NumPy's, and what else is a number."""
+    expected = flash_attention_n(**tensors(window=(2, 1), sm_n=2, sm_scale=0.5, softcap=3))
+    sequences = packed()
+    expected_of_sequences = flash_attention_n_varlen(**sequences | {"window": (1, None)})
+    for integer, number in ((np.int64, np.float16), (np.uint8, np.array), (np.uint64, Fraction), (int, np.longdouble)):
+        options = {"window": (integer(2), integer(1)), "sm_n": number(2.0), "sm_scale": number(0.5)}
+        assert torch.equal(flash_attention_n(**tensors(**options, softcap=number(3.0))), expected)
+        sizes = {"max_seqlen_q": integer(5), "max_seqlen_k": integer(5), "window": (integer(1), None)}
+        assert torch.equal(flash_attention_n_varlen(**sequences | sizes), expected_of_sequences)
+
+
+def test_values_that_only_float64_holds() -> None:
+    """What float32 cannot hold is right for float64 inputs."""
+    call = {name: x.double() for name, x in tensors().items()}
+    for options in (
+        {"softcap": 1e39}, {"sm_scale": 1e39}, {"sinks": torch.full((4,), 1e39, dtype=torch.float64)},
+        {"alibi_slopes": torch.full((4,), 1e39, dtype=torch.float64)},
+    ):  # fmt: skip
+        assert flash_attention_n(**call, **options).isfinite().all()
+    assert torch.allclose(flash_attention_n(**call, softcap=1e39), flash_attention_n(**call))
+
+
+@pytest.mark.parametrize("backend", ["reference", "sdpa:cpu", *(["triton:portable"] if INTERPRETED else [])])
+@pytest.mark.parametrize("scale", [1e-46, -1e-46, 1e-40, 0.0])
+@pytest.mark.parametrize("causal", [False, True])
+def test_a_scale_that_float32_flushes(causal: bool, scale: float, backend: str, ran: list[str]) -> None:
+    call = tensors(causal=causal)
+    leaves = [x.requires_grad_() for x in (call["q"], call["k"], call["v"])]
+    out, lse = flash_attention_n(*leaves, causal, scale, 1.0, return_lse=True, backend=backend)
+    gradients = torch.autograd.grad(out.sum() + lse.sum(), leaves)
+    exact = [x.detach().double().requires_grad_() for x in leaves]
+    true_out, true_lse = flash_attention_n(*exact, causal, 0.0, 1.0, return_lse=True, backend="reference")
+    true_gradients = torch.autograd.grad(true_out.sum() + true_lse.sum(), exact)
+    for got, true in zip((out, lse, *gradients), (true_out, true_lse, *true_gradients), strict=True):
+        assert torch.allclose(got.double(), true, atol=1e-5)
+    assert ("attend reference" if backend == "reference" else f"forward {backend}") in ran
+
+
+def test_a_scale_below_the_normal_numbers_counts_where_the_logits_are_large() -> None:
+    """It is a factor of q, and not zero."""
+    q, k, v = (torch.randn(1, 1, 4, 8) for _ in range(3))
+    expected = flash_attention_n(q.double(), k.double(), v.double(), sm_scale=0.5)
+    for sign in (1, -1):
+        got = flash_attention_n(q * 2.0**70 * sign, k * 2.0**60, v, sm_scale=0.5 * 2.0**-130 * sign)
+        assert torch.allclose(got.double(), expected, atol=1e-6)
 
 
 def test_most_rows_without_keys(monkeypatch: pytest.MonkeyPatch, recwarn: pytest.WarningsRecorder) -> None:

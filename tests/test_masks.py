@@ -146,6 +146,12 @@ def test_causal_bias_of_other_lengths() -> None:
     q, k = torch.randn(2, 2, 5, 8), torch.randn(2, 2, 9, 8)
     with pytest.raises(ValueError, match=r"attn_mask: expected a CausalBias of 5 queries and 9 keys, got .* 5 and 5"):
         flash_attention_n(q, k, k, attn_mask=causal_upper_left(5, 5))
+    # PyTorch's own subclass loses its attributes there.
+    bias = causal_upper_left(5, 9)
+    for lost in (bias.detach(), bias.clone()):
+        assert type(lost) is CausalBias
+        with pytest.raises(TypeError, match=r"attn_mask: a CausalBias that has lost its lengths .*causal=True"):
+            flash_attention_n(q, k, k, attn_mask=lost)
     starts, x = torch.tensor([0, 2, 5], dtype=torch.int32), torch.randn(5, 2, 8)
     with pytest.raises(TypeError, match=r"attn_mask: a CausalBias has one pair of lengths.*causal=True"):
         flash_attention_n_varlen(x, x, x, starts, starts, 3, 3, attn_mask=causal_lower_right(3, 3))
@@ -357,11 +363,13 @@ def test_jagged_compiled() -> None:
 def test_jagged_refused() -> None:
     x, dense = jagged((3, 7), 2, 8), torch.randn(2, 2, 5, 8)
     q, other = x.transpose(1, 2), jagged((3, 7), 2, 8).transpose(1, 2)
+    fewer = jagged((3,), 2, 8).transpose(1, 2)
     assert "packed q (10, 2, 8)" in str(explain(q, q, q, True))
     for call, error, text in (
         ((x, x, x), ValueError, r"q: expected .*\(N, heads, length, E\).*got shape \(2, j\d+, 2, 8\): .*transpose"),
         ((q, dense, dense), TypeError, "k: expected a jagged NestedTensor as the others are, got Tensor"),
         ((dense, q, q), TypeError, "k: expected a dense tensor, got a NestedTensor of layout torch.jagged"),
+        ((q, fewer, fewer), ValueError, r"k: expected the number of sequences of q, 2, got 1"),
         ((q, q, other), ValueError, r"v: expected the very offsets of k.*nested_tensor_from_jagged"),
     ):
         with pytest.raises(error, match=text):
@@ -443,3 +451,44 @@ def test_what_is_not_broadcast() -> None:
         flash_attention_n(q[:1], torch.randn(2, 4, 6, 8), torch.randn(3, 4, 6, 8))
     with pytest.raises(UnsupportedError, match="sdpa:flash"):
         attn_n.flash_attention_n(q, q, q, backend="sdpa:flash")
+
+
+@pytest.mark.parametrize(("device", "backend"), [p for p in PLACES if p.values[1] not in FLASH])
+@pytest.mark.parametrize("packed", [False, True])
+@pytest.mark.parametrize("lowest", [-1e300, torch.finfo(torch.float64).min], ids=str)
+def test_a_float64_mask_beyond_float32(lowest: float, packed: bool, device: str, backend: str, ran: list[str]) -> None:
+    """Only -inf hides: a whole row of a number that float32 cannot hold gives the mean."""
+    skip_if_absent(backend)
+    dtype = torch.float32 if device == "cpu" else torch.bfloat16
+    q, k, v = (torch.randn(1, 2, length, 64, device=device, dtype=dtype) for length in (4, 6, 6))
+    mask = torch.zeros(4, 6, dtype=torch.float64, device=device)
+    mask[0] = lowest
+    mask[1, 2:] = lowest
+    mask[2] = -torch.inf
+    mask[3, ::2] = -torch.inf
+    mask.requires_grad_(backend == "reference")
+    if packed:
+        starts = [torch.tensor([0, length], dtype=torch.int32, device=device) for length in (4, 6)]
+        tokens = [x[0].transpose(0, 1) for x in (q, k, v)]
+        reason = registry.why_not(backend, explain(*tokens, *starts, 4, 6, attn_mask=mask).call)
+    else:
+        reason = registry.why_not(backend, explain(q, k, v, attn_mask=mask).call)
+    if reason is not None:
+        assert device == "cuda" and "added to the logits" in reason, reason
+        return
+    if packed:
+        out = flash_attention_n_varlen(*tokens, *starts, 4, 6, attn_mask=mask, backend=backend)
+        out = out.transpose(0, 1)[None]  # type: ignore[union-attr]
+    else:
+        out = flash_attention_n(q, k, v, attn_mask=mask, backend=backend)  # type: ignore[assignment]
+    assert ran == ["attend reference" if backend == "reference" else f"forward {backend}"]
+    scores = q.double() @ k.double().mT / 8
+    weights = scores.masked_fill(mask.detach() < -1, -torch.inf).softmax(-1).nan_to_num(0.0)
+    weights[:, :, 0] = 1 / 6
+    torch.testing.assert_close(out.double(), weights @ v.double(), rtol=0, atol=1e-5 if device == "cpu" else 2e-2)
+    if mask.requires_grad:
+        # That of a softmax, whatever number the row has: P * (dP - delta), summed over the heads.
+        (gradient,) = torch.autograd.grad(out.sum(), mask)
+        products = v.double().sum(-1)[:, :, None]
+        expected = weights * (products - (weights * products).sum(-1, keepdim=True))
+        torch.testing.assert_close(gradient, expected.sum((0, 1)), rtol=0, atol=1e-4 if device == "cpu" else 1e-1)

@@ -105,6 +105,15 @@ def test_unknown_names(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("ATTN_N_BACKEND", "fastest")
     with pytest.raises(ValueError, match=r"ATTN_N_BACKEND: expected one of triton, .*, got 'fastest'"):
         flash_attention_n(*inputs())
+    for number, kind in ((3, "int"), (["a"], "list"), (b"sdpa", "bytes")):
+        with pytest.raises(TypeError, match=f"use_backend: expected None or a name, got {kind}"), use_backend(number):  # type: ignore[arg-type]
+            pass
+    for name in ("sdpa:", "reference:"):
+        with pytest.raises(ValueError, match=f"backend: expected one of .*, got '{name}'"), use_backend(name):
+            pass
+        monkeypatch.setenv("ATTN_N_BACKEND", name)
+        with pytest.raises(ValueError, match=f"ATTN_N_BACKEND: expected one of .*, got '{name}'"):
+            flash_attention_n(*inputs())
     with pytest.raises(ValueError, match="expected one of reference, got 'reference:fast'"):
         flash_attention_n(*inputs(), backend="reference:fast")
     for name, near in (("tritn", "triton"), ("cudnn", "sdpa:cudnn"), ("SDPA", "sdpa"), ("sdpa:cdnn", "sdpa:cudnn")):
@@ -166,10 +175,13 @@ def test_a_registered_backend() -> None:
         flash_attention_n(q, k, v, backend="eager")
     with pytest.raises(TypeError, match=r"expected an instance of attn_n\.Backend, got type"):
         attn_n.register_backend(Eager)  # type: ignore[arg-type]
+    with pytest.raises(TypeError, match="backend: expected an attribute name that is a str, got NoneType"):
+        attn_n.register_backend(attn_n.Backend())
     unnamed = Eager()
-    unnamed.name = "a:b"
-    with pytest.raises(ValueError, match="a name without a colon, got 'a:b'"):
-        attn_n.register_backend(unnamed)
+    for name, text in (("a:b", "without a colon, got 'a:b'"), ("", "without a colon, got ''")):
+        unnamed.name = name
+        with pytest.raises(ValueError, match=f"backend: expected a name {text}"):
+            attn_n.register_backend(unnamed)
 
 
 def test_entry_points(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -7,6 +7,7 @@ import math
 import pytest
 import torch
 import torch._dynamo.testing
+from torch.nn.attention.bias import causal_lower_right
 
 from attn_n import softmax_n
 from attn_n.fold import weight_of_n
@@ -110,6 +111,8 @@ def test_a_compiled_number_n_is_not_a_constant() -> None:
         ({"dim": -3}, ValueError, r"dim: expected a dimension of x \(2, 3\), -2 to 1, got -3"),
         ({"dim": (0, 1)}, TypeError, "dim: expected None or an integer, got tuple"),
         ({"dtype": torch.int64}, TypeError, "dtype: expected float16.*, got int64"),
+        ({"dtype": "float"}, TypeError, r"dtype: expected None or a torch\.dtype, got str"),
+        ({"dtype": torch.ones(1)}, TypeError, r"dtype: expected None or a torch\.dtype, got Tensor"),
     ],
     ids=str,
 )
@@ -126,6 +129,10 @@ def test_bad_options(n: float | torch.Tensor, options: dict[str, object], error:
         (torch.ones(3), -1.0, ValueError, "n: expected a finite number >= 0, got -1.0"),
         (torch.ones(3), torch.tensor(-1.0), ValueError, "n: expected finite numbers >= 0"),
         (torch.ones(2, 3), torch.ones(3), ValueError, r"n: expected a shape that broadcasts to \(2, 1\), got \(3,\)"),
+        (torch.ones(3), 10**400, ValueError, "n: expected a finite number >= 0 .*, got an integer beyond"),
+        (torch.ones(2, 3).to_sparse(), 1.0, TypeError, r"x: expected a dense tensor, got .* torch\.sparse_coo"),
+        (torch.ones(2, 3), torch.ones(2, 1).to_sparse(), TypeError, r"n: expected a dense tensor, got .*sparse_coo"),
+        (causal_lower_right(3, 3), 1.0, TypeError, r"x: expected a plain torch\.Tensor, .* got CausalBias"),
         (torch.ones(3), "1", TypeError, "n: expected a finite number >= 0 or a tensor, got str"),
     ],
 )
