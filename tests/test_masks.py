@@ -453,7 +453,7 @@ def test_what_is_not_broadcast() -> None:
         attn_n.flash_attention_n(q, q, q, backend="sdpa:flash")
 
 
-@pytest.mark.parametrize(("device", "backend"), [p for p in PLACES if p.values[1] not in FLASH])
+@pytest.mark.parametrize(("device", "backend"), [p for p in PLACES if p.values[1] in (*ON_CPU, "triton:portable")])
 @pytest.mark.parametrize("packed", [False, True])
 @pytest.mark.parametrize("lowest", [-1e300, torch.finfo(torch.float64).min], ids=str)
 def test_a_float64_mask_beyond_float32(lowest: float, packed: bool, device: str, backend: str, ran: list[str]) -> None:
@@ -470,13 +470,6 @@ def test_a_float64_mask_beyond_float32(lowest: float, packed: bool, device: str,
     if packed:
         starts = [torch.tensor([0, length], dtype=torch.int32, device=device) for length in (4, 6)]
         tokens = [x[0].transpose(0, 1) for x in (q, k, v)]
-        reason = registry.why_not(backend, explain(*tokens, *starts, 4, 6, attn_mask=mask).call)
-    else:
-        reason = registry.why_not(backend, explain(q, k, v, attn_mask=mask).call)
-    if reason is not None:
-        assert device == "cuda" and "added to the logits" in reason, reason
-        return
-    if packed:
         out = flash_attention_n_varlen(*tokens, *starts, 4, 6, attn_mask=mask, backend=backend)
         out = out.transpose(0, 1)[None]  # type: ignore[union-attr]
     else:
