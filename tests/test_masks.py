@@ -262,7 +262,6 @@ BESIDE = r"expected a plain torch.Tensor as q is, got .*TwoTensor: .*to_local\(\
             r"attn_mask: expected a torch.Tensor, got BlockMask: pass .*create_mask",
         ),
     ],
-    ids=str,
 )
 def test_refused(changes: dict[str, Any], text: str, ran: list[str]) -> None:
     # Some are made here, where PyTorch's warnings of prototypes are expected.
