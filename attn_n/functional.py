@@ -275,11 +275,8 @@ def _describe(
     softcap, dropout_p = validate.softcap(request.softcap, q), validate.dropout(request.dropout_p)
     if softcap is not None or dropout_p or slopes is not None:
         options = options.replaced(softcap=softcap, dropout_p=dropout_p, alibi_slopes=slopes)
-    # Kernels take the maximum before they scale, and flush a scale that is no normal number to zero.
-    if abs(options.scale) < torch.finfo(torch.promote_types(q.dtype, torch.float32)).tiny:
-        q, options = q * options.scale, options.replaced(scale=1.0)
-    elif options.scale < 0:
-        q, options = -q, options.replaced(scale=-options.scale)
+    if options.scale < 1e-30:
+        q, options = _rescaled(q, options)
     mask, transform = options.mask, None
     tensors = q, k, v, n if isinstance(n, Tensor) else None, mask, slopes
     needing = [x is not None and x.requires_grad for x in tensors]
@@ -388,6 +385,13 @@ def _signed(x: Tensor) -> Tensor:
     In a compiled graph the operators do so by themselves.
     """
     return x if torch.compiler.is_compiling() else x.resolve_neg()
+
+
+def _rescaled(q: Tensor, options: Options) -> tuple[Tensor, Options]:
+    """Kernels take the maximum before they scale, and flush a scale that is no normal number to zero."""
+    if abs(options.scale) < torch.finfo(torch.promote_types(q.dtype, torch.float32)).tiny:
+        return q * options.scale, options.replaced(scale=1.0)
+    return (-q, options.replaced(scale=-options.scale)) if options.scale < 0 else (q, options)
 
 
 def _finite(mask: Tensor, q: Tensor) -> Tensor:
