@@ -54,7 +54,7 @@ class Options(NamedTuple):
         return Options(**{**dict(zip(Options._fields, self, strict=True)), **changes})
 
 
-@dataclass  # frozen it would take three times as long to make, 5 us in each call of new lengths
+@dataclass(unsafe_hash=True)  # frozen it would take three times as long to make, 5 us in each call of new lengths
 class AttentionCall:
     """One call described by metadata alone, so that the choice of a backend can be tested on any machine.
 

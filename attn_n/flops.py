@@ -7,6 +7,7 @@ otherwise by the longest ones.
 from __future__ import annotations
 
 import sys
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -16,43 +17,44 @@ from torch.utils._python_dispatch import _get_current_dispatch_mode_stack
 from attn_n.call import Options
 from attn_n.compilation import constant_when_compiled
 
-_registered = False
+# How many matmuls of E and of Ev columns: Q K^T and P V; Q K^T once more, dS K, dS^T Q, and dO V^T, P^T dO.
+_FORWARD, _BACKWARD = (1, 1), (3, 2)
 
 
 @constant_when_compiled  # runs it once, while it traces
 def register() -> None:
     """Tell the flop counter, if there is one: importing its module would import Triton.
 
-    A counter that has been entered before has a copy of the formulas, which gets ours as well.
+    A counter that exists already has a copy of the formulas, which gets ours as well.
     """
-    global _registered
     counter = sys.modules.get("torch.utils.flop_counter")
-    if counter is None or _registered:
+    if counter is None:
         return
-    _registered = True
+    operators = torch.ops.attn_n
     formulas = {
-        torch.ops.attn_n.forward: _forward,
-        torch.ops.attn_n.forward_with_dropout: _forward,
-        torch.ops.attn_n.backward: _backward,
+        operators.forward: _formula(operators.forward, _FORWARD),
+        operators.forward_with_dropout: _formula(operators.forward_with_dropout, _FORWARD),
+        operators.backward: _formula(operators.backward, _BACKWARD),
     }
-    for operator, formula in formulas.items():
-        counter.register_flop_formula(operator, get_raw=True)(formula)
+    if operators.forward not in counter.flop_registry:
+        for operator, formula in formulas.items():
+            counter.register_flop_formula(operator, get_raw=True)(formula)
     for mode in _get_current_dispatch_mode_stack():
         known = getattr(getattr(mode, "counter", None), "flop_registry", None)
-        if known is not None:
+        if known is not None and operators.forward not in known:
             known.update({operator: counter.flop_registry[operator] for operator in formulas})
 
 
-def _forward(q: Tensor, k: Tensor, v: Tensor, *rest: Any, **_: Any) -> int:
-    """Q K^T and P V."""
-    options = Options(*rest[5 : 5 + len(Options._fields)])
-    return 2 * q.shape[1] * _pairs(q, k, options) * (q.shape[-1] + v.shape[-1])
+def _formula(operator: Any, matmuls: tuple[int, int]) -> Callable[..., Any]:
+    names = [argument.name for argument in operator.default._schema.arguments]
 
+    def count(*arguments: Any, **_: Any) -> Any:
+        named = dict(zip(names, arguments, strict=False))
+        q, v, (with_e, with_ev) = named["q"], named["v"], matmuls
+        pairs = _pairs(q, named["k"], Options(*(named[name] for name in Options._fields)))
+        return 2 * q.shape[1] * pairs * (with_e * q.shape[-1] + with_ev * v.shape[-1])
 
-def _backward(dout: Tensor, dlse: Tensor | None, q: Tensor, k: Tensor, v: Tensor, *rest: Any, **_: Any) -> int:
-    """Q K^T once more, dO V^T, P^T dO, dS K and dS^T Q."""
-    options = Options(*rest[9 : 9 + len(Options._fields)])
-    return 2 * q.shape[1] * _pairs(q, k, options) * (3 * q.shape[-1] + 2 * v.shape[-1])
+    return count
 
 
 def _pairs(q: Tensor, k: Tensor, options: Options) -> int:

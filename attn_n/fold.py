@@ -96,18 +96,14 @@ def _kernels() -> Any:
 
 def bounded_exp(x: Tensor) -> Tensor:
     """exp(x), and a large number instead of infinity: times zero it is zero, and a sum of such products not NaN."""
-    largest = math.log(torch.finfo(x.dtype).max) - 1
+    largest = math.log(torch.finfo(x.dtype).max) - 0.02
     return x.clamp(max=largest).exp().masked_fill(x > largest, torch.finfo(x.dtype).max ** 0.75)
 
 
-def as_tensor(n: float) -> Tensor:
-    """n as a float64 tensor `()` on the CPU; torch.compile may have a symbol for n."""
-    return torch.ones((), dtype=torch.float64, device="cpu") * n
-
-
-def log_of_number(n: float) -> Tensor:
-    """log n, of the same kind."""
-    return as_tensor(n).log()
+def as_tensor(n: float, device: torch.device) -> Tensor:
+    """n as a tensor `()`, in float64 where the device has that; torch.compile may have a symbol for n."""
+    dtype = torch.float32 if device.type == "mps" else torch.float64
+    return torch.ones((), dtype=dtype, device=device) * n
 
 
 def weight_of_n(n: float | Tensor, top: Tensor) -> Tensor:
@@ -116,7 +112,7 @@ def weight_of_n(n: float | Tensor, top: Tensor) -> Tensor:
     It is linear in n, at n = 0 too, so that its derivatives of every order are right. Neither a large nor a small n
     leaves the range of the numbers of `top`, in whose dtype the result is.
     """
-    n = n if isinstance(n, Tensor) else as_tensor(n)
+    n = n if isinstance(n, Tensor) else as_tensor(n, top.device)
     n = n.to(torch.promote_types(n.dtype, top.dtype))
     constant = n.detach()
     constant = torch.where(constant > 0, constant, 1.0)

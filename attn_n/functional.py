@@ -39,9 +39,10 @@ def flash_attention_n(
 
     Args:
         q: `(N, ..., Hq, L, E)`, 2 to 6 dimensions, float16, bfloat16, float32 or float64, any strides. With two
-            dimensions there is one head. Or a jagged NestedTensor `(N, Hq, j, E)`, as k and v then are.
+            dimensions there is one head. Or a jagged NestedTensor `(N, Hq, j, E)`, as k and v then are: on CUDA
+            one made with `max_seqlen=`, or its longest length is read from the GPU once.
         k: `(N, ..., Hkv, S, E)`, with `Hq % Hkv == 0`: each key head serves `Hq / Hkv` query heads (GQA, MQA). Those
-            before the heads broadcast.
+            before the heads broadcast (of 5 or 6 dimensions by a copy where strides cannot say it).
         v: `(N, ..., Hkv, S, Ev)`.
         causal: query i sees the keys `j <= p`.
         sm_scale: factor of the logits; None is `1 / sqrt(E)`.
@@ -275,8 +276,11 @@ def _describe(
     softcap, dropout_p = validate.softcap(request.softcap, q), validate.dropout(request.dropout_p)
     if softcap is not None or dropout_p or slopes is not None:
         options = options.replaced(softcap=softcap, dropout_p=dropout_p, alibi_slopes=slopes)
-    if options.scale < 1e-30:
-        q, options = _rescaled(q, options)
+    smallest = 2.3e-308 if q.dtype == torch.float64 else 1.2e-38  # normal number in which logits are computed
+    if options.scale < smallest:  # kernels flush a smaller one to zero, and take the maximum before they scale
+        tiny = options.scale > -smallest
+        q, scale = (q * options.scale, 1.0) if tiny else (-q, -options.scale)
+        options = options.replaced(scale=scale)
     mask, transform = options.mask, None
     tensors = q, k, v, n if isinstance(n, Tensor) else None, mask, slopes
     needing = [x is not None and x.requires_grad for x in tensors]
@@ -310,7 +314,8 @@ def _run(prepared: _Prepared, request: Request, key: plans.Key | None = None) ->
     else:
         tensor_n = n if isinstance(n, Tensor) else None
         log_n, numbers, options = _numbers(n, options)
-        if torch.compiler.is_exporting() and registry.forced(request.backend)[0] is None:
+        # With dropout the backward has to run where the forward ran, which an open choice does not promise.
+        if torch.compiler.is_exporting() and registry.forced(request.backend)[0] is None and not options.dropout_p:
             name = ops.ANY_BACKEND
         how = ops.How(name, n_is_logit, log_n, numbers, call.return_lse, ops.watched(q))
         with autocast.suspended(q.device.type):
@@ -331,9 +336,9 @@ def _numbers(n: float | Tensor | None, options: Options) -> tuple[float | None, 
 
         if not (has_static_value(options.scale) and (number is None or has_static_value(number))):
             # As a factor of a tensor a number becomes an input of the graph, elsewhere a constant.
-            one = torch.ones((), dtype=torch.float64, device="cpu")
-            log_n = one * 0.0 if number is None else fold.log_of_number(number)
-            numbers = torch.stack((log_n, one * options.scale))
+            cpu = torch.device("cpu")
+            log_n = fold.as_tensor(1.0 if number is None else number, cpu).log()
+            numbers = torch.stack((log_n, fold.as_tensor(options.scale, cpu)))
             return None if number is None else 0.0, numbers, options.replaced(scale=1.0)
     return None if number is None else math.log(number), None, options
 
@@ -385,13 +390,6 @@ def _signed(x: Tensor) -> Tensor:
     In a compiled graph the operators do so by themselves.
     """
     return x if torch.compiler.is_compiling() else x.resolve_neg()
-
-
-def _rescaled(q: Tensor, options: Options) -> tuple[Tensor, Options]:
-    """Kernels take the maximum before they scale, and flush a scale that is no normal number to zero."""
-    if abs(options.scale) < torch.finfo(torch.promote_types(q.dtype, torch.float32)).tiny:
-        return q * options.scale, options.replaced(scale=1.0)
-    return (-q, options.replaced(scale=-options.scale)) if options.scale < 0 else (q, options)
 
 
 def _finite(mask: Tensor, q: Tensor) -> Tensor:

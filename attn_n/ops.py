@@ -42,9 +42,9 @@ _library: Any = torch.library.Library("attn_n", "DEF")
 _library.define(
     f"{_PURE}({_FORWARD}) -> (Tensor out, Tensor lse, Tensor rng_state)", tags=(torch.Tag.pt2_compliant_tag,)
 )
-# Dropout has an operator of its own, for what torch.compile does with one that draws random numbers costs time: of a
-# checkpointed region it keeps the generator's state, so that the recomputation draws the same. It merges equal calls
-# none the less, unless their arguments differ: `drawn` is a random number of the graph, and not read.
+# Dropout has its own operator, because `nondeterministic_seeded` makes torch.compile save and restore the generator's
+# state around a checkpoint, which costs time. CSE still merges equal calls; the unused argument `drawn`, a random
+# number of the graph, makes them differ.
 _library.define(
     f"{_RANDOM}({_FORWARD}, Tensor? drawn) -> (Tensor out, Tensor lse, Tensor rng_state)",
     tags=(torch.Tag.pt2_compliant_tag, torch.Tag.nondeterministic_seeded),
@@ -170,7 +170,7 @@ def _save(
     q, k, v, n, n_is_logit, log_n, numbers, backend = arguments
     stamp = _stamp(backend) if options.dropout_p else None
     tensors = options.mask, options.alibi_slopes, options.cu_seqlens_q, options.cu_seqlens_k, numbers, stamp
-    # An operator cannot return None: what it returns in its place, and what a bare function does, are one here.
+    # Operators cannot return None: without dropout rng_state is an empty tensor there, and None in the plain function.
     saved = q, k, v, out, lse, rng_state if options.dropout_p else None, n
     if all(x is None for x in tensors):
         ctx.save_for_backward(*saved)
@@ -178,12 +178,12 @@ def _save(
     else:
         ctx.save_for_backward(*saved, *tensors)
         ctx.options = options.replaced(mask=None, alibi_slopes=None, cu_seqlens_q=None, cu_seqlens_k=None)
-    ctx.rest = n_is_logit, log_n is not None, backend, inputs
+    ctx.rest = n_is_logit, log_n, backend, inputs
     ctx.set_materialize_grads(False)
 
 
 def _gradients(ctx: Any, dout: Tensor | None, dlse: Tensor | None) -> tuple[Tensor | None, ...]:
-    n_is_logit, n_is_positive, backend, inputs = ctx.rest
+    n_is_logit, log_n, backend, inputs = ctx.rest
     nothing: list[None] = [None] * inputs
     if dout is None and dlse is None:
         return tuple(nothing)
@@ -197,23 +197,47 @@ def _gradients(ctx: Any, dout: Tensor | None, dlse: Tensor | None) -> tuple[Tens
                 f"dropout_p: a checkpoint ran the forward again on another backend than {backend!r}, where the same"
                 " seed drops other weights.\nTo do: pass backend=, or keep use_backend around the backward as well."
             )
-    if dout is None:
-        dout = torch.zeros_like(out)
-    rows_may_be_empty = not n_is_positive and _rows_may_be_empty(q, k, options)
+    if transforms.have_tangents(dout, dlse, q, k, v, out, lse, n):
+        raise _no_second_derivative(backend)
+    batched = any(x is not None and _functorch.is_legacy_batchedtensor(x) for x in (dout, dlse))  # is_grads_batched
+    found: Sequence[Tensor | None]
+    if backend == ANY_BACKEND and not (batched or watched(q)):
+        chosen = _chosen(backend, q, k, v, n, options)
+        if chosen.differentiates:
+            if numbers is not None:
+                log_n, options = _numbers(numbers, log_n, options)
+            found = _by_autograd(chosen, dout, dlse, q, k, v, n, n_is_logit, log_n, options)
+            wanted = [x if needed else None for x, needed in zip(found, ctx.needs_input_grad, strict=False)]
+            return *wanted, *nothing[4:]
     arguments = (
-        dout, dlse, q, k, v, out, lse, rng_state, n, n_is_logit, rows_may_be_empty, ctx.needs_input_grad[3],
-        numbers, backend,
+        torch.zeros_like(out) if dout is None else dout, dlse, q, k, v, out, lse, rng_state, n, n_is_logit,
+        log_n is None and _rows_may_be_empty(q, k, options), ctx.needs_input_grad[3], numbers, backend,
     )  # fmt: skip
     with autocast.suspended(q.device.type):
         if torch.is_grad_enabled():
-            dq, dk, dv, dn = _Backward.apply(*arguments, *options)  # type: ignore[no-untyped-call]
-        elif watched(q) or _functorch.is_legacy_batchedtensor(dout):  # is_grads_batched
-            dq, dk, dv, dn = torch.ops.attn_n.backward(*arguments, *options)
+            found = _Backward.apply(*arguments, *options)  # type: ignore[no-untyped-call]
+        elif batched or watched(q):
+            flops.register()
+            found = torch.ops.attn_n.backward(*arguments, *options)
         else:
-            dq, dk, dv, dn = _eager_backward(options, *arguments)
-    found: list[Tensor | None] = [dq, dk, dv, dn]
+            found = _eager_backward(options, *arguments)
     wanted = [x if needed else None for x, needed in zip(found, ctx.needs_input_grad, strict=False)]
     return *wanted, *nothing[4:]
+
+
+def _by_autograd(
+    chosen: Backend, dout: Tensor | None, dlse: Tensor | None, q: Tensor, k: Tensor, v: Tensor, n: Tensor | None,
+    n_is_logit: bool, log_n: float | None, options: Options,
+) -> list[Tensor | None]:  # fmt: skip
+    """dq, dk, dv and dn by a backend without a backward of its own, of an exported program whose forward it ran."""
+    q, k, v = (x.detach().requires_grad_() for x in (q, k, v))
+    of_n: float | Tensor | None = log_n if n is None else n.detach().requires_grad_()
+    with torch.enable_grad(), autocast.suspended(q.device.type):
+        results = chosen.attend(q, k, v, of_n, n_is_logit or n is None, options, True)
+    given = [(x, dx) for x, dx in zip(results, (dout, dlse), strict=True) if x is not None and dx is not None]
+    leaves = [q, k, v, *([of_n] if isinstance(of_n, Tensor) else [])]
+    found = torch.autograd.grad([x for x, _ in given], leaves, [dx for _, dx in given], allow_unused=True)
+    return [*found, *[None] * (4 - len(found))]
 
 
 class _Backward(torch.autograd.Function):
@@ -232,10 +256,18 @@ class _Backward(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: Any) -> Any:
-        raise registry.UnsupportedError(
-            f"backend {ctx.backend!r} has no double backward: its gradients cannot be differentiated again.\n"
-            "To do: use backend='reference', which is differentiable any number of times."
-        )
+        raise _no_second_derivative(ctx.backend)
+
+    @staticmethod
+    def jvp(ctx: Any, *tangents: Any) -> Any:
+        raise _no_second_derivative(ctx.backend)
+
+
+def _no_second_derivative(backend: str) -> registry.UnsupportedError:
+    return registry.UnsupportedError(
+        f"backend {backend!r} has no double backward: its gradients cannot be differentiated again.\n"
+        "To do: use backend='reference', which is differentiable any number of times."
+    )
 
 
 def _stamp(backend: str) -> Tensor:
@@ -275,7 +307,7 @@ def _eager_forward(
     if q.numel() == 0 or k.numel() == 0:
         out, lse = _nothing_to_see(q, v)
         return out, lse if log_of_n is None else fold.with_n(lse, log_of_n, packed), None
-    chosen = _chosen(backend, q, k, v, n, log_n, options)
+    chosen = _chosen(backend, q, k, v, n, options)
     if chosen.differentiates:
         with torch.no_grad():
             out, attended_lse = chosen.attend(q, k, v, log_of_n, True, options, True)
@@ -304,7 +336,12 @@ def _eager_backward(
         return dq, dk, dv, _shaped_as(dn, n)
     if rows_may_be_empty:
         lse, dlse = fold.lse_for_backward(lse, dlse)
-    chosen = _chosen(backend, q, k, v, n, None, options)
+    chosen = _chosen(backend, q, k, v, n, options)
+    if chosen.differentiates:
+        raise registry.UnsupportedError(
+            f"an exported program that was compiled cannot be differentiated by {chosen.name}, which is chosen here.\n"
+            "To do: name a backend that has a backward, by use_backend or ATTN_N_BACKEND."
+        )
     if needs_n_grad:
         dq, dk, dv, dn = chosen.backward_with_n(dout, dlse, q, k, v, out, lse, rng_state, log_n, options)
     else:
@@ -313,15 +350,13 @@ def _eager_backward(
     return dq, _sum_groups(dk, k.shape[1]), _sum_groups(dv, k.shape[1]), _shaped_as(dn, n)
 
 
-def _chosen(
-    name: str, q: Tensor, k: Tensor, v: Tensor, n: Tensor | None, log_n: float | None, options: Options
-) -> Backend:
+def _chosen(name: str, q: Tensor, k: Tensor, v: Tensor, n: Tensor | None, options: Options) -> Backend:
     """The backend of that name, or that of the automatic order here and now (an exported program runs anywhere)."""
     if name != ANY_BACKEND:
         return registry.loaded(name)
     needs_grad = any(x is not None and x.requires_grad for x in (q, k, v, n))
-    n_kind = "none" if n is None and log_n is None else "float" if n is None else "per head"
-    # Whether the lse has a gradient, an operator does not know.
+    # What one of the two passes does not know is left out: whether a number n is 0, and whether lse has a gradient.
+    n_kind = "float" if n is None else "per head"
     call = describe(q, k, v, options, n_kind=n_kind, return_lse=needs_grad, needs_grad=needs_grad)
     return registry.choose(call, None)[1]
 
@@ -396,10 +431,10 @@ for _name in (_PURE, _RANDOM):
     torch.library.register_autograd(
         f"attn_n::{_name}", _Operator.backward, setup_context=_Operator.setup_context, lib=_library
     )
-    torch.library.register_vmap(f"attn_n::{_name}", batching.rule(getattr(torch.ops.attn_n, _name), 3, 8), lib=_library)
+    torch.library.register_vmap(f"attn_n::{_name}", batching.rule(getattr(torch.ops.attn_n, _name)), lib=_library)
 _library.impl("backward", _backward_operator, "CompositeExplicitAutograd")
 torch.library.register_fake("attn_n::backward", _fake_backward, lib=_library)
 torch.library.register_autograd(
     "attn_n::backward", _Backward.backward, setup_context=_Backward.setup_context, lib=_library
 )
-torch.library.register_vmap("attn_n::backward", batching.rule(torch.ops.attn_n.backward, 7, 14), lib=_library)
+torch.library.register_vmap("attn_n::backward", batching.rule(torch.ops.attn_n.backward), lib=_library)

@@ -16,8 +16,8 @@ DEFAULT = {
 ELSEWHERE = ("reference",)
 
 
-# How many queries a call has: for a few against many keys other kernels are fast than for many, those that share the
-# keys of a query out among programs, or that take all query heads of a key head at once.
+# A few queries over many keys need other kernels than many queries do: split-KV, or one tile for all query heads that
+# share a KV head.
 MANY, FEW, ONE = "many queries", "few queries", "one query"
 FEW_QUERIES = 128  # fewer than these
 
@@ -51,8 +51,8 @@ class Row(NamedTuple):
 # those of Hopper, and windows of 256 and 1,024 keys with n 1.08 and 1.01 times as fast there as on FlashAttention 4.
 # Few queries: h100-2026-11-26-decode.json, where FlashAttention 3 and 4 take half the time of all else, and for one
 # query PyTorch's FlashAttention-2 as little as they. Below 4,096 keys all of them take less than the host does for a
-# length that it has not seen, and one comes with each step of a decoder: h100-2026-11-27-lengths.json, where a kernel
-# with n inside costs the host least.
+# length that it has not seen, and one comes with each step of a decoder; there a kernel with n inside costs least
+# (`pytest bench -k lengths`).
 # The portable kernels are 1.2 to 1.9 times as fast as PyTorch's FlashAttention-2 at every point of the grid. Hence they
 # come before it, for what those of Hopper do not serve.
 SM_90 = (
@@ -95,6 +95,8 @@ def automatic(call: AttentionCall) -> tuple[str, ...]:
 def reason(call: AttentionCall) -> str:
     """Why the order of a call is what it is."""
     row = _row(call)
+    if row is None and _masks_by_numbers(call):
+        return "automatic, triton first: the gradients beside a floating mask are more accurate there"
     return "automatic" if row is None else f"automatic, by speed on an H100: {row}"
 
 

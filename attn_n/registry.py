@@ -248,7 +248,8 @@ def _loaded(name: str, generation: int) -> Backend:
 def use_backend(name: str | None) -> Iterator[None]:
     """Within `with use_backend(name):`, calls that pass no `backend=` use that one; None means automatic.
 
-    It holds for this thread or task, the innermost one wins, and it wins over `ATTN_N_BACKEND`.
+    It holds for this thread or task, the innermost one wins, and it wins over `ATTN_N_BACKEND`. Compiled functions see
+    that of the thread: a task that enters one beside others should call none of them before they are done.
 
     Raises:
         TypeError: the name is neither None nor a str.
@@ -263,9 +264,11 @@ def use_backend(name: str | None) -> Iterator[None]:
     try:
         yield
     finally:
-        _of_thread.innermost = before
-        if token is not None:
+        if token is None:
+            _of_thread.innermost = before
+        else:
             _innermost.reset(token)
+            _of_thread.innermost = _innermost.get()  # and not `before`, which may be another task's
 
 
 def forced(backend: str | None) -> tuple[str | None, str]:
@@ -346,7 +349,7 @@ def why_not(name: str, call: AttentionCall) -> str | None:
 
 
 def _beyond(backend: Backend, call: AttentionCall) -> str | None:
-    """What a pair of a forward and a backward cannot do, whosoever it is."""
+    """Why a backend with an explicit backward cannot serve the call under this transform; None if it can."""
     if call.transform is None or backend.differentiates:
         return None
     return f"{call.transform} is served by differentiable operations alone, as those of reference"

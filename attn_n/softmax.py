@@ -47,7 +47,7 @@ def softmax_n(
             raise ValueError(f"n: expected a shape that broadcasts to {tuple(reduced)}, got {tuple(n.shape)}")
         n = n.to(device=x.device, dtype=torch.promote_types(n.dtype, compute.dtype))
     else:
-        n = as_tensor(validate.n_number("n", n))
+        n = as_tensor(validate.n_number("n", n), x.device)
     top = compute.detach().amax(dim, keepdim=True) if x.numel() else compute.detach().sum(dim, keepdim=True)
     top = torch.maximum(top, n.detach().log().to(top.dtype))
     top = top.masked_fill(top == -math.inf, 0.0)

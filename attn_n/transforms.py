@@ -17,10 +17,23 @@ def beyond_one_backward(*tensors: Tensor | None) -> str | None:
     levels = _levels()
     if torch.compiler.is_compiling() and "Grad" in levels:  # it traces no autograd.Function there
         return "a gradient of torch.func within torch.compile"
-    if "Jvp" in levels or (forward_ad._current_level >= 0 and _has_tangent(tensors)):
+    if "Jvp" in levels or have_tangents(*tensors):
         return "forward-mode AD"
     gradients = [level for level in levels if level == "Grad"]
     return "differentiated twice by torch.func" if len(gradients) > 1 else None
+
+
+def have_tangents(*tensors: Tensor | None) -> bool:
+    """Whether forward-mode AD takes the tangent of one of them along."""
+    if forward_ad._current_level < 0:
+        return False
+    if torch.compiler.is_compiling():  # which cannot trace the question
+        return True
+    # What torch.vmap wraps cannot be asked.
+    return any(
+        x is not None and (_functorch.is_batchedtensor(x) or forward_ad.unpack_dual(x).tangent is not None)
+        for x in tensors
+    )
 
 
 def by_functional_gradient() -> bool:
@@ -41,20 +54,10 @@ def requires_grad(x: Tensor | None) -> bool:
     return True
 
 
-@constant_when_compiled  # while torch.compile traces, it has these levels too
+@constant_when_compiled  # while it traces, torch.compile runs under the same functorch levels
 def _levels() -> tuple[str, ...]:
     """Those of functorch, from the outermost to the innermost: "Grad", "Jvp", "Vmap", "Functionalize"."""
     if not torch._C._are_functorch_transforms_active():
         return ()
     stack: Any = _functorch.get_interpreter_stack()
     return tuple(level.key().name for level in stack)
-
-
-def _has_tangent(tensors: tuple[Tensor | None, ...]) -> bool:
-    if torch.compiler.is_compiling():  # which cannot trace the question
-        return True
-    # What torch.vmap wraps cannot be asked.
-    return any(
-        x is not None and (_functorch.is_batchedtensor(x) or forward_ad.unpack_dual(x).tangent is not None)
-        for x in tensors
-    )

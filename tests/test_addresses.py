@@ -15,11 +15,12 @@ from torch import Tensor
 pytest.importorskip("triton")
 
 from attn_n import flash_attention_n_varlen, fold, functional, fused_fold
-from attn_n.backends.triton.portable.prepare import prepared
+from attn_n.backends.triton import portable
 from attn_n.backends.triton.problem import describe
 from attn_n.call import Options, Request
 from tests import compare
 from tests.cases import INTERPRETED, Case, absent, make
+from tests.test_registry import gpu_call
 
 PLACES = [
     pytest.param("cpu", marks=pytest.mark.skipif(not INTERPRETED, reason="the kernels are compiled for the GPU here")),
@@ -144,7 +145,7 @@ def request(window: tuple[int | None, int | None]) -> Request:
 
 
 def test_a_length_within_a_tile_of_32_bits() -> None:
-    q = torch.empty(1, 1, 1, 1)
-    problem = describe((q, q, q, q), None, Options(1.0))
-    with pytest.raises(NotImplementedError, match=r"k 2147483448.*a few rows fewer"):
-        prepared("forward", problem._replace(len_k=2**31 - 200))
+    for length, reason in ((2**31 - 200, "counts rows tile by tile in 32 bits"), (2**31 - 300, None), (2**31, None)):
+        call = gpu_call(k_shape=(1, 1, length, 64), v_shape=(1, 1, length, 64))
+        found = portable.PortableKernels().why_not(call)
+        assert found is None if reason is None else reason in str(found)

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import contextlib
+import subprocess
+import sys
 from collections.abc import Iterator
 from typing import Any
 
@@ -298,6 +300,26 @@ def test_flops_of_packed_sequences() -> None:
     assert counter.get_total_flops() == 2 * 2 * pairs * 7 * 16
 
 
+def test_flops_of_a_backward_alone_in_a_new_process() -> None:
+    """Whichever operator a counter sees first, and whenever the counter was made."""
+    code = """
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+from attn_n import flash_attention_n
+made_before = FlopCounterMode(display=False)
+q = torch.randn(1, 2, 4, 8, requires_grad=True)
+out = flash_attention_n(q, q, q, sm_n=1.0)
+with FlopCounterMode(display=False) as counter:
+    out.sum().backward()
+assert counter.get_total_flops() == 2 * 2 * 16 * 5 * 8, counter.get_total_flops()
+with made_before:
+    flash_attention_n(q, q, q, sm_n=1.0)
+assert made_before.get_total_flops() == 2 * 2 * 16 * 2 * 8
+"""
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
+@pytest.mark.filterwarnings("ignore:.torch.jit.trace. is deprecated")
 def test_torchscript_is_refused() -> None:
     with pytest.raises(NotImplementedError, match=r"torch\.jit\.trace: .*\n.*torch\.export"):
         torch.jit.trace(lambda q: flash_attention_n(q, q, q, sm_n=1.0), torch.randn(1, 2, 4, 8))
@@ -310,6 +332,11 @@ class Attention(torch.nn.Module):
 
     def forward(self, q: Tensor, k: Tensor, v: Tensor) -> Any:
         return flash_attention_n(q, k, v, True, sm_n=1.0, **self.options)
+
+
+class WithN(torch.nn.Module):
+    def forward(self, q: Tensor, k: Tensor, v: Tensor, n: Tensor) -> Any:
+        return flash_attention_n(q, k, v, True, sm_n=n)
 
 
 @pytest.mark.parametrize("strict", [False, True])
@@ -328,6 +355,20 @@ def test_an_exported_program_chooses_where_it_runs(strict: bool, ran: list[str])
     got = torch.autograd.grad(program(*x).square().sum(), x)
     assert ran == ["forward sdpa:cpu", "backward sdpa:cpu"]
     assert all(torch.allclose(*pair) for pair in zip(got, torch.autograd.grad(expected.square().sum(), x), strict=True))
+
+
+@pytest.mark.parametrize("of_n", [False, True])
+def test_an_exported_program_trains_on_the_reference(of_n: bool, ran: list[str]) -> None:
+    x, n = leaves(), torch.rand(2, requires_grad=True)
+    attend = WithN() if of_n else Attention()
+    inputs = [*x, n] if of_n else x
+    program = torch.export.export(attend, tuple(y.detach() for y in inputs)).module()
+    expected = torch.autograd.grad(attend(*inputs).square().sum(), inputs)
+    ran.clear()
+    with use_backend("reference"):
+        got = torch.autograd.grad(program(*inputs).square().sum(), inputs)
+    assert set(ran) == {"attend reference"}
+    assert all(torch.allclose(*pair, atol=1e-5) for pair in zip(got, expected, strict=True))
 
 
 def test_an_exported_program_keeps_a_name(ran: list[str]) -> None:

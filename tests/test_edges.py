@@ -217,3 +217,12 @@ def test_very_negative_logits_at_n_zero(backend: str) -> None:
     assert lse.isfinite().all()
     (gradient,) = torch.autograd.grad(out.sum(), n)
     assert not gradient.isnan().any()
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_the_gradient_of_n_is_exact_up_to_the_largest_number(backend: str) -> None:
+    """exp(-lse) is a number of float32 up to an lse of -88.7."""
+    q, k, v = torch.full((1, 1, 1, 1), 1.0), torch.full((1, 1, 1, 1), -88.3), torch.full((1, 1, 1, 1), 0.5)
+    n = torch.zeros(1, requires_grad=True)
+    (dn,) = torch.autograd.grad(flash_attention_n(q, k, v, sm_scale=1.0, sm_n=n, backend=backend).sum(), n)
+    assert dn.item() == pytest.approx(-0.5 * math.exp(88.3), rel=1e-4)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import importlib.metadata
 import subprocess
@@ -84,6 +85,33 @@ def test_use_backend_holds_for_its_own_thread(ran: list[str]) -> None:
         thread.start()
         thread.join()
     assert ran == ["forward sdpa:cpu"]
+
+
+def test_use_backend_in_tasks_beside_each_other(ran: list[str]) -> None:
+    """Each task has its own, and nothing is left of them, for compiled functions either."""
+
+    async def task(name: str, entered: asyncio.Event, leave: asyncio.Event) -> None:
+        with use_backend(name):
+            entered.set()
+            await leave.wait()
+            flash_attention_n(*inputs())
+
+    async def both() -> None:
+        events = [asyncio.Event() for _ in range(4)]
+        first = asyncio.create_task(task("reference", events[0], events[1]))
+        await events[0].wait()
+        second = asyncio.create_task(task("sdpa", events[2], events[3]))
+        await events[2].wait()
+        events[1].set()
+        await first
+        events[3].set()
+        await second
+
+    asyncio.run(both())
+    assert ran == ["attend reference", "forward sdpa:cpu"]
+    torch.compiler.reset()
+    torch.compile(lambda *x: flash_attention_n(*x, sm_n=1.0), backend="eager", fullgraph=True)(*inputs())
+    assert ran[-1] == "forward sdpa:cpu"
 
 
 def test_use_backend_ends_after_an_error(ran: list[str]) -> None:

@@ -276,6 +276,7 @@ def test_transforms_within_a_graph(backend: str | None) -> None:
     torch.compiler.reset()
 
 
+@pytest.mark.filterwarnings("ignore:Attempted to insert a get_attr Node")  # by torch.func.linearize
 def test_odd_transforms(ran: list[str]) -> None:
     q, k, v, sinks = inputs(2)
     mask = torch.rand(3, 5, 5) > 0.3
@@ -299,3 +300,26 @@ def test_a_planned_call_has_tangents_too() -> None:
     with forward_ad.dual_level():
         out = ours(forward_ad.make_dual(x[0], x[1].repeat_interleave(2, 1)), *x[1:])
         assert forward_ad.unpack_dual(out).tangent is not None
+
+
+def test_tangents_of_a_backward_alone() -> None:
+    """A backward that has run its forward before cannot take a tangent along, and does not drop it."""
+    x = [each.requires_grad_() for each in inputs(1)]
+    out = ours(*x, backend="sdpa")
+    with forward_ad.dual_level(), pytest.raises(UnsupportedError, match="'sdpa:cpu' has no double backward"):
+        torch.autograd.grad(out, x[0], forward_ad.make_dual(torch.ones_like(out), torch.ones_like(out)))
+    _, pull = torch.func.vjp(lambda *x: ours(*x, backend="sdpa"), *[each.detach() for each in x])
+    with pytest.raises(UnsupportedError, match="has no double backward"):
+        torch.func.jvp(pull, (torch.ones_like(out),), (torch.ones_like(out),))
+
+
+@pytest.mark.filterwarnings("ignore:There is a performance drop")
+def test_batched_gradients_of_the_lse_alone() -> None:
+    x = [each.requires_grad_() for each in inputs(1)]
+    _, lse = flash_attention_n(*x[:3], True, sinks=x[3], return_lse=True)
+    _, exact_lse = attention_n(*x[:3], sinks=x[3], causal=True)
+    batch = torch.randn(3, *lse.shape, dtype=torch.float64)
+    got, expected = (
+        torch.autograd.grad(y, (x[0], x[3]), batch, is_grads_batched=True, retain_graph=True) for y in (lse, exact_lse)
+    )
+    assert equal(got, expected, 1e-9)

@@ -1,9 +1,9 @@
 """Rows whose bias is so large that float32 loses something: whole rows of `finfo.min` or -1e9, say.
 
 Only -inf hides a key; any other number is added to the logit in float32. Beside 1e9 a float32 knows nothing smaller
-than 32, so that such a row attends to its keys equally, and so the forward of a kernel has it. But the lse of the row
-loses the logarithm of how many there are: `exp(S - lse)` is then 1 for each of them, where `1 / sum` is right. All
-that a backward does is linear in dout, hence what it gives for `dout / sum` is right.
+than 32, so that such a row attends to its keys equally, and the forward kernels compute exactly this. But the lse of
+the row loses the logarithm of how many there are: `exp(S - lse)` is then 1 for each of them, where `1 / sum` is right.
+All that a backward does is linear in dout, hence what it gives for `dout / sum` is right.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 _LARGE = 2.0**10  # from here on an lse is rounded by more than 3e-5
-_ALONE = 2.0**29  # from here on float32 numbers are 64 apart: beside the largest bias of a row no other has a weight
+_ALONE = 2.0**29  # from here on float32 numbers are 64 apart, and logits up to 32 leave the largest bias as it is
 _INSTEAD = -(2.0**60)
 _ELEMENTS = 1 << 22  # of the logits that are computed at a time
 

@@ -92,7 +92,7 @@ class RectangleBackend(Backend):
         for piece in self._pieces(q, k, options):
             some = (q, k, v) if piece.whole else (q[:, :, piece.rows], k[:, :, piece.keys], v[:, :, piece.keys])
             bias, top = piece.bias, None
-            if bias is not None and self.base_2 and _adds(options):
+            if bias is not None and self.base_2 and _adds_large(options):
                 bias, top = large_bias.alone(bias)
             part, part_lse = self.kernel_forward(*some, piece.causal, bias, options.scale)
             if top is not None:
@@ -132,11 +132,11 @@ class RectangleBackend(Backend):
             rows, keys, bias = piece.rows, piece.keys, piece.bias
             some_dout, some_q, some_k, some_lse = dout[:, :, rows], q[:, :, rows], k[:, :, keys], lse[:, :, rows]
             if bias is not None and _adds(options):
-                sums: Tensor | None
-                if self.base_2:
+                sums: Tensor | None = None
+                if self.base_2 and _adds_large(options):
                     bias, top = large_bias.alone(bias)
                     some_lse, sums = large_bias.backward_of_alone(bias, top, some_lse, some_k.shape[2])
-                else:
+                elif not self.base_2:
                     sums = large_bias.sums_of_weights(some_q, some_k, bias, some_lse, options.scale)
                 some_dout = some_dout if sums is None else (some_dout / sums[..., None]).to(dout.dtype)
             parts = self.kernel_backward(
@@ -213,6 +213,11 @@ class _Piece(NamedTuple):
 def _adds(options: Options) -> bool:
     """Whether a mask adds any number to the logits, and does not only hide keys."""
     return options.mask is not None and options.mask.is_floating_point()
+
+
+def _adds_large(options: Options) -> bool:
+    """Whether what it adds can be so large that float32 has nothing beside it: float16 ends at 65504."""
+    return _adds(options) and options.mask is not None and options.mask.dtype != torch.float16
 
 
 def _nothing(q: Tensor, width_v: int) -> tuple[Tensor, Tensor]:

@@ -16,12 +16,12 @@ from attn_n import packed
 from attn_n.backends.base import Backend
 from attn_n.bias import dense_bias
 from attn_n.call import AttentionCall, Options
-from attn_n.fold import log_of_number, weight_of_n
+from attn_n.fold import as_tensor, weight_of_n
 
 
 class Reference(Backend):
     name = "reference"
-    summary = "the formula in PyTorch's own operations, one after the other"
+    summary = "the formula as a sequence of differentiable PyTorch operations"
     applies_n = True
     differentiates = True
 
@@ -104,7 +104,7 @@ def _log_n(q: Tensor, n: float | Tensor | None, n_is_logit: bool) -> Tensor:
     if n is None:
         return q.new_full((1,), -math.inf)
     if not isinstance(n, Tensor):
-        return q.new_zeros(1) + (n if n_is_logit else log_of_number(n))
+        return q.new_zeros(1) + (n if n_is_logit else as_tensor(n, q.device).log())
     n = n.reshape(-1)
     if n_is_logit:
         return n.to(q.dtype)

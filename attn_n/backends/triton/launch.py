@@ -14,7 +14,7 @@ from torch import Tensor
 _one_at_a_time = threading.RLock()
 
 
-# By what Triton specialises a kernel for: new lengths run the kernel of other ones that are alike in that.
+# Compiled kernels by Triton's specialisation, so that a new length reuses a kernel compiled for another length.
 _compiled: dict[tuple[Any, ...], Any] = {}
 
 

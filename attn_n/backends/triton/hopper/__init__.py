@@ -38,8 +38,8 @@ class HopperKernels(PortableKernels):
         if call.mask_shape is not None or call.alibi or call.dropout_p:
             return "no attn_mask, alibi_slopes or dropout"
         left, right = call.window_left, call.window_right
-        if left is not None and right is not None and left + right < 0:  # its roles count on a key for each query
-            return "no window whose sides have passed each other, so that nothing is seen"
+        if left is not None and right is not None and left + right < 0:  # its warps wait for at least one tile of keys
+            return "no window that holds no key (left + right < 0)"
         strides = (call.q_stride, call.k_stride, call.v_stride)
         if not all(fits_descriptors(stride, call.dtype.itemsize) for stride in strides):
             return "reads strides that are multiples of 16 bytes, and nothing expanded over heads or rows"

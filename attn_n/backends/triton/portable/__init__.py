@@ -41,6 +41,9 @@ class PortableKernels(Backend):
             return f"computes in float16, bfloat16 and float32, not in {str(call.dtype).removeprefix('torch.')}"
         if max(call.head_dim, call.head_dim_v) > 256:
             return f"takes heads of up to 256, got {max(call.head_dim, call.head_dim_v)}"
+        rows, keys = (shape[0] if call.varlen else shape[2] for shape in (call.q_shape, call.k_shape))
+        if 0 < 2**31 - rows <= 256 or 0 < 2**31 - keys <= 256:  # longer ones are counted in 64 bits
+            return f"counts rows tile by tile in 32 bits, up to 2**31 - 256, got {rows} and {keys}"
         if call.mask_needs_grad:
             return "no gradient of attn_mask"
         if call.alibi_needs_grad:

@@ -85,7 +85,7 @@ def dq_kernel(
         sink = tl.load(sinks + head * stride_n) * (LOG2E / unit) if sinks is not None else 0.0
         # A large number instead of infinity, so that the shares of two rows are not infinite and opposite.
         power = (sink - row_lse) * unit
-        share = tl.where(power > 126.0, 7.9e28, tl.exp2(tl.minimum(power, 126.0)))  # 2**96
+        share = tl.where(power > 127.9, 7.9e28, tl.exp2(tl.minimum(power, 127.9)))  # 2**96
         tl.store(dn + tl.program_id(0), -tl.sum(share * row_delta))
     view_k = view(of_k, 1, len_k, strides_k, WIDTH, TILE_K, TILE_E, DESCRIPTORS)
     view_v = view(of_v, 1, len_k, strides_v, WIDTH_V, TILE_K, TILE_V, DESCRIPTORS)

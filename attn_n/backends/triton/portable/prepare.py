@@ -18,11 +18,6 @@ from attn_n.backends.triton.problem import Problem
 def prepared(kernel: str, problem: Problem, config: Config | None = None) -> Launch:
     """The launch of one of the kernels of `configs`; `config` in place of that of the table."""
     p, config = problem, config or configs.find(kernel, problem)
-    if any(0 < 2**31 - length <= 256 for length in (p.len_q, p.len_k)):
-        raise NotImplementedError(
-            f"triton:portable: q has {p.len_q} rows and k {p.len_k}, and rows are counted tile by tile in 32 bits up to"
-            " 2**31 - 1; to do: a few rows fewer, or backend='reference'"
-        )
     options = {"num_warps": config.num_warps, "num_stages": config.num_stages}
     tile_e, tile_v = configs.tiles_of_widths(p)
     constants = {
