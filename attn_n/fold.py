@@ -21,7 +21,7 @@ from torch import Tensor
 def apply_(out: Tensor, lse: Tensor, log_n: float | Tensor, packed: bool, lse_wanted: bool) -> Tensor:
     """`out` at n = 0 becomes `out` at n, in place; `log_n` is a number or `(Hq,)`.
 
-    Returns the lse at n, or unless it is `lse_wanted` maybe still that at n = 0.
+    Returns the lse at n. If it is not `lse_wanted`, it may be that at n = 0, which saves a launch.
     """
     fused = _fused(out, lse)
     if fused is not None:

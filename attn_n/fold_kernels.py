@@ -1,6 +1,6 @@
 """The kernels of `attn_n.fused_fold`, in Triton's own language.
 
-Which numbers have 64 bits is said in `attn_n.backends.triton.portable.tile`.
+On 64-bit addressing see `attn_n.backends.triton.portable.tile`.
 """
 
 import triton

@@ -63,7 +63,7 @@ class How(NamedTuple):
         log_n: n as a number; None if it is a tensor, or 0.
         numbers: `(log_n, scale)` as a float64 tensor on the CPU, which then stands for both of them: a number that is
             handed to an operator is a constant of a compiled graph, and each value would compile another one.
-        lse_wanted: otherwise the lse that is returned without gradients may lack n.
+        lse_wanted: otherwise the lse that a call without gradients returns may lack n, which saves a launch.
         watched: what the function of that name says.
     """
 

@@ -147,7 +147,7 @@ class Family(Backend):
 
 
 def memory_order(x: Tensor) -> tuple[int, ...]:
-    """The dimensions of x from the largest stride to the smallest, but for the last one: it comes last in any case."""
+    """The dimensions of x by decreasing stride; the last dimension always comes last."""
     return (*sorted(range(x.dim() - 1), key=x.stride, reverse=True), x.dim() - 1)
 
 
