@@ -184,9 +184,8 @@ def _save(
 
 def _gradients(ctx: Any, dout: Tensor | None, dlse: Tensor | None) -> tuple[Tensor | None, ...]:
     n_is_logit, log_n, backend, inputs = ctx.rest
-    nothing: list[None] = [None] * inputs
     if dout is None and dlse is None:
-        return tuple(nothing)
+        return _only_needed((), (), inputs)
     q, k, v, out, lse, rng_state, n, *tensors = ctx.saved_tensors
     options, numbers = ctx.options, None
     if tensors:
@@ -199,19 +198,19 @@ def _gradients(ctx: Any, dout: Tensor | None, dlse: Tensor | None) -> tuple[Tens
             )
     if transforms.have_tangents(dout, dlse, q, k, v, out, lse, n):
         raise _no_second_derivative(backend)
-    batched = any(x is not None and _functorch.is_legacy_batchedtensor(x) for x in (dout, dlse))  # is_grads_batched
     found: Sequence[Tensor | None]
+    needed: tuple[bool, ...] = ctx.needs_input_grad
+    batched = _is_batched(dout) or _is_batched(dlse)
     if backend == ANY_BACKEND and not (batched or watched(q)):
         chosen = _chosen(backend, q, k, v, n, options)
         if chosen.differentiates:
             if numbers is not None:
                 log_n, options = _numbers(numbers, log_n, options)
             found = _by_autograd(chosen, dout, dlse, q, k, v, n, n_is_logit, log_n, options)
-            wanted = [x if needed else None for x, needed in zip(found, ctx.needs_input_grad, strict=False)]
-            return *wanted, *nothing[4:]
+            return _only_needed(found, needed, inputs)
     arguments = (
         torch.zeros_like(out) if dout is None else dout, dlse, q, k, v, out, lse, rng_state, n, n_is_logit,
-        log_n is None and _rows_may_be_empty(q, k, options), ctx.needs_input_grad[3], numbers, backend,
+        log_n is None and _rows_may_be_empty(q, k, options), needed[3], numbers, backend,
     )  # fmt: skip
     with autocast.suspended(q.device.type):
         if torch.is_grad_enabled():
@@ -221,8 +220,18 @@ def _gradients(ctx: Any, dout: Tensor | None, dlse: Tensor | None) -> tuple[Tens
             found = torch.ops.attn_n.backward(*arguments, *options)
         else:
             found = _eager_backward(options, *arguments)
-    wanted = [x if needed else None for x, needed in zip(found, ctx.needs_input_grad, strict=False)]
-    return *wanted, *nothing[4:]
+    return _only_needed(found, needed, inputs)
+
+
+def _is_batched(x: Tensor | None) -> bool:
+    """By torch.autograd.grad(is_grads_batched=True)."""
+    return x is not None and _functorch.is_legacy_batchedtensor(x)
+
+
+def _only_needed(found: Sequence[Tensor | None], needed: Sequence[bool], inputs: int) -> tuple[Tensor | None, ...]:
+    """The gradients of all inputs, of which the first four, q, k, v and n, have one."""
+    wanted = [x if of_x else None for x, of_x in zip(found, needed, strict=False)]
+    return *wanted, *[None] * (inputs - len(wanted))
 
 
 def _by_autograd(
@@ -325,7 +334,8 @@ def _eager_backward(
     numbers: Tensor | None, backend: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     # The gradient of a complex loss may have its sign in a flag, which kernels do not see.
-    dout, dlse = dout.resolve_neg(), None if dlse is None else dlse.resolve_neg()
+    if dout.is_neg() or (dlse is not None and dlse.is_neg()):
+        dout, dlse = dout.resolve_neg(), None if dlse is None else dlse.resolve_neg()
     if numbers is not None:
         _, options = _numbers(numbers, None, options)
     log_n = _log_per_head(q, n, True) if n is not None and n_is_logit and needs_n_grad else None
