@@ -41,7 +41,7 @@ def flash_attention_n(
         q: `(N, ..., Hq, L, E)`, 2 to 6 dimensions, float16, bfloat16, float32 or float64, any strides. With two
             dimensions there is one head. Or a jagged NestedTensor `(N, Hq, j, E)`, as k and v then are: on CUDA
             one made with `max_seqlen=`, or its longest length is read from the GPU once.
-        k: `(N, ..., Hkv, S, E)`, with `Hq % Hkv == 0`: each key head serves `Hq / Hkv` query heads (GQA, MQA). Those
+        k: `(N, ..., Hkv, S, E)`, with `Hq % Hkv == 0`: each KV head serves `Hq / Hkv` query heads (GQA, MQA). Those
             before the heads broadcast (of 5 or 6 dimensions by a copy where strides cannot say it).
         v: `(N, ..., Hkv, S, Ev)`.
         causal: query i sees the keys `j <= p`.
@@ -189,7 +189,7 @@ def _prepare(q: Tensor, k: Tensor, v: Tensor, request: Request, plain: bool = Fa
         q, k, v = _autocast(q, k, v)
     validate.qkv(q, k, v, packed=False)
     if not plain:
-        q, k, v = _signed(q), _signed(k), _signed(v)
+        q, k, v = _neg_resolved(q), _neg_resolved(k), _neg_resolved(v)
     if not q.shape[:-3] == k.shape[:-3] == v.shape[:-3]:
         leading = torch.broadcast_shapes(q.shape[:-3], k.shape[:-3], v.shape[:-3])
         q, k, v = (x.expand(*leading, *x.shape[-3:]) for x in (q, k, v))
@@ -199,7 +199,7 @@ def _prepare(q: Tensor, k: Tensor, v: Tensor, request: Request, plain: bool = Fa
         mask = None
     if mask is not None:
         validate.mask(mask, q, (*shape, k.shape[-2]))
-        mask = _canonical_mask(_finite(_signed(mask), q), q.shape)
+        mask = _canonical_mask(_clamped_to_float32(_neg_resolved(mask), q), q.shape)
     q, k, v = _canonical(q), _canonical(k), _canonical(v)
     left, right = _window(request, q.shape[2], k.shape[2], right_of_mask)
     if right == 0:
@@ -221,7 +221,7 @@ def _prepare_varlen(
     validate.not_traced()
     q, k, v = _autocast(q, k, v)
     validate.qkv(q, k, v, packed=True)
-    q, k, v = _signed(q), _signed(k), _signed(v)
+    q, k, v = _neg_resolved(q), _neg_resolved(k), _neg_resolved(v)
     validate.no_causal_bias(request.attn_mask)
     validate.cu_seqlens("cu_seqlens_q", cu_seqlens_q, q)
     validate.cu_seqlens("cu_seqlens_k", cu_seqlens_k, q)
@@ -236,7 +236,7 @@ def _prepare_varlen(
     batch, mask = cu_seqlens_q.shape[0] - 1, request.attn_mask
     if mask is not None:
         validate.mask(mask, q, (batch, q.shape[1], max_seqlen_q, max_seqlen_k))
-        mask = _finite(_signed(mask), q)[(None,) * (4 - mask.dim())]
+        mask = _clamped_to_float32(_neg_resolved(mask), q)[(None,) * (4 - mask.dim())]
     left, right = _window(request)
     # Sides beyond the longest sequence bound nothing, and the kernels of libraries cut them to 32 bits.
     left = None if left is None else min(left, max_seqlen_k)
@@ -265,14 +265,14 @@ def _describe(
         raise ValueError("sinks: expected None together with sm_n (a sink is log n), got both")
     n: float | Tensor | None
     if sinks is not None or isinstance(sm_n, Tensor):
-        n = _signed(validate.n_tensor(sm_n, sinks, q, heads))
+        n = _neg_resolved(validate.n_tensor(sm_n, sinks, q, heads))
         n_kind = "per head" if n.dim() else "scalar tensor"
     else:
         n = validate.n_number("sm_n", 0.0 if sm_n is None else sm_n)
         n, n_kind = (n, "float") if n > 0 else (None, "none")
     if slopes is not None:
         compute = torch.promote_types(q.dtype, torch.float32)
-        slopes = _signed(validate.alibi(slopes, q, batch, heads)).to(compute).expand(batch, heads)
+        slopes = _neg_resolved(validate.alibi(slopes, q, batch, heads)).to(compute).expand(batch, heads)
     softcap, dropout_p = validate.softcap(request.softcap, q), validate.dropout(request.dropout_p)
     if softcap is not None or dropout_p or slopes is not None:
         options = options.replaced(softcap=softcap, dropout_p=dropout_p, alibi_slopes=slopes)
@@ -384,7 +384,7 @@ def _autocast(q: Any, k: Any, v: Any) -> tuple[Any, Any, Any]:
     return q, k, v
 
 
-def _signed(x: Tensor) -> Tensor:
+def _neg_resolved(x: Tensor) -> Tensor:
     """x with its sign in its memory, which our kernels read: that of a conjugate's imaginary part is a flag beside it.
 
     In a compiled graph the operators do so by themselves.
@@ -392,8 +392,8 @@ def _signed(x: Tensor) -> Tensor:
     return x if torch.compiler.is_compiling() else x.resolve_neg()
 
 
-def _finite(mask: Tensor, q: Tensor) -> Tensor:
-    """What is finite in a float64 mask made so in float32, in which the logits of other inputs are: only -inf hides.
+def _clamped_to_float32(mask: Tensor, q: Tensor) -> Tensor:
+    """A float64 mask beside narrower inputs, its finite values within float32, where the logits are: only -inf hides.
 
     The gradient passes as through the rounding of any other value.
     """

@@ -168,8 +168,8 @@ def _save(
     rng_state: Tensor | None,
 ) -> None:  # fmt: skip
     q, k, v, n, n_is_logit, log_n, numbers, backend = arguments
-    stamp = _stamp(backend) if options.dropout_p else None
-    tensors = options.mask, options.alibi_slopes, options.cu_seqlens_q, options.cu_seqlens_k, numbers, stamp
+    checksum = _backend_checksum(backend) if options.dropout_p else None
+    tensors = options.mask, options.alibi_slopes, options.cu_seqlens_q, options.cu_seqlens_k, numbers, checksum
     # Operators cannot return None: without dropout rng_state is an empty tensor there, and None in the plain function.
     saved = q, k, v, out, lse, rng_state if options.dropout_p else None, n
     if all(x is None for x in tensors):
@@ -189,9 +189,13 @@ def _gradients(ctx: Any, dout: Tensor | None, dlse: Tensor | None) -> tuple[Tens
     q, k, v, out, lse, rng_state, n, *tensors = ctx.saved_tensors
     options, numbers = ctx.options, None
     if tensors:
-        mask, slopes, starts_q, starts_k, numbers, stamp = tensors
+        mask, slopes, starts_q, starts_k, numbers, checksum = tensors
         options = options.replaced(mask=mask, alibi_slopes=slopes, cu_seqlens_q=starts_q, cu_seqlens_k=starts_k)
-        if stamp is not None and not torch.compiler.is_compiling() and not torch.equal(stamp, _stamp(backend)):
+        if (
+            checksum is not None
+            and not torch.compiler.is_compiling()
+            and not torch.equal(checksum, _backend_checksum(backend))
+        ):
             raise RuntimeError(
                 f"dropout_p: a checkpoint ran the forward again on another backend than {backend!r}, where the same"
                 " seed drops other weights.\nTo do: pass backend=, or keep use_backend around the backward as well."
@@ -279,8 +283,8 @@ def _no_second_derivative(backend: str) -> registry.UnsupportedError:
     )
 
 
-def _stamp(backend: str) -> Tensor:
-    """What a forward with dropout leaves of the backend that ran, for a number is not recomputed with the tensors."""
+def _backend_checksum(backend: str) -> Tensor:
+    """Identifies the backend of a forward with dropout: a checkpoint recomputes saved tensors, and no other state."""
     return torch.tensor(zlib.crc32(backend.encode()), device="cpu")
 
 

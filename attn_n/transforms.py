@@ -13,7 +13,7 @@ from attn_n.compilation import constant_when_compiled
 
 
 def beyond_one_backward(*tensors: Tensor | None) -> str | None:
-    """What a pair of a forward and a backward cannot give: forward-mode AD, or a gradient of a gradient."""
+    """Why kernels with an explicit backward cannot serve: forward-mode AD, or a gradient of a gradient."""
     levels = _levels()
     if torch.compiler.is_compiling() and "Grad" in levels:  # it traces no autograd.Function there
         return "a gradient of torch.func within torch.compile"

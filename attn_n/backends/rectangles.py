@@ -211,7 +211,7 @@ class _Piece(NamedTuple):
 
 
 def _adds(options: Options) -> bool:
-    """Whether a mask adds any number to the logits, and does not only hide keys."""
+    """A floating mask adds numbers to the logits; a bool mask only hides keys."""
     return options.mask is not None and options.mask.is_floating_point()
 
 
