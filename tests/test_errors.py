@@ -144,12 +144,13 @@ BAD = [
         r"sinks: expected None together with sm_n",
     ),
     ("sinks shape", {"sinks": torch.zeros(())}, ValueError, r"sinks: expected shape \(4,\) for 4 heads of q, got \(\)"),
-    ("sinks are inf", {"sinks": torch.full((4,), math.inf)}, ValueError, r"sinks: expected logits below \+inf"),
+    ("sinks that overflow in base 2", {"sinks": torch.full((4,), 3e38)}, ValueError, r"sinks: expected logits below"),
+    ("sinks are inf", {"sinks": torch.full((4,), math.inf)}, ValueError, r"sinks: expected logits below 1\.7e\+38"),
     (
         "sinks are inf in float32",
         {"sinks": torch.full((4,), 1e39, dtype=torch.float64)},
         ValueError,
-        r"sinks: expected logits below \+inf",
+        r"sinks: expected logits below 1\.7e\+38",
     ),
     (
         "mask shape",

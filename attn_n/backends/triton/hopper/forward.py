@@ -347,7 +347,6 @@ def attend(
     rescale = gl.full([STRIP], 1.0, gl.float32, layout=ROWS)
     if sinks is not None or log_n is not None:
         sink = (log_n if sinks is None else gl.load(sinks + at.head * stride_n)) * LOG2E
-        sink = gl.minimum(sink, 3.4e38)  # a number in base 2 too
         new_top = gl.maximum(top, sink)
         shift = finite(new_top, True)
         rescale = gl.exp2(top - shift)

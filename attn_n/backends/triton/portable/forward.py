@@ -84,7 +84,7 @@ def forward_kernel(
         top = new_top
 
     if sink is not None:
-        sink = tl.minimum(sink * (LOG2E / unit), 3.4e38)  # a number in base 2 too
+        sink *= LOG2E / unit
         new_top = tl.maximum(top, sink)
         shift = tl.where(new_top == float("-inf"), 0.0, new_top)
         rescale = tl.exp2((top - shift) * unit)
