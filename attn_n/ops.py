@@ -21,6 +21,7 @@ from torch.autograd import forward_ad
 from attn_n import autocast, batching, flops, fold, registry, transforms
 from attn_n.backends.base import Backend, empty_in_order, lies_in_order
 from attn_n.call import Options, describe
+from attn_n.validate import PLAIN
 
 _OPTIONS = (
     "float scale, SymInt? window_left, SymInt? window_right, float? softcap, float dropout_p, Tensor? mask,"
@@ -35,7 +36,6 @@ _BACKWARD = (
 )
 _PURE, _RANDOM = "forward", "forward_with_dropout"
 
-PLAIN = (Tensor, torch.nn.Parameter)
 ANY_BACKEND = ""  # in place of a name: the choice is made when the operator runs
 
 _library: Any = torch.library.Library("attn_n", "DEF")

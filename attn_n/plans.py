@@ -34,7 +34,7 @@ _plans: dict[Key, Plan] = {}
 
 def key(q: Tensor, k: Tensor, v: Tensor, request: Request) -> Key | None:
     """All that the plan of a call depends on, if it is a call that can be planned."""
-    if ops.watched(q) or type(k) not in ops.PLAIN or type(v) not in ops.PLAIN:
+    if ops.watched(q) or type(k) not in validate.PLAIN or type(v) not in validate.PLAIN:
         return None
     device = "cpu" if q.is_cpu else "cuda" if q.is_cuda else None
     if device is None or torch.is_autocast_enabled(device):
@@ -64,7 +64,7 @@ def key(q: Tensor, k: Tensor, v: Tensor, request: Request) -> Key | None:
 def tensor_n(request: Request) -> Tensor | None:
     """n or log n, if it is a plain tensor."""
     n = request.sm_n if request.sinks is None else request.sinks
-    return n if type(n) in ops.PLAIN else None  # type: ignore[return-value]
+    return n if type(n) in validate.PLAIN else None  # type: ignore[return-value]
 
 
 def find(known: Key | None) -> Plan | None:

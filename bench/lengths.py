@@ -1,4 +1,4 @@
-"""What a length that was not there before costs: streams of calls of which hardly two have the same lengths.
+"""The cost of lengths that a process has not seen: streams of calls, hardly two of which have the same lengths.
 
 Each contender has a process of its own, whose lengths are all new to it: `python -m bench.lengths time "attn_n"
 "growing cache" prompts`. Kernels that are kept on disk have been compiled by another process before.
@@ -83,7 +83,7 @@ class Party(NamedTuple):
 
 
 class Timed(NamedTuple):
-    """What a party took for a stream, or why it was not timed.
+    """The times of a party for a stream, or the reason why it was not timed.
 
     Attributes:
         wall: seconds from the first call to the end of all work, for each call; one number for each process.

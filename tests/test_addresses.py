@@ -1,6 +1,6 @@
 """Offsets of 2^31 elements and more, in memory that is mapped and hardly touched: for our kernels, in every stride.
 
-What a product of 32 bits would read in place of it is mapped too, and zero.
+A product that has overflowed 32 bits would address other mapped memory, which is zero.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""The reference: the formula in differentiable operations of PyTorch, one after the other.
+"""The reference: the formula as a sequence of differentiable PyTorch operations.
 
 Exact for every n >= 0, on every device, for every argument, and differentiable any number of times, also at n = 0. It
 materialises the logits and therefore takes memory proportional to L * S.

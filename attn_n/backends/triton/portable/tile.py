@@ -4,14 +4,14 @@ Everything is in base 2: a logit is `log2(e)` times that of the formulas, becaus
 a floating mask logits are natural: its `finfo.min` times log2(e) would be -inf, which hides a key as only -inf may.
 An argument that is None (a mask, a side of the window, ...) is None when the kernel is compiled, and costs nothing.
 
-64-bit addressing. Triton gives an integer argument 32 bits if its value fits, a stride too, and a product of
+Addresses have 64 bits. Triton gives an integer argument 32 bits if its value fits, a stride too, and a product of
 two of those has 32 bits as well. Hence in every kernel of this package and of `attn_n.fold_kernels` whatever is
 multiplied by a stride or by a length (batch, head, row, column, key, the start of a sequence) is first made int64, and
 so are the products of batch and heads. Only these stay within 32 bits:
 
 - Programs, and the tiles and items that they count: a grid has fewer than 2^31 programs.
-- Rows and keys within their sequence, and their distances: `prepare` refuses a length within a tile of 2^31, and a
-  longer one has 64 bits by its value. `Problem` bounds the window, and the longest packed sequence, by what there is.
+- Rows and keys within their sequence, and their distances: `why_not` refuses a length within a tile of 2^31, and
+  a longer one has 64 bits by its value. `Problem` bounds the window, and the longest packed sequence, by what there is.
 - `head * stride_n`: the stride of log n is 0 or 1, see `ops`.
 - The columns of the tensors that we allocate ourselves, whose last stride is 1.
 - In the kernels for Hopper, whose heads have 64 columns or more: the rows of all heads, also as coordinates of a
