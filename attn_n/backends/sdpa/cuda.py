@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from attn_n.backends import flash_2
-from attn_n.backends.base import Backend, empty_in_order, lies_in_order
+from attn_n.backends.base import Backend, empty_in_order, lies_in_order, memory_order
 from attn_n.backends.flash import FlashBackend, sequences
 from attn_n.backends.layout import HALF, aligned_bias, of_width, rounds_bias
 from attn_n.backends.memory_efficient import MemoryEfficientBackend
@@ -143,11 +143,12 @@ class CudnnAttention(Backend):
         rng_state: Tensor | None,
         options: Options,
     ) -> tuple[Tensor, Tensor, Tensor]:
+        q, k, v = (of_width(x, x.shape[-1]) for x in (q, k, v))
         # PyTorch keeps cuDNN's plan of a backward by the strides of q, k and v alone, and would read wrong numbers from
-        # an out or a dout that lie in another way than those of the first call. The kernel's own out lies as q does.
-        order = self.out_order(q)
+        # an out or a dout that lie in another way than those of the first call. So both lie as the q that it is given.
+        order = memory_order(q)
         out, dout = (x if lies_in_order(x, order) else empty_in_order(x, x.shape, order).copy_(x) for x in (out, dout))
-        q, k, v, out, dout = (of_width(x, x.shape[-1]) for x in (q, k, v, out, dout))
+        out, dout = of_width(out, out.shape[-1]), of_width(dout, dout.shape[-1])
         gradients: tuple[Tensor, Tensor, Tensor] = torch.ops.aten._scaled_dot_product_cudnn_attention_backward(
             dout, q, k, v, out, lse[..., None], None, None, None, None, None, q.shape[2], k.shape[2],
             0.0, options.window_right == 0, scale=options.scale,
