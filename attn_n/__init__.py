@@ -1,9 +1,12 @@
 """attn-n: attention with softmax_n, `exp(x_i) / (n + sum_j exp(x_j))`, exact and fast, forward and backward."""
 
 from attn_n.backends.base import Backend, Family
+from attn_n.backends.registry import register_backend
 from attn_n.call import AttentionCall, Options
+from attn_n.call.errors import UnsupportedError
+from attn_n.dispatch.explanation import Explanation, Verdict
+from attn_n.dispatch.forced import use_backend
 from attn_n.functional import backends, explain, flash_attention_n, flash_attention_n_varlen
-from attn_n.registry import Explanation, UnsupportedError, Verdict, register_backend, use_backend
 from attn_n.softmax import softmax_n
 from attn_n.version import __version__
 

@@ -9,7 +9,7 @@ import sys
 from collections.abc import Sequence
 from dataclasses import asdict
 
-from attn_n import render, report
+from attn_n.doctor import report, text
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -19,7 +19,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     as_json = parser.parse_args(arguments).json
     with contextlib.redirect_stdout(sys.stderr):  # a library may print when it is imported or compiled
         collected = report.collect()
-    print(json.dumps(asdict(collected), indent=2, allow_nan=False) if as_json else render.text(collected))
+    print(json.dumps(asdict(collected), indent=2, allow_nan=False) if as_json else text.text(collected))
     return 0 if collected.passed else 1
 
 

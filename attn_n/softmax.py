@@ -7,8 +7,8 @@ import math
 import torch
 from torch import Tensor
 
-from attn_n import validate
-from attn_n.fold import as_tensor, weight_of_n
+from attn_n.call import checks
+from attn_n.sink.rescale import as_tensor, weight_of_n
 
 
 def softmax_n(
@@ -33,21 +33,21 @@ def softmax_n(
 
     The maximum that is subtracted is `max(max_j x_j, log n)`, so that neither a large x nor a large n overflows.
     """
-    validate.for_operators("x", x)
-    n, dim = 0.0 if n is None else n, validate.dimension("dim", -1 if dim is None else dim, x)
+    checks.for_operators("x", x)
+    n, dim = 0.0 if n is None else n, checks.dimension("dim", -1 if dim is None else dim, x)
     if dtype is not None:
-        x = x.to(validate.dtype("dtype", dtype))
+        x = x.to(checks.dtype("dtype", dtype))
     compute = x.to(torch.promote_types(x.dtype, torch.float32))
     if isinstance(n, Tensor):
-        validate.n_values("n", validate.for_operators("n", n))
+        checks.n_values("n", checks.for_operators("n", n))
         reduced = list(x.shape)
         if reduced:
             reduced[dim] = 1
-        if not validate.broadcasts(n.shape, reduced):
+        if not checks.broadcasts(n.shape, reduced):
             raise ValueError(f"n: expected a shape that broadcasts to {tuple(reduced)}, got {tuple(n.shape)}")
         n = n.to(device=x.device, dtype=torch.promote_types(n.dtype, compute.dtype))
     else:
-        n = as_tensor(validate.n_number("n", n), x.device)
+        n = as_tensor(checks.n_number("n", n), x.device)
     top = compute.detach().amax(dim, keepdim=True) if x.numel() else compute.detach().sum(dim, keepdim=True)
     top = torch.maximum(top, n.detach().log().to(top.dtype))
     top = top.masked_fill(top == -math.inf, 0.0)

@@ -20,13 +20,13 @@ import triton
 from torch import Tensor
 from triton.backends.compiler import GPUTarget
 
-from attn_n import fused_fold
 from attn_n.backends.triton import hopper
 from attn_n.backends.triton.hopper.configs import BACKWARD, FORWARD
 from attn_n.backends.triton.portable import configs
 from attn_n.backends.triton.portable.prepare import padded_rows, prepared
 from attn_n.backends.triton.problem import describe
 from attn_n.call import Options
+from attn_n.sink import fused
 
 
 class Target(NamedTuple):
@@ -168,9 +168,9 @@ def compiled_folds(target: str) -> Iterator[tuple[str, int, Any]]:
     for width in (64, 96, 128, 256):
         out = torch.empty(1, 2, 256, width, dtype=torch.bfloat16)
         row, tile = lse.stride(), out.stride()
-        fold = fused_fold.prepared("scale", out.device, out.dtype, out.shape, (tile,), (row, row), 0)
+        fold = fused.prepared("scale", out.device, out.dtype, out.shape, (tile,), (row, row), 0)
         yield "fold", width, fold.compiled(out, lse, lse, None, 1.0)
-        gradient = fused_fold.prepared("gradient", out.device, out.dtype, out.shape, (tile, tile), (None, row), 1)
+        gradient = fused.prepared("gradient", out.device, out.dtype, out.shape, (tile, tile), (None, row), 1)
         yield "gradient of n", width, gradient.compiled(out, out, None, lse, sinks, shares)
 
 

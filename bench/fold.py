@@ -16,8 +16,10 @@ from typing import Any, TypeVar
 
 import torch
 
-from attn_n import UnsupportedError, flash_attention_n, fused_fold, registry
+from attn_n import UnsupportedError, flash_attention_n
+from attn_n.backends import registry
 from attn_n.backends.base import Family
+from attn_n.sink import fused
 from bench import interleaved
 from bench.clocks import CudaClock, Run
 from bench.machine import commit, machine
@@ -62,9 +64,9 @@ def _one_fold(width: int, layout: str, clock: CudaClock) -> dict[str, Any]:
     copy, per_head = torch.empty_like(out), torch.zeros(heads, device="cuda")
     runs: dict[str, Run] = {
         "copy": lambda: copy.copy_(out),
-        "fold, n = 1": lambda: fused_fold.scale_(out, lse, 0.0, packed),
-        "fold, n per head": lambda: fused_fold.scale_(out, lse, per_head, packed),
-        "gradient of n": lambda: fused_fold.gradient_of_n(dout, None, out, lse, per_head, packed),
+        "fold, n = 1": lambda: fused.scale_(out, lse, 0.0, packed),
+        "fold, n per head": lambda: fused.scale_(out, lse, per_head, packed),
+        "gradient of n": lambda: fused.gradient_of_n(dout, None, out, lse, per_head, packed),
     }
     seconds = _medians(runs, clock)
     ratios = {name: round(seconds[name] / seconds["copy"], 3) for name in runs if name != "copy"}

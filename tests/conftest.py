@@ -14,8 +14,10 @@ import torch
 if not torch.cuda.is_available():  # on a CPU Triton's kernels run under its interpreter, chosen when they are defined
     os.environ["TRITON_INTERPRET"] = "1"
 
-from attn_n import functional, plans, registry
+from attn_n.backends import registry
 from attn_n.backends.base import Backend, Family
+from attn_n.call import canonical
+from attn_n.dispatch import forced, plans
 
 LONGEST = ("ahead_of_time", "test_random_calls", "inductor")
 
@@ -32,9 +34,9 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 @pytest.fixture(autouse=True)
 def automatic(monkeypatch: pytest.MonkeyPatch) -> None:
     """No test depends on the variable of the shell that runs it, and each starts from the same random state."""
-    monkeypatch.delenv(registry.ENVIRONMENT_VARIABLE, raising=False)
+    monkeypatch.delenv(forced.ENVIRONMENT_VARIABLE, raising=False)
     plans.forget()
-    monkeypatch.setattr(functional, "_warned", True)  # of rows without keys, which many cases have on purpose
+    monkeypatch.setattr(canonical, "_warned", True)  # of rows without keys, which many cases have on purpose
     torch.manual_seed(0)
 
 

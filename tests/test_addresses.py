@@ -14,10 +14,11 @@ from torch import Tensor
 
 pytest.importorskip("triton")
 
-from attn_n import flash_attention_n_varlen, fold, functional, fused_fold
+from attn_n import flash_attention_n_varlen
 from attn_n.backends.triton import portable
 from attn_n.backends.triton.problem import describe
-from attn_n.call import Options, Request
+from attn_n.call import Options, Request, canonical
+from attn_n.sink import fused, rescale
 from tests import compare
 from tests.cases import INTERPRETED, Case, absent, make
 from tests.test_registry import gpu_call
@@ -87,12 +88,12 @@ def test_the_fold(device: str, dim: int) -> None:
     out = torch.randn(1, 3, 4, 3, device=device, dtype=torch.float16)
     lse, log_n = torch.randn(1, 3, 4, device=device), torch.tensor([0.0, 1.0, -1.0], device=device)
     far = far_apart(out, dim)
-    exact = fold.gradient_of_n(out.double(), None, out.double(), lse.double(), log_n.double(), False)
-    got = fused_fold.gradient_of_n(far, None, out, lse, log_n, False)
+    exact = rescale.gradient_of_n(out.double(), None, out.double(), lse.double(), log_n.double(), False)
+    got = fused.gradient_of_n(far, None, out, lse, log_n, False)
     assert torch.allclose(got.double(), exact, rtol=1e-5, atol=1e-5)
     exact = out.double()
-    fold.scale_(exact, lse.double(), log_n.double(), False)
-    fused_fold.scale_(far, lse, log_n, False)
+    rescale.scale_(exact, lse.double(), log_n.double(), False)
+    fused.scale_(far, lse, log_n, False)
     assert torch.allclose(far.double(), exact, rtol=1e-3, atol=1e-7)
 
 
@@ -131,7 +132,7 @@ def test_a_window_of_packed_sequences(device: str, backend: str, window: tuple[i
     starts = torch.tensor([0, 40, 90], dtype=torch.int32, device=device)
     q, k, v = (torch.randn(90, 2, 64, device=device, dtype=torch.bfloat16) for _ in range(3))
     packing = q, k, v, starts, starts, 50, 50
-    call = functional._prepare_varlen(*packing, request(window)).call
+    call = canonical.varlen(*packing, request(window)).call
     assert (call.window_left, call.window_right) == tuple(None if side is None else 50 for side in window)
     out = flash_attention_n_varlen(*packing, sm_n=1.0, window=window, backend=backend)
     expected = flash_attention_n_varlen(*packing, sm_n=1.0, backend="reference")

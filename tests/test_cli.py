@@ -13,11 +13,14 @@ import pytest
 import torch
 from torch import Tensor
 
-from attn_n import __main__, fold, registry, render, report, selfcheck, timing
+from attn_n import __main__
+from attn_n.backends import registry
 from attn_n.backends.base import Backend
 from attn_n.backends.reference import Reference
 from attn_n.call import AttentionCall
-from attn_n.report import collect
+from attn_n.doctor import report, selfcheck, text, timing
+from attn_n.doctor.report import collect
+from attn_n.sink import rescale
 
 CPU = torch.device("cpu")
 SMALL = {"cpu": timing.Workload(torch.float32, 1, 1, 8, (16, 32)), "cuda": timing.WORKLOADS["cuda"]}
@@ -47,7 +50,7 @@ def no_interpreter(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.fixture
 def without_n(monkeypatch: pytest.MonkeyPatch) -> None:
     """A fold that ignores n, as a library without n would."""
-    monkeypatch.setattr(fold, "scale_", lambda out, lse, log_n, packed: None)
+    monkeypatch.setattr(rescale, "scale_", lambda out, lse, log_n, packed: None)
 
 
 def small_report() -> report.Report:
@@ -91,7 +94,7 @@ def test_the_command_prints_one_json_object(tmp_path: Path) -> None:
 @pytest.mark.usefixtures("only_cpu")
 def test_the_text_has_a_line_for_each_finding() -> None:
     collected = small_report()
-    lines = [line.split() for line in render.text(collected).splitlines()]
+    lines = [line.split() for line in text.text(collected).splitlines()]
     assert ["torch", torch.__version__] in lines
     for check in collected.checks:
         assert any(line[:2] == [check.backend, check.dtype] and "PASS" in line for line in lines)
@@ -101,7 +104,7 @@ def test_the_text_has_a_line_for_each_finding() -> None:
             line[:1] == [row.backend] and [word for word in line if word in ("yes", "no")] == verdicts for line in lines
         )
     assert ["(1)", "PyTorch's", "fused", "kernels", "have", "no", "softcap"] in lines
-    assert "not served" not in render.text(collected)
+    assert "not served" not in text.text(collected)
 
 
 @pytest.mark.usefixtures("only_cpu", "without_n")
@@ -171,10 +174,10 @@ def test_other_peoples_backends_are_listed_with_their_own_errors(monkeypatch: py
     assert {row.backend for row in collected.timings}.isdisjoint(odd)
     json.dumps([check.error for check in checks.values()], allow_nan=False)
 
-    text = render.text(collected)
-    assert problem in text
-    assert "no kernel image" in text
-    assert "and more about it" not in text
+    said = text.text(collected)
+    assert problem in said
+    assert "no kernel image" in said
+    assert "and more about it" not in said
 
 
 def test_a_backend_that_fails_only_when_timed_keeps_its_row(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -15,14 +15,8 @@ from torch.torch_version import TorchVersion
 from torch.utils.checkpoint import checkpoint
 from torch.utils.flop_counter import FlopCounterMode
 
-from attn_n import (
-    UnsupportedError,
-    flash_attention_n,
-    flash_attention_n_varlen,
-    register_backend,
-    registry,
-    use_backend,
-)
+from attn_n import UnsupportedError, flash_attention_n, flash_attention_n_varlen, register_backend, use_backend
+from attn_n.backends import registry
 from tests.cases import INTERPRETED
 from tests.oracle import attention_n
 

@@ -12,7 +12,8 @@ import torch
 from torch import Tensor
 
 import attn_n
-from attn_n import flash_attention_n, flash_attention_n_varlen, functional
+from attn_n import flash_attention_n, flash_attention_n_varlen
+from attn_n.call import canonical
 from tests.cases import INTERPRETED
 
 
@@ -396,7 +397,7 @@ def test_a_scale_below_the_normal_numbers_counts_where_the_logits_are_large() ->
 
 def test_most_rows_without_keys(monkeypatch: pytest.MonkeyPatch, recwarn: pytest.WarningsRecorder) -> None:
     """Said once of (B, L, H, E) passed for (B, H, L, E), by the line that called."""
-    monkeypatch.setattr(functional, "_warned", False)
+    monkeypatch.setattr(canonical, "_warned", False)
     q, k = torch.randn(2, 12, 8, 16), torch.randn(2, 12, 2, 16)
     flash_attention_n(q, k, k)
     flash_attention_n(q[:, :, :4], k, k, causal=True)  # half of the rows are no more than half

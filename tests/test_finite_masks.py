@@ -14,7 +14,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from attn_n import flash_attention_n, flash_attention_n_varlen, registry
+from attn_n import flash_attention_n, flash_attention_n_varlen
+from attn_n.backends import registry
 from attn_n.backends.sdpa.cpu import CpuFlash
 from tests.cases import INTERPRETED, absent
 

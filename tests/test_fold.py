@@ -9,12 +9,13 @@ import pytest
 import torch
 from torch import Tensor
 
-from attn_n import flash_attention_n, fold
+from attn_n import flash_attention_n
+from attn_n.sink import rescale
 from tests.cases import INTERPRETED
 
 pytest.importorskip("triton")
 
-from attn_n import fused_fold
+from attn_n.sink import fused
 
 PLACES = [
     pytest.param("cpu", marks=pytest.mark.skipif(not INTERPRETED, reason="the kernels are compiled for the GPU here")),
@@ -70,9 +71,9 @@ def test_scale(device: str, layout: str, width: int, kind: str, dtype: torch.dty
     log_n = log_n_of(kind, device)
     exact_n = log_n.double() if isinstance(log_n, Tensor) else log_n
     exact, exact_lse = out.double(), lse.double()
-    fold.scale_(exact, exact_lse, exact_n, packed)
-    exact_lse = fold.with_n(exact_lse, exact_n, packed)
-    lse_n = fused_fold.scale_(out, lse, log_n, packed)
+    rescale.scale_(exact, exact_lse, exact_n, packed)
+    exact_lse = rescale.with_n(exact_lse, exact_n, packed)
+    lse_n = fused.scale_(out, lse, log_n, packed)
     assert lse_n.stride() == lse.stride()
     relative = 2e-6 if dtype == torch.float32 else torch.finfo(dtype).eps
     assert torch.allclose(out.double(), exact, rtol=relative, atol=1e-7)
@@ -91,10 +92,10 @@ def test_rows_that_n_does_not_change(device: str, dtype: torch.dtype) -> None:
     for off in (1e-3, -1e-3):
         out, lse = numbers[None, None, None], torch.full((1, 1, 1), edge + off, device=device)
         found = out.clone()
-        fused_fold.scale_(found, lse, 0.0, False)
+        fused.scale_(found, lse, 0.0, False)
         rounded = (out.double() * torch.sigmoid(lse.double())[..., None]).to(dtype)
         assert torch.equal(found, out) == torch.equal(rounded, out) == (off > 0)
-    fused_fold.scale_(found, lse, torch.full((1,), math.nan, device=device), False)
+    fused.scale_(found, lse, torch.full((1,), math.nan, device=device), False)
     assert bool(found.isnan().all())
 
 
@@ -109,11 +110,11 @@ def test_gradient_of_n(device: str, layout: str, of: str, with_dlse: bool, dtype
     lse, dlse = rows_of(layout, device), rows_of(layout, device).nan_to_num(0.0, neginf=0.3) if with_dlse else None
     log_n = torch.tensor([-1.0, -math.inf, 2.0], device=device) if of == "log n" else None
     wide = [None if x is None else x.double() for x in (dout, dlse, out, lse, log_n)]
-    exact = fold.gradient_of_n(*wide, packed)  # type: ignore[arg-type]
+    exact = rescale.gradient_of_n(*wide, packed)  # type: ignore[arg-type]
     for of_dout in (dout, dout[..., :1].expand(dout.shape)):
         if of_dout is not dout:
-            exact = fold.gradient_of_n(of_dout.double(), *wide[1:], packed)  # type: ignore[arg-type]
-        got = [fused_fold.gradient_of_n(of_dout, dlse, out, lse, log_n, packed) for _ in range(2)]
+            exact = rescale.gradient_of_n(of_dout.double(), *wide[1:], packed)  # type: ignore[arg-type]
+        got = [fused.gradient_of_n(of_dout, dlse, out, lse, log_n, packed) for _ in range(2)]
         assert torch.equal(*got), "the same bits each time"
         assert torch.allclose(got[0].double(), exact, rtol=2e-5, atol=1e-3)
 
@@ -121,7 +122,7 @@ def test_gradient_of_n(device: str, layout: str, of: str, with_dlse: bool, dtype
 @pytest.mark.parametrize("device", PLACES)
 def test_a_gradient_that_exp_would_overflow(device: str) -> None:
     out, lse = torch.zeros(1, 2, 4, 8, device=device), torch.full((1, 2, 4), -300.0, device=device)
-    assert torch.equal(fused_fold.gradient_of_n(out, None, out, lse, None, False).cpu(), torch.zeros(2))
+    assert torch.equal(fused.gradient_of_n(out, None, out, lse, None, False).cpu(), torch.zeros(2))
 
 
 @pytest.mark.parametrize(
@@ -140,15 +141,15 @@ def test_kernels_that_cannot_be_imported(
     """Without Triton torch does it and nothing is said; anything else that costs the kernels is said, once."""
 
     def fail(module: str) -> object:
-        assert module == "attn_n.fused_fold"
+        assert module == "attn_n.sink.fused"
         raise error
 
-    monkeypatch.setattr(fold.importlib, "import_module", fail)
-    fold._kernels.cache_clear()
+    monkeypatch.setattr(rescale.importlib, "import_module", fail)
+    rescale._kernels.cache_clear()
     try:
-        assert fold._kernels() is fold._kernels() is None
+        assert rescale._kernels() is rescale._kernels() is None
     finally:
-        fold._kernels.cache_clear()
+        rescale._kernels.cache_clear()
     warnings = [str(warning.message) for warning in recwarn]
     assert len(warnings) == (said is not None)
     for warning in warnings:
@@ -160,10 +161,8 @@ def test_kernels_that_cannot_be_imported(
 def test_the_kernels_are_what_runs_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     ran = []
     for name in ("scale_", "gradient_of_n"):
-        original = getattr(fused_fold, name)
-        monkeypatch.setattr(
-            fused_fold, name, lambda *x, name=name, original=original: (ran.append(name), original(*x))[1]
-        )
+        original = getattr(fused, name)
+        monkeypatch.setattr(fused, name, lambda *x, name=name, original=original: (ran.append(name), original(*x))[1])
     q, k, v = (torch.randn(1, 2, 40, 64, device="cuda", dtype=torch.bfloat16, requires_grad=True) for _ in range(3))
     n = torch.ones(2, device="cuda", requires_grad=True)
     flash_attention_n(q, k, v, sm_n=n, backend="sdpa:flash").sum().backward()
@@ -174,10 +173,10 @@ def test_the_kernels_are_what_runs_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> 
 def test_more_than_2_to_the_31_elements() -> None:
     out = torch.ones(2, 16, 2**21, 64, device="cuda", dtype=torch.bfloat16)
     lse = torch.zeros(out.shape[:3], device="cuda")
-    lse = fused_fold.scale_(out, lse, 0.0, False)
+    lse = fused.scale_(out, lse, 0.0, False)
     assert bool((out == 0.5).all())
     assert torch.allclose(lse, torch.full((), math.log(2.0), device="cuda"))
     assert torch.allclose(
-        fused_fold.gradient_of_n(out, None, out, lse, None, False).double(),
+        fused.gradient_of_n(out, None, out, lse, None, False).double(),
         torch.tensor(-(2**22) * 0.5 * 16.0, device="cuda", dtype=torch.float64), rtol=1e-3,
     )  # fmt: skip

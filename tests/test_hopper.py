@@ -433,7 +433,7 @@ TILES = sorted({(width, tile) for width, tiles in BACKWARD.items() for tile in t
 @pytest.mark.parametrize(("width", "tile_q"), TILES)
 def test_the_passes_around_the_backward(width: int, tile_q: int, device: str) -> None:
     """150 queries in each head: what they leave in whole tiles of rows, and dq out of those."""
-    from attn_n.backends.triton.hopper.passes import prepare_kernel, round_kernel
+    from attn_n.backends.triton.hopper.backward_passes import prepare_kernel, round_kernel
 
     batch, heads, length, tiles = 2, 3, 150, -(-150 // tile_q)
     out, dout = (torch.randn(batch, heads, length, width, device=device).half() for _ in "od")
@@ -477,7 +477,7 @@ def as_products_lie(tiles: torch.Tensor) -> torch.Tensor:
 @pytest.mark.parametrize(("width", "tile_q"), TILES)
 def test_the_passes_of_packed_sequences(width: int, tile_q: int, device: str) -> None:
     """Each sequence begins with a tile, and what lies in the others reaches none of its rows, be it NaN."""
-    from attn_n.backends.triton.hopper.passes import prepare_kernel, round_kernel
+    from attn_n.backends.triton.hopper.backward_passes import prepare_kernel, round_kernel
 
     lengths, heads = [5, 0, 150, 64, 1, 0, 128, 70, 0], 3
     starts = boundaries(lengths, device)
@@ -526,7 +526,7 @@ def boundaries(lengths: list[int], device: str) -> torch.Tensor:
 @pytest.mark.parametrize("batch", [1, 5, 130, 1100])
 def test_the_order_of_packed_tiles(batch: int, device: str) -> None:
     """Each tile once, those of sequences with many keys first; of more than 1,024 sequences so in each 1,024."""
-    from attn_n.backends.triton.hopper.packed import HEADER, order_kernel
+    from attn_n.backends.triton.hopper.schedule import HEADER, order_kernel
 
     pick, tile = random.Random(batch), 64
     lengths, keys = ([pick.choice([0, 1, 64, pick.randint(0, 300)]) for _ in range(batch)] for _ in "qk")

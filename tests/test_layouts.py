@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from attn_n import UnsupportedError, flash_attention_n
-from attn_n.backends.layout import of_width
+from attn_n.backends.adapt.layout import of_width
 from attn_n.call import Options
 from tests import compare
 from tests.cases import LAYOUTS, Case, absent, laid_out, make, must_serve

@@ -13,12 +13,13 @@ import pytest
 import torch
 from torch import Tensor
 
-from attn_n import UnsupportedError, flash_attention_n, registry
+from attn_n import UnsupportedError, flash_attention_n
+from attn_n.backends.adapt.efficient import MemoryEfficientBackend
+from attn_n.backends.adapt.library import Library
+from attn_n.backends.adapt.signatures import changed_function
 from attn_n.backends.flash_attn import version_2, version_3, version_4
-from attn_n.backends.library import Library
-from attn_n.backends.memory_efficient import MemoryEfficientBackend
-from attn_n.backends.signatures import changed_function
 from attn_n.call import Options
+from attn_n.dispatch import serving
 from tests import compare
 from tests.cases import Case, absent, make
 from tests.test_registry import gpu_call
@@ -31,7 +32,7 @@ INSTALLED = [
 
 
 def why_not(backend: str, **changes: object) -> str | None:
-    return registry.why_not(backend, gpu_call(**changes))
+    return serving.why_not(backend, gpu_call(**changes))
 
 
 WINDOW = {"window_left": 3, "window_right": None}

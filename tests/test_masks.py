@@ -13,8 +13,10 @@ from torch.nn.attention.flex_attention import create_block_mask
 from torch.testing._internal.two_tensor import TwoTensor
 
 import attn_n
-from attn_n import UnsupportedError, explain, flash_attention_n, flash_attention_n_varlen, registry
+from attn_n import UnsupportedError, explain, flash_attention_n, flash_attention_n_varlen
+from attn_n.backends import registry
 from attn_n.call import AttentionCall, Options
+from attn_n.dispatch import serving
 from tests import compare
 from tests.cases import HOPPER, INTERPRETED, Case, absent, make
 from tests.oracle import attention_n
@@ -95,7 +97,7 @@ def test_causal_bias_beside_others(changes: dict[str, Any], device: str, backend
     case = Case("", **{"batch": 1, "len_q": 66, "len_k": 130, "size": 64, "size_v": 64} | changes)
     inputs = make(case, torch.float32 if device == "cpu" else torch.bfloat16, device)
     bias = causal_upper_left(case.len_q, case.len_k)
-    reason = registry.why_not(
+    reason = serving.why_not(
         backend, explain(inputs.q, inputs.k, inputs.v, **inputs.keywords | {"attn_mask": bias}).call
     )
     if reason is not None:
@@ -163,7 +165,7 @@ def test_flash_attention_has_no_negative_side(left: int | None, backend: str, mo
     """There -1 is a side without a limit."""
     monkeypatch.setattr(torch.backends.cudnn, "is_available", lambda: True)
     for right in (-1, -44):
-        reason = registry.why_not(backend, gpu_call(window_left=left, window_right=right))
+        reason = serving.why_not(backend, gpu_call(window_left=left, window_right=right))
         wanted = "used here without mask, ALiBi, window" if backend == "sdpa:cudnn" else "right side is negative"
         assert wanted in str(reason)
 
@@ -175,7 +177,7 @@ def test_a_window_that_the_hopper_kernels_cannot_wait_in(
     """A role would wait for a block of keys that nobody brings."""
     hopper = pytest.importorskip("attn_n.backends.triton.hopper")
     monkeypatch.setattr(hopper, "tested", lambda: True)
-    reason = registry.why_not("triton:hopper", gpu_call(window_left=left, window_right=-6))
+    reason = serving.why_not("triton:hopper", gpu_call(window_left=left, window_right=-6))
     assert (reason is None) == served
     assert served or "holds no key" in str(reason)
 

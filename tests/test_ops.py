@@ -16,7 +16,8 @@ from torch._subclasses import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
-from attn_n import Backend, flash_attention_n, flash_attention_n_varlen, register_backend, registry, use_backend
+from attn_n import Backend, flash_attention_n, flash_attention_n_varlen, register_backend, use_backend
+from attn_n.backends import registry
 from attn_n.call import Options
 from tests.cases import CASES, Case, make
 from tests.oracle import attention_n

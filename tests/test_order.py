@@ -8,7 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from attn_n import AttentionCall, order
+from attn_n import AttentionCall
+from attn_n.dispatch import order
 from bench import derived, lengths
 from bench.problem import Problem
 from bench.record import Point, load

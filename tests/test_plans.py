@@ -10,7 +10,9 @@ import torch
 from torch import Tensor
 
 import attn_n
-from attn_n import flash_attention_n, plans, registry
+from attn_n import flash_attention_n
+from attn_n.backends import registry
+from attn_n.dispatch import plans
 from tests.oracle import attention_n
 
 

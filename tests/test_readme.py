@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from attn_n import registry
+from attn_n.backends import registry
 
 README = Path(__file__).parent.parent / "README.md"
 

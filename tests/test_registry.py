@@ -16,8 +16,10 @@ import torch
 from torch import Tensor
 
 import attn_n
-from attn_n import AttentionCall, Backend, UnsupportedError, flash_attention_n, order, registry, use_backend
+from attn_n import AttentionCall, Backend, UnsupportedError, flash_attention_n, use_backend
+from attn_n.backends import registry
 from attn_n.call import Options
+from attn_n.dispatch import choose, explanation, order
 
 
 class Eager(Backend):
@@ -249,7 +251,7 @@ def test_entry_points(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_operators_that_pytorch_changed() -> None:
     """why_not names the operator that is not as it was."""
-    from attn_n.backends.signatures import changed_operator
+    from attn_n.backends.adapt.signatures import changed_operator
 
     name = "aten::_scaled_dot_product_flash_attention_for_cpu"
     assert changed_operator(f"{name}(query, key, value, dropout_p, is_causal, *, attn_mask, scale) -> 2") is None
@@ -372,7 +374,7 @@ def test_the_choice_on_other_machines(changes: dict[str, object], chosen: str, m
 
     monkeypatch.setattr(torch.backends.cudnn, "is_available", lambda: True)
     monkeypatch.setattr(hopper, "tested", lambda: True)  # whatever the Triton here
-    assert registry.choose(gpu_call(**changes), None)[0] == chosen
+    assert choose.choose(gpu_call(**changes), None)[0] == chosen
 
 
 @pytest.mark.parametrize(
@@ -406,10 +408,10 @@ def test_the_choice_beside_flash_attention(
     monkeypatch.setattr(hopper, "tested", lambda: True)
     for version in ("3", "4"):
         monkeypatch.setattr(registry.find(f"flash_attn:{version}")[0], "why_not", lambda call: None)
-    explanation = registry.explain(gpu_call(**changes), None)
-    assert explanation.chosen == chosen
-    assert ("by speed on an H100" in explanation.asked_by) == ("capability" not in changes)
-    assert [line[:2] for line in str(explanation).splitlines()].count("->") == 1
+    explained = explanation.explain(gpu_call(**changes), None)
+    assert explained.chosen == chosen
+    assert ("by speed on an H100" in explained.asked_by) == ("capability" not in changes)
+    assert [line[:2] for line in str(explained).splitlines()].count("->") == 1
 
 
 @pytest.mark.parametrize(
@@ -443,7 +445,7 @@ def test_the_choice_can_be_compiled(
             q_shape=tuple(q.shape), k_shape=tuple(k.shape), v_shape=tuple(k.shape), q_stride=q.stride(),
             k_stride=k.stride(), v_stride=k.stride(), sequences=sequences, **fields,
         )  # fmt: skip
-        return registry.choose(call, None)[0], q + 1
+        return choose.choose(call, None)[0], q + 1
 
     torch.compiler.reset()
     compiled = torch.compile(chosen, fullgraph=True, dynamic=True, backend="eager")
@@ -463,20 +465,20 @@ def test_explain_says_why_cudnn_is_in_no_order(monkeypatch: pytest.MonkeyPatch) 
     for capability in ((8, 0), (9, 0), (10, 0), (12, 0)):
         for changes in ({}, long, {"needs_grad": False, "window_right": 0}, {"n_kind": "float"}):
             call = gpu_call(**changes, capability=capability)
-            explanation = registry.explain(call, None)
-            verdict = next(verdict for verdict in explanation.verdicts if verdict.name == "sdpa:cudnn")
+            explained = explanation.explain(call, None)
+            verdict = next(verdict for verdict in explained.verdicts if verdict.name == "sdpa:cudnn")
             assert (verdict.reason, verdict.rank) == (None, None)
             assert not any("cudnn" in name for name in order.automatic(call))
             said = "serves it, when asked for by name: it builds a plan for every new shape (about 50 ms)"
-            assert f"sdpa:cudnn {said}" in " ".join(str(explanation).split())
+            assert f"sdpa:cudnn {said}" in " ".join(str(explained).split())
             # The family leaves it out, too; its own name takes it, and is what the arrow points at.
-            assert registry.choose(call, "sdpa")[0] == "sdpa:flash"
-            named = registry.explain(call, "sdpa:cudnn")
-            assert named.chosen == registry.choose(call, "sdpa:cudnn")[0] == "sdpa:cudnn"
+            assert choose.choose(call, "sdpa")[0] == "sdpa:flash"
+            named = explanation.explain(call, "sdpa:cudnn")
+            assert named.chosen == choose.choose(call, "sdpa:cudnn")[0] == "sdpa:cudnn"
             assert "-> sdpa:cudnn" in str(named)
             assert str(named).count("-> ") == 1
     masked = gpu_call(mask_shape=(1, 1, 256, 256), mask_dtype=torch.bool)
-    assert "sdpa:cudnn no: is used here without mask" in " ".join(str(registry.explain(masked, None)).split())
+    assert "sdpa:cudnn no: is used here without mask" in " ".join(str(explanation.explain(masked, None)).split())
 
 
 def test_a_backend_of_ours_that_is_broken_is_said_once(monkeypatch: pytest.MonkeyPatch) -> None:

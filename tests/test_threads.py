@@ -20,8 +20,10 @@ import torch
 from torch import Tensor
 
 import attn_n
-from attn_n import flash_attention_n, order, registry
-from attn_n.backends.library import Library
+from attn_n import flash_attention_n
+from attn_n.backends import registry
+from attn_n.backends.adapt.library import Library
+from attn_n.dispatch import order, serving
 from tests.oracle import attention_n
 from tests.test_registry import Eager, inputs
 
@@ -147,7 +149,7 @@ def test_a_module_that_asks_for_itself_while_another_thread_waits_for_it(
     gate.open()
     assert imported.result(SECONDS).SAID["third"] == "is being imported, and is there when that is done"
     second.result(SECONDS)
-    assert registry.why_not("third", attn_n.explain(*inputs(), True).call) is None
+    assert serving.why_not("third", attn_n.explain(*inputs(), True).call) is None
     monkeypatch.delitem(sys.modules, "third_self")
 
 
@@ -228,7 +230,9 @@ FIRST_CALLS = """
 import sys, threading
 import torch
 import attn_n
-from attn_n import flash_attention_n, registry
+from attn_n import flash_attention_n
+from attn_n.dispatch import choose
+from attn_n.backends import registry
 from tests.oracle import attention_n
 
 scenario, count = sys.argv[1], 6

@@ -6,8 +6,8 @@ from collections.abc import Mapping, Sequence
 
 from torch import Tensor
 
-from attn_n import fold
 from attn_n.call import AttentionCall, Options
+from attn_n.sink import rescale
 
 
 class Backend:
@@ -19,7 +19,7 @@ class Backend:
         name: what `backend=` and `ATTN_N_BACKEND` call it.
         summary: one line on what it is.
         applies_n: forward returns `out` and `lse` with n inside. Otherwise it gets no n and returns plain softmax
-            attention, and `attn_n.fold` applies n for it.
+            attention, and `attn_n.sink.rescale` applies n for it.
         differentiates: the backend implements `attend` out of differentiable torch operations, in place of the pair
             `forward` and `backward`.
     """
@@ -84,7 +84,7 @@ class Backend:
         options: Options,
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """The same, and the `(Hq,)` gradient of `log_n` `(Hq,)`, or without that the gradient of n itself."""
-        dn = fold.gradient_of_n(dout, dlse, out, lse, log_n, options.cu_seqlens_q is not None)
+        dn = rescale.gradient_of_n(dout, dlse, out, lse, log_n, options.cu_seqlens_q is not None)
         return *self.backward(dout, dlse, q, k, v, out, lse, rng_state, options), dn
 
     def attend(

@@ -12,11 +12,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from attn_n import packed
+from attn_n.backends.adapt import one_by_one
+from attn_n.backends.adapt.dense_bias import dense_bias
 from attn_n.backends.base import Backend
-from attn_n.bias import dense_bias
 from attn_n.call import AttentionCall, Options
-from attn_n.fold import as_tensor, weight_of_n
+from attn_n.sink.rescale import as_tensor, weight_of_n
 
 
 class Reference(Backend):
@@ -86,11 +86,11 @@ def _attend_packed(
 ) -> tuple[Tensor, Tensor | None]:
     """Each sequence of packed (T, H, E) tensors as a batch of one."""
     outs, lses = [q.new_zeros((0, q.shape[1], v.shape[2]))], [q.new_zeros((0, q.shape[1]))]
-    for queries, keys, alone in packed.sequences(options, q.shape[0], k.shape[0]):
+    for queries, keys, alone in one_by_one.sequences(options, q.shape[0], k.shape[0]):
         one_q, one_k, one_v = (
-            packed.batch_of_one(q, queries),
-            packed.batch_of_one(k, keys),
-            packed.batch_of_one(v, keys),
+            one_by_one.batch_of_one(q, queries),
+            one_by_one.batch_of_one(k, keys),
+            one_by_one.batch_of_one(v, keys),
         )
         out, lse = _attend(one_q, one_k, one_v, n, n_is_logit, alone, return_lse)
         outs.append(out[0].transpose(0, 1))

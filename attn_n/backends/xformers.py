@@ -1,4 +1,4 @@
-"""xFormers, by the explicit forward and backward of memory_efficient_attention; `attn_n.fold` applies n."""
+"""xFormers, by the explicit forward and backward of memory_efficient_attention; `attn_n.sink.rescale` applies n."""
 
 from __future__ import annotations
 
@@ -11,13 +11,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from attn_n.backends import flash_2
+from attn_n.backends.adapt import flash2
+from attn_n.backends.adapt.efficient import MemoryEfficientBackend
+from attn_n.backends.adapt.flash import FlashBackend, sequences
+from attn_n.backends.adapt.layout import aligned_bias, key_head_each, rounds_bias
+from attn_n.backends.adapt.library import IMPORTING, Library
+from attn_n.backends.adapt.signatures import changed_function
 from attn_n.backends.base import Backend, Family
-from attn_n.backends.flash import FlashBackend, sequences
-from attn_n.backends.layout import aligned_bias, key_head_each, rounds_bias
-from attn_n.backends.library import IMPORTING, Library
-from attn_n.backends.memory_efficient import MemoryEfficientBackend
-from attn_n.backends.signatures import changed_function
 from attn_n.call import AttentionCall, Options
 from attn_n.compilation import constant_when_compiled
 
@@ -103,7 +103,7 @@ class Flash(FlashBackend):
             return "has masks of packed sequences for full and for causal attention and causal windows alone"
         if call.needs_grad and torch.are_deterministic_algorithms_enabled():
             return "is not deterministic"
-        return flash_2.unserved(call) or problem("flash")
+        return flash2.unserved(call) or problem("flash")
 
     def kernel_forward(self, q: Tensor, k: Tensor, v: Tensor, options: Options) -> tuple[Tensor, Tensor, Tensor | None]:
         fmha, lengths = _fmha(), sequences(options, q, k)
@@ -111,7 +111,7 @@ class Flash(FlashBackend):
             *_tensors(options, q, k, v), attn_bias=_mask(options, q, k), scale=options.scale,
             op=fmha.flash.FwOp,
         )  # fmt: skip
-        lse = flash_2.rows_without_keys(lse, options, lengths)
+        lse = flash2.rows_without_keys(lse, options, lengths)
         return (out, lse, None) if lengths.starts_q is None else (out[0], lse[0], None)
 
     def kernel_backward(

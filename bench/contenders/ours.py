@@ -8,9 +8,10 @@ import torch
 from torch import Tensor
 
 import attn_n
-from attn_n import registry
+from attn_n.backends import registry
 from attn_n.backends.base import Family
 from attn_n.call import AttentionCall
+from attn_n.dispatch import choose, serving
 from bench.contenders.base import KINDS_OF_N, Attend, Contender, Passes, by_autograd, too_large_for_quadratic
 from bench.contenders.flash_attn import MEASURES_3
 from bench.problem import FORWARD, PASSES, Inputs, Problem
@@ -52,7 +53,7 @@ def _contender(backend: str | None, n: str) -> Contender:
         return passes if training else passes._replace(forward=torch.no_grad()(passes.forward))
 
     def why_not(problem: Problem) -> str | None:
-        reason = registry.why_not(backend, _call(problem, n, training)) if backend is not None else None
+        reason = serving.why_not(backend, _call(problem, n, training)) if backend is not None else None
         return reason or (too_large_for_quadratic(problem) if backend == "reference" else None)
 
     return Contender(
@@ -61,7 +62,7 @@ def _contender(backend: str | None, n: str) -> Contender:
         prepare,
         why_not,
         measures,
-        backend=lambda problem, gradients: registry.choose(_call(problem, n, gradients and training), backend)[0],
+        backend=lambda problem, gradients: choose.choose(_call(problem, n, gradients and training), backend)[0],
         ours=True,
         apart=backend == "reference",
     )

@@ -5,11 +5,11 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from attn_n.backends import flash_2
+from attn_n.backends.adapt import flash2
+from attn_n.backends.adapt.flash import FlashBackend, sequences
+from attn_n.backends.adapt.library import Library
+from attn_n.backends.adapt.signatures import changed_operator
 from attn_n.backends.base import gradients_like
-from attn_n.backends.flash import FlashBackend, sequences
-from attn_n.backends.library import Library
-from attn_n.backends.signatures import changed_operator
 from attn_n.call import AttentionCall, Options
 from attn_n.compilation import constant_when_compiled
 
@@ -43,18 +43,18 @@ class FlashAttention2(FlashBackend):
             return f"needs compute capability 8.0 or later, got {call.capability}"
         if call.softcap is not None and call.dropout_p:
             return "takes no dropout together with softcap"
-        return flash_2.unserved(call) or problem()
+        return flash2.unserved(call) or problem()
 
     def kernel_forward(self, q: Tensor, k: Tensor, v: Tensor, options: Options) -> tuple[Tensor, Tensor, Tensor | None]:
         lengths = sequences(options, q, k)
-        visible = flash_2.visible(options, lengths)
+        visible = flash2.visible(options, lengths)
         how = _how(options, visible)
         library = torch.ops.flash_attn
         if lengths.starts_q is None:
             out, lse, _, rng_state = library._flash_attn_forward(q, k, v, *how, False)
         else:
             out, lse, _, rng_state = library._flash_attn_varlen_forward(q, k, v, *lengths[:3], visible.max_k, *how)
-        return out, flash_2.rows_without_keys(lse, options, lengths), rng_state if options.dropout_p else None
+        return out, flash2.rows_without_keys(lse, options, lengths), rng_state if options.dropout_p else None
 
     def kernel_backward(
         self,
@@ -69,7 +69,7 @@ class FlashAttention2(FlashBackend):
         options: Options,
     ) -> tuple[Tensor, Tensor, Tensor]:
         lengths = sequences(options, q, k)
-        visible = flash_2.visible(options, lengths)
+        visible = flash2.visible(options, lengths)
         how = *_how(options, visible), torch.are_deterministic_algorithms_enabled(), rng_state
         dq, dk, dv = gradients_like(q, k, v)
         library = torch.ops.flash_attn
@@ -80,7 +80,7 @@ class FlashAttention2(FlashBackend):
         return dq, dk, dv
 
 
-def _how(options: Options, visible: flash_2.Visible) -> tuple[float, float, bool, int, int, float, Tensor | None]:
+def _how(options: Options, visible: flash2.Visible) -> tuple[float, float, bool, int, int, float, Tensor | None]:
     return (
         options.dropout_p, options.scale, visible.causal, visible.left, visible.right, options.softcap or 0.0,
         options.alibi_slopes,

@@ -1,4 +1,4 @@
-"""PyTorch's own fused kernels, by their explicit forward and backward operators; n is applied by `attn_n.fold`."""
+"""PyTorch's own fused kernels, by their explicit forward and backward operators; `attn_n.sink` applies n."""
 
 from __future__ import annotations
 

@@ -6,10 +6,10 @@ import torch
 from torch import Tensor
 from torch.torch_version import TorchVersion
 
-from attn_n.backends.layout import key_head_each
-from attn_n.backends.rectangles import RectangleBackend
+from attn_n.backends.adapt.blockwise import RectangleBackend
+from attn_n.backends.adapt.layout import key_head_each
+from attn_n.backends.adapt.signatures import changed_operator
 from attn_n.backends.sdpa import aten
-from attn_n.backends.signatures import changed_operator
 from attn_n.call import AttentionCall
 
 _SIGNATURES = (

@@ -12,13 +12,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from attn_n.backends import flash_2
+from attn_n.backends.adapt import flash2
+from attn_n.backends.adapt.efficient import MemoryEfficientBackend
+from attn_n.backends.adapt.flash import FlashBackend, sequences
+from attn_n.backends.adapt.layout import HALF, aligned_bias, of_width, rounds_bias
+from attn_n.backends.adapt.signatures import changed_operator
 from attn_n.backends.base import Backend, empty_in_order, lies_in_order, memory_order
-from attn_n.backends.flash import FlashBackend, sequences
-from attn_n.backends.layout import HALF, aligned_bias, of_width, rounds_bias
-from attn_n.backends.memory_efficient import MemoryEfficientBackend
 from attn_n.backends.sdpa import aten
-from attn_n.backends.signatures import changed_operator
 from attn_n.call import AttentionCall, Options
 from attn_n.compilation import constant_when_compiled
 
@@ -53,16 +53,16 @@ class FlashAttention(FlashBackend):
             return f"needs compute capability 8.0 or later, got {call.capability}"
         if call.alibi:
             return "PyTorch builds FlashAttention without ALiBi"
-        return flash_2.unserved(call)
+        return flash2.unserved(call)
 
     def kernel_forward(self, q: Tensor, k: Tensor, v: Tensor, options: Options) -> tuple[Tensor, Tensor, Tensor | None]:
         lengths = sequences(options, q, k)
-        causal, left, right, max_k = flash_2.visible(options, lengths)
+        causal, left, right, max_k = flash2.visible(options, lengths)
         out, lse, rng_state, _, _ = torch.ops.aten._flash_attention_forward(
             q, k, v, *lengths[:3], max_k, options.dropout_p, causal, False,
             scale=options.scale, window_size_left=left, window_size_right=right,
         )  # fmt: skip
-        lse = flash_2.rows_without_keys(lse, options, lengths)
+        lse = flash2.rows_without_keys(lse, options, lengths)
         return out, lse, rng_state.view(torch.int64) if options.dropout_p else None
 
     def kernel_backward(
@@ -78,7 +78,7 @@ class FlashAttention(FlashBackend):
         options: Options,
     ) -> tuple[Tensor, Tensor, Tensor]:
         lengths = sequences(options, q, k)
-        causal, left, right, max_k = flash_2.visible(options, lengths)
+        causal, left, right, max_k = flash2.visible(options, lengths)
         state = q.new_empty(2, dtype=torch.uint64) if rng_state is None else rng_state.view(torch.uint64)
         gradients: tuple[Tensor, Tensor, Tensor] = torch.ops.aten._flash_attention_backward(
             dout, q, k, v, out, lse, *lengths[:3], max_k, options.dropout_p, causal,

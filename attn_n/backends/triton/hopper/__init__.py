@@ -11,8 +11,8 @@ import torch
 import triton
 from torch import Tensor
 
+from attn_n.backends.adapt.layout import HALF
 from attn_n.backends.base import empty_in_order, gradients_like
-from attn_n.backends.layout import HALF
 from attn_n.backends.triton.portable import PortableKernels
 from attn_n.backends.triton.problem import describe, fits_descriptors
 from attn_n.call import AttentionCall, Options

@@ -44,8 +44,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_wait,
 )
 
-from attn_n.backends.triton.hopper.pipeline import Packed, barriers, rounded, tiles_of, told
-from attn_n.backends.triton.hopper.producer import (
+from attn_n.backends.triton.hopper.backward_producer import (
     BEGIN,
     FIELDS,
     FULL_BEGIN,
@@ -63,6 +62,7 @@ from attn_n.backends.triton.hopper.producer import (
     visible,
     write,
 )
+from attn_n.backends.triton.hopper.pipeline import Packed, barriers, rounded, tiles_of, told
 from attn_n.backends.triton.portable.tile import LOG2E, tanh
 
 

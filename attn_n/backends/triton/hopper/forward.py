@@ -36,7 +36,6 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_wait,
 )
 
-from attn_n.backends.triton.hopper.packed import rows_of_sequence, sequence_of, tile_and_head
 from attn_n.backends.triton.hopper.pipeline import (
     Packed,
     Rows,
@@ -50,6 +49,7 @@ from attn_n.backends.triton.hopper.pipeline import (
     tiles_of,
     told,
 )
+from attn_n.backends.triton.hopper.schedule import rows_of_sequence, sequence_of, tile_and_head
 from attn_n.backends.triton.portable.tile import LN2, LOG2E, tanh
 
 STRIP = gl.constexpr(64)  # queries of a consumer: the rows of a wgmma

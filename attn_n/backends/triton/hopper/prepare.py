@@ -10,13 +10,13 @@ from torch import Tensor
 
 from attn_n.backends.triton.hopper import configs
 from attn_n.backends.triton.hopper.backward import backward_kernel
+from attn_n.backends.triton.hopper.backward_passes import prepare_kernel, round_kernel
 from attn_n.backends.triton.hopper.backward_wide import wide_kernel
 from attn_n.backends.triton.hopper.configs import Config
 from attn_n.backends.triton.hopper.forward import STRIP, forward_kernel
-from attn_n.backends.triton.hopper.packed import BLOCK, HEADER, order_kernel
-from attn_n.backends.triton.hopper.passes import prepare_kernel, round_kernel
-from attn_n.backends.triton.launch import Launch
+from attn_n.backends.triton.hopper.schedule import BLOCK, HEADER, order_kernel
 from attn_n.backends.triton.problem import Problem, Strides
+from attn_n.launcher import Launch
 
 
 class Forward(NamedTuple):

@@ -5,13 +5,13 @@ from __future__ import annotations
 import functools
 from typing import Any
 
-from attn_n.backends.triton.launch import Launch
 from attn_n.backends.triton.portable import configs
 from attn_n.backends.triton.portable.backward import dkdv_kernel, dq_kernel
 from attn_n.backends.triton.portable.configs import Config
 from attn_n.backends.triton.portable.forward import forward_kernel
 from attn_n.backends.triton.portable.tile import ROW_PADDING
 from attn_n.backends.triton.problem import Problem
+from attn_n.launcher import Launch
 
 
 @functools.lru_cache(1024)

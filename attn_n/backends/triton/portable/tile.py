@@ -5,7 +5,7 @@ a floating mask logits are natural: its `finfo.min` times log2(e) would be -inf,
 An argument that is None (a mask, a side of the window, ...) is None when the kernel is compiled, and costs nothing.
 
 Addresses have 64 bits. Triton gives an integer argument 32 bits if its value fits, a stride too, and a product of
-two of those has 32 bits as well. Hence in every kernel of this package and of `attn_n.fold_kernels` whatever is
+two of those has 32 bits as well. Hence in every kernel of this package and of `attn_n.sink.kernels` whatever is
 multiplied by a stride or by a length (batch, head, row, column, key, the start of a sequence) is first made int64, and
 so are the products of batch and heads. Only these stay within 32 bits:
 

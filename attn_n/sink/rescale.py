@@ -3,7 +3,7 @@
 With `lse_n = logaddexp(lse, log n)`, the logarithm of the whole denominator: `out_n = out * exp(lse - lse_n)`.
 All of it works in the dtype of lse: an lse in bfloat16 would cost up to 10 % in the factor.
 
-Here by torch, and on a GPU with Triton by the kernels of `attn_n.fused_fold`, which move less memory.
+Here by torch, and on a GPU with Triton by the kernels of `attn_n.sink.fused`, which move less memory.
 """
 
 from __future__ import annotations
@@ -73,7 +73,7 @@ def gradient_of_n(
 
 
 def _fused(out: Tensor, lse: Tensor) -> Any:
-    """`attn_n.fused_fold` for tensors that its kernels serve, or None."""
+    """`attn_n.sink.fused` for tensors that its kernels serve, or None."""
     return _kernels() if out.is_cuda and lse.dtype == torch.float32 and out.numel() else None
 
 
@@ -81,7 +81,7 @@ def _fused(out: Tensor, lse: Tensor) -> Any:
 def _kernels() -> Any:
     """None without Triton: torch gives the same numbers."""
     try:
-        return importlib.import_module("attn_n.fused_fold")
+        return importlib.import_module("attn_n.sink.fused")
     except Exception as error:  # a broken Triton can raise anything
         if not (isinstance(error, ModuleNotFoundError) and error.name == "triton"):
             warnings.warn(

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from attn_n.backends.layout import key_head_each
-from attn_n.backends.rectangles import RectangleBackend
+from attn_n.backends.adapt.blockwise import RectangleBackend
+from attn_n.backends.adapt.layout import key_head_each
 
 
 class MemoryEfficientBackend(RectangleBackend):

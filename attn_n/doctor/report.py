@@ -11,9 +11,11 @@ from typing import Any
 import torch
 
 import attn_n
-from attn_n import order, registry, selfcheck, timing
+from attn_n.backends import registry
 from attn_n.backends.base import Family
 from attn_n.call import AttentionCall
+from attn_n.dispatch import order, serving
+from attn_n.doctor import selfcheck, timing
 
 DISTRIBUTIONS = ("triton", "flash-attn", "flash-attn-3", "tokenspeed-fa3", "flash-attn-4", "xformers")
 
@@ -139,10 +141,10 @@ def _support(device: Device) -> Iterator[Support]:
 
 
 def _reasons(name: str, members: list[str], call: AttentionCall) -> list[str]:
-    reason = registry.why_not(name, call)
+    reason = serving.why_not(name, call)
     if reason is None:
         return []
-    refusals = dict.fromkeys(refusal for member in members if (refusal := registry.why_not(member, call)))
+    refusals = dict.fromkeys(refusal for member in members if (refusal := serving.why_not(member, call)))
     return list(refusals) or [reason]
 
 

@@ -14,8 +14,8 @@ import torch
 import triton
 from torch import Tensor
 
-from attn_n.backends.triton.launch import Launch
-from attn_n.fold_kernels import gradient_kernel, scale_kernel
+from attn_n.launcher import Launch
+from attn_n.sink.kernels import gradient_kernel, scale_kernel
 
 _TILE = 8192  # elements
 _OPTIONS = {"num_warps": 4, "num_stages": 1}

@@ -12,8 +12,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from attn_n.call.errors import UnsupportedError
 from attn_n.functional import flash_attention_n
-from attn_n.registry import UnsupportedError
 
 PEER = "torch SDPA, n = 0"
 MOST_REPEATS = 100

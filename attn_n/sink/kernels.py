@@ -1,4 +1,4 @@
-"""The kernels of `attn_n.fused_fold`, in Triton's own language.
+"""The kernels of `attn_n.sink.fused`, in Triton's own language.
 
 On 64-bit addressing see `attn_n.backends.triton.portable.tile`.
 """

@@ -12,8 +12,10 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from attn_n import ops, registry, validate
-from attn_n.call import Options, Request
+from attn_n.autograd import operators
+from attn_n.backends import registry
+from attn_n.call import Options, Request, checks
+from attn_n.dispatch import forced
 
 _VALUES = frozenset((NoneType, bool, int, float, tuple, str))
 _MOST = 1024  # then they are forgotten: lengths may never come again
@@ -25,7 +27,7 @@ class Plan(NamedTuple):
     """How to run a call whose tensors are canonical as they come."""
 
     options: Options
-    how: ops.How
+    how: operators.How
     needs_grad: bool
 
 
@@ -34,7 +36,7 @@ _plans: dict[Key, Plan] = {}
 
 def key(q: Tensor, k: Tensor, v: Tensor, request: Request) -> Key | None:
     """All that the plan of a call depends on, if it is a call that can be planned."""
-    if ops.watched(q) or type(k) not in validate.PLAIN or type(v) not in validate.PLAIN:
+    if operators.watched(q) or type(k) not in checks.PLAIN or type(v) not in checks.PLAIN:
         return None
     device = "cpu" if q.is_cpu else "cuda" if q.is_cuda else None
     if device is None or torch.is_autocast_enabled(device):
@@ -45,7 +47,7 @@ def key(q: Tensor, k: Tensor, v: Tensor, request: Request) -> Key | None:
     if q.is_neg() or k.is_neg() or v.is_neg() or (n is not None and n.is_neg()):
         return None
     # The values of a tensor on a CPU are looked at in each call.
-    if n is not None and not validate.readable(n):
+    if n is not None and not checks.readable(n):
         learned, of_n = learned or n.requires_grad, (n is request.sinks, n.shape, n.dtype, n.device)
         request = request._replace(sm_n=None) if n is request.sm_n else request._replace(sinks=None)
     try:
@@ -57,14 +59,14 @@ def key(q: Tensor, k: Tensor, v: Tensor, request: Request) -> Key | None:
         tuple(map(type, request)), request, tuple(map(type, window)) if type(window) is tuple else (),
         shapes, q.dtype, k.dtype, v.dtype,
         q.device, k.device, v.device, torch.is_grad_enabled() and learned, of_n,
-        registry.forced(request.backend), registry.generation(),
+        forced.forced(request.backend), registry.generation(),
     )  # fmt: skip
 
 
 def tensor_n(request: Request) -> Tensor | None:
     """n or log n, if it is a plain tensor."""
     n = request.sm_n if request.sinks is None else request.sinks
-    return n if type(n) in validate.PLAIN else None  # type: ignore[return-value]
+    return n if type(n) in checks.PLAIN else None  # type: ignore[return-value]
 
 
 def find(known: Key | None) -> Plan | None:

@@ -15,11 +15,10 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from attn_n import packed
-from attn_n.backends import large_bias
+from attn_n.backends.adapt import large_bias, one_by_one
+from attn_n.backends.adapt.dense_bias import dense_bias
+from attn_n.backends.adapt.layout import lse_as_value_column, narrowed, of_width
 from attn_n.backends.base import Backend, empty_in_order, memory_order
-from attn_n.backends.layout import lse_as_value_column, narrowed, of_width
-from attn_n.bias import dense_bias
 from attn_n.call import Options
 
 
@@ -66,7 +65,7 @@ class RectangleBackend(Backend):
     ) -> tuple[Tensor, Tensor, Tensor | None]:
         if options.cu_seqlens_q is None:
             return *self._forward(q, k, v, options), None
-        return *packed.forward_one_by_one(self._forward, q, k, v, options), None
+        return *one_by_one.forward_one_by_one(self._forward, q, k, v, options), None
 
     def backward(
         self,
@@ -82,7 +81,7 @@ class RectangleBackend(Backend):
     ) -> tuple[Tensor, Tensor, Tensor]:
         if options.cu_seqlens_q is None:
             return self._backward(dout, dlse, q, k, v, out, lse, options)
-        return packed.backward_one_by_one(self._backward, dout, dlse, q, k, v, out, lse, options)
+        return one_by_one.backward_one_by_one(self._backward, dout, dlse, q, k, v, out, lse, options)
 
     def _forward(self, q: Tensor, k: Tensor, v: Tensor, options: Options) -> tuple[Tensor, Tensor]:
         size_v = v.shape[3]

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 
-from attn_n.report import Device, Report
-from attn_n.timing import Timing
+from attn_n.doctor.report import Device, Report
+from attn_n.doctor.timing import Timing
 
 
 def text(report: Report) -> str:

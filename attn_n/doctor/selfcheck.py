@@ -9,8 +9,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from attn_n.call.errors import UnsupportedError
 from attn_n.functional import flash_attention_n
-from attn_n.registry import UnsupportedError
 
 BATCH, HEADS, SIZE = 2, 4, 64
 

@@ -7,8 +7,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from attn_n.backends.adapt.layout import HALF, common_width, lse_as_value_column, narrowed, of_width
 from attn_n.backends.base import Backend
-from attn_n.backends.layout import HALF, common_width, lse_as_value_column, narrowed, of_width
 from attn_n.call import AttentionCall, Options
 
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 import zlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -18,10 +18,13 @@ from torch import Tensor
 from torch._C import _functorch
 from torch.autograd import forward_ad
 
-from attn_n import autocast, batching, flops, fold, registry, transforms
+from attn_n.autograd import batching, flops
+from attn_n.backends import registry
 from attn_n.backends.base import Backend, empty_in_order, lies_in_order
-from attn_n.call import Options, describe
-from attn_n.validate import PLAIN
+from attn_n.call import AttentionCall, Options, autocast, describe, transforms
+from attn_n.call.checks import PLAIN
+from attn_n.call.errors import UnsupportedError
+from attn_n.sink import rescale
 
 _OPTIONS = (
     "float scale, SymInt? window_left, SymInt? window_right, float? softcap, float dropout_p, Tensor? mask,"
@@ -37,6 +40,14 @@ _BACKWARD = (
 _PURE, _RANDOM = "forward", "forward_with_dropout"
 
 ANY_BACKEND = ""  # in place of a name: the choice is made when the operator runs
+_choose: Callable[[AttentionCall], Backend]
+
+
+def choose_by(choose: Callable[[AttentionCall], Backend]) -> None:
+    """What chooses then. It is handed in from above: the operators know backends, and not how one is chosen."""
+    global _choose
+    _choose = choose
+
 
 _library: Any = torch.library.Library("attn_n", "DEF")
 _library.define(
@@ -276,8 +287,8 @@ class _Backward(torch.autograd.Function):
         raise _no_second_derivative(ctx.backend)
 
 
-def _no_second_derivative(backend: str) -> registry.UnsupportedError:
-    return registry.UnsupportedError(
+def _no_second_derivative(backend: str) -> UnsupportedError:
+    return UnsupportedError(
         f"backend {backend!r} has no double backward: its gradients cannot be differentiated again.\n"
         "To do: use backend='reference', which is differentiable any number of times."
     )
@@ -319,7 +330,7 @@ def _eager_forward(
     log_of_n = log_n if n is None else _log_per_head(q, n, n_is_logit)
     if q.numel() == 0 or k.numel() == 0:
         out, lse = _nothing_to_see(q, v)
-        return out, lse if log_of_n is None else fold.with_n(lse, log_of_n, packed), None
+        return out, lse if log_of_n is None else rescale.with_n(lse, log_of_n, packed), None
     chosen = _chosen(backend, q, k, v, n, options)
     if chosen.differentiates:
         with torch.no_grad():
@@ -329,7 +340,7 @@ def _eager_forward(
     if log_of_n is None or chosen.applies_n:
         return chosen.forward(q, k, v, log_of_n, options)
     out, lse, rng_state = chosen.forward(q, k, v, None, options)
-    return out, fold.apply_(out, lse, log_of_n, packed, lse_wanted), rng_state
+    return out, rescale.apply_(out, lse, log_of_n, packed, lse_wanted), rng_state
 
 
 def _eager_backward(
@@ -346,13 +357,13 @@ def _eager_backward(
     if q.numel() == 0 or k.numel() == 0:
         dq, dk, dv, dn = torch.zeros_like(q), torch.zeros_like(k), torch.zeros_like(v), lse.new_empty(0)
         if needs_n_grad:
-            dn = fold.gradient_of_n(dout, dlse, out, lse, log_n, options.cu_seqlens_q is not None)
+            dn = rescale.gradient_of_n(dout, dlse, out, lse, log_n, options.cu_seqlens_q is not None)
         return dq, dk, dv, _shaped_as(dn, n)
     if rows_may_be_empty:
-        lse, dlse = fold.lse_for_backward(lse, dlse)
+        lse, dlse = rescale.lse_for_backward(lse, dlse)
     chosen = _chosen(backend, q, k, v, n, options)
     if chosen.differentiates:
-        raise registry.UnsupportedError(
+        raise UnsupportedError(
             f"an exported program that was compiled cannot be differentiated by {chosen.name}, which is chosen here.\n"
             "To do: name a backend that has a backward, by use_backend or ATTN_N_BACKEND."
         )
@@ -372,7 +383,7 @@ def _chosen(name: str, q: Tensor, k: Tensor, v: Tensor, n: Tensor | None, option
     # What one of the two passes does not know is left out: whether a number n is 0, and whether lse has a gradient.
     n_kind = "float" if n is None else "per head"
     call = describe(q, k, v, options, n_kind=n_kind, return_lse=needs_grad, needs_grad=needs_grad)
-    return registry.choose(call, None)[1]
+    return _choose(call)
 
 
 def _numbers(numbers: Tensor, log_n: float | None, options: Options) -> tuple[float | None, Options]:

@@ -8,8 +8,7 @@ from collections.abc import Callable, Iterator
 import torch
 from torch import Tensor
 
-from attn_n import validate
-from attn_n.call import Options
+from attn_n.call import Options, checks
 
 
 def sequences(options: Options, tokens_q: int, tokens_k: int) -> Iterator[tuple[slice, slice, Options]]:
@@ -19,8 +18,8 @@ def sequences(options: Options, tokens_q: int, tokens_k: int) -> Iterator[tuple[
     """
     if options.cu_seqlens_q is None or options.cu_seqlens_k is None:
         raise TypeError("cu_seqlens_q, cu_seqlens_k: expected tensors, got None")
-    starts_q = validate.boundaries("cu_seqlens_q", options.cu_seqlens_q, tokens_q, options.max_seqlen_q)
-    starts_k = validate.boundaries("cu_seqlens_k", options.cu_seqlens_k, tokens_k, options.max_seqlen_k)
+    starts_q = checks.boundaries("cu_seqlens_q", options.cu_seqlens_q, tokens_q, options.max_seqlen_q)
+    starts_k = checks.boundaries("cu_seqlens_k", options.cu_seqlens_k, tokens_k, options.max_seqlen_k)
     for b in range(len(starts_q) - 1):
         queries, keys = slice(starts_q[b], starts_q[b + 1]), slice(starts_k[b], starts_k[b + 1])
         mask, slopes = options.mask, options.alibi_slopes

@@ -1,28 +1,20 @@
-"""Which backends there are, which of them serves a call, and why the others do not."""
+"""The known backends: the built-in ones, those of entry points, and those that were registered."""
 
 from __future__ import annotations
 
-import contextlib
 import difflib
 import functools
 import importlib
 import importlib.metadata
-import os
 import sys
 import threading
 import warnings
-from collections.abc import Callable, Iterator
-from contextvars import ContextVar
-from dataclasses import dataclass
+from collections.abc import Callable
 
-import torch
-
-from attn_n import order
 from attn_n.backends.base import Backend, Family
-from attn_n.call import AttentionCall
+from attn_n.call.errors import UnsupportedError
 from attn_n.compilation import constant_when_compiled
 
-ENVIRONMENT_VARIABLE = "ATTN_N_BACKEND"
 ENTRY_POINT_GROUP = "attn_n.backends"
 
 # Where each built-in backend lives. A module may import its library at its top: it is imported when first asked for.
@@ -33,52 +25,6 @@ BUILT_IN = {
     "xformers": "attn_n.backends.xformers",
     "reference": "attn_n.backends.reference",
 }
-
-
-class UnsupportedError(NotImplementedError):
-    """No backend, or not the one that was named, serves this call; the text says why and what to do."""
-
-
-@dataclass(frozen=True)
-class Verdict:
-    """What one backend says of one call.
-
-    Attributes:
-        reason: why it does not serve the call; None if it does.
-        rank: its place in the automatic order, counted from 1; None if it serves only when it is named.
-        by_name: why it has no place there, where there is something to say.
-    """
-
-    name: str
-    reason: str | None
-    rank: int | None
-    by_name: str | None = None
-
-
-@dataclass(frozen=True)
-class Explanation:
-    """Which backend serves a call and why, as `explain` returns and prints it."""
-
-    call: AttentionCall
-    chosen: str | None
-    asked_by: str
-    verdicts: tuple[Verdict, ...]
-
-    def __str__(self) -> str:
-        width = max(len(verdict.name) for verdict in self.verdicts)
-        lines, chosen = [f"call: {self.call}"], self.chosen or ""
-        listed = [verdict.name for verdict in self.verdicts]
-        serving = chosen if chosen in listed else chosen.partition(":")[0]
-        for verdict in self.verdicts:
-            mark = "->" if verdict.name == serving else "  "
-            if verdict.reason is not None:
-                said = f"no: {verdict.reason}"
-            elif verdict.rank is None:
-                said = "serves it, when asked for by name" + (f": {verdict.by_name}" if verdict.by_name else "")
-            else:
-                said = f"serves it, number {verdict.rank} in the automatic order"
-            lines.append(f"{mark} {verdict.name:{width}}  {said}")
-        return "\n".join([*lines, f"chosen: {self.chosen or 'none'} ({self.asked_by})"])
 
 
 class _Entry:
@@ -138,17 +84,6 @@ _entries: dict[str, _Entry] = {}
 _entry_points_read = False
 _generation = 0
 _lock = threading.RLock()  # held for a few assignments, and never while foreign code runs
-_innermost: ContextVar[str | None] = ContextVar("attn_n_backend", default=None)
-
-
-class _OfThread(threading.local):
-    """What `_innermost` holds, for torch.compile, which guards an attribute of an object but no context variable."""
-
-    def __init__(self) -> None:
-        self.innermost: str | None = None
-
-
-_of_thread = _OfThread()
 
 
 def register_backend(backend: Backend) -> None:
@@ -242,131 +177,6 @@ def _loaded(name: str, generation: int) -> Backend:
     if backend is None:
         raise UnsupportedError(f"backend {name}: {problem}")
     return backend
-
-
-@contextlib.contextmanager
-def use_backend(name: str | None) -> Iterator[None]:
-    """Within `with use_backend(name):`, calls that pass no `backend=` use that one; None means automatic.
-
-    It holds for this thread or task, the innermost one wins, and it wins over `ATTN_N_BACKEND`. Compiled functions see
-    that of the thread: a task that enters one beside others should call none of them before they are done.
-
-    Raises:
-        TypeError: the name is neither None nor a str.
-        ValueError: the name is unknown.
-    """
-    if name is not None:
-        if not isinstance(name, str):
-            raise TypeError(f"use_backend: expected None or a name, got {type(name).__name__}")
-        find(name)
-    token = None if torch.compiler.is_compiling() else _innermost.set(name or "")
-    before, _of_thread.innermost = _of_thread.innermost, name or ""
-    try:
-        yield
-    finally:
-        if token is None:
-            _of_thread.innermost = before
-        else:
-            _innermost.reset(token)
-            _of_thread.innermost = _innermost.get()  # and not `before`, which may be another task's
-
-
-def forced(backend: str | None) -> tuple[str | None, str]:
-    """The backend that is asked for by name, if any, and who asks."""
-    if backend is not None:
-        if not isinstance(backend, str):
-            raise TypeError(f"backend: expected None or a name, got {type(backend).__name__}")
-        return backend, "backend="
-    named = _of_thread.innermost if torch.compiler.is_compiling() else _innermost.get()
-    if named is not None:
-        return named or None, "use_backend" if named else "automatic"
-    return _of_environment()
-
-
-@constant_when_compiled  # torch.compile does not guard the environment
-def _of_environment() -> tuple[str | None, str]:
-    named = os.environ.get(ENVIRONMENT_VARIABLE)
-    return (named, ENVIRONMENT_VARIABLE) if named else (None, "automatic")
-
-
-def choose(call: AttentionCall, backend: str | None) -> tuple[str, Backend]:
-    """The backend that serves `call`: the one that is asked for, else the first of the automatic order.
-
-    Raises:
-        ValueError: an unknown name.
-        UnsupportedError: the forced backend, or none at all, serves the call.
-    """
-    name, asked_by = forced(backend)
-    try:
-        served = _first(call, order.automatic(call) if name is None else (name,))
-    except ValueError as error:
-        raise ValueError(f"{asked_by}: {str(error).removeprefix('backend: ')}") from None
-    if served is None:
-        raise UnsupportedError(_refusal(call, name, asked_by))
-    return served
-
-
-def _first(call: AttentionCall, candidates: tuple[str, ...]) -> tuple[str, Backend] | None:
-    """The first of the candidates that serves `call`, and of a family its member."""
-    for candidate in candidates:
-        found, _ = find(candidate)
-        if found is None or _beyond(found, call) is not None:
-            continue
-        if isinstance(found, Family):
-            member = found.serving(call)
-            if member is not None:
-                return f"{candidate}:{member}", found.members[member]
-        elif found.why_not(call) is None:
-            return candidate, found
-    return None
-
-
-def explain(call: AttentionCall, backend: str | None) -> Explanation:
-    """What each backend says of `call`, and which one serves it."""
-    name, asked_by = forced(backend)
-    automatic = order.automatic(call)
-    listed: dict[str, str | None] = dict.fromkeys([*automatic, *names()])
-    for known in tuple(listed):
-        backend_known, _ = find(known)
-        if isinstance(backend_known, Family):
-            listed |= {f"{known}:{member}": why for member, why in backend_known.by_name(call).items()}
-    if name is not None and name not in listed:
-        find(name)
-        listed[name] = None
-    verdicts = tuple(
-        Verdict(known, why_not(known, call), automatic.index(known) + 1 if known in automatic else None, by_name)
-        for known, by_name in listed.items()
-    )
-    served = _first(call, automatic if name is None else (name,))
-    chosen = None if served is None else served[0]
-    return Explanation(call, chosen, order.reason(call) if name is None else asked_by, verdicts)
-
-
-def why_not(name: str, call: AttentionCall) -> str | None:
-    """The reason why the backend called `name` does not serve `call`, or None if it does."""
-    backend, problem = find(name)
-    return problem if backend is None else _beyond(backend, call) or backend.why_not(call)
-
-
-def _beyond(backend: Backend, call: AttentionCall) -> str | None:
-    """Why a backend with an explicit backward cannot serve the call under this transform; None if it can."""
-    if call.transform is None or backend.differentiates:
-        return None
-    return f"{call.transform} is served by differentiable operations alone, as those of reference"
-
-
-def _refusal(call: AttentionCall, name: str | None, asked_by: str) -> str:
-    explanation = explain(call, name)
-    who = "no backend serves this call" if name is None else f"backend {name!r} ({asked_by}) does not serve this call"
-    others = [verdict.name for verdict in explanation.verdicts if verdict.reason is None]
-    remedy = (
-        f"use {' or '.join(others)}, or leave the choice to the library" if others else "change the call as said above"
-    )
-    reasons = [f"  {verdict.name}: {verdict.reason or 'serves it'}" for verdict in explanation.verdicts]
-    described = [f"  {call}"]
-    if torch.compiler.is_compiling():  # torch.compile does not trace the text of symbolic lengths
-        described = []
-    return "\n".join([f"{who}:", *described, *reasons, f"To do: {remedy}."])
 
 
 @constant_when_compiled  # which cannot trace what reads them

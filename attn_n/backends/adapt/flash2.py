@@ -7,7 +7,7 @@ from typing import NamedTuple
 
 from torch import Tensor
 
-from attn_n.backends.flash import Sequences
+from attn_n.backends.adapt.flash import Sequences
 from attn_n.call import AttentionCall, Options
 
 

@@ -6,9 +6,9 @@ from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared, mbarrier, tma
 
-from attn_n.backends.triton.hopper.packed import rows_of_sequence, sequence_of, tile_and_head
-from attn_n.backends.triton.hopper.passes import counter_of
+from attn_n.backends.triton.hopper.backward_passes import counter_of
 from attn_n.backends.triton.hopper.pipeline import Packed, Rows, bring, put, tell, tiles_of, told
+from attn_n.backends.triton.hopper.schedule import rows_of_sequence, sequence_of, tile_and_head
 from attn_n.backends.triton.portable.tile import queries_that_see
 
 RUN_TIME = (

@@ -1,0 +1,1 @@
+"""The torch operators attn_n::forward and attn_n::backward, and how they are differentiated."""

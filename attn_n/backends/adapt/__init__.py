@@ -1,0 +1,1 @@
+"""How the kernels of other libraries differ from ours: layouts, blocks, dense biases, signatures."""

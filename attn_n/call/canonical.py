@@ -1,0 +1,238 @@
+"""The canonical form of a call: checked, `(B, H, L, E)` or packed `(T, H, E)`, with one window and one n."""
+
+from __future__ import annotations
+
+import math
+import warnings
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from attn_n.call import autocast, checks, transforms
+from attn_n.call.description import AttentionCall, Options, Request, describe
+
+
+class Canonical(NamedTuple):
+    """A valid call: canonical tensors, its options and its description."""
+
+    q: Tensor
+    k: Tensor
+    v: Tensor
+    n: float | Tensor | None
+    n_is_logit: bool
+    options: Options
+    call: AttentionCall
+    out_shape: Sequence[int]  # of out, but for its last dimension
+
+
+def batch(q: Tensor, k: Tensor, v: Tensor, request: Request, plain: bool = False) -> Canonical:
+    """`plain`: the call has a key, so that nothing surrounds it, and q, k, v and n are plain tensors."""
+    if not plain:
+        checks.not_traced()
+        q, k, v = _autocast(q, k, v)
+    checks.qkv(q, k, v, packed=False)
+    if not plain:
+        q, k, v = _neg_resolved(q), _neg_resolved(k), _neg_resolved(v)
+    if not q.shape[:-3] == k.shape[:-3] == v.shape[:-3]:
+        leading = torch.broadcast_shapes(q.shape[:-3], k.shape[:-3], v.shape[:-3])
+        q, k, v = (x.expand(*leading, *x.shape[-3:]) for x in (q, k, v))
+    shape, mask = q.shape[:-1], request.attn_mask
+    right_of_mask = checks.causal_bias(mask, q.shape[-2], k.shape[-2])
+    if right_of_mask is not None:
+        mask = None
+    if mask is not None:
+        checks.mask(mask, q, (*shape, k.shape[-2]))
+        mask = _canonical_mask(_clamped_to_float32(_neg_resolved(mask), q), q.shape)
+    q, k, v = _canonical(q), _canonical(k), _canonical(v)
+    left, right = _window(request, q.shape[2], k.shape[2], right_of_mask)
+    if right == 0:
+        _warn_of_rows_without_keys(q, k)
+    options = Options(checks.scale(request.sm_scale, q), left, right, mask=mask)
+    return _describe(q, k, v, q.shape[0], request, options, shape, plain)
+
+
+def varlen(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    cu_seqlens_q: Tensor,
+    cu_seqlens_k: Tensor,
+    max_seqlen_q: int,
+    max_seqlen_k: int,
+    request: Request,
+) -> Canonical:
+    checks.not_traced()
+    q, k, v = _autocast(q, k, v)
+    checks.qkv(q, k, v, packed=True)
+    q, k, v = _neg_resolved(q), _neg_resolved(k), _neg_resolved(v)
+    checks.no_causal_bias(request.attn_mask)
+    checks.cu_seqlens("cu_seqlens_q", cu_seqlens_q, q)
+    checks.cu_seqlens("cu_seqlens_k", cu_seqlens_k, q)
+    if cu_seqlens_q.shape != cu_seqlens_k.shape:
+        expected, got = tuple(cu_seqlens_q.shape), tuple(cu_seqlens_k.shape)
+        raise ValueError(f"cu_seqlens_k: expected the shape of cu_seqlens_q, {expected}, got {got}")
+    max_seqlen_q = checks.length("max_seqlen_q", max_seqlen_q)
+    max_seqlen_k = checks.length("max_seqlen_k", max_seqlen_k)
+    if checks.readable(cu_seqlens_q) and checks.readable(cu_seqlens_k):
+        checks.boundaries("cu_seqlens_q", cu_seqlens_q, q.shape[0], max_seqlen_q)
+        checks.boundaries("cu_seqlens_k", cu_seqlens_k, k.shape[0], max_seqlen_k)
+    batch, mask = cu_seqlens_q.shape[0] - 1, request.attn_mask
+    if mask is not None:
+        checks.mask(mask, q, (batch, q.shape[1], max_seqlen_q, max_seqlen_k))
+        mask = _clamped_to_float32(_neg_resolved(mask), q)[(None,) * (4 - mask.dim())]
+    left, right = _window(request)
+    # Sides beyond the longest sequence bound nothing, and the kernels of libraries cut them to 32 bits.
+    left = None if left is None else min(left, max_seqlen_k)
+    right = None if right is None else min(right, max_seqlen_q)
+    options = Options(
+        checks.scale(request.sm_scale, q),
+        left,
+        right,
+        mask=mask,
+        cu_seqlens_q=cu_seqlens_q.contiguous(),
+        cu_seqlens_k=cu_seqlens_k.contiguous(),
+        max_seqlen_q=max_seqlen_q,
+        max_seqlen_k=max_seqlen_k,
+    )
+    return _describe(q, k, v, batch, request, options, q.shape[:-1])
+
+
+def _describe(
+    q: Tensor, k: Tensor, v: Tensor, batch: int, request: Request, options: Options, out_shape: Sequence[int],
+    plain: bool = False,
+) -> Canonical:  # fmt: skip
+    """The checks and the canonical form that batches and packed sequences share."""
+    heads = q.shape[1]
+    sm_n, sinks, slopes = request.sm_n, request.sinks, request.alibi_slopes
+    if sinks is not None and sm_n is not None:
+        raise ValueError("sinks: expected None together with sm_n (a sink is log n), got both")
+    n: float | Tensor | None
+    if sinks is not None or isinstance(sm_n, Tensor):
+        n = _neg_resolved(checks.n_tensor(sm_n, sinks, q, heads))
+        n_kind = "per head" if n.dim() else "scalar tensor"
+    else:
+        n = checks.n_number("sm_n", 0.0 if sm_n is None else sm_n)
+        n, n_kind = (n, "float") if n > 0 else (None, "none")
+    if slopes is not None:
+        compute = torch.promote_types(q.dtype, torch.float32)
+        slopes = _neg_resolved(checks.alibi(slopes, q, batch, heads)).to(compute).expand(batch, heads)
+    softcap, dropout_p = checks.softcap(request.softcap, q), checks.dropout(request.dropout_p)
+    if softcap is not None or dropout_p or slopes is not None:
+        options = options.replaced(softcap=softcap, dropout_p=dropout_p, alibi_slopes=slopes)
+    smallest = 2.3e-308 if q.dtype == torch.float64 else 1.2e-38  # normal number in which logits are computed
+    if options.scale < smallest:  # kernels flush a smaller one to zero, and take the maximum before they scale
+        tiny = options.scale > -smallest
+        q, scale = (q * options.scale, 1.0) if tiny else (-q, -options.scale)
+        options = options.replaced(scale=scale)
+    mask, transform = options.mask, None
+    tensors = q, k, v, n if isinstance(n, Tensor) else None, mask, slopes
+    needing = [x is not None and x.requires_grad for x in tensors]
+    if not plain:
+        needing = [transforms.requires_grad(x) for x in tensors]
+        transform = transforms.beyond_one_backward(*tensors)
+    *_, of_mask, of_slopes = needing
+    differentiates = torch.is_grad_enabled()
+    call = describe(
+        q,
+        k,
+        v,
+        options,
+        n_kind=n_kind,
+        return_lse=checks.flag("return_lse", request.return_lse),
+        needs_grad=differentiates and any(needing),
+        mask_needs_grad=differentiates and of_mask,
+        alibi_needs_grad=differentiates and of_slopes,
+        transform=transform,
+    )
+    return Canonical(q, k, v, n, sinks is not None, options, call, out_shape)
+
+
+_warned = False
+
+
+def _warn_of_rows_without_keys(q: Tensor, k: Tensor) -> None:
+    """Once, where a causal mask leaves most rows without keys: so it does of `(B, L, H, E)` passed for `(B, H, L, E)`.
+
+    With fewer KV heads than query heads nothing else tells: the heads of q pass for queries, those of k for keys.
+    """
+    global _warned
+    if torch.compiler.is_compiling() or _warned or not 0 < 2 * k.shape[2] < q.shape[2]:
+        return
+    _warned = True
+    shapes = f"q {tuple(q.shape)} and k {tuple(k.shape)} were read as (N, heads, length, E)"
+    warnings.warn(
+        f"{q.shape[2] - k.shape[2]} of {q.shape[2]} rows see no key under this causal mask, and are zero: {shapes}. If"
+        " the length comes before the heads, pass q.transpose(1, 2), and k and v so too. (This is said once.)",
+        stacklevel=4,
+    )
+
+
+def _autocast(q: Any, k: Any, v: Any) -> tuple[Any, Any, Any]:
+    """q, k and v, whatever the user passed, in the dtype of an enclosing autocast, which leaves float64 alone."""
+    if not isinstance(q, Tensor):
+        return q, k, v
+    device = q.device.type
+    if not autocast.enabled(device):
+        return q, k, v
+    dtype = torch.get_autocast_dtype(device)
+    cast = (torch.float16, torch.bfloat16, torch.float32)
+    q, k, v = (x.to(dtype) if isinstance(x, Tensor) and x.dtype in cast else x for x in (q, k, v))
+    return q, k, v
+
+
+def _neg_resolved(x: Tensor) -> Tensor:
+    """x with its sign in its memory, which our kernels read: that of a conjugate's imaginary part is a flag beside it.
+
+    In a compiled graph the operators do so by themselves.
+    """
+    return x if torch.compiler.is_compiling() else x.resolve_neg()
+
+
+def _clamped_to_float32(mask: Tensor, q: Tensor) -> Tensor:
+    """A float64 mask beside narrower inputs, its finite values within float32, where the logits are: only -inf hides.
+
+    The gradient passes as through the rounding of any other value.
+    """
+    if mask.dtype != torch.float64 or q.dtype == torch.float64:
+        return mask
+    largest = torch.finfo(torch.float32).max
+    constant = mask.detach()
+    beyond = (constant.abs() > largest) & ~constant.isinf()
+    return torch.where(beyond, constant.clamp(-largest, largest) + (mask - constant), mask)
+
+
+def _canonical(x: Tensor) -> Tensor:
+    """(N, ..., H, L, E) as (B, H, L, E)."""
+    if x.dim() == 4:
+        return x
+    if x.dim() == 2:
+        return x[None, None]
+    return x.reshape(math.prod(x.shape[:-3]), *x.shape[-3:])
+
+
+def _canonical_mask(mask: Tensor, q_shape: Sequence[int]) -> Tensor:
+    """A mask that broadcasts to (N, ..., H, L, S) as one that broadcasts to (B, H, L, S)."""
+    dims = max(4, len(q_shape))
+    mask = mask[(None,) * (dims - mask.dim())]
+    if dims == 4:
+        return mask
+    leading = mask.shape[:-3] if all(size == 1 for size in mask.shape[:-3]) else q_shape[:-3]
+    return mask.expand(*leading, *mask.shape[-3:]).reshape(math.prod(leading), *mask.shape[-3:])
+
+
+def _window(
+    request: Request, len_q: int | None = None, len_k: int | None = None, right_of_mask: int | None = None
+) -> tuple[int | None, int | None]:
+    """The window with `causal` and a CausalBias in it; a side that bounds nothing at these lengths is None."""
+    left, right = checks.window(request.window)
+    if checks.flag("causal", request.causal):
+        right = 0
+    if right_of_mask is not None:
+        right = right_of_mask if right is None else min(right, right_of_mask)
+    if left is not None and len_k is not None and left >= len_k - 1:
+        left = None
+    if right is not None and len_q is not None and right >= len_q - 1:
+        right = None
+    return left, right

@@ -1,0 +1,32 @@
+"""The choice of the backend that serves a call."""
+
+from __future__ import annotations
+
+from attn_n.autograd import operators
+from attn_n.backends.base import Backend
+from attn_n.call import AttentionCall
+from attn_n.call.errors import UnsupportedError
+from attn_n.dispatch import order
+from attn_n.dispatch.explanation import refusal
+from attn_n.dispatch.forced import forced
+from attn_n.dispatch.serving import first
+
+
+def choose(call: AttentionCall, backend: str | None) -> tuple[str, Backend]:
+    """The backend that serves `call`: the one that is asked for, else the first of the automatic order.
+
+    Raises:
+        ValueError: an unknown name.
+        UnsupportedError: the forced backend, or none at all, serves the call.
+    """
+    name, asked_by = forced(backend)
+    try:
+        served = first(call, order.automatic(call) if name is None else (name,))
+    except ValueError as error:
+        raise ValueError(f"{asked_by}: {str(error).removeprefix('backend: ')}") from None
+    if served is None:
+        raise UnsupportedError(refusal(call, name, asked_by))
+    return served
+
+
+operators.choose_by(lambda call: choose(call, None)[1])

@@ -1,0 +1,73 @@
+"""Who asks for which backend: `backend=`, `use_backend`, or the environment variable `ATTN_N_BACKEND`."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import threading
+from collections.abc import Iterator
+from contextvars import ContextVar
+
+import torch
+
+from attn_n.backends import registry
+from attn_n.compilation import constant_when_compiled
+
+ENVIRONMENT_VARIABLE = "ATTN_N_BACKEND"
+
+_innermost: ContextVar[str | None] = ContextVar("attn_n_backend", default=None)
+
+
+class _OfThread(threading.local):
+    """What `_innermost` holds, for torch.compile, which guards an attribute of an object but no context variable."""
+
+    def __init__(self) -> None:
+        self.innermost: str | None = None
+
+
+_of_thread = _OfThread()
+
+
+@contextlib.contextmanager
+def use_backend(name: str | None) -> Iterator[None]:
+    """Within `with use_backend(name):`, calls that pass no `backend=` use that one; None means automatic.
+
+    It holds for this thread or task, the innermost one wins, and it wins over `ATTN_N_BACKEND`. Compiled functions see
+    that of the thread: a task that enters one beside others should call none of them before they are done.
+
+    Raises:
+        TypeError: the name is neither None nor a str.
+        ValueError: the name is unknown.
+    """
+    if name is not None:
+        if not isinstance(name, str):
+            raise TypeError(f"use_backend: expected None or a name, got {type(name).__name__}")
+        registry.find(name)
+    token = None if torch.compiler.is_compiling() else _innermost.set(name or "")
+    before, _of_thread.innermost = _of_thread.innermost, name or ""
+    try:
+        yield
+    finally:
+        if token is None:
+            _of_thread.innermost = before
+        else:
+            _innermost.reset(token)
+            _of_thread.innermost = _innermost.get()  # and not `before`, which may be another task's
+
+
+def forced(backend: str | None) -> tuple[str | None, str]:
+    """The backend that is asked for by name, if any, and who asks."""
+    if backend is not None:
+        if not isinstance(backend, str):
+            raise TypeError(f"backend: expected None or a name, got {type(backend).__name__}")
+        return backend, "backend="
+    named = _of_thread.innermost if torch.compiler.is_compiling() else _innermost.get()
+    if named is not None:
+        return named or None, "use_backend" if named else "automatic"
+    return _of_environment()
+
+
+@constant_when_compiled  # torch.compile does not guard the environment
+def _of_environment() -> tuple[str | None, str]:
+    named = os.environ.get(ENVIRONMENT_VARIABLE)
+    return (named, ENVIRONMENT_VARIABLE) if named else (None, "automatic")
