@@ -2,7 +2,7 @@
 
 from attn_n.backends.base import Backend, Family
 from attn_n.backends.registry import register_backend
-from attn_n.call import AttentionCall, Options
+from attn_n.call import FEATURES, AttentionCall, Gradients, Grads, Options, Saved
 from attn_n.call.errors import UnsupportedError
 from attn_n.dispatch.explanation import Explanation, Verdict
 from attn_n.dispatch.forced import use_backend
@@ -11,11 +11,15 @@ from attn_n.softmax import softmax_n
 from attn_n.version import __version__
 
 __all__ = [
+    "FEATURES",
     "AttentionCall",
     "Backend",
     "Explanation",
     "Family",
+    "Gradients",
+    "Grads",
     "Options",
+    "Saved",
     "UnsupportedError",
     "Verdict",
     "__version__",

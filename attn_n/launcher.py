@@ -1,4 +1,8 @@
-"""The launch of a kernel, prepared once for all calls that look the same."""
+"""How a Triton kernel is launched: what depends on the metadata of a call alone is found once.
+
+Triton takes some 60 us on the host to find the compiled kernel that fits its arguments. That is known from the kernel,
+its constants, and which kinds of numbers it gets; it is asked only where a pointer is not aligned.
+"""
 
 from __future__ import annotations
 
@@ -13,17 +17,15 @@ from torch import Tensor
 # it for loaded, and the interpreter keeps the program that it is in where all threads find it.
 _one_at_a_time = threading.RLock()
 
-
 # Compiled kernels by Triton's specialisation, so that a new length reuses a kernel compiled for another length.
 _compiled: dict[tuple[Any, ...], Any] = {}
 
+# For each device one byte, so that `empty_like` allocates the workspace of a launch: `torch.empty` takes twice as long.
+_workspaces: dict[tuple[int, int], Tensor] = {}
+
 
 class Launch:
-    """One kernel with its tiles and numbers; calling it with the tensors (and log n) of a call launches it.
-
-    Triton takes some 60 us to find the compiled kernel that fits its arguments. That depends on the problem, on which
-    arguments are None, and on the alignment of pointers: for aligned ones what was found is remembered.
-    """
+    """One kernel with its grid, its constants and its numbers; calling it with the tensors of a call launches it."""
 
     def __init__(
         self, kernel: Any, programs: int, device: torch.device, numbers: tuple[Any, ...], constants: dict[str, Any],
@@ -34,6 +36,7 @@ class Launch:
         self._kernel, self._device, self._numbers = kernel, device, numbers
         self._options, self._descriptors = options, descriptors
         self._constants = {name: constants[name] for name in kernel.arg_names if name in constants}
+        self._rest = (*numbers, *self._constants.values())
         self._found: dict[tuple[type, ...], Any] = {}
 
     def __call__(self, *arguments: Tensor | float | None) -> None:
@@ -46,24 +49,29 @@ class Launch:
             self._launch(arguments)
 
     def _launch(self, arguments: tuple[Tensor | float | None, ...]) -> None:
-        aligned = not any(x.data_ptr() % 16 for x in arguments if isinstance(x, Tensor))
-        kinds = tuple(map(type, arguments))
-        found = self._found.get(kinds) if aligned else None
-        if found is not None:
-            found(*arguments, *self._numbers, *self._constants.values())
-            return
-        key = self._specialization(arguments) if aligned else None
-        compiled = _compiled.get(key) if key is not None else None
-        if compiled is not None:
-            self._found[kinds] = found = compiled[self.programs, 1, 1]
-            found(*arguments, *self._numbers, *self._constants.values())
-            return
+        # Addresses, where Triton's launcher would ask each tensor for its own, and the driver what it points to.
+        pointers = [x.data_ptr() if isinstance(x, Tensor) else x for x in arguments]
+        aligned = not any([x & 15 for x in pointers if x.__class__ is int])
+        kinds = tuple([x.__class__ for x in arguments])
+        if aligned:
+            found = self._found.get(kinds) or self._find(kinds, arguments)
+            if found is not None:
+                found(*pointers, *self._rest)
+                return
         with _one_at_a_time:
             compiled = self._kernel[self.programs,](*arguments, *self._numbers, **self._constants, **self._options)
-            if aligned and compiled is not None:  # Triton's interpreter compiles nothing
-                self._found[kinds] = compiled[self.programs, 1, 1]
-                if key is not None:
-                    _compiled[key] = compiled
+        if aligned and compiled is not None:  # Triton's interpreter compiles nothing
+            self._found[kinds] = compiled[self.programs, 1, 1]
+            key = self._specialization(arguments)
+            if key is not None:
+                _compiled[key] = compiled
+
+    def _find(self, kinds: tuple[type, ...], arguments: tuple[Tensor | float | None, ...]) -> Any:
+        """What was compiled for another launch of the same specialisation."""
+        compiled = _compiled.get(self._specialization(arguments))  # type: ignore[arg-type]
+        if compiled is not None:
+            self._found[kinds] = compiled[self.programs, 1, 1]
+        return self._found.get(kinds)
 
     def _specialization(self, arguments: tuple[Tensor | float | None, ...]) -> tuple[Any, ...] | None:
         """As fine as Triton's own, or finer: it leaves some of the numbers alone."""
@@ -71,7 +79,7 @@ class Launch:
             return None
         return (
             id(self._kernel), self._device, *self._constants.values(), *self._options.values(),
-            *(x.dtype if isinstance(x, Tensor) else type(x) for x in arguments), *map(_kind, self._numbers),
+            *[x.dtype if isinstance(x, Tensor) else type(x) for x in arguments], *[_kind(x) for x in self._numbers],
         )  # fmt: skip
 
     def compiled(self, *arguments: Tensor | float | None) -> Any:
@@ -85,9 +93,13 @@ def _kind(x: Any) -> Any:
     """Integers that are 1, that are multiples of 16, and that need 64 bits have kernels of their own."""
     if type(x) is int:
         return 1 if x == 1 else (16 if x % 16 == 0 else 0) + (0 if -(2**31) <= x < 2**31 else 64)
-    return tuple(map(_kind, x)) if isinstance(x, tuple) else type(x)
+    return tuple([_kind(y) for y in x]) if isinstance(x, tuple) else type(x)
 
 
 def _workspace(size: int, alignment: int, stream: int | None) -> Tensor:
     """Memory for the descriptors that a kernel writes for itself."""
-    return torch.empty(size, dtype=torch.int8, device="cuda")
+    key = torch.cuda.current_device(), size
+    like = _workspaces.get(key)
+    if like is None:
+        like = _workspaces[key] = torch.empty(1, dtype=torch.int8, device="cuda").expand(size)
+    return torch.empty_like(like)

@@ -23,8 +23,8 @@ from triton.backends.compiler import GPUTarget
 from attn_n.backends.triton import hopper
 from attn_n.backends.triton.hopper.configs import BACKWARD, FORWARD
 from attn_n.backends.triton.portable import configs
-from attn_n.backends.triton.portable.prepare import padded_rows, prepared
-from attn_n.backends.triton.problem import describe
+from attn_n.backends.triton.portable.prepare import launch, padded_rows
+from attn_n.backends.triton.problem import describe, kernel_strides
 from attn_n.call import Options
 from attn_n.sink import fused
 
@@ -119,11 +119,11 @@ def launch_of(
 ) -> Callable[[], Any]:  # fmt: skip
     """The call of one kernel; `tensors` are q, k, v, out, dout, dq, dk and dv, heads first or packed."""
     q, k, v, out, dout, dq, dk, dv = tensors
-    starts = options.cu_seqlens_q, options.cu_seqlens_k
+    starts, gradients = (options.cu_seqlens_q, options.cu_seqlens_k), [kernel_strides(x.stride()) for x in (dq, dk, dv)]
     if kernel == "hopper forward":
         from attn_n.backends.triton.hopper import prepare
 
-        ready = prepare.prepared(describe((q, k, v, out), log_n, options), config)
+        ready = prepare.forward(describe((q, k, v), log_n, options), kernel_strides(out.stride()), config)
         arguments = (q, k, v, out, lse, None, log_n, *starts)
         if compile_only:
             table = q.new_empty(ready.table, dtype=torch.int32) if ready.table else None
@@ -133,32 +133,33 @@ def launch_of(
     if kernel.startswith("hopper backward"):
         from attn_n.backends.triton.hopper import prepare
 
-        launches = prepare.prepared_backward(describe(tuple(tensors), None, options))
+        launches = prepare.backward(describe((q, k, v, out, dout), None, options), *gradients)
         stats, dq_sum = (q.new_empty(size, dtype=torch.float32) for size in (launches.stats, launches.dq_sum))
         table = None if launches.order is None else q.new_empty(launches.table, dtype=torch.int32)
         into = (dk, dv)
         if launches.round_kv:
             into = tuple(q.new_empty(launches.dkv_sum, dtype=torch.float32) for _ in "kv")
-        launch, arguments = {
+        chosen, arguments = {
             "order": (launches.order, (table, *starts)),
             "prepare": (launches.prepare, (out, dout, lse, None, stats, dq_sum, None, None, starts[0])),
             "main": (launches.main, (q, k, v, dout, stats, dq_sum, *into, *starts, table)),
             "round": (launches.round, (dq_sum, dq, starts[0])),
         }[kernel.split()[-1]]
-        return functools.partial(launch.compiled if compile_only else launch, *arguments)
+        return functools.partial(chosen.compiled if compile_only else chosen, *arguments)
     extras = options.mask, options.alibi_slopes, None, None, None
     if kernel == "forward":
-        problem, arguments = describe((q, k, v, out), log_n, options), (q, k, v, out, lse, None, log_n, *extras)
+        problem, arguments = describe((q, k, v), log_n, options), (q, k, v, out, lse, None, log_n, *extras)
+        results = [kernel_strides(out.stride())]
     else:
-        problem = describe(tuple(tensors), None, options)
+        problem, results = describe((q, k, v, out, dout), None, options), gradients
         lse_log2, delta, lost = q.new_zeros(3, problem.heads, padded_rows(problem), dtype=torch.float32)
         lost = lost if problem.float_mask else None
         if kernel == "dq":
             arguments = (q, k, v, out, dout, lse, None, lse_log2, delta, lost, dq, None, None, *extras)
         else:
             arguments = (q, k, v, dout, lse_log2, delta, lost, dk, dv, *extras)
-    launch = prepared(kernel, problem, config)
-    return functools.partial(launch.compiled if compile_only else launch, *arguments)
+    chosen = launch(kernel, problem, results, config)
+    return functools.partial(chosen.compiled if compile_only else chosen, *arguments)
 
 
 def compiled_folds(target: str) -> Iterator[tuple[str, int, Any]]:

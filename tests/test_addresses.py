@@ -101,7 +101,7 @@ def test_the_longest_sequence_is_overstated() -> None:
     """By numbers of which nobody could count the tiles, nor the programs."""
     q, starts, most = torch.randn(9, 2, 16, requires_grad=True), torch.tensor([0, 4, 9], dtype=torch.int32), 2**31 - 1
     options = Options(0.25, most, most, cu_seqlens_q=starts, cu_seqlens_k=starts, max_seqlen_q=most, max_seqlen_k=most)
-    problem = describe((q, q, q, q), None, options)
+    problem = describe((q, q, q), None, options)
     assert (problem.len_q, problem.len_k, problem.window) == (9, 9, (9, 9))
     if INTERPRETED:
         results = []

@@ -14,7 +14,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from attn_n import flash_attention_n, flash_attention_n_varlen
+from attn_n import Gradients, Saved, flash_attention_n, flash_attention_n_varlen
 from attn_n.backends import registry
 from attn_n.backends.sdpa.cpu import CpuFlash
 from tests.cases import INTERPRETED, absent
@@ -230,16 +230,14 @@ class InBase2(CpuFlash):
         out = weights / total.masked_fill(total == 0, 1.0) @ v.repeat_interleave(q.shape[1] // k.shape[1], 1)
         return out, (top / math.log2(math.e) + total.log())[..., 0]
 
-    def kernel_backward(
-        self, dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, causal: bool,
-        bias: Tensor | None, scale: float,
-    ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    def kernel_backward(self, dout: Tensor, saved: Saved, causal: bool, bias: Tensor | None, scale: float) -> Gradients:
         assert bias is not None
+        q, k, v, out, lse, *_ = saved
         groups = q.shape[1] // k.shape[1]
         weights = (self._logits(q, k, scale) + bias - lse[..., None]).exp()
         delta = (dout * out).sum(-1, keepdim=True)
         ds = weights * (dout @ v.repeat_interleave(groups, 1).mT - delta) * scale
-        return ds @ k.repeat_interleave(groups, 1), ds.mT @ q, weights.mT @ dout
+        return Gradients(ds @ k.repeat_interleave(groups, 1), ds.mT @ q, weights.mT @ dout)
 
     def _logits(self, q: Tensor, k: Tensor, scale: float) -> Tensor:
         return q @ k.repeat_interleave(q.shape[1] // k.shape[1], 1).mT * scale

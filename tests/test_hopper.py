@@ -81,15 +81,11 @@ def test_lengths(len_q: int, len_k: int, width: int) -> None:
 @pytest.fixture
 def fresh_launches() -> Iterator[None]:
     """Calls that look the same share a launch, and with it what a test has changed in `configs`."""
-    from attn_n.backends.triton.hopper import prepare  # of a tested release of Gluon alone
+    from attn_n.backends.triton.hopper import call  # of a tested release of Gluon alone
 
-    def forget() -> None:
-        prepare.prepared.cache_clear()
-        prepare.prepared_backward.cache_clear()
-
-    forget()
+    call._calls.clear()
     yield
-    forget()
+    call._calls.clear()
 
 
 @pytest.mark.gpu
@@ -173,7 +169,7 @@ def test_parts_of_a_key_head(heads: int, width: int, monkeypatch: pytest.MonkeyP
 )
 def test_query_heads_of_a_program(changes: dict[str, object], groups: int, heads: int) -> None:
     q = torch.empty(1, 2, 16384, 128, device="meta", dtype=torch.bfloat16)
-    usual = describe((q,) * 8, None, Options(0.1))._replace(heads_kv=2)
+    usual = describe((q,) * 5, None, Options(0.1))._replace(heads_kv=2)
     problem = usual._replace(**changes)
     problem = problem._replace(heads=groups * problem.heads_kv)
     assert configs.heads_of_item(problem, 132) == heads
@@ -193,12 +189,12 @@ def test_query_heads_of_a_program(changes: dict[str, object], groups: int, heads
 )
 @pytest.mark.parametrize("width", WIDTHS)
 def test_who_takes_tiles_by_a_counter(width: int, changes: dict[str, object], counted: bool) -> None:
-    from attn_n.backends.triton.hopper.prepare import prepared
+    from attn_n.backends.triton.hopper.prepare import forward
 
     q = torch.empty(1, 16, 16384, width, device="meta", dtype=torch.bfloat16)
-    problem = describe((q,) * 4, None, Options(0.1))._replace(**changes)
+    problem = describe((q,) * 3, None, Options(0.1))._replace(**changes)
     assert configs.find(problem).counted == counted
-    assert prepared(problem).table == counted
+    assert forward(problem, q.stride()).table == counted
 
 
 def ragged(count: int, mean: int, seed: int = 0) -> tuple[int, ...]:
@@ -603,26 +599,26 @@ assert kernel(256, scale=0.1, window_left=9) is kernel(1, scale=1.0, window_left
     [
         ({}, None),
         ({"window_left": 5, "softcap": 3.0, "n_kind": "per head", "return_lse": True}, None),
-        ({"capability": (9, 0), "dtype": torch.float32}, "computes in float16 and bfloat16, not in float32"),
+        ({"capability": (9, 0), "dtype": torch.float32}, "takes float16 and bfloat16, not float32"),
         ({"capability": (8, 0)}, "runs on compute capability 9.0"),
         ({"capability": (10, 0)}, "runs on compute capability 9.0"),
         ({"v_shape": (2, 8, 256, 128)}, "takes heads of 64, 128, 256 with E = Ev, got 64, 128"),
         (packed, None),
         (packed | {"k_stride": (512, 0, 1)}, "reads strides that are multiples of 16 bytes, and nothing expanded"),
         (packed | {"v_stride": (516, 64, 1)}, "reads strides that are multiples of 16 bytes, and nothing expanded"),
-        (packed | {"alibi": True}, "no attn_mask, alibi_slopes or dropout"),
-        ({"alibi": True}, "no attn_mask, alibi_slopes or dropout"),
+        (packed | {"alibi": True}, "has no alibi_slopes"),
+        ({"alibi": True, "dropout_p": 0.1}, "has no dropout, no alibi_slopes"),
         ({"k_stride": (0, 0, 64, 1)}, "reads strides that are multiples of 16 bytes, and nothing expanded"),
     ],
     ids=str,
 )  # fmt: skip
 def test_why_not(changes: dict[str, object], reason: str | None, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(hopper, "tested", lambda: True)  # whatever the Triton here
-    found = HopperKernels().why_not(gpu_call(**changes))
+    found = HopperKernels().refusal(gpu_call(**changes))
     assert (found is None) if reason is None else str(found).startswith(reason)
 
 
 def test_another_triton(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(hopper.triton, "__version__", "3.9.0")
-    assert HopperKernels().why_not(gpu_call()) == "was tested on Triton 3.6, found 3.9.0"
+    assert HopperKernels().refusal(gpu_call()) == "was tested on Triton 3.6, found 3.9.0"
     assert BACKEND.serving(gpu_call()) == "portable"

@@ -166,7 +166,7 @@ def test_flash_attention_has_no_negative_side(left: int | None, backend: str, mo
     monkeypatch.setattr(torch.backends.cudnn, "is_available", lambda: True)
     for right in (-1, -44):
         reason = serving.why_not(backend, gpu_call(window_left=left, window_right=right))
-        wanted = "used here without mask, ALiBi, window" if backend == "sdpa:cudnn" else "right side is negative"
+        wanted = "has no window" if backend == "sdpa:cudnn" else "right side is negative"
         assert wanted in str(reason)
 
 
@@ -194,7 +194,7 @@ def test_how_many_keys_a_negative_side_leaves(left: int | None, right: int, seen
     from attn_n.backends.triton.problem import describe
 
     q = torch.empty(1, 2, 256, 64, device="meta", dtype=torch.bfloat16)
-    problem = describe((q,) * 8, None, Options(0.1, left, right))
+    problem = describe((q,) * 5, None, Options(0.1, left, right))
     assert 0 <= problem.keys_on_average <= seen
     for kernel in ("forward", "dq", "dk and dv"):
         assert configs.find(kernel, problem)

@@ -18,7 +18,7 @@ from torch.utils.checkpoint import checkpoint
 
 from attn_n import Backend, flash_attention_n, flash_attention_n_varlen, register_backend, use_backend
 from attn_n.backends import registry
-from attn_n.call import Options
+from attn_n.call import Gradients, Grads, Options, Saved
 from tests.cases import CASES, Case, make
 from tests.oracle import attention_n
 
@@ -283,9 +283,9 @@ def test_autocast_does_not_reach_a_backend(passes: str) -> None:
             seen.append((q.float() @ q.float().mT).dtype)
             return registry.loaded("sdpa:cpu").forward(q, k, v, None, options)
 
-        def backward(self, dout: Tensor, dlse: Tensor | None, q: Tensor, *rest: Any) -> Any:
-            seen.append((dout.float() @ q.float().mT).dtype)
-            return q, rest[0], rest[1]
+        def backward(self, grads: Grads, saved: Saved, options: Options) -> Gradients:
+            seen.append((grads.dout.float() @ saved.q.float().mT).dtype)
+            return Gradients(*saved[:3])
 
     register_backend(Plain())
     q, k, v, n = leaves(16)

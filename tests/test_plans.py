@@ -138,9 +138,6 @@ def test_a_returned_lse_is_another_call() -> None:
     class WithoutLse(attn_n.Backend):
         name = "without lse"
 
-        def why_not(self, call: attn_n.AttentionCall) -> str | None:
-            return "has no gradient of lse" if call.return_lse and call.needs_grad else None
-
         def forward(self, q: Tensor, k: Tensor, v: Tensor, log_n: object, options: attn_n.Options) -> Any:
             return *attention_n(q, k, v), None
 

@@ -26,6 +26,7 @@ class Eager(Backend):
     """Plain attention by torch, without n: the fold adds it."""
 
     name = "eager"
+    honours = ("causal", "window", "softcap", "dropout", "mask", "alibi", "varlen", "lse gradient")
 
     def why_not(self, call: AttentionCall) -> str | None:
         return "only causal" if not call.causal else None
@@ -164,7 +165,7 @@ def test_a_forced_backend_never_falls_back(how: str, ran: list[str], monkeypatch
     text = str(caught.value)
     assert text.startswith(f"backend 'sdpa' ({asked_by}) does not serve this call:\n  q (1, 2, 5, 8)")
     assert "softcap 3" in text
-    assert "sdpa: cpu: PyTorch's fused kernels have no softcap" in text
+    assert "sdpa: cpu: has no softcap" in text
     assert "To do: use reference or triton, or leave the choice to the library." in text
     assert ran == []
 
@@ -175,7 +176,7 @@ def test_explain(capsys: pytest.CaptureFixture[str], ran: list[str]) -> None:
     assert [(v.name, v.rank) for v in explanation.verdicts] == [
         ("sdpa", 1), ("reference", 2), ("triton", None), ("flash_attn", None), ("xformers", None),
     ]  # fmt: skip
-    assert explanation.verdicts[0].reason == "cpu: PyTorch's CPU kernel has no dropout"
+    assert explanation.verdicts[0].reason == "cpu: has no dropout"
     assert capsys.readouterr().out.strip() == str(explanation)
     assert "causal, dropout 0.1, n: float" in str(explanation)
     assert "read as B = 1, Hq = 2, Hkv = 2, L = 5, S = 5, E = 8, Ev = 8, float32" in str(explanation)
@@ -478,7 +479,7 @@ def test_explain_says_why_cudnn_is_in_no_order(monkeypatch: pytest.MonkeyPatch) 
             assert "-> sdpa:cudnn" in str(named)
             assert str(named).count("-> ") == 1
     masked = gpu_call(mask_shape=(1, 1, 256, 256), mask_dtype=torch.bool)
-    assert "sdpa:cudnn no: is used here without mask" in " ".join(str(explanation.explain(masked, None)).split())
+    assert "sdpa:cudnn no: has no attn_mask" in " ".join(str(explanation.explain(masked, None)).split())
 
 
 def test_a_backend_of_ours_that_is_broken_is_said_once(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -17,9 +17,8 @@ pytest.importorskip("triton")
 
 from attn_n import flash_attention_n, flash_attention_n_varlen
 from attn_n.backends.triton import portable
-from attn_n.backends.triton.portable import configs
+from attn_n.backends.triton.portable import configs, prepare
 from attn_n.backends.triton.portable.configs import Config
-from attn_n.backends.triton.portable.prepare import prepared
 from attn_n.backends.triton.portable.tile import ROW_PADDING
 from tests import compare
 from tests.cases import INTERPRETED, Case, make
@@ -61,9 +60,9 @@ def test_the_tables_are_whole(table: configs.Table) -> None:
 @pytest.fixture
 def unprepared() -> Iterator[None]:
     """Calls that look the same share a launch, and with it the tiles: here each test brings its own."""
-    prepared.cache_clear()
+    prepare._calls.clear()
     yield
-    prepared.cache_clear()
+    prepare._calls.clear()
 
 
 @pytest.mark.usefixtures("unprepared")
@@ -135,26 +134,26 @@ assert all(kernel is kernels[0] for kernel in kernels)
         ({}, None),
         ({"dtype": torch.float32, "mask_shape": (1, 1, 1, 256), "mask_dtype": torch.bool, "dropout_p": 0.5}, None),
         ({"sequences": 2, "softcap": 3.0, "alibi": True, "return_lse": True}, None),
-        ({"dtype": torch.float64}, "computes in float16, bfloat16 and float32, not in float64"),
-        ({"capability": (7, 5)}, "needs compute capability 8.0 or later, found 7.5"),
+        ({"dtype": torch.float64}, "takes float16, bfloat16 and float32, not float64"),
+        ({"capability": (7, 5)}, "needs compute capability 8.0 or later, got 7.5"),
         ({"v_shape": (2, 8, 256, 264)}, "takes heads of up to 256, got 264"),
-        ({"device": "mps", "capability": None}, "runs on CUDA and ROCm, not on mps"),
+        ({"device": "mps", "capability": None}, "runs on CUDA and CPU, not on mps"),
         ({"mask_needs_grad": True}, "no gradient of attn_mask"),
         ({"alibi_needs_grad": True}, "no gradient of alibi_slopes"),
     ],
     ids=str,
 )  # fmt: skip
 def test_why_not(changes: dict[str, object], reason: str | None) -> None:
-    assert portable.PortableKernels().why_not(gpu_call(**changes)) == reason
+    assert portable.PortableKernels().refusal(gpu_call(**changes)) == reason
 
 
 def test_why_not_here(monkeypatch: pytest.MonkeyPatch) -> None:
     call = gpu_call(device="cpu", capability=None)
-    assert portable.PortableKernels().why_not(call) is None or torch.cuda.is_available()
+    assert portable.PortableKernels().refusal(call) is None or torch.cuda.is_available()
     monkeypatch.setattr(portable, "_INTERPRETED", False)
-    assert "TRITON_INTERPRET=1" in str(portable.PortableKernels().why_not(call))
+    assert "TRITON_INTERPRET=1" in str(portable.PortableKernels().refusal(call))
     monkeypatch.setattr(portable.triton, "__version__", "3.3.1")
-    assert portable.PortableKernels().why_not(gpu_call()) == "needs Triton 3.4 or later, found 3.3.1"
+    assert portable.PortableKernels().refusal(gpu_call()) == "needs Triton 3.4 or later, found 3.3.1"
 
 
 @pytest.mark.parametrize("device", PLACES)

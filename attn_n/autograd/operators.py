@@ -21,14 +21,15 @@ from torch.autograd import forward_ad
 from attn_n.autograd import batching, flops
 from attn_n.backends import registry
 from attn_n.backends.base import Backend, empty_in_order, lies_in_order
-from attn_n.call import AttentionCall, Options, autocast, describe, transforms
+from attn_n.call import AttentionCall, Grads, Options, Saved, autocast, describe, transforms
 from attn_n.call.checks import PLAIN
 from attn_n.call.errors import UnsupportedError
 from attn_n.sink import rescale
 
 _OPTIONS = (
     "float scale, SymInt? window_left, SymInt? window_right, float? softcap, float dropout_p, Tensor? mask,"
-    " Tensor? alibi_slopes, Tensor? cu_seqlens_q, Tensor? cu_seqlens_k, SymInt max_seqlen_q, SymInt max_seqlen_k"
+    " Tensor? alibi_slopes, Tensor? cu_seqlens_q, Tensor? cu_seqlens_k, SymInt max_seqlen_q, SymInt max_seqlen_k,"
+    " Tensor? seqused_q, Tensor? seqused_k, Tensor? leftpad_k"
 )
 _FORWARD = (
     "Tensor q, Tensor k, Tensor v, Tensor? n, bool n_is_logit, float? log_n, Tensor? numbers, str backend, " + _OPTIONS
@@ -133,7 +134,7 @@ def _operator(arguments: Sequence[Any]) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def _options_of(arguments: Sequence[Any]) -> Options:
-    return Options(*arguments[8:19])
+    return Options(*arguments[8 : 8 + len(Options._fields)])
 
 
 class _Attention(torch.autograd.Function):
@@ -367,11 +368,14 @@ def _eager_backward(
             f"an exported program that was compiled cannot be differentiated by {chosen.name}, which is chosen here.\n"
             "To do: name a backend that has a backward, by use_backend or ATTN_N_BACKEND."
         )
-    if needs_n_grad:
-        dq, dk, dv, dn = chosen.backward_with_n(dout, dlse, q, k, v, out, lse, rng_state, log_n, options)
-    else:
-        dq, dk, dv = chosen.backward(dout, dlse, q, k, v, out, lse, rng_state, options)
-        dn = lse.new_empty(0)
+    of_n: Any = None if not needs_n_grad else "n" if log_n is None else "log n"
+    saved = Saved(q, k, v, out, lse, log_n, rng_state)
+    found = chosen.backward(Grads(dout, dlse, of_n), saved, options)
+    dq, dk, dv, dn = found.dq, found.dk, found.dv, lse.new_empty(0)
+    if found.dn is not None:
+        dn = found.dn
+    elif needs_n_grad:
+        dn = rescale.gradient_of_n(dout, dlse, out, lse, log_n, options.varlen)
     return dq, _sum_groups(dk, k.shape[1]), _sum_groups(dv, k.shape[1]), _shaped_as(dn, n)
 
 

@@ -2,39 +2,84 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
+from typing import Protocol
 
+import torch
 from torch import Tensor
 
-from attn_n.call import AttentionCall, Options
-from attn_n.sink import rescale
+from attn_n.call import FEATURES, AttentionCall, Gradients, Grads, Options, Saved
+
+HALF = (torch.float16, torch.bfloat16)
+_DEVICES = {"cpu": "CPU", "cuda": "CUDA"}
+
+
+class Prepared(Protocol):
+    """The two passes of a backend, see `Backend`."""
+
+    def forward(
+        self, q: Tensor, k: Tensor, v: Tensor, log_n: float | Tensor | None, options: Options
+    ) -> tuple[Tensor, Tensor, Tensor | None]: ...
+
+    def backward(self, grads: Grads, saved: Saved, options: Options) -> Gradients: ...
 
 
 class Backend:
     """One implementation of attention; subclass it and hand an instance to `attn_n.register_backend`.
 
-    A backend honours every field of the call, or says in `why_not` that it does not serve it.
+    The attributes say what it serves, and a call that asks for more is refused before `why_not` is asked: an argument
+    that a backend does not know of can therefore not be ignored by it.
 
     Attributes:
         name: what `backend=` and `ATTN_N_BACKEND` call it.
         summary: one line on what it is.
+        honours: what it takes beyond plain attention, by the names in `attn_n.FEATURES`.
+        devices: the types of the devices that it runs on; None is any.
+        dtypes: the dtypes of q, k and v that it takes; None is any.
+        capability: the least compute capability of a CUDA device; None is any.
+        rocm: it has been tested on ROCm, whose devices are of the type "cuda" too.
         applies_n: forward returns `out` and `lse` with n inside. Otherwise it gets no n and returns plain softmax
-            attention, and `attn_n.sink.rescale` applies n for it.
+            attention, and `attn_n.sink` applies n for it.
         differentiates: the backend implements `attend` out of differentiable torch operations, in place of the pair
             `forward` and `backward`.
     """
 
     name: str
     summary: str = ""
+    honours: Collection[str] = ()
+    devices: Sequence[str] | None = None
+    dtypes: Sequence[torch.dtype] | None = None
+    capability: tuple[int, int] | None = None
+    rocm: bool = True
     applies_n: bool = False
     differentiates: bool = False
 
-    def why_not(self, call: AttentionCall) -> str | None:
-        """The reason why this backend cannot serve `call` here, with the remedy if there is one; None if it can.
+    def refusal(self, call: AttentionCall) -> str | None:
+        """The reason why this backend does not serve `call`, with the remedy if there is one; None if it does."""
+        if self.devices is not None and call.device not in self.devices:
+            return f"runs on {' and '.join(_DEVICES[device] for device in self.devices)}, not on {call.device}"
+        if call.device == "cuda":
+            if torch.version.hip is not None:
+                if not self.rocm:
+                    return "has not been tested on ROCm"
+            elif self.capability is not None and (call.capability or (0, 0)) < self.capability:
+                return f"needs compute capability {_dotted(self.capability)} or later, got {_dotted(call.capability)}"
+        if self.dtypes is not None and call.dtype not in self.dtypes:
+            taken = [str(dtype).removeprefix("torch.") for dtype in self.dtypes]
+            names = " and ".join([", ".join(taken[:-1]), taken[-1]] if len(taken) > 1 else taken)
+            return f"takes {names}, not {str(call.dtype).removeprefix('torch.')}"
+        asked = call.features
+        if not asked.issubset(self.honours):
+            missing = [words for feature, words in FEATURES.items() if feature in asked and feature not in self.honours]
+            return f"has no {', no '.join(missing)}"
+        return self.why_not(call)
 
-        Pure and cheap: it sees metadata alone, and every call that chooses this backend pays for it.
+    def why_not(self, call: AttentionCall) -> str | None:
+        """The reason why it does not serve a call that its attributes allow; None if it does.
+
+        Pure and cheap: it sees metadata alone.
         """
-        raise NotImplementedError
+        return None
 
     def forward(
         self, q: Tensor, k: Tensor, v: Tensor, log_n: float | Tensor | None, options: Options
@@ -50,42 +95,21 @@ class Backend:
         """
         raise NotImplementedError
 
-    def backward(
-        self,
-        dout: Tensor,
-        dlse: Tensor | None,
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        out: Tensor,
-        lse: Tensor,
-        rng_state: Tensor | None,
-        options: Options,
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        """The gradients dq, dk, dv, given the output and the lse with n inside.
+    def prepare(self, q: Tensor, k: Tensor, v: Tensor, log_n: float | Tensor | None, options: Options) -> Prepared:
+        """What runs this call, and all others that differ from it in the contents of tensors alone.
+
+        A backend that finds something out before it can run (a variant, a grid, strides, sizes) returns an object that
+        has found it out; by default it is the backend itself.
+        """
+        return self
+
+    def backward(self, grads: Grads, saved: Saved, options: Options) -> Gradients:
+        """The gradients of q, k and v, given the output and the lse with n inside.
 
         With `P = exp(S - lse)` and `delta = rowsum(dout * out) - dlse`: `dS = P * (dout V^T - delta)`. n appears
-        nowhere else, so that the backward of plain attention is the backward of softmax_n. `lse` is +inf for rows
-        without visible keys, which makes their P zero. dk and dv may have Hq heads: the caller sums each group.
+        nowhere else, so that the backward of plain attention is the backward of softmax_n.
         """
         raise NotImplementedError
-
-    def backward_with_n(
-        self,
-        dout: Tensor,
-        dlse: Tensor | None,
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        out: Tensor,
-        lse: Tensor,
-        rng_state: Tensor | None,
-        log_n: Tensor | None,
-        options: Options,
-    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """The same, and the `(Hq,)` gradient of `log_n` `(Hq,)`, or without that the gradient of n itself."""
-        dn = rescale.gradient_of_n(dout, dlse, out, lse, log_n, options.cu_seqlens_q is not None)
-        return *self.backward(dout, dlse, q, k, v, out, lse, rng_state, options), dn
 
     def attend(
         self,
@@ -97,7 +121,7 @@ class Backend:
         options: Options,
         return_lse: bool,
     ) -> tuple[Tensor, Tensor | None]:
-        """The same by differentiable torch operations; `n` is n itself, or `log n` if `n_is_logit`."""
+        """`forward` by differentiable torch operations; `n` is n itself, or `log n` if `n_is_logit`."""
         raise NotImplementedError
 
     def out_order(self, q: Tensor) -> tuple[int, ...]:
@@ -132,14 +156,14 @@ class Family(Backend):
     def serving(self, call: AttentionCall) -> str | None:
         """The member that serves `call`."""
         for name in self.order(call):
-            if self.members[name].why_not(call) is None:
+            if self.members[name].refusal(call) is None:
                 return name
         return None
 
-    def why_not(self, call: AttentionCall) -> str | None:
+    def refusal(self, call: AttentionCall) -> str | None:
         reasons = []
         for name in self.order(call):
-            reason = self.members[name].why_not(call)
+            reason = self.members[name].refusal(call)
             if reason is None:
                 return None
             reasons.append(f"{name}: {reason}")
@@ -149,6 +173,15 @@ class Family(Backend):
 def memory_order(x: Tensor) -> tuple[int, ...]:
     """The dimensions of x by decreasing stride; the last dimension always comes last."""
     return (*sorted(range(x.dim() - 1), key=x.stride, reverse=True), x.dim() - 1)
+
+
+def dense_strides(shape: Sequence[int], order: Sequence[int]) -> tuple[int, ...]:
+    """Those of a dense tensor whose dimensions lie in memory in `order`."""
+    strides, step = [0] * len(shape), 1
+    for dim in reversed(order):
+        strides[dim] = step
+        step *= max(shape[dim], 1)
+    return tuple(strides)
 
 
 def empty_in_order(like: Tensor, shape: Sequence[int], order: tuple[int, ...]) -> Tensor:
@@ -173,3 +206,7 @@ def lies_in_order(x: Tensor, order: tuple[int, ...]) -> bool:
                 return False
             expected *= x.shape[dim]
     return True
+
+
+def _dotted(capability: tuple[int, int] | None) -> str:
+    return "none" if capability is None else ".".join(map(str, capability))

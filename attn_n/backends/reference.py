@@ -15,18 +15,19 @@ from torch import Tensor
 from attn_n.backends.adapt import one_by_one
 from attn_n.backends.adapt.dense_bias import dense_bias
 from attn_n.backends.base import Backend
-from attn_n.call import AttentionCall, Options
+from attn_n.call import Options
 from attn_n.sink.rescale import as_tensor, weight_of_n
 
 
 class Reference(Backend):
     name = "reference"
     summary = "the formula as a sequence of differentiable PyTorch operations"
+    honours = (
+        "causal", "window", "negative window", "softcap", "dropout", "mask", "mask gradient", "alibi", "alibi gradient",
+        "varlen", "lse gradient",
+    )  # fmt: skip
     applies_n = True
     differentiates = True
-
-    def why_not(self, call: AttentionCall) -> str | None:
-        return None
 
     def attend(
         self,

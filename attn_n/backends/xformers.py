@@ -18,7 +18,7 @@ from attn_n.backends.adapt.layout import aligned_bias, key_head_each, rounds_bia
 from attn_n.backends.adapt.library import IMPORTING, Library
 from attn_n.backends.adapt.signatures import changed_function
 from attn_n.backends.base import Backend, Family
-from attn_n.call import AttentionCall, Options
+from attn_n.call import AttentionCall, Gradients, Grads, Options, Saved
 from attn_n.compilation import constant_when_compiled
 
 
@@ -72,33 +72,20 @@ def _fmha() -> Any:
 
 
 def _unserved(call: AttentionCall) -> str | None:
-    if call.device != "cuda":
-        return f"runs on CUDA, not on {call.device}"
-    if torch.version.hip is not None:
-        return "has not been tested on ROCm"
     if call.capability is None or not (8, 0) <= call.capability <= (9, 0):
         return f"is used here for compute capability 8.0 to 9.0, got {call.capability}"
-    if call.softcap is not None:
-        return "xFormers has no softcap"
-    if call.dropout_p:
-        return "xFormers' explicit forward and backward have no dropout"
-    if call.mask_needs_grad:
-        return "no gradient of attn_mask"
-    if call.alibi_needs_grad:
-        return "no gradient of alibi_slopes"
     return None
 
 
 class Flash(FlashBackend):
     name = "xformers:flash"
     summary = "FlashAttention 2 as xFormers calls it"
+    honours = ("causal", "window", "varlen", "lse gradient")
 
     def why_not(self, call: AttentionCall) -> str | None:
-        unserved = _unserved(call) or self.unserved(call)
+        unserved = _unserved(call) or self.too_wide(call)
         if unserved is not None:
             return unserved
-        if call.alibi:
-            return "has no ALiBi"
         if call.varlen and call.windowed and call.window_right != 0:
             return "has masks of packed sequences for full and for causal attention and causal windows alone"
         if call.needs_grad and torch.are_deterministic_algorithms_enabled():
@@ -114,24 +101,13 @@ class Flash(FlashBackend):
         lse = flash2.rows_without_keys(lse, options, lengths)
         return (out, lse, None) if lengths.starts_q is None else (out[0], lse[0], None)
 
-    def kernel_backward(
-        self,
-        dout: Tensor,
-        dlse: Tensor | None,
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        out: Tensor,
-        lse: Tensor,
-        rng_state: Tensor | None,
-        options: Options,
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        fmha = _fmha()
+    def kernel_backward(self, grads: Grads, saved: Saved, options: Options) -> Gradients:
+        fmha, (q, k, v, out, lse, *_) = _fmha(), saved
         dq, dk, dv = fmha.memory_efficient_attention_backward(
-            *_as_batch(options, dout, out, lse), *_tensors(options, q, k, v),
+            *_as_batch(options, grads.dout, out, lse), *_tensors(options, q, k, v),
             attn_bias=_mask(options, q, k), scale=options.scale, op=fmha.flash.BwOp,
         )  # fmt: skip
-        return (dq, dk, dv) if options.cu_seqlens_q is None else (dq[0], dk[0], dv[0])
+        return Gradients(dq[0], dk[0], dv[0]) if options.varlen else Gradients(dq, dk, dv)
 
 
 class Cutlass(MemoryEfficientBackend):
@@ -139,12 +115,7 @@ class Cutlass(MemoryEfficientBackend):
     summary = "xFormers' memory-efficient kernel"
 
     def why_not(self, call: AttentionCall) -> str | None:
-        unserved = _unserved(call)
-        if unserved is not None:
-            return unserved
-        if call.dtype == torch.float64:
-            return "takes float16, bfloat16 and float32, not float64"
-        return rounds_bias(call) or problem("cutlass")
+        return _unserved(call) or rounds_bias(call) or problem("cutlass")
 
     def kernel_forward(
         self, q: Tensor, k: Tensor, v: Tensor, causal: bool, bias: Tensor | None, scale: float
@@ -155,24 +126,13 @@ class Cutlass(MemoryEfficientBackend):
         )
         return out.transpose(1, 2), lse[:, :, : q.shape[2]]
 
-    def kernel_backward(
-        self,
-        dout: Tensor,
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        out: Tensor,
-        lse: Tensor,
-        causal: bool,
-        bias: Tensor | None,
-        scale: float,
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        fmha = _fmha()
+    def kernel_backward(self, dout: Tensor, saved: Saved, causal: bool, bias: Tensor | None, scale: float) -> Gradients:
+        fmha, (q, k, v, out, lse, *_) = _fmha(), saved
         dq, dk, dv = fmha.memory_efficient_attention_backward(
             *self.results(dout, out, lse), *self.tensors(q, k, v), attn_bias=self._mask(q, k, causal, bias),
             scale=scale, op=fmha.cutlass.BwOp,
         )  # fmt: skip
-        return dq.transpose(1, 2), dk.transpose(1, 2), dv.transpose(1, 2)
+        return Gradients(dq.transpose(1, 2), dk.transpose(1, 2), dv.transpose(1, 2))
 
     def _mask(self, q: Tensor, k: Tensor, causal: bool, bias: Tensor | None) -> Any:
         return _fmha().attn_bias.LowerTriangularMask() if causal else aligned_bias(q, k, bias)

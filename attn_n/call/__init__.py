@@ -1,5 +1,7 @@
 """What is asked: the description of a call, its checks, and its canonical form."""
 
-from attn_n.call.description import AttentionCall, Options, Request, describe
+from attn_n.call.description import FEATURES, AttentionCall, describe
+from attn_n.call.passes import Gradients, Grads, Options, Saved
+from attn_n.call.request import Request
 
-__all__ = ["AttentionCall", "Options", "Request", "describe"]
+__all__ = ["FEATURES", "AttentionCall", "Gradients", "Grads", "Options", "Request", "Saved", "describe"]

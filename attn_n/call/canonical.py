@@ -11,7 +11,9 @@ import torch
 from torch import Tensor
 
 from attn_n.call import autocast, checks, transforms
-from attn_n.call.description import AttentionCall, Options, Request, describe
+from attn_n.call.description import AttentionCall, describe
+from attn_n.call.passes import Options
+from attn_n.call.request import Request
 
 
 class Canonical(NamedTuple):

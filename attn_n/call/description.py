@@ -1,57 +1,33 @@
-"""What a call asks for: `Request` as it was passed, `AttentionCall` without tensors, `Options` as a backend gets it."""
+"""A call described by metadata alone."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
+from attn_n.call.passes import Options
 
-class Request(NamedTuple):
-    """The arguments that both public functions have, as they were passed."""
-
-    causal: bool
-    sm_scale: float | None
-    sm_n: float | Tensor | None
-    sinks: Tensor | None
-    attn_mask: Tensor | None
-    window: tuple[int | None, int | None] | None
-    softcap: float | None
-    alibi_slopes: Tensor | None
-    dropout_p: float
-    return_lse: bool
-    backend: str | None
-
-
-class Options(NamedTuple):
-    """Everything but q, k, v and n, as a backend's forward and backward receive it.
-
-    Query i of a sequence stands at position `p = i + S - L`, so that the last query meets the last key; it sees
-    the keys `p - window_left ... p + window_right`. None is unlimited, and `window_right = 0` is causal attention.
-    The right side may be negative, but not of packed sequences: `L - S` is a causal mask from the first query and the
-    first key on, where there are more keys.
-    """
-
-    scale: float
-    window_left: int | None = None
-    window_right: int | None = None
-    softcap: float | None = None
-    dropout_p: float = 0.0
-    # (B or 1, Hq or 1, L or 1, S or 1), bool (True = attend) or floating (added to the logits)
-    mask: Tensor | None = None
-    # (B, Hq), float32 (float64 for float64 inputs); adds -slope * |p - j|
-    alibi_slopes: Tensor | None = None
-    # (B + 1,), int32: packed sequences; q, k and v are then (T, H, E)
-    cu_seqlens_q: Tensor | None = None
-    cu_seqlens_k: Tensor | None = None
-    max_seqlen_q: int = 0
-    max_seqlen_k: int = 0
-
-    def replaced(self, **changes: Any) -> Options:
-        """`_replace`, which torch.compile of PyTorch 2.8 cannot trace."""
-        return Options(**{**dict(zip(Options._fields, self, strict=True)), **changes})
+# What a call may ask for beyond attention with a scale and one n a head or for all, and what a refusal calls it.
+FEATURES = {
+    "causal": "causal mask",
+    "window": "window",
+    "negative window": "window whose right side is negative (causal_upper_left, L < S)",
+    "softcap": "softcap",
+    "dropout": "dropout",
+    "mask": "attn_mask",
+    "mask gradient": "gradient of attn_mask",
+    "alibi": "alibi_slopes",
+    "alibi gradient": "gradient of alibi_slopes",
+    "varlen": "packed sequences",
+    "lse gradient": "gradient of lse",
+    "n a row": "n or sinks of more than one dimension",
+    "seqused": "seqused_q or seqused_k",
+    "leftpad": "leftpad_k",
+    "cache": "KV cache",
+    "block table": "block table of a paged KV cache",
+}
 
 
 @dataclass(unsafe_hash=True)  # frozen it would take three times as long to make, 5 us in each call of new lengths
@@ -77,13 +53,40 @@ class AttentionCall:
     mask_shape: tuple[int, ...] | None = None
     mask_dtype: torch.dtype | None = None
     alibi: bool = False
-    n_kind: str = "none"  # "none" (n = 0), "float", "scalar tensor" or "per head"
+    n_kind: str = "none"  # "none" (n = 0), "float", "scalar tensor", "per head" or "per row"
     sequences: int | None = None  # how many are packed
     return_lse: bool = False
     needs_grad: bool = False
     mask_needs_grad: bool = False
     alibi_needs_grad: bool = False
     transform: str | None = None  # how it is differentiated, where that is not one backward pass
+    seqused: bool = False
+    leftpad: bool = False
+    cache: bool = False
+    block_table: bool = False
+
+    @property
+    def features(self) -> frozenset[str]:
+        """Those of `FEATURES` that the call has."""
+        asked = {
+            "causal": self.causal,
+            "window": self.windowed,
+            "negative window": self.window_right is not None and self.window_right < 0,
+            "softcap": self.softcap is not None,
+            "dropout": bool(self.dropout_p),
+            "mask": self.mask_shape is not None,
+            "mask gradient": self.mask_needs_grad,
+            "alibi": self.alibi,
+            "alibi gradient": self.alibi_needs_grad,
+            "varlen": self.varlen,
+            "lse gradient": self.return_lse and self.needs_grad,
+            "n a row": self.n_kind == "per row",
+            "seqused": self.seqused,
+            "leftpad": self.leftpad,
+            "cache": self.cache,
+            "block table": self.block_table,
+        }
+        return frozenset([feature for feature, is_so in asked.items() if is_so])
 
     @property
     def varlen(self) -> bool:

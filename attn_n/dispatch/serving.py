@@ -17,7 +17,7 @@ def first(call: AttentionCall, candidates: tuple[str, ...]) -> tuple[str, Backen
             member = found.serving(call)
             if member is not None:
                 return f"{candidate}:{member}", found.members[member]
-        elif found.why_not(call) is None:
+        elif found.refusal(call) is None:
             return candidate, found
     return None
 
@@ -25,7 +25,7 @@ def first(call: AttentionCall, candidates: tuple[str, ...]) -> tuple[str, Backen
 def why_not(name: str, call: AttentionCall) -> str | None:
     """The reason why the backend called `name` does not serve `call`, or None if it does."""
     backend, problem = registry.find(name)
-    return problem if backend is None else _beyond(backend, call) or backend.why_not(call)
+    return problem if backend is None else _beyond(backend, call) or backend.refusal(call)
 
 
 def _beyond(backend: Backend, call: AttentionCall) -> str | None:

@@ -19,7 +19,7 @@ from attn_n.backends.adapt import large_bias, one_by_one
 from attn_n.backends.adapt.dense_bias import dense_bias
 from attn_n.backends.adapt.layout import lse_as_value_column, narrowed, of_width
 from attn_n.backends.base import Backend, empty_in_order, memory_order
-from attn_n.call import Options
+from attn_n.call import Gradients, Grads, Options, Saved
 
 
 class RectangleBackend(Backend):
@@ -45,43 +45,21 @@ class RectangleBackend(Backend):
         """out and lse; causal joins the first query to the first key. A row without visible keys may be anything."""
         raise NotImplementedError
 
-    def kernel_backward(
-        self,
-        dout: Tensor,
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        out: Tensor,
-        lse: Tensor,
-        causal: bool,
-        bias: Tensor | None,
-        scale: float,
-    ) -> tuple[Tensor, Tensor, Tensor]:
+    def kernel_backward(self, dout: Tensor, saved: Saved, causal: bool, bias: Tensor | None, scale: float) -> Gradients:
         """dq, dk, dv; dk and dv may have as many heads as q."""
         raise NotImplementedError
 
     def forward(
         self, q: Tensor, k: Tensor, v: Tensor, log_n: float | Tensor | None, options: Options
     ) -> tuple[Tensor, Tensor, Tensor | None]:
-        if options.cu_seqlens_q is None:
+        if not options.varlen:
             return *self._forward(q, k, v, options), None
         return *one_by_one.forward_one_by_one(self._forward, q, k, v, options), None
 
-    def backward(
-        self,
-        dout: Tensor,
-        dlse: Tensor | None,
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        out: Tensor,
-        lse: Tensor,
-        rng_state: Tensor | None,
-        options: Options,
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        if options.cu_seqlens_q is None:
-            return self._backward(dout, dlse, q, k, v, out, lse, options)
-        return one_by_one.backward_one_by_one(self._backward, dout, dlse, q, k, v, out, lse, options)
+    def backward(self, grads: Grads, saved: Saved, options: Options) -> Gradients:
+        if not options.varlen:
+            return self._backward(grads, saved, options)
+        return one_by_one.backward_one_by_one(self._backward, grads, saved, options)
 
     def _forward(self, q: Tensor, k: Tensor, v: Tensor, options: Options) -> tuple[Tensor, Tensor]:
         size_v = v.shape[3]
@@ -109,17 +87,8 @@ class RectangleBackend(Backend):
             out, lse = _nothing(q, width_v)
         return narrowed(out, size_v).to(q.dtype), lse
 
-    def _backward(
-        self,
-        dout: Tensor,
-        dlse: Tensor | None,
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        out: Tensor,
-        lse: Tensor,
-        options: Options,
-    ) -> tuple[Tensor, Tensor, Tensor]:
+    def _backward(self, grads: Grads, saved: Saved, options: Options) -> Gradients:
+        (dout, dlse, *_), (q, k, v, out, lse, *_) = grads, saved
         size, size_v = q.shape[3], v.shape[3]
         width, width_v = self.widths(size, size_v if dlse is None else size_v + 1)
         if dlse is not None:
@@ -138,9 +107,8 @@ class RectangleBackend(Backend):
                 elif not self.base_2:
                     sums = large_bias.sums_of_weights(some_q, some_k, bias, some_lse, options.scale)
                 some_dout = some_dout if sums is None else (some_dout / sums[..., None]).to(dout.dtype)
-            parts = self.kernel_backward(
-                some_dout, some_q, some_k, v[:, :, keys], out[:, :, rows], some_lse, piece.causal, bias, options.scale
-            )
+            some = Saved(some_q, some_k, v[:, :, keys], out[:, :, rows], some_lse)
+            parts = self.kernel_backward(some_dout, some, piece.causal, bias, options.scale)[:3]
             if piece.whole:
                 gradients = list(parts)
                 break
@@ -152,7 +120,7 @@ class RectangleBackend(Backend):
         if gradients is None:
             gradients = [torch.zeros_like(x) for x in (q, k, v)]
         dq, dk, dv = (gradient.to(q.dtype) for gradient in gradients)
-        return narrowed(dq, size), narrowed(dk, size), narrowed(dv, size_v)
+        return Gradients(narrowed(dq, size), narrowed(dk, size), narrowed(dv, size_v))
 
     def _pieces(self, q: Tensor, k: Tensor, options: Options) -> Iterator[_Piece]:
         len_q, len_k = q.shape[2], k.shape[2]

@@ -2,13 +2,21 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
 from attn_n.backends.adapt.blockwise import RectangleBackend
 from attn_n.backends.adapt.layout import key_head_each
+from attn_n.backends.base import HALF
 
 
 class MemoryEfficientBackend(RectangleBackend):
+    """A backend by that kernel, which adds a bias in the dtype of q."""
+
+    honours = frozenset(("causal", "window", "negative window", "mask", "alibi", "varlen", "lse gradient"))
+    devices = ("cuda",)
+    dtypes = (*HALF, torch.float32)
+    rocm = False
     bias_elements = 1 << 25
     most_rows = 2048
     base_2 = True

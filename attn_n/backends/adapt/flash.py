@@ -4,22 +4,24 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
-import torch
 from torch import Tensor
 
-from attn_n.backends.adapt.layout import HALF, common_width, lse_as_value_column, narrowed, of_width
-from attn_n.backends.base import Backend
-from attn_n.call import AttentionCall, Options
+from attn_n.backends.adapt.layout import common_width, lse_as_value_column, narrowed, of_width
+from attn_n.backends.base import HALF, Backend
+from attn_n.call import AttentionCall, Gradients, Grads, Options, Saved
 
 
 class FlashBackend(Backend):
-    """A backend by a library that takes `(B, L, H, E)`, or packed `(T, H, E)`, and lse `(B, H, L)`, or packed `(H, T)`.
+    """A backend by a library of tensors `(B, L, H, E)`, or packed `(T, H, E)`, and of lse `(B, H, L)`, or `(H, T)`.
 
     Attributes:
         takes_dlse: its backward takes the gradient of lse; otherwise that travels as one more column of v.
         backward_multiple: its backward is given head sizes that are a multiple of this.
     """
 
+    devices = ("cuda",)
+    dtypes = HALF
+    rocm = False
     takes_dlse = False
     backward_multiple = 8
 
@@ -27,35 +29,12 @@ class FlashBackend(Backend):
         """out and lse, -inf for rows without visible keys, and the state of dropout."""
         raise NotImplementedError
 
-    def kernel_backward(
-        self,
-        dout: Tensor,
-        dlse: Tensor | None,
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        out: Tensor,
-        lse: Tensor,
-        rng_state: Tensor | None,
-        options: Options,
-    ) -> tuple[Tensor, Tensor, Tensor]:
+    def kernel_backward(self, grads: Grads, saved: Saved, options: Options) -> Gradients:
         """dq, dk and dv; dlse is not None only for a library that takes it."""
         raise NotImplementedError
 
-    def unserved(self, call: AttentionCall, widest: int = 256) -> str | None:
-        """Why no such library serves the call."""
-        if call.device != "cuda":
-            return f"runs on CUDA, not on {call.device}"
-        if torch.version.hip is not None:
-            return "has not been tested on ROCm"
-        if call.dtype not in HALF:
-            return f"takes float16 and bfloat16, not {str(call.dtype).removeprefix('torch.')}"
-        if call.mask_shape is not None:
-            return "FlashAttention takes no attn_mask"
-        if call.alibi_needs_grad:
-            return "no gradient of alibi_slopes"
-        if call.window_right is not None and call.window_right < 0:
-            return "FlashAttention takes no window whose right side is negative (causal_upper_left, L < S)"
+    def too_wide(self, call: AttentionCall, widest: int = 256) -> str | None:
+        """Why the head sizes of the call are not served."""
         extra = 1 if call.return_lse and call.needs_grad and not self.takes_dlse else 0
         width = common_width(call.head_dim, call.head_dim_v, extra)
         if width > widest:
@@ -75,31 +54,22 @@ class FlashBackend(Backend):
             lse = lse.transpose(0, 1)
         return narrowed(out, size_v), lse, rng_state
 
-    def backward(
-        self,
-        dout: Tensor,
-        dlse: Tensor | None,
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        out: Tensor,
-        lse: Tensor,
-        rng_state: Tensor | None,
-        options: Options,
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        size, size_v, packed = q.shape[-1], v.shape[-1], options.cu_seqlens_q is not None
+    def backward(self, grads: Grads, saved: Saved, options: Options) -> Gradients:
+        dout, dlse, *_ = grads
+        q, k, v, out, lse, log_n, rng_state = saved
+        size, size_v = q.shape[-1], v.shape[-1]
         as_column = dlse is not None and not self.takes_dlse
         width = common_width(size, size_v, 1 if as_column else 0, self.backward_multiple)
         if dlse is not None and not self.takes_dlse:
             dout, v, out = lse_as_value_column(dout, dlse, v, out, width)
             dlse = None
         dout, q, k, v, out = _tokens_first(options, width, dout, q, k, v, out)
-        if packed:
+        if options.varlen:
             lse, dlse = lse.transpose(0, 1), None if dlse is None else dlse.transpose(0, 1)
         lse, dlse = lse.contiguous(), None if dlse is None else dlse.contiguous()
-        gradients = self.kernel_backward(dout, dlse, q, k, v, out, lse, rng_state, options)
-        dq, dk, dv = gradients if packed else (gradient.transpose(1, 2) for gradient in gradients)
-        return narrowed(dq, size), narrowed(dk, size), narrowed(dv, size_v)
+        gradients = self.kernel_backward(Grads(dout, dlse), Saved(q, k, v, out, lse, log_n, rng_state), options)
+        dq, dk, dv = gradients[:3] if options.varlen else (x.transpose(1, 2) for x in gradients[:3])
+        return Gradients(narrowed(dq, size), narrowed(dk, size), narrowed(dv, size_v))
 
 
 class Sequences(NamedTuple):
@@ -123,4 +93,4 @@ def sequences(options: Options, q: Tensor, k: Tensor) -> Sequences:
 def _tokens_first(options: Options, width: int, *tensors: Tensor) -> list[Tensor]:
     """(B, H, L, E) as (B, L, H, E); packed tensors have that order already."""
     wide = [of_width(x, width) for x in tensors]
-    return wide if options.cu_seqlens_q is not None else [x.transpose(1, 2) for x in wide]
+    return wide if options.varlen else [x.transpose(1, 2) for x in wide]

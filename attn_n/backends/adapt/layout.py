@@ -15,8 +15,6 @@ from torch import Tensor
 
 from attn_n.call import AttentionCall
 
-HALF = (torch.float16, torch.bfloat16)
-
 
 def common_width(size: int, size_v: int, extra: int = 0, multiple: int = 8) -> int:
     """The head size that a kernel of one head size, a multiple of 8 or more, runs at."""

@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator
 import torch
 from torch import Tensor
 
-from attn_n.call import Options, checks
+from attn_n.call import Gradients, Grads, Options, Saved, checks
 
 
 def sequences(options: Options, tokens_q: int, tokens_k: int) -> Iterator[tuple[slice, slice, Options]]:
@@ -59,28 +59,22 @@ def forward_one_by_one(
 
 
 def backward_one_by_one(
-    backward: Callable[..., tuple[Tensor, Tensor, Tensor]],
-    dout: Tensor,
-    dlse: Tensor | None,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    out: Tensor,
-    lse: Tensor,
-    options: Options,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """dq, dk, dv of packed tensors by a `backward(dout, dlse, q, k, v, out, lse, options)` of batches."""
+    backward: Callable[[Grads, Saved, Options], Gradients], grads: Grads, saved: Saved, options: Options
+) -> Gradients:
+    """dq, dk, dv of packed tensors by a `backward` of batches."""
+    (dout, dlse, *_), (q, k, v, out, lse, *_) = grads, saved
     # As many heads as q has: a kernel that repeats the keys of a group returns a gradient for each repetition.
     dq, dk, dv = (x.new_zeros((x.shape[0], q.shape[1], x.shape[2])) for x in (q, k, v))
     for queries, keys, alone in _not_empty(options, q, k):
         one_q, one_k, one_v = batch_of_one(q, queries), batch_of_one(k, keys), batch_of_one(v, keys)
         one_dout, one_out = batch_of_one(dout, queries), batch_of_one(out, queries)
         one_dlse = None if dlse is None else dlse[queries].T[None]
-        parts = backward(one_dout, one_dlse, one_q, one_k, one_v, one_out, lse[queries].T[None], alone)
+        one = Saved(one_q, one_k, one_v, one_out, lse[queries].T[None])
+        parts = backward(Grads(one_dout, one_dlse), one, alone)[:3]
         dk, dv = (dx[:, : part.shape[1]] for dx, part in zip((dk, dv), parts[1:], strict=True))
         for dx, part, tokens in zip((dq, dk, dv), parts, (queries, keys, keys), strict=True):
             batch_of_one(dx, tokens).copy_(part)
-    return dq, dk, dv
+    return Gradients(dq, dk, dv)
 
 
 def _not_empty(options: Options, q: Tensor, k: Tensor) -> Iterator[tuple[slice, slice, Options]]:

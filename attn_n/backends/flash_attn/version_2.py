@@ -10,7 +10,7 @@ from attn_n.backends.adapt.flash import FlashBackend, sequences
 from attn_n.backends.adapt.library import Library
 from attn_n.backends.adapt.signatures import changed_operator
 from attn_n.backends.base import gradients_like
-from attn_n.call import AttentionCall, Options
+from attn_n.call import AttentionCall, Gradients, Grads, Options, Saved
 from attn_n.compilation import constant_when_compiled
 
 LIBRARY = Library(
@@ -34,21 +34,18 @@ def problem() -> str | None:
 class FlashAttention2(FlashBackend):
     name = "flash_attn:2"
     summary = "FlashAttention 2, the package flash-attn"
+    honours = ("causal", "window", "softcap", "dropout", "alibi", "varlen", "lse gradient")
+    capability = (8, 0)
 
     def why_not(self, call: AttentionCall) -> str | None:
-        unserved = self.unserved(call)
-        if unserved is not None:
-            return unserved
-        if call.capability is None or call.capability < (8, 0):
-            return f"needs compute capability 8.0 or later, got {call.capability}"
         if call.softcap is not None and call.dropout_p:
             return "takes no dropout together with softcap"
-        return flash2.unserved(call) or problem()
+        return self.too_wide(call) or flash2.unserved(call) or problem()
 
     def kernel_forward(self, q: Tensor, k: Tensor, v: Tensor, options: Options) -> tuple[Tensor, Tensor, Tensor | None]:
         lengths = sequences(options, q, k)
         visible = flash2.visible(options, lengths)
-        how = _how(options, visible)
+        how = _arguments(options, visible)
         library = torch.ops.flash_attn
         if lengths.starts_q is None:
             out, lse, _, rng_state = library._flash_attn_forward(q, k, v, *how, False)
@@ -56,31 +53,21 @@ class FlashAttention2(FlashBackend):
             out, lse, _, rng_state = library._flash_attn_varlen_forward(q, k, v, *lengths[:3], visible.max_k, *how)
         return out, flash2.rows_without_keys(lse, options, lengths), rng_state if options.dropout_p else None
 
-    def kernel_backward(
-        self,
-        dout: Tensor,
-        dlse: Tensor | None,
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        out: Tensor,
-        lse: Tensor,
-        rng_state: Tensor | None,
-        options: Options,
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        lengths = sequences(options, q, k)
+    def kernel_backward(self, grads: Grads, saved: Saved, options: Options) -> Gradients:
+        q, k, v, out, lse, _, rng_state = saved
+        dout, lengths = grads.dout, sequences(options, q, k)
         visible = flash2.visible(options, lengths)
-        how = *_how(options, visible), torch.are_deterministic_algorithms_enabled(), rng_state
+        how = *_arguments(options, visible), torch.are_deterministic_algorithms_enabled(), rng_state
         dq, dk, dv = gradients_like(q, k, v)
         library = torch.ops.flash_attn
         if lengths.starts_q is None:
             library._flash_attn_backward(dout, q, k, v, out, lse, dq, dk, dv, *how)
         else:
             library._flash_attn_varlen_backward(dout, q, k, v, out, lse, dq, dk, dv, *lengths[:3], visible.max_k, *how)
-        return dq, dk, dv
+        return Gradients(dq, dk, dv)
 
 
-def _how(options: Options, visible: flash2.Visible) -> tuple[float, float, bool, int, int, float, Tensor | None]:
+def _arguments(options: Options, visible: flash2.Visible) -> tuple[float, float, bool, int, int, float, Tensor | None]:
     return (
         options.dropout_p, options.scale, visible.causal, visible.left, visible.right, options.softcap or 0.0,
         options.alibi_slopes,

@@ -12,7 +12,7 @@ from attn_n.backends.adapt.flash import FlashBackend, sequences
 from attn_n.backends.adapt.library import Library
 from attn_n.backends.adapt.signatures import changed_operator
 from attn_n.backends.base import gradients_like
-from attn_n.call import AttentionCall, Options
+from attn_n.call import AttentionCall, Gradients, Grads, Options, Saved
 from attn_n.compilation import constant_when_compiled
 
 LIBRARY = Library(
@@ -53,16 +53,12 @@ def left_out(what: str) -> str | None:
 class FlashAttention3(FlashBackend):
     name = "flash_attn:3"
     summary = "FlashAttention 3, for Hopper"
+    honours = ("causal", "window", "softcap", "varlen", "lse gradient")
 
     def why_not(self, call: AttentionCall) -> str | None:
-        unserved = self.unserved(call)
-        if unserved is not None:
-            return unserved
         if call.capability != (9, 0):
             return f"is for compute capability 9.0, got {call.capability}"
-        if call.alibi or call.dropout_p:
-            return "FlashAttention 3 has no ALiBi and no dropout"
-        return problem() or _why_not_built(call)
+        return self.too_wide(call) or problem() or _why_not_built(call)
 
     def out_order(self, q: Tensor) -> tuple[int, ...]:
         """Token by token, whatever the order of q."""
@@ -71,27 +67,17 @@ class FlashAttention3(FlashBackend):
     def kernel_forward(self, q: Tensor, k: Tensor, v: Tensor, options: Options) -> tuple[Tensor, Tensor, Tensor | None]:
         # 0: it shares the keys of a few queries out among programs, where that is faster.
         splits = 0 if options.cu_seqlens_q is None else 1
-        out, lse, *_ = torch.ops.flash_attn_3.fwd(q, k, v, num_splits=splits, **_how(options, q, k))
+        out, lse, *_ = torch.ops.flash_attn_3.fwd(q, k, v, num_splits=splits, **_keywords(options, q, k))
         return out, lse, None
 
-    def kernel_backward(
-        self,
-        dout: Tensor,
-        dlse: Tensor | None,
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        out: Tensor,
-        lse: Tensor,
-        rng_state: Tensor | None,
-        options: Options,
-    ) -> tuple[Tensor, Tensor, Tensor]:
+    def kernel_backward(self, grads: Grads, saved: Saved, options: Options) -> Gradients:
+        q, k, v, out, lse, *_ = saved
         dq, dk, dv = gradients_like(q, k, v)
         deterministic = torch.are_deterministic_algorithms_enabled()
         torch.ops.flash_attn_3.bwd(
-            dout, q, k, v, out, lse, dq, dk, dv, deterministic=deterministic, **_how(options, q, k)
+            grads.dout, q, k, v, out, lse, dq, dk, dv, deterministic=deterministic, **_keywords(options, q, k)
         )
-        return dq, dk, dv
+        return Gradients(dq, dk, dv)
 
 
 def _why_not_built(call: AttentionCall) -> str | None:
@@ -107,7 +93,7 @@ def _why_not_built(call: AttentionCall) -> str | None:
     return next((reason for reason in reasons if reason is not None), None)
 
 
-def _how(options: Options, q: Tensor, k: Tensor) -> dict[str, Any]:
+def _keywords(options: Options, q: Tensor, k: Tensor) -> dict[str, Any]:
     starts_q, starts_k, max_q, max_k = sequences(options, q, k)
     left, right = options.window_left, options.window_right
     packed: dict[str, Any] = {}

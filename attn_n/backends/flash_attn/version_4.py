@@ -12,7 +12,7 @@ from attn_n.backends.adapt.flash import FlashBackend, sequences
 from attn_n.backends.adapt.library import Library
 from attn_n.backends.adapt.signatures import changed_function
 from attn_n.backends.base import gradients_like
-from attn_n.call import AttentionCall, Options
+from attn_n.call import AttentionCall, Gradients, Grads, Options, Saved
 from attn_n.compilation import constant_when_compiled
 
 LIBRARY = Library("flash-attn 4", "flash_attn.cute.interface", "pip install flash-attn-4", ("flash-attn-4",))
@@ -41,51 +41,36 @@ def _module() -> Any:
 class FlashAttention4(FlashBackend):
     name = "flash_attn:4"
     summary = "FlashAttention 4, for Hopper and Blackwell"
+    honours = ("causal", "window", "softcap", "varlen", "lse gradient")
     takes_dlse = True
     # At other head sizes dq of all but the first queries is wrong on Hopper in 4.0.0b36, since its kernel and its
     # buffers round the size differently: https://github.com/Dao-AILab/flash-attention/pull/2896
     backward_multiple = 32
 
     def why_not(self, call: AttentionCall) -> str | None:
-        hopper = call.capability is not None and call.capability[0] == 9
-        unserved = self.unserved(call, 256 if hopper else 128)
-        if unserved is not None:
-            return unserved
         if call.capability is None or call.capability[0] not in (9, 10, 11):
             return f"is used here for compute capability 9.0 to 11.0, got {call.capability}"
-        if call.alibi or call.dropout_p:
-            return "FlashAttention 4 has no ALiBi and no dropout"
-        return problem()
+        return self.too_wide(call, 256 if call.capability[0] == 9 else 128) or problem()
 
     def out_order(self, q: Tensor) -> tuple[int, ...]:
         """Token by token, whatever the order of q."""
         return (0, 2, 1, 3) if q.dim() == 4 else (0, 1, 2)
 
     def kernel_forward(self, q: Tensor, k: Tensor, v: Tensor, options: Options) -> tuple[Tensor, Tensor, Tensor | None]:
-        out, lse, *_ = _module()._flash_attn_fwd(q, k, v, return_lse=True, **_how(options, q, k))
+        out, lse, *_ = _module()._flash_attn_fwd(q, k, v, return_lse=True, **_keywords(options, q, k))
         return out, lse, None
 
-    def kernel_backward(
-        self,
-        dout: Tensor,
-        dlse: Tensor | None,
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        out: Tensor,
-        lse: Tensor,
-        rng_state: Tensor | None,
-        options: Options,
-    ) -> tuple[Tensor, Tensor, Tensor]:
+    def kernel_backward(self, grads: Grads, saved: Saved, options: Options) -> Gradients:
+        q, k, v, out, lse, *_ = saved
         dq, dk, dv = gradients_like(q, k, v)
         _module()._flash_attn_bwd(
-            q, k, v, out, dout, lse, dq=dq, dk=dk, dv=dv, dlse=dlse,
-            deterministic=torch.are_deterministic_algorithms_enabled(), **_how(options, q, k),
+            q, k, v, out, grads.dout, lse, dq=dq, dk=dk, dv=dv, dlse=grads.dlse,
+            deterministic=torch.are_deterministic_algorithms_enabled(), **_keywords(options, q, k),
         )  # fmt: skip
-        return dq, dk, dv
+        return Gradients(dq, dk, dv)
 
 
-def _how(options: Options, q: Tensor, k: Tensor) -> dict[str, Any]:
+def _keywords(options: Options, q: Tensor, k: Tensor) -> dict[str, Any]:
     starts_q, starts_k, max_q, max_k = sequences(options, q, k)
     return {
         "softmax_scale": options.scale,

@@ -9,8 +9,7 @@ from torch.torch_version import TorchVersion
 from attn_n.backends.adapt.blockwise import RectangleBackend
 from attn_n.backends.adapt.layout import key_head_each
 from attn_n.backends.adapt.signatures import changed_operator
-from attn_n.backends.sdpa import aten
-from attn_n.call import AttentionCall
+from attn_n.call import AttentionCall, Gradients, Saved
 
 _SIGNATURES = (
     "aten::_scaled_dot_product_flash_attention_for_cpu"
@@ -25,15 +24,13 @@ _KNOWS_GQA = TorchVersion(torch.__version__) >= "2.11"
 class CpuFlash(RectangleBackend):
     name = "sdpa:cpu"
     summary = "PyTorch's flash attention for CPU"
+    honours = ("causal", "window", "negative window", "mask", "alibi", "varlen", "lse gradient")
+    devices = ("cpu",)
     bias_elements = 1 << 22
     most_rows = 256
 
     def why_not(self, call: AttentionCall) -> str | None:
-        if call.device != "cpu":
-            return f"runs on CPU, not on {call.device}"
-        if call.dropout_p:
-            return "PyTorch's CPU kernel has no dropout"
-        return aten.unserved_field(call) or changed_operator(*_SIGNATURES)
+        return changed_operator(*_SIGNATURES)
 
     def lse_order(self, q: Tensor) -> tuple[int, ...]:
         """The kernel writes lse and gradients token by token, whatever the order of the inputs."""
@@ -55,21 +52,11 @@ class CpuFlash(RectangleBackend):
             q, k, v, 0.0, causal, attn_mask=None if bias is None else bias.contiguous(), scale=scale
         )
 
-    def kernel_backward(
-        self,
-        dout: Tensor,
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        out: Tensor,
-        lse: Tensor,
-        causal: bool,
-        bias: Tensor | None,
-        scale: float,
-    ) -> tuple[Tensor, Tensor, Tensor]:
+    def kernel_backward(self, dout: Tensor, saved: Saved, causal: bool, bias: Tensor | None, scale: float) -> Gradients:
+        q, k, v, out, lse, *_ = saved
         if not _KNOWS_GQA:
             k, v = key_head_each(q, k, v)
         dq, dk, dv = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward.default(
             dout, q, k, v, out, lse, 0.0, causal, attn_mask=None if bias is None else bias.contiguous(), scale=scale
         )
-        return dq, dk, dv
+        return Gradients(dq, dk, dv)

@@ -28,7 +28,7 @@ class Problem(NamedTuple):
     keys: int
     width: int
     width_v: int
-    # Of batch (0 if packed), head, row and column: of q, k, v, out, and in a backward of dout, dq, dk, dv.
+    # Of batch (0 if packed), head, row and column: of q, k, v, and in a backward of out and dout.
     strides: tuple[Strides, ...]
     strides_mask: Strides | None
     strides_slopes: Strides | None
@@ -81,7 +81,7 @@ class Problem(NamedTuple):
 
     @property
     def fits_descriptors(self) -> bool:
-        """Whether tensor descriptors can address all of the tensors."""
+        """Whether tensor descriptors can address all of the tensors; those that are allocated here they can."""
         return self.aligned and all(fits_descriptors(strides, self.dtype.itemsize) for strides in self.strides)
 
 
@@ -97,8 +97,13 @@ def fits_descriptors(strides: Strides, itemsize: int) -> bool:
     return True
 
 
+def aligned(*tensors: Tensor) -> bool:
+    """Whether all of them begin at multiples of 16 bytes."""
+    return not any([x.data_ptr() & 15 for x in tensors])
+
+
 def describe(tensors: tuple[Tensor, ...], log_n: float | Tensor | None, options: Options) -> Problem:
-    """`tensors` are q, k, v, out, and in a backward dout, dq, dk, dv."""
+    """`tensors` are q, k, v, and in a backward out and dout."""
     q, k, v, *_ = tensors
     mask, slopes, starts = options.mask, options.alibi_slopes, options.cu_seqlens_q
     if starts is None:
@@ -113,18 +118,18 @@ def describe(tensors: tuple[Tensor, ...], log_n: float | Tensor | None, options:
         more_keys = 0 if starts.data_ptr() == options.cu_seqlens_k.data_ptr() else None
     return Problem(
         q.device, q.dtype, batch, q.shape[1], k.shape[1], len_q, len_k, more_keys, starts is not None, rows,
-        keys, q.shape[-1], v.shape[-1], tuple(map(_strides, tensors)),
+        keys, q.shape[-1], v.shape[-1], tuple([kernel_strides(x.stride()) for x in tensors]),
         None if mask is None else _broadcast_strides(mask), None if slopes is None else slopes.stride(),
         log_n.stride(0) if isinstance(log_n, Tensor) else None,
         options.scale, options.window_left, options.window_right, options.softcap, options.dropout_p,
-        None if mask is None else mask.dtype, not any(x.data_ptr() % 16 for x in tensors),
+        None if mask is None else mask.dtype, aligned(*tensors),
         q.dtype == torch.float32 and torch.get_float32_matmul_precision() != "highest",
     )  # fmt: skip
 
 
-def _strides(x: Tensor) -> Strides:
-    stride = x.stride()
-    return (0, stride[1], stride[0], stride[2]) if len(stride) == 3 else stride
+def kernel_strides(strides: Strides) -> Strides:
+    """Of batch, head, row and column."""
+    return (0, strides[1], strides[0], strides[2]) if len(strides) == 3 else strides
 
 
 def _broadcast_strides(x: Tensor) -> Strides:

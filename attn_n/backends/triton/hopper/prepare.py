@@ -27,11 +27,8 @@ class Forward(NamedTuple):
     table: int  # numbers of the table that they share, see `packed`; of batches 1, the counter, or 0
 
 
-@functools.lru_cache(1024)
-def prepared(problem: Problem, config: Config | None = None) -> Forward | None:
-    """The launches of the forward; `config` in place of that of the table. None where descriptors cannot address it."""
-    if not problem.fits_descriptors:
-        return None
+def forward(problem: Problem, out: Strides, config: Config | None = None) -> Forward:
+    """The launches of the forward; `config` in place of that of the table."""
     p, config = problem, config or configs.find(problem)
     left, right = p.window
     tile_q = config.consumers * STRIP.value
@@ -47,7 +44,7 @@ def prepared(problem: Problem, config: Config | None = None) -> Forward | None:
     elif p.causal and not p.packed:
         items = p.heads * p.batch * _cdiv(of_head, 2)  # an item is a pair of tiles
     numbers = (
-        *p.strides[:4], p.stride_n, None if p.packed else p.batch, p.heads, p.len_q, p.len_k, left, right, p.scale,
+        *p.strides, out, p.stride_n, None if p.packed else p.batch, p.heads, p.len_q, p.len_k, left, right, p.scale,
         p.softcap, items, together,
     )  # fmt: skip
     constants = {
@@ -108,10 +105,10 @@ class Backward(NamedTuple):
     dkv_sum: int  # of each of the two
 
 
-@functools.lru_cache(1024)
-def prepared_backward(problem: Problem) -> Backward:
+def backward(problem: Problem, dq: Strides, dk: Strides, dv: Strides) -> Backward:
+    """The launches of the backward; the strides are those of the gradients."""
     p, (tile_q, tile_k) = problem, configs.BACKWARD[problem.width]
-    q, k, v, out, dout, dq, dk, dv = p.strides
+    q, k, v, out, dout = p.strides
     kernel = backward_kernel if p.width <= 128 else wide_kernel
     processors = _processors(p.device)
     groups = configs.heads_of_item(p, processors)

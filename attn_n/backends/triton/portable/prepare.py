@@ -1,22 +1,119 @@
-"""From a problem to the launch of a portable kernel."""
+"""From a call to the launches of the portable kernels."""
 
 from __future__ import annotations
 
-import functools
-from typing import Any
+from collections.abc import Sequence
+from typing import Any, NamedTuple
 
+import torch
+from torch import Tensor
+
+from attn_n.backends.triton.allocation import layout, template
 from attn_n.backends.triton.portable import configs
 from attn_n.backends.triton.portable.backward import dkdv_kernel, dq_kernel
 from attn_n.backends.triton.portable.configs import Config
 from attn_n.backends.triton.portable.forward import forward_kernel
 from attn_n.backends.triton.portable.tile import ROW_PADDING
-from attn_n.backends.triton.problem import Problem
+from attn_n.backends.triton.problem import Problem, Strides, aligned, describe
+from attn_n.call import Gradients, Grads, Options, Saved
 from attn_n.launcher import Launch
 
 
-@functools.lru_cache(1024)
-def prepared(kernel: str, problem: Problem, config: Config | None = None) -> Launch:
-    """The launch of one of the kernels of `configs`; `config` in place of that of the table."""
+class PortableCall:
+    """The launches of one kind of a call, and the memory that it takes."""
+
+    def __init__(self, problem: Problem, q: Tensor, k: Tensor, v: Tensor) -> None:
+        self.problem = problem
+        self._out = layout(q, v.shape[-1])
+        self._lse = template(q.shape[:-1], torch.float32, q.device)
+        self._launch = launch("forward", problem, (self._out.of_kernel,))
+        self._gradients = layout(q), layout(k), layout(v)
+        self._backwards: dict[tuple[Strides, ...], Backward] = {}
+
+    def forward(
+        self, q: Tensor, k: Tensor, v: Tensor, log_n: float | Tensor | None, options: Options
+    ) -> tuple[Tensor, Tensor, Tensor | None]:
+        if self.problem.aligned is not aligned(q, k, v):
+            return prepared(q, k, v, log_n, options).forward(q, k, v, log_n, options)
+        out, lse = self._out.empty(q), torch.empty_like(self._lse)
+        rng_state = None
+        if options.dropout_p:
+            # Two random numbers of torch's own generator: they follow its seed, also in a captured graph.
+            rng_state = torch.randint(1 << 62, (2,), device=q.device)
+        sinks, number = (log_n, None) if isinstance(log_n, Tensor) else (None, log_n)
+        self._launch(q, k, v, out, lse, sinks, number, *_extras(rng_state, options))
+        return out, lse, rng_state
+
+    def backward(self, grads: Grads, saved: Saved, options: Options) -> Gradients:
+        (dout, dlse, *_), (q, k, v, out, lse, _, rng_state), log_n = grads, saved, log_n_of(grads, saved)
+        if dout.stride(-1) != 1:  # that of a sum: read many times, it is worth laying out once
+            dout = dout.contiguous()
+        lse, dlse = lse.contiguous(), None if dlse is None else dlse.contiguous()
+        ready = self._backward((q, k, v, out, dout), log_n, options)
+        of_q, of_k, of_v = self._gradients
+        dq, dk, dv = of_q.empty(q), of_k.empty(k), of_v.empty(v)
+        lse_log2, delta = torch.empty_like(ready.rows), torch.empty_like(ready.rows)
+        lost = torch.empty_like(ready.rows) if self.problem.float_mask else None
+        extras = _extras(rng_state, options)
+        shares = None
+        if grads.of_n is not None:
+            # A program beyond the end of a packed sequence writes nothing.
+            shares = (torch.zeros_like if options.varlen else torch.empty_like)(ready.shares)
+        ready.dq(q, k, v, out, dout, lse, dlse, lse_log2, delta, lost, dq, log_n, shares, *extras)
+        for of_keys in ready.of_keys:
+            of_keys(q, k, v, dout, lse_log2, delta, lost, dk, dv, *extras)
+        return Gradients(dq, dk, dv, None if shares is None else shares.sum((0, 2)))
+
+    def _backward(self, tensors: tuple[Tensor, ...], log_n: Tensor | None, options: Options) -> Backward:
+        *_, out, dout = tensors
+        key = out.stride(), dout.stride(), (0,) if log_n is None else (1, log_n.stride(0)), (aligned(*tensors),)
+        ready = self._backwards.get(key)
+        if ready is None:
+            problem = describe(tensors, log_n, options)
+            ready = self._backwards[key] = backward(problem, *[x.of_kernel for x in self._gradients])
+        return ready
+
+
+class Backward(NamedTuple):
+    """The launches of a backward, in their order, and what they share."""
+
+    dq: Launch
+    of_keys: tuple[Launch, ...]
+    rows: Tensor  # templates: of a number for each row, and of the share of each program in the gradient of n
+    shares: Tensor
+
+
+def prepared(q: Tensor, k: Tensor, v: Tensor, log_n: float | Tensor | None, options: Options) -> PortableCall:
+    problem = describe((q, k, v), log_n, options)
+    call = _calls.get(problem)
+    if call is None:
+        if len(_calls) >= MOST:
+            _calls.clear()
+        call = _calls[problem] = PortableCall(problem, q, k, v)
+    return call
+
+
+MOST = 1024  # kinds of calls that are kept: lengths may never come again
+_calls: dict[Problem, PortableCall] = {}
+
+
+def backward(problem: Problem, *strides: Strides) -> Backward:
+    """`strides` are those of dq, dk and dv."""
+    p = problem
+    dq = launch("dq", p, strides)
+    return Backward(
+        dq,
+        tuple([launch(kernel, p, strides) for kernel in configs.kernels_of_keys(p)]),
+        template((p.heads, padded_rows(p)), torch.float32, p.device),
+        template((p.batch, p.heads, dq.programs // (p.batch * p.heads)), torch.float32, p.device),
+    )
+
+
+def launch(kernel: str, problem: Problem, results: Sequence[Strides], config: Config | None = None) -> Launch:
+    """The launch of one of the kernels of `configs`; `config` in place of that of the table.
+
+    `results` are the strides of out, or of dq, dk and dv.
+    """
     p, config = problem, config or configs.find(kernel, problem)
     options = {"num_warps": config.num_warps, "num_stages": config.num_stages}
     tile_e, tile_v = configs.tiles_of_widths(p)
@@ -32,9 +129,9 @@ def prepared(kernel: str, problem: Problem, config: Config | None = None) -> Lau
     extras = p.strides_mask, p.strides_slopes
     programs_of_queries = p.batch * p.heads * -(-p.len_q // config.tile_q)
     if kernel == "forward":
-        numbers = *p.strides, *extras, p.stride_n, *numbers
+        numbers = *p.strides, *results, *extras, p.stride_n, *numbers
         return Launch(forward_kernel, programs_of_queries, p.device, numbers, constants, options, config.descriptors)
-    q, k, v, out, dout, dq, dk, dv = p.strides
+    (q, k, v, out, dout), (dq, dk, dv) = p.strides, results
     numbers = padded_rows(p), *numbers
     if kernel == "dq":
         numbers = q, k, v, out, dout, dq, *extras, p.stride_n, *numbers
@@ -43,6 +140,18 @@ def prepared(kernel: str, problem: Problem, config: Config | None = None) -> Lau
     numbers = q, k, v, dout, dk, dv, *extras, *numbers
     constants |= {"DK": "dk" in kernel, "DV": "dv" in kernel}
     return Launch(dkdv_kernel, programs_of_keys, p.device, numbers, constants, options, config.descriptors)
+
+
+def log_n_of(grads: Grads, saved: Saved) -> Tensor | None:
+    """log n as the kernels take it beside the gradient of log n; None for that of n itself."""
+    return saved.log_n if grads.of_n == "log n" and isinstance(saved.log_n, Tensor) else None
+
+
+def _extras(rng_state: Tensor | None, options: Options) -> tuple[Tensor | None, ...]:
+    mask = options.mask
+    if mask is not None and mask.dtype == torch.bool:
+        mask = mask.view(torch.uint8)
+    return mask, options.alibi_slopes, rng_state, options.cu_seqlens_q, options.cu_seqlens_k
 
 
 def padded_rows(problem: Problem) -> int:

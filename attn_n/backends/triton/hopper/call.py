@@ -1,0 +1,100 @@
+"""A call of the Hopper kernels: its launches, and the memory that it takes."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from attn_n.backends.base import Prepared
+from attn_n.backends.triton.allocation import layout, template
+from attn_n.backends.triton.hopper import prepare
+from attn_n.backends.triton.hopper.prepare import list_of_tiles
+from attn_n.backends.triton.portable import prepare as portable
+from attn_n.backends.triton.portable.prepare import log_n_of
+from attn_n.backends.triton.problem import Problem, Strides, aligned, describe, fits_descriptors
+from attn_n.call import Gradients, Grads, Options, Saved
+
+
+class HopperCall:
+    """The launches of one kind of a call, and the memory that it takes."""
+
+    def __init__(self, problem: Problem, q: Tensor, k: Tensor, v: Tensor) -> None:
+        self._out = layout(q)
+        self._lse = template(q.shape[:-1], torch.float32, q.device)
+        self._launches = prepare.forward(problem, self._out.of_kernel)
+        self._gradients = layout(q), layout(k), layout(v)
+        self._backwards: dict[tuple[Strides, ...], BackwardCall] = {}
+
+    def forward(
+        self, q: Tensor, k: Tensor, v: Tensor, log_n: float | Tensor | None, options: Options
+    ) -> tuple[Tensor, Tensor, Tensor | None]:
+        if not aligned(q, k, v):
+            return portable.prepared(q, k, v, log_n, options).forward(q, k, v, log_n, options)
+        out, lse = self._out.empty(q), torch.empty_like(self._lse)
+        sinks, number = (log_n, None) if isinstance(log_n, Tensor) else (None, log_n)
+        starts_q, starts_k = options.cu_seqlens_q, options.cu_seqlens_k
+        table = list_of_tiles(self._launches, q, starts_q, starts_k)
+        self._launches.main(q, k, v, out, lse, sinks, number, starts_q, starts_k, table)
+        return out, lse, None
+
+    def backward(self, grads: Grads, saved: Saved, options: Options) -> Gradients:
+        (dout, dlse, *_), (q, k, v, out, lse, *_), log_n = grads, saved, log_n_of(grads, saved)
+        if torch.are_deterministic_algorithms_enabled() or not aligned(q, k, v):
+            return portable.prepared(q, k, v, saved.log_n, options).backward(grads, saved, options)
+        if not fits_descriptors(dout.stride(), dout.itemsize) or dout.data_ptr() % 16:  # that of a sum, of a slice
+            dout = dout.clone(memory_format=torch.contiguous_format)
+        lse, dlse = lse.contiguous(), None if dlse is None else dlse.contiguous()
+        ready = self._backward((q, k, v, out, dout), log_n, options)
+        launches = ready.launches
+        of_q, of_k, of_v = self._gradients
+        dq, dk, dv = of_q.empty(q), of_k.empty(k), of_v.empty(v)
+        stats, dq_sum = torch.empty_like(ready.stats), torch.empty_like(ready.dq_sum)
+        shares = None if grads.of_n is None else torch.empty_like(ready.shares)
+        starts_q, starts_k = options.cu_seqlens_q, options.cu_seqlens_k
+        table = list_of_tiles(launches, q, starts_k, starts_q)
+        launches.prepare(out, dout, lse, dlse, stats, dq_sum, log_n, shares, starts_q)
+        into: tuple[Tensor, ...] = dk, dv
+        if launches.round_kv:
+            into = torch.zeros(2, launches.dkv_sum, dtype=torch.float32, device=q.device).unbind()
+        launches.main(q, k, v, dout, stats, dq_sum, *into, starts_q, starts_k, table)
+        for launch, x_sum, x in zip(launches.round_kv, into, (dk, dv), strict=False):
+            launch(x_sum, x, starts_k)
+        launches.round(dq_sum, dq, starts_q)
+        return Gradients(dq, dk, dv, None if shares is None else shares.sum((0, 2)))
+
+    def _backward(self, tensors: tuple[Tensor, ...], log_n: Tensor | None, options: Options) -> BackwardCall:
+        *_, out, dout = tensors
+        key = out.stride(), dout.stride(), (0,) if log_n is None else (1, log_n.stride(0))
+        ready = self._backwards.get(key)
+        if ready is None:
+            problem = describe(tensors, log_n, options)
+            ready = self._backwards[key] = BackwardCall(problem, *[x.of_kernel for x in self._gradients])
+        return ready
+
+
+class BackwardCall:
+    """The launches of a backward, and templates of the memory that they share."""
+
+    def __init__(self, problem: Problem, dq: Strides, dk: Strides, dv: Strides) -> None:
+        p, self.launches = problem, prepare.backward(problem, dq, dk, dv)
+        self.stats = template((self.launches.stats,), torch.float32, p.device)
+        self.dq_sum = template((self.launches.dq_sum,), torch.float32, p.device)
+        batch = 1 if p.packed else p.batch
+        tiles = self.launches.prepare.programs // (batch * p.heads)
+        self.shares = template((batch, p.heads, tiles), torch.float32, p.device)
+
+
+_calls: dict[Problem, Prepared] = {}
+
+
+def prepared(q: Tensor, k: Tensor, v: Tensor, log_n: float | Tensor | None, options: Options) -> Prepared:
+    """Of the portable kernels where q, k or v begins off a multiple of 16 bytes, which no metadata tell."""
+    problem = describe((q, k, v), log_n, options)
+    if not problem.fits_descriptors:
+        return portable.prepared(q, k, v, log_n, options)
+    call = _calls.get(problem)
+    if call is None:
+        if len(_calls) >= portable.MOST:
+            _calls.clear()
+        call = _calls[problem] = HopperCall(problem, q, k, v)
+    return call

@@ -1,0 +1,85 @@
+"""What the forward and the backward of a backend are given, and what they return."""
+
+from __future__ import annotations
+
+from typing import Any, Literal, NamedTuple
+
+from torch import Tensor
+
+
+class Options(NamedTuple):
+    """Everything but q, k, v and n, as a backend's forward and backward receive it.
+
+    Query i of a sequence stands at position `p = i + S - L`, so that the last query meets the last key; it sees
+    the keys `p - window_left ... p + window_right`. None is unlimited, and `window_right = 0` is causal attention.
+    The right side may be negative, but not of packed sequences: `L - S` is a causal mask from the first query and the
+    first key on, where there are more keys.
+    """
+
+    scale: float
+    window_left: int | None = None
+    window_right: int | None = None
+    softcap: float | None = None
+    dropout_p: float = 0.0
+    # (B or 1, Hq or 1, L or 1, S or 1), bool (True = attend) or floating (added to the logits)
+    mask: Tensor | None = None
+    # (B, Hq), float32 (float64 for float64 inputs); adds -slope * |p - j|
+    alibi_slopes: Tensor | None = None
+    # (B + 1,), int32: packed sequences; q, k and v are then (T, H, E)
+    cu_seqlens_q: Tensor | None = None
+    cu_seqlens_k: Tensor | None = None
+    max_seqlen_q: int = 0
+    max_seqlen_k: int = 0
+    # (B,), int32: of batch b only the queries i < seqused_q[b] and the keys leftpad_k[b] <= j < seqused_k[b] exist
+    seqused_q: Tensor | None = None
+    seqused_k: Tensor | None = None
+    leftpad_k: Tensor | None = None
+
+    @property
+    def varlen(self) -> bool:
+        return self.cu_seqlens_q is not None
+
+    @property
+    def causal(self) -> bool:
+        """Whether the visible keys are exactly those of a causal mask."""
+        return self.window_left is None and self.window_right == 0
+
+    def replaced(self, **changes: Any) -> Options:
+        """`_replace`, which torch.compile of PyTorch 2.8 cannot trace."""
+        return Options(**{**dict(zip(Options._fields, self, strict=True)), **changes})
+
+
+class Saved(NamedTuple):
+    """What a backward needs of its forward: `out` and `lse` have n inside."""
+
+    q: Tensor
+    k: Tensor
+    v: Tensor
+    out: Tensor
+    lse: Tensor  # +inf for rows without visible keys at n = 0, which makes their weights zero
+    log_n: float | Tensor | None = None  # a number, or (Hq,); None for n = 0
+    rng_state: Tensor | None = None  # the state of the dropout generator
+
+
+class Grads(NamedTuple):
+    """What a backward is asked: the gradients of the results, and which gradients beyond dq, dk and dv are wanted."""
+
+    dout: Tensor
+    dlse: Tensor | None = None
+    of_n: Literal["n", "log n"] | None = None
+    of_bias: bool = False
+
+
+class Gradients(NamedTuple):
+    """What a backward returns. dk and dv may have Hq heads: the caller adds up those of a group.
+
+    Attributes:
+        dn: `(Hq,)`, of n or of log n as it was asked. None leaves it to the caller.
+        dbias: that of a floating mask, if it was asked for.
+    """
+
+    dq: Tensor
+    dk: Tensor
+    dv: Tensor
+    dn: Tensor | None = None
+    dbias: Tensor | None = None
