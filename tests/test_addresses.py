@@ -20,8 +20,8 @@ from attn_n.backends.triton.problem import describe
 from attn_n.call import Options, Request, canonical
 from attn_n.sink import fused, rescale
 from tests import compare
+from tests.calls import gpu_call
 from tests.cases import INTERPRETED, Case, absent, make
-from tests.test_registry import gpu_call
 
 PLACES = [
     pytest.param("cpu", marks=pytest.mark.skipif(not INTERPRETED, reason="the kernels are compiled for the GPU here")),

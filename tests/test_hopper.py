@@ -23,8 +23,8 @@ from attn_n.backends.triton.hopper.configs import BACKWARD, FORWARD, Config
 from attn_n.backends.triton.problem import describe
 from attn_n.call import Options
 from tests import compare
+from tests.calls import gpu_call, packed
 from tests.cases import CASES, HOPPER, INTERPRETED, Case, make, must_serve
-from tests.test_registry import gpu_call, packed
 
 WIDTHS = (64, 128, 256)
 HALF = (torch.bfloat16, torch.float16)

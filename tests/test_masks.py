@@ -18,9 +18,9 @@ from attn_n.backends import registry
 from attn_n.call import AttentionCall, Options
 from attn_n.dispatch import serving
 from tests import compare
+from tests.calls import gpu_call
 from tests.cases import HOPPER, INTERPRETED, Case, absent, make
 from tests.oracle import attention_n
-from tests.test_registry import gpu_call
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:Lower right causal bias"),

@@ -22,9 +22,9 @@ from attn_n.backends.triton.portable.configs import Config
 from attn_n.backends.triton.portable.prepare import prepared
 from attn_n.backends.triton.portable.tile import ROW_PADDING
 from tests import compare
+from tests.calls import gpu_call
 from tests.cases import INTERPRETED, Case, make
 from tests.oracle import attention_n
-from tests.test_registry import gpu_call
 
 PLACES = [
     pytest.param("cpu", marks=pytest.mark.skipif(not INTERPRETED, reason="the kernels are compiled for the GPU here")),
