@@ -42,3 +42,7 @@ class Eager(Backend):
         logits = q @ k.mT * options.scale
         logits = logits.masked_fill(torch.ones_like(logits, dtype=torch.bool).triu(1), -torch.inf)
         return logits.softmax(-1) @ v, logits.logsumexp(-1), None
+
+
+def boundaries(lengths: list[int], device: str) -> torch.Tensor:
+    return torch.tensor([0, *lengths], device=device).cumsum(0).to(torch.int32)
