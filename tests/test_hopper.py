@@ -20,10 +20,10 @@ from tests import compare
 from tests.calls import boundaries
 from tests.cases import CASES, HOPPER, Case, make, must_serve
 
+pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not HOPPER, reason="no GPU of compute capability 9.0")]
+
 WIDTHS = (64, 128, 256)
 HALF = (torch.bfloat16, torch.float16)
-
-on_hopper = pytest.mark.skipif(not HOPPER, reason="no GPU of compute capability 9.0")
 
 
 def at_width(case: Case, width: int) -> Case:
@@ -37,8 +37,6 @@ SERVED = [
 ]
 
 
-@pytest.mark.gpu
-@on_hopper
 @pytest.mark.parametrize("dtype", HALF, ids=str)
 @pytest.mark.parametrize("width", WIDTHS)
 @pytest.mark.parametrize("case", SERVED, ids=str)
@@ -55,8 +53,6 @@ def test_cases(case: Case, width: int, dtype: torch.dtype, ran: list[str]) -> No
 LENGTHS = [(1, 1), (63, 65), (128, 128), (129, 127), (192, 384), (193, 1000), (1000, 193), (777, 4500), (4500, 4400)]
 
 
-@pytest.mark.gpu
-@on_hopper
 @pytest.mark.parametrize("width", WIDTHS)
 @pytest.mark.parametrize(("len_q", "len_k"), LENGTHS)
 def test_lengths(len_q: int, len_k: int, width: int) -> None:
@@ -82,8 +78,6 @@ def fresh_launches() -> Iterator[None]:
     forget()
 
 
-@pytest.mark.gpu
-@on_hopper
 @pytest.mark.usefixtures("fresh_launches")
 @pytest.mark.parametrize(("width", "row"), [(width, row) for width, rows in FORWARD.items() for row in rows], ids=str)
 def test_every_row(width: int, row: Config, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -100,8 +94,6 @@ def test_every_row(width: int, row: Config, monkeypatch: pytest.MonkeyPatch) -> 
         assert max(excess.values()) <= 1, (case, excess)
 
 
-@pytest.mark.gpu
-@on_hopper
 @pytest.mark.parametrize("dtype", HALF, ids=str)
 @pytest.mark.parametrize("width", WIDTHS)
 @pytest.mark.parametrize("causal", [False, True])
@@ -117,8 +109,6 @@ def test_growing_maxima(causal: bool, width: int, dtype: torch.dtype) -> None:
     assert max(excess.values()) <= 1, excess
 
 
-@pytest.mark.gpu
-@on_hopper
 @pytest.mark.usefixtures("fresh_launches")
 @pytest.mark.parametrize("width", WIDTHS)
 @pytest.mark.parametrize("heads", [1, 2, 4])
@@ -155,8 +145,6 @@ PACKINGS = {
 }
 
 
-@pytest.mark.gpu
-@on_hopper
 @pytest.mark.parametrize("width", WIDTHS)
 @pytest.mark.parametrize("packing", PACKINGS)
 def test_packings(packing: str, width: int, ran: list[str]) -> None:
@@ -172,8 +160,6 @@ def test_packings(packing: str, width: int, ran: list[str]) -> None:
     assert set(ran) == {"forward triton:hopper", "backward triton:hopper"}
 
 
-@pytest.mark.gpu
-@on_hopper
 @pytest.mark.parametrize("width", WIDTHS)
 @pytest.mark.parametrize("causal", [False, True])
 def test_neighbours_see_nothing_of_each_other(width: int, causal: bool) -> None:
@@ -210,8 +196,6 @@ def test_neighbours_see_nothing_of_each_other(width: int, causal: bool) -> None:
                 assert torch.allclose(found[end:], expected[end:], rtol=2e-2, atol=1e-2)
 
 
-@pytest.mark.gpu
-@on_hopper
 @pytest.mark.parametrize("width", WIDTHS)
 def test_packed_slices(width: int) -> None:
     """q, k and v side by side in one tensor, where rows are far apart; boundaries that are no array of their own."""
@@ -235,8 +219,6 @@ def packed_at_random(pick: random.Random, case: Case, most: int, longest: int) -
     return dataclasses.replace(case, **packed)
 
 
-@pytest.mark.gpu
-@on_hopper
 @pytest.mark.parametrize("seed", range(20))
 def test_random_shapes(seed: int) -> None:
     """Ten of every kind of call; each kind is compiled for itself, which takes most of the time."""
@@ -260,8 +242,6 @@ def test_random_shapes(seed: int) -> None:
         assert max(excess.values()) <= 1, (case, excess)
 
 
-@pytest.mark.gpu
-@on_hopper
 @pytest.mark.parametrize("part", range(10))
 def test_a_thousand_shapes(part: int) -> None:
     """Of few kinds of calls, so that little is compiled."""
@@ -281,8 +261,6 @@ def test_a_thousand_shapes(part: int) -> None:
         assert max(excess.values()) <= 1, (case, excess)
 
 
-@pytest.mark.gpu
-@on_hopper
 @pytest.mark.parametrize("width", WIDTHS)
 @pytest.mark.parametrize("causal", [False, True])
 def test_the_same_bits_a_hundred_times(width: int, causal: bool) -> None:
@@ -297,8 +275,6 @@ def test_the_same_bits_a_hundred_times(width: int, causal: bool) -> None:
         assert all(torch.equal(a, b) for a, b in zip(found, first, strict=True))
 
 
-@pytest.mark.gpu
-@on_hopper
 @pytest.mark.parametrize("width", WIDTHS)
 def test_deterministic_algorithms(width: int) -> None:
     q, k, v = (torch.randn(1, 4, 4000, width, device="cuda", dtype=torch.bfloat16, requires_grad=True) for _ in "qkv")
@@ -319,8 +295,6 @@ def test_deterministic_algorithms(width: int) -> None:
     assert not all(torch.equal(gradients("hopper")[0], first[0]) for _ in range(5))
 
 
-@pytest.mark.gpu
-@on_hopper
 @pytest.mark.parametrize("width", WIDTHS)
 @pytest.mark.parametrize("layout", ["sum", "over heads", "rows apart", "columns apart", "odd rows", "odd beginning"])
 def test_gradients_of_out_in_any_layout(layout: str, width: int, ran: list[str]) -> None:
@@ -343,8 +317,6 @@ def test_gradients_of_out_in_any_layout(layout: str, width: int, ran: list[str])
     assert ran == ["forward triton:hopper", "backward triton:hopper"] * 2
 
 
-@pytest.mark.gpu
-@on_hopper
 def test_what_tma_cannot_address(ran: list[str]) -> None:
     """An odd beginning is served by the portable kernels, odd strides are refused."""
     flat = torch.randn(1 + 2 * 64 * 64, device="cuda", dtype=torch.bfloat16)

@@ -12,12 +12,7 @@ pytest.importorskip("triton")
 
 from attn_n.backends.triton.hopper.configs import BACKWARD
 from tests.calls import boundaries
-from tests.cases import INTERPRETED
-
-PLACES = [
-    pytest.param("cpu", marks=pytest.mark.skipif(not INTERPRETED, reason="the kernels are compiled for the GPU here")),
-    pytest.param("cuda", marks=pytest.mark.gpu),
-]
+from tests.places import PLACES
 
 # Of queries and of keys, for whose sums the last pass serves too.
 TILES = sorted({(width, tile) for width, tiles in BACKWARD.items() for tile in tiles})

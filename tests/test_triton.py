@@ -19,13 +19,10 @@ from attn_n.backends.triton.portable.prepare import prepared
 from attn_n.backends.triton.portable.tile import ROW_PADDING
 from tests import compare
 from tests.calls import gpu_call
-from tests.cases import INTERPRETED, Case, make
+from tests.cases import Case, make
 from tests.oracle import attention_n
+from tests.places import PLACES
 
-PLACES = [
-    pytest.param("cpu", marks=pytest.mark.skipif(not INTERPRETED, reason="the kernels are compiled for the GPU here")),
-    pytest.param("cuda", marks=pytest.mark.gpu),
-]
 TABLES = {"sm_90": configs.SM_90, "large": configs.LARGE, "small": configs.SMALL, "float32": configs.FLOAT32}
 
 
