@@ -2,16 +2,22 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo test bench
+.PHONY: demo lint test test-all bench
 
 demo: .venv/demo
 	$(BIN)/python -m demo
 	$(BIN)/python -m attn_n
 
-test: .venv/dev
+lint: .venv/dev
 	$(BIN)/ruff check
 	$(BIN)/ruff format --check
 	$(BIN)/mypy
+
+# All but the big matrices, of which one of each kind is left.
+test: lint
+	$(BIN)/pytest -n auto --dist worksteal -m "not slow"
+
+test-all: lint
 	$(BIN)/pytest -n auto --dist worksteal
 
 bench: .venv/dev

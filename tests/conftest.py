@@ -22,13 +22,12 @@ from attn_n.dispatch import forced, plans
 LONGEST = ("ahead_of_time", "test_random_calls", "inductor")
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    if not torch.cuda.is_available():
+        config.hook.pytest_deselected(items=[item for item in items if item.get_closest_marker("gpu")])
+        items[:] = [item for item in items if not item.get_closest_marker("gpu")]
     # The longest come first, so that no worker is left with one at the end.
     items.sort(key=lambda item: not any(part in item.name for part in LONGEST))
-    if not torch.cuda.is_available():
-        for item in items:
-            if item.get_closest_marker("gpu"):
-                item.add_marker(pytest.mark.skip(reason="no GPU"))
 
 
 @pytest.fixture(autouse=True)

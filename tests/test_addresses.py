@@ -20,13 +20,10 @@ from attn_n.backends.triton.problem import describe
 from attn_n.call import Options, Request, canonical
 from attn_n.sink import fused, rescale
 from tests import compare
+from tests.calls import gpu_call
 from tests.cases import INTERPRETED, Case, absent, make
-from tests.test_registry import gpu_call
+from tests.places import PLACES, on_gpu
 
-PLACES = [
-    pytest.param("cpu", marks=pytest.mark.skipif(not INTERPRETED, reason="the kernels are compiled for the GPU here")),
-    pytest.param("cuda", marks=pytest.mark.gpu),
-]
 FAR = 2**30  # a stride of 32 bits, of which twice is more
 
 
@@ -116,9 +113,18 @@ def test_the_longest_sequence_is_overstated() -> None:
 
 WIDE = [
     *(pytest.param("cpu", name) for name in ("reference", "sdpa:cpu", "triton:portable")),
-    *(
-        pytest.param("cuda", name, marks=pytest.mark.gpu)
-        for name in ("sdpa:flash", "triton:portable", "triton:hopper", "flash_attn:2", "flash_attn:3", "flash_attn:4")
+    *on_gpu(
+        *(
+            ("cuda", name)
+            for name in (
+                "sdpa:flash",
+                "triton:portable",
+                "triton:hopper",
+                "flash_attn:2",
+                "flash_attn:3",
+                "flash_attn:4",
+            )
+        )
     ),
 ]
 

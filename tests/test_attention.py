@@ -11,6 +11,7 @@ import torch
 import attn_n
 from tests import compare
 from tests.cases import CASES, DTYPES, Case, absent, make, must_serve
+from tests.places import on_gpu
 
 # With logits around 46 a half-precision baseline has no digits left, and its error would allow anything.
 COMBINATIONS = [
@@ -23,23 +24,16 @@ PLACES = [
     pytest.param("cpu", "reference"),
     pytest.param("cpu", "sdpa:cpu"),
     pytest.param("cpu", "triton:portable"),
-    *(
-        pytest.param("cuda", name, marks=pytest.mark.gpu)
-        for name in (
-            "reference",
-            "sdpa:flash",
-            "sdpa:cudnn",
-            "sdpa:efficient",
-            "triton:portable",
-            "triton:hopper",
-            "flash_attn:2",
-            "flash_attn:3",
-            "flash_attn:4",
-            "xformers:flash",
-            "xformers:cutlass",
+    *on_gpu(
+        *(
+            ("cuda", name)
+            for name in (
+                "reference", "sdpa:flash", "sdpa:cudnn", "sdpa:efficient", "triton:portable", "triton:hopper",
+                "flash_attn:2", "flash_attn:3", "flash_attn:4", "xformers:flash", "xformers:cutlass",
+            )
         )
     ),
-]
+]  # fmt: skip
 
 
 def _calls() -> Iterator[object]:

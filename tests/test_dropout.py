@@ -9,8 +9,9 @@ from torch import Tensor
 from attn_n import flash_attention_n
 from tests.cases import INTERPRETED, absent
 from tests.oracle import attention_n
+from tests.places import on_gpu
 
-PLACES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
+PLACES = ["cpu", *on_gpu(("cuda",))]
 BACKENDS = {
     "cpu": ["reference", *(["triton"] if INTERPRETED else [])],
     "cuda": ["reference", "sdpa:flash", "triton", *([] if absent("flash_attn:2") else ["flash_attn:2"])],

@@ -11,16 +11,12 @@ from torch import Tensor
 
 from attn_n import flash_attention_n
 from attn_n.sink import rescale
-from tests.cases import INTERPRETED
+from tests.places import PLACES
 
 pytest.importorskip("triton")
 
 from attn_n.sink import fused
 
-PLACES = [
-    pytest.param("cpu", marks=pytest.mark.skipif(not INTERPRETED, reason="the kernels are compiled for the GPU here")),
-    pytest.param("cuda", marks=pytest.mark.gpu),
-]
 BATCH, HEADS, ROWS = 2, 3, 70
 LAYOUTS = ("heads first", "tokens first", "packed", "narrowed", "a stride in the last dimension")
 LOG_N = {

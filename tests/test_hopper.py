@@ -4,10 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-import os
 import random
-import subprocess
-import sys
 from collections.abc import Iterator
 
 import pytest
@@ -17,23 +14,16 @@ pytest.importorskip("triton")
 
 import attn_n
 from attn_n import flash_attention_n, flash_attention_n_varlen
-from attn_n.backends.triton import BACKEND, hopper
-from attn_n.backends.triton.hopper import HopperKernels, configs
-from attn_n.backends.triton.hopper.configs import BACKWARD, FORWARD, Config
-from attn_n.backends.triton.problem import describe
-from attn_n.call import Options
+from attn_n.backends.triton.hopper import configs
+from attn_n.backends.triton.hopper.configs import FORWARD, Config
 from tests import compare
-from tests.cases import CASES, HOPPER, INTERPRETED, Case, make, must_serve
-from tests.test_registry import gpu_call, packed
+from tests.calls import boundaries
+from tests.cases import CASES, HOPPER, Case, make, must_serve
+
+pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not HOPPER, reason="no GPU of compute capability 9.0")]
 
 WIDTHS = (64, 128, 256)
 HALF = (torch.bfloat16, torch.float16)
-
-PLACES = [
-    pytest.param("cpu", marks=pytest.mark.skipif(not INTERPRETED, reason="the kernels are compiled for the GPU here")),
-    pytest.param("cuda", marks=pytest.mark.gpu),
-]
-on_hopper = pytest.mark.skipif(not HOPPER, reason="no GPU of compute capability 9.0")
 
 
 def at_width(case: Case, width: int) -> Case:
@@ -47,8 +37,6 @@ SERVED = [
 ]
 
 
-@pytest.mark.gpu
-@on_hopper
 @pytest.mark.parametrize("dtype", HALF, ids=str)
 @pytest.mark.parametrize("width", WIDTHS)
 @pytest.mark.parametrize("case", SERVED, ids=str)
@@ -65,8 +53,6 @@ def test_cases(case: Case, width: int, dtype: torch.dtype, ran: list[str]) -> No
 LENGTHS = [(1, 1), (63, 65), (128, 128), (129, 127), (192, 384), (193, 1000), (1000, 193), (777, 4500), (4500, 4400)]
 
 
-@pytest.mark.gpu
-@on_hopper
 @pytest.mark.parametrize("width", WIDTHS)
 @pytest.mark.parametrize(("len_q", "len_k"), LENGTHS)
 def test_lengths(len_q: int, len_k: int, width: int) -> None:
@@ -88,8 +74,6 @@ def fresh_launches() -> Iterator[None]:
     call._calls.clear()
 
 
-@pytest.mark.gpu
-@on_hopper
 @pytest.mark.usefixtures("fresh_launches")
 @pytest.mark.parametrize(("width", "row"), [(width, row) for width, rows in FORWARD.items() for row in rows], ids=str)
 def test_every_row(width: int, row: Config, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -106,8 +90,6 @@ def test_every_row(width: int, row: Config, monkeypatch: pytest.MonkeyPatch) -> 
         assert max(excess.values()) <= 1, (case, excess)
 
 
-@pytest.mark.gpu
-@on_hopper
 @pytest.mark.parametrize("dtype", HALF, ids=str)
 @pytest.mark.parametrize("width", WIDTHS)
 @pytest.mark.parametrize("causal", [False, True])
@@ -123,8 +105,6 @@ def test_growing_maxima(causal: bool, width: int, dtype: torch.dtype) -> None:
     assert max(excess.values()) <= 1, excess
 
 
-@pytest.mark.gpu
-@on_hopper
 @pytest.mark.usefixtures("fresh_launches")
 @pytest.mark.parametrize("width", WIDTHS)
 @pytest.mark.parametrize("heads", [1, 2, 4])
@@ -141,60 +121,6 @@ def test_parts_of_a_key_head(heads: int, width: int, monkeypatch: pytest.MonkeyP
         inputs = make(at_width(dataclasses.replace(usual, **changes), width), torch.bfloat16, "cuda")
         excess = compare.excess(inputs, compare.library(inputs, "triton:hopper"))
         assert max(excess.values()) <= 1, (changes, excess)
-
-
-# Of one sequence of 16,384 tokens with two key heads, on 132 processors.
-@pytest.mark.parametrize(
-    ("changes", "groups", "heads"),
-    [
-        ({}, 8, 8),
-        ({"right": 0}, 1, 1),
-        ({"right": 0}, 4, 4),
-        ({"right": 0}, 8, 2),
-        ({"right": 0}, 6, 2),
-        ({"right": 0}, 7, 1),
-        ({"right": 0, "width": 64}, 8, 8),
-        ({"right": 0, "width": 64}, 16, 4),
-        ({"right": 0, "width": 256}, 4, 2),
-        ({"right": 0, "left": 500}, 8, 8),
-        ({"right": 0, "left": 4000}, 8, 2),
-        ({"right": 0, "packed": True, "batch": 64, "len_q": 300}, 8, 8),
-        ({"right": 0, "packed": True, "batch": 64, "len_q": 3000}, 8, 2),
-        ({"heads_kv": 1, "keys": 4096}, 8, 2),
-        ({"heads_kv": 2, "keys": 4096}, 8, 4),
-        ({"heads_kv": 2, "keys": 4096, "right": 0}, 8, 2),
-        ({"len_q": 1}, 64, 64),
-    ],
-    ids=str,
-)
-def test_query_heads_of_a_program(changes: dict[str, object], groups: int, heads: int) -> None:
-    q = torch.empty(1, 2, 16384, 128, device="meta", dtype=torch.bfloat16)
-    usual = describe((q,) * 5, None, Options(0.1))._replace(heads_kv=2)
-    problem = usual._replace(**changes)
-    problem = problem._replace(heads=groups * problem.heads_kv)
-    assert configs.heads_of_item(problem, 132) == heads
-
-
-@pytest.mark.skipif(not hopper.tested(), reason="Gluon changes between releases of Triton, and this one is not tested")
-@pytest.mark.parametrize(
-    ("changes", "counted"),
-    [
-        ({}, False),
-        ({"right": 0}, True),
-        ({"left": 4000, "right": 0}, True),
-        ({"left": 4000}, False),
-        ({"right": 0, "len_q": 512, "len_k": 512}, False),
-    ],
-    ids=str,
-)
-@pytest.mark.parametrize("width", WIDTHS)
-def test_who_takes_tiles_by_a_counter(width: int, changes: dict[str, object], counted: bool) -> None:
-    from attn_n.backends.triton.hopper.prepare import forward
-
-    q = torch.empty(1, 16, 16384, width, device="meta", dtype=torch.bfloat16)
-    problem = describe((q,) * 3, None, Options(0.1))._replace(**changes)
-    assert configs.find(problem).counted == counted
-    assert forward(problem, q.stride()).table == counted
 
 
 def ragged(count: int, mean: int, seed: int = 0) -> tuple[int, ...]:
@@ -215,8 +141,6 @@ PACKINGS = {
 }
 
 
-@pytest.mark.gpu
-@on_hopper
 @pytest.mark.parametrize("width", WIDTHS)
 @pytest.mark.parametrize("packing", PACKINGS)
 def test_packings(packing: str, width: int, ran: list[str]) -> None:
@@ -232,8 +156,6 @@ def test_packings(packing: str, width: int, ran: list[str]) -> None:
     assert set(ran) == {"forward triton:hopper", "backward triton:hopper"}
 
 
-@pytest.mark.gpu
-@on_hopper
 @pytest.mark.parametrize("width", WIDTHS)
 @pytest.mark.parametrize("causal", [False, True])
 def test_neighbours_see_nothing_of_each_other(width: int, causal: bool) -> None:
@@ -270,8 +192,6 @@ def test_neighbours_see_nothing_of_each_other(width: int, causal: bool) -> None:
                 assert torch.allclose(found[end:], expected[end:], rtol=2e-2, atol=1e-2)
 
 
-@pytest.mark.gpu
-@on_hopper
 @pytest.mark.parametrize("width", WIDTHS)
 def test_packed_slices(width: int) -> None:
     """q, k and v side by side in one tensor, where rows are far apart; boundaries that are no array of their own."""
@@ -295,8 +215,6 @@ def packed_at_random(pick: random.Random, case: Case, most: int, longest: int) -
     return dataclasses.replace(case, **packed)
 
 
-@pytest.mark.gpu
-@on_hopper
 @pytest.mark.parametrize("seed", range(20))
 def test_random_shapes(seed: int) -> None:
     """Ten of every kind of call; each kind is compiled for itself, which takes most of the time."""
@@ -320,8 +238,6 @@ def test_random_shapes(seed: int) -> None:
         assert max(excess.values()) <= 1, (case, excess)
 
 
-@pytest.mark.gpu
-@on_hopper
 @pytest.mark.parametrize("part", range(10))
 def test_a_thousand_shapes(part: int) -> None:
     """Of few kinds of calls, so that little is compiled."""
@@ -341,8 +257,6 @@ def test_a_thousand_shapes(part: int) -> None:
         assert max(excess.values()) <= 1, (case, excess)
 
 
-@pytest.mark.gpu
-@on_hopper
 @pytest.mark.parametrize("width", WIDTHS)
 @pytest.mark.parametrize("causal", [False, True])
 def test_the_same_bits_a_hundred_times(width: int, causal: bool) -> None:
@@ -357,8 +271,6 @@ def test_the_same_bits_a_hundred_times(width: int, causal: bool) -> None:
         assert all(torch.equal(a, b) for a, b in zip(found, first, strict=True))
 
 
-@pytest.mark.gpu
-@on_hopper
 @pytest.mark.parametrize("width", WIDTHS)
 def test_deterministic_algorithms(width: int) -> None:
     q, k, v = (torch.randn(1, 4, 4000, width, device="cuda", dtype=torch.bfloat16, requires_grad=True) for _ in "qkv")
@@ -379,8 +291,6 @@ def test_deterministic_algorithms(width: int) -> None:
     assert not all(torch.equal(gradients("hopper")[0], first[0]) for _ in range(5))
 
 
-@pytest.mark.gpu
-@on_hopper
 @pytest.mark.parametrize("width", WIDTHS)
 @pytest.mark.parametrize("layout", ["sum", "over heads", "rows apart", "columns apart", "odd rows", "odd beginning"])
 def test_gradients_of_out_in_any_layout(layout: str, width: int, ran: list[str]) -> None:
@@ -403,8 +313,6 @@ def test_gradients_of_out_in_any_layout(layout: str, width: int, ran: list[str])
     assert ran == ["forward triton:hopper", "backward triton:hopper"] * 2
 
 
-@pytest.mark.gpu
-@on_hopper
 def test_what_tma_cannot_address(ran: list[str]) -> None:
     """An odd beginning is served by the portable kernels, odd strides are refused."""
     flat = torch.randn(1 + 2 * 64 * 64, device="cuda", dtype=torch.bfloat16)
@@ -419,206 +327,3 @@ def test_what_tma_cannot_address(ran: list[str]) -> None:
     assert ran == ["forward triton:hopper", "forward triton:portable"] * 2
     with pytest.raises(attn_n.UnsupportedError, match="multiples of 16 bytes"):
         flash_attention_n(torch.randn(1, 2, 64, 68).cuda().bfloat16()[..., :64], k, v, backend="triton:hopper")
-
-
-# Of queries and of keys, for whose sums the last pass serves too.
-TILES = sorted({(width, tile) for width, tiles in BACKWARD.items() for tile in tiles})
-
-
-@pytest.mark.parametrize("device", PLACES)
-@pytest.mark.parametrize(("width", "tile_q"), TILES)
-def test_the_passes_around_the_backward(width: int, tile_q: int, device: str) -> None:
-    """150 queries in each head: what they leave in whole tiles of rows, and dq out of those."""
-    from attn_n.backends.triton.hopper.backward_passes import prepare_kernel, round_kernel
-
-    batch, heads, length, tiles = 2, 3, 150, -(-150 // tile_q)
-    out, dout = (torch.randn(batch, heads, length, width, device=device).half() for _ in "od")
-    lse, dlse = (torch.randn(batch, heads, length, device=device) for _ in "ld")
-    log_n, programs = torch.randn(heads, device=device), batch * heads * tiles
-    stats = torch.full((2 * programs * tile_q + 1,), math.nan, device=device)
-    dq_sum, shares = stats.new_full((programs * tile_q, width), math.nan), stats.new_full((programs,), math.nan)
-    prepare_kernel[(programs,)](
-        out, dout, lse, dlse, stats, dq_sum, log_n, shares, None, out.stride(), dout.stride(), None, 1, heads, length,
-        width, tile_q,
-    )  # fmt: skip
-    delta = (out.double() * dout.double()).sum(-1) - dlse
-    lse_log2, minus_delta = stats[:-1].view(2, batch, heads, tiles * tile_q).double()
-    assert torch.allclose(lse_log2[..., :length], lse.double() / math.log(2), atol=1e-5)
-    assert torch.allclose(minus_delta[..., :length], -delta, atol=1e-3)
-    assert bool((lse_log2[..., length:] == math.inf).all())
-    assert not minus_delta[..., length:].any()
-    assert not dq_sum.any()
-    assert stats[-1:].view(torch.int32).item() == 0
-    dn = -(torch.exp(log_n.double()[:, None] - lse) * delta).sum(-1)
-    assert torch.allclose(shares.view(batch, heads, tiles).sum(-1).double(), dn, rtol=1e-3, atol=1e-3)
-
-    exact = torch.randn(programs, tile_q, width, device=device)
-    dq = torch.full_like(out, math.nan)
-    round_kernel[(programs,)](as_products_lie(exact), dq, None, dq.stride(), None, heads, length, 0.5, width, tile_q)
-    assert torch.equal(dq, (exact.view(batch, heads, -1, width)[:, :, :length] * 0.5).half())
-
-
-def as_products_lie(tiles: torch.Tensor) -> torch.Tensor:
-    """Rows of `(tiles, rows, width)` in the order of the accumulators of wgmma, 64 x 64 numbers at a time."""
-    # Where each bit of a place leads, rows and columns.
-    bits = [(0, 1), (8, 0), (0, 2), (0, 4), (1, 0), (2, 0), (4, 0), (16, 0), (32, 0), (0, 8), (0, 16), (0, 32)]
-    places = torch.arange(64 * 64)
-    row, column = (sum(((places >> i) & 1) * bit[side] for i, bit in enumerate(bits)) for side in (0, 1))
-    count, rows, width = tiles.shape
-    blocks = tiles.view(count, rows // 64, 64, width // 64, 64).transpose(2, 3).reshape(-1, 64, 64)
-    return blocks[:, row, column].contiguous()
-
-
-@pytest.mark.parametrize("device", PLACES)
-@pytest.mark.parametrize(("width", "tile_q"), TILES)
-def test_the_passes_of_packed_sequences(width: int, tile_q: int, device: str) -> None:
-    """Each sequence begins with a tile, and what lies in the others reaches none of its rows, be it NaN."""
-    from attn_n.backends.triton.hopper.backward_passes import prepare_kernel, round_kernel
-
-    lengths, heads = [5, 0, 150, 64, 1, 0, 128, 70, 0], 3
-    starts = boundaries(lengths, device)
-    rows, batch = sum(lengths), len(lengths)
-    tiles, strides = rows // tile_q + batch, (0, width, heads * width, 1)
-    out, dout = (torch.randn(rows, heads, width, device=device).half() for _ in "od")
-    lse, dlse = (torch.randn(rows, heads, device=device) for _ in "ld")
-    out[5:155] = math.nan
-    stats = torch.full((2 * heads * tiles * tile_q + 1,), math.nan, device=device)
-    dq_sum, shares = stats.new_full((heads * tiles * tile_q, width), math.nan), stats.new_full((heads * tiles,), 7.0)
-    prepare_kernel[(heads * tiles,)](
-        out, dout, lse, dlse, stats, dq_sum, None, shares, starts, strides, strides, batch, None, heads,
-        tiles * tile_q, width, tile_q,
-    )  # fmt: skip
-    exact = torch.randn(heads * tiles, tile_q, width, device=device)
-    dq = torch.full_like(out, math.nan)
-    round_kernel[(heads * tiles,)](
-        as_products_lie(exact), dq, starts, strides, batch, heads, tiles * tile_q, 0.5, width, tile_q
-    )
-    delta = (out.double() * dout.double()).sum(-1) - dlse
-    lse_log2, minus_delta = stats[:-1].view(2, heads, tiles * tile_q).double()
-    first, taken = 0, torch.zeros(tiles * tile_q, dtype=torch.bool, device=device)
-    for b, length in enumerate(lengths):
-        at = (first // tile_q + b) * tile_q
-        here, there = slice(first, first + length), slice(at, at + length)
-        assert torch.allclose(lse_log2[:, there], lse[here].T.double() / math.log(2), atol=1e-5)
-        assert torch.allclose(minus_delta[:, there], -delta[here].T, atol=1e-3, equal_nan=True)
-        assert torch.equal(dq[here], (exact.view(heads, -1, width)[:, there] * 0.5).half().transpose(0, 1))
-        assert not taken[there].any()
-        taken[there], first = True, first + length
-    assert bool((lse_log2[:, ~taken] == math.inf).all())
-    assert not minus_delta[:, ~taken].any()
-    assert not dq_sum.any()
-    assert stats[-1:].view(torch.int32).item() == 0
-    dn = -(torch.exp(-lse.double()) * delta).sum(0)
-    assert bool(dn.isnan().all())  # of all heads: that of a sequence of NaN is NaN
-    assert torch.equal(shares.view(heads, tiles).sum(-1).isnan(), dn.isnan())
-    assert int(shares.isnan().sum()) == heads * -(-150 // tile_q)
-
-
-def boundaries(lengths: list[int], device: str) -> torch.Tensor:
-    return torch.tensor([0, *lengths], device=device).cumsum(0).to(torch.int32)
-
-
-@pytest.mark.parametrize("device", PLACES)
-@pytest.mark.parametrize("batch", [1, 5, 130, 1100])
-def test_the_order_of_packed_tiles(batch: int, device: str) -> None:
-    """Each tile once, those of sequences with many keys first; of more than 1,024 sequences so in each 1,024."""
-    from attn_n.backends.triton.hopper.schedule import HEADER, order_kernel
-
-    pick, tile = random.Random(batch), 64
-    lengths, keys = ([pick.choice([0, 1, 64, pick.randint(0, 300)]) for _ in range(batch)] for _ in "qk")
-    most = sum(lengths) // tile + batch
-    table = torch.full((HEADER.value + 2 * most,), -1, dtype=torch.int32, device=device)
-    order_kernel[(-(-batch // 128),)](table, boundaries(lengths, device), boundaries(keys, device), batch, tile)
-    expected: list[tuple[int, int]] = []
-    for group in range(0, batch, 1024):
-        for b in sorted(range(group, min(group + 1024, batch)), key=lambda b: -keys[b]):
-            expected += [(b, len(expected))] * -(-lengths[b] // tile)
-    counter, tiles, *found = table.tolist()
-    assert (counter, tiles) == (0, len(expected))
-    assert found[: 2 * tiles] == [number for pair in expected for number in pair]
-    assert found[2 * tiles :] == [-1] * 2 * (most - tiles)
-
-
-@pytest.mark.skipif(not hopper.tested(), reason="Gluon changes between releases of Triton, and this one is not tested")
-@pytest.mark.parametrize("width", WIDTHS)
-def test_variants_of_the_packed_forward_ahead_of_time(width: int) -> None:
-    """The same for windows, softcap, and keys with boundaries of their own; numbers compile nothing."""
-    code = f"""
-import torch
-from attn_n.call import Options
-from bench.ahead_of_time import compiled, packed, resources
-def kernel(same, **options):
-    return compiled("sm_90", "hopper forward", {width}, None, torch.bfloat16, packed(Options(**options), same))
-for found in (
-    kernel(True, scale=0.1), kernel(False, scale=0.1, window_right=0),
-    kernel(False, scale=0.1, window_left=9, window_right=5), kernel(True, scale=0.1, window_right=0, softcap=3.0),
-):
-    said = resources(found, "sm_90")
-    assert said.spills <= 100 and not said.warnings, said
-assert kernel(False, scale=0.1, window_left=9) is kernel(False, scale=1.0, window_left=16)
-"""
-    subprocess.run([sys.executable, "-c", code], env={**os.environ, "TRITON_INTERPRET": "0"}, check=True)
-
-
-@pytest.mark.skipif(not hopper.tested(), reason="Gluon changes between releases of Triton, and this one is not tested")
-@pytest.mark.parametrize("width", BACKWARD)
-def test_variants_of_the_backward_ahead_of_time(width: int) -> None:
-    """Windows, softcap and float16 spill little, no product waits for another, and numbers compile nothing.
-
-    At E = 128 the next S and dP cost a dozen loads a step of what is spilled, and are worth more (+1 to 4 %).
-    """
-    code = f"""
-import torch
-from attn_n.backends.triton.hopper import configs
-from attn_n.call import Options
-from bench.ahead_of_time import compiled, packed, resources
-def kernel(length, dtype=torch.bfloat16, **options):
-    return compiled("sm_90", "hopper backward main", {width}, None, dtype, Options(**options), length)
-def of_packed(kernel, **options):
-    options = packed(Options(0.1, **options))
-    return compiled("sm_90", "hopper backward " + kernel, {width}, None, torch.bfloat16, options)
-def shared():
-    configs.heads_of_item = lambda problem, processors: min(2, problem.heads // problem.heads_kv)
-    for options in (Options(0.1), packed(Options(0.1, window_right=0, softcap=3.0))):
-        yield compiled("sm_90", "hopper backward main", {width}, None, torch.bfloat16, options, groups=8)
-for found in (
-    of_packed("order"), of_packed("main"), of_packed("main", window_left=9, window_right=5, softcap=3.0),
-    kernel(256, scale=0.1), kernel(256, torch.float16, scale=0.1), kernel(256, scale=0.1, softcap=3.0),
-    kernel(256, scale=0.1, window_left=9), kernel(256, scale=0.1, window_left=9, window_right=5, softcap=3.0),
-    *shared(),
-):
-    said = resources(found, "sm_90")
-    assert said.spills <= {450 if width == 128 else 300} and not said.warnings, said
-assert kernel(256, scale=0.1, window_left=9) is kernel(1, scale=1.0, window_left=16)
-"""
-    subprocess.run([sys.executable, "-c", code], env={**os.environ, "TRITON_INTERPRET": "0"}, check=True)
-
-
-@pytest.mark.parametrize(
-    ("changes", "reason"),
-    [
-        ({}, None),
-        ({"window_left": 5, "softcap": 3.0, "n_kind": "per head", "return_lse": True}, None),
-        ({"capability": (9, 0), "dtype": torch.float32}, "takes float16 and bfloat16, not float32"),
-        ({"capability": (8, 0)}, "runs on compute capability 9.0"),
-        ({"capability": (10, 0)}, "runs on compute capability 9.0"),
-        ({"v_shape": (2, 8, 256, 128)}, "takes heads of 64, 128, 256 with E = Ev, got 64, 128"),
-        (packed, None),
-        (packed | {"k_stride": (512, 0, 1)}, "reads strides that are multiples of 16 bytes, and nothing expanded"),
-        (packed | {"v_stride": (516, 64, 1)}, "reads strides that are multiples of 16 bytes, and nothing expanded"),
-        (packed | {"alibi": True}, "has no alibi_slopes"),
-        ({"alibi": True, "dropout_p": 0.1}, "has no dropout, no alibi_slopes"),
-        ({"k_stride": (0, 0, 64, 1)}, "reads strides that are multiples of 16 bytes, and nothing expanded"),
-    ],
-    ids=str,
-)  # fmt: skip
-def test_why_not(changes: dict[str, object], reason: str | None, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(hopper, "tested", lambda: True)  # whatever the Triton here
-    found = HopperKernels().refusal(gpu_call(**changes))
-    assert (found is None) if reason is None else str(found).startswith(reason)
-
-
-def test_another_triton(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(hopper.triton, "__version__", "3.9.0")
-    assert HopperKernels().refusal(gpu_call()) == "was tested on Triton 3.6, found 3.9.0"
-    assert BACKEND.serving(gpu_call()) == "portable"

@@ -16,6 +16,7 @@ from attn_n.backends.adapt.layout import of_width
 from attn_n.call import Options
 from tests import compare
 from tests.cases import LAYOUTS, Case, absent, laid_out, make, must_serve
+from tests.places import on_gpu
 
 ON_GPU = {
     torch.bfloat16: (
@@ -25,9 +26,9 @@ ON_GPU = {
     torch.float32: ("sdpa:efficient", "xformers:cutlass"),
 }  # fmt: skip
 PLACES = [
-    *(("cpu", name, torch.float32) for name in ("reference", "sdpa:cpu", "triton:portable", None)),
-    ("cpu", "sdpa:cpu", torch.bfloat16),
-    *(("cuda", name, dtype) for dtype, names in ON_GPU.items() for name in names),
+    *(pytest.param("cpu", name, torch.float32) for name in ("reference", "sdpa:cpu", "triton:portable", None)),
+    pytest.param("cpu", "sdpa:cpu", torch.bfloat16),
+    *on_gpu(*(("cuda", name, dtype) for dtype, names in ON_GPU.items() for name in names)),
 ]
 SIZES = ((64, 64), (64, 32), (32, 64), (40, 72))
 LAYOUTS_OF_DOUT = ("heads first", "tokens first", "heads innermost", "transposed", "overlapping rows", "of a sum")
@@ -47,7 +48,8 @@ def _rows() -> Iterator[Case]:
 
 
 def _table() -> Iterator[object]:
-    for (device, backend, dtype), case, lse_grad in itertools.product(PLACES, _rows(), (True, False)):
+    for place, case, lse_grad in itertools.product(PLACES, _rows(), (True, False)):
+        device, backend, dtype = place.values
         # Our own kernels take every stride as it is: their interpreter is slow, and their compiler too.
         few = device == "cuda" and "heads innermost" not in case.name
         sizes = SIZES[::3] if few or backend is None else SIZES
@@ -56,8 +58,7 @@ def _table() -> Iterator[object]:
             continue
         kind = str(dtype).removeprefix("torch.")
         name = f"{case}-{case.size}-{case.size_v}-{'lse' if lse_grad else 'no lse'}-{device}-{backend}-{kind}"
-        marks = [pytest.mark.gpu] if device == "cuda" else []
-        yield pytest.param(device, backend, dtype, case, lse_grad, id=name, marks=marks)
+        yield pytest.param(device, backend, dtype, case, lse_grad, id=name, marks=place.marks)
 
 
 @pytest.mark.parametrize(("device", "backend", "dtype", "case", "lse_grad"), list(_table()))
@@ -131,10 +132,12 @@ def test_opcheck(case: Case) -> None:
 
 MASKED = [
     *(pytest.param("cpu", name, torch.float32) for name in ("reference", "sdpa:cpu", "triton:portable")),
-    *(
-        pytest.param("cuda", name, dtype, marks=pytest.mark.gpu)
-        for name in ("sdpa:efficient", "triton:portable", "xformers:cutlass")
-        for dtype in (torch.float32, torch.bfloat16)
+    *on_gpu(
+        *(
+            ("cuda", name, dtype)
+            for name in ("sdpa:efficient", "triton:portable", "xformers:cutlass")
+            for dtype in (torch.float32, torch.bfloat16)
+        )
     ),
 ]
 
@@ -154,7 +157,7 @@ def test_masks(device: str, backend: str, dtype: torch.dtype, layout: str, keys:
     assert len(set(ran)) == (1 if backend == "reference" else 2)
 
 
-@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+@pytest.mark.parametrize("device", ["cpu", *on_gpu(("cuda",))])
 def test_what_a_kernel_reads(device: str) -> None:
     """Columns side by side, and room for an output like it: whatever the strides are."""
     memory = torch.arange(4096.0, device=device)

@@ -21,8 +21,8 @@ from attn_n.backends.flash_attn import version_2, version_3, version_4
 from attn_n.call import Options
 from attn_n.dispatch import serving
 from tests import compare
+from tests.calls import gpu_call
 from tests.cases import Case, absent, make
-from tests.test_registry import gpu_call
 
 BACKENDS = ("flash_attn:2", "flash_attn:3", "flash_attn:4", "xformers:flash", "xformers:cutlass")
 INSTALLED = [

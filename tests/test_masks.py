@@ -18,9 +18,10 @@ from attn_n.backends import registry
 from attn_n.call import AttentionCall, Options
 from attn_n.dispatch import serving
 from tests import compare
+from tests.calls import gpu_call
 from tests.cases import HOPPER, INTERPRETED, Case, absent, make
 from tests.oracle import attention_n
-from tests.test_registry import gpu_call
+from tests.places import on_gpu
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:Lower right causal bias"),
@@ -34,7 +35,7 @@ FLASH = ["sdpa:flash", "flash_attn:2", "flash_attn:4", "xformers:flash"]
 FLASH_2 = [name for name in FLASH if name != "flash_attn:4"]
 PLACES = [
     *(pytest.param("cpu", name) for name in ON_CPU),
-    *(pytest.param("cuda", name, marks=pytest.mark.gpu) for name in (*ON_GPU, *FLASH)),
+    *on_gpu(*(("cuda", name) for name in (*ON_GPU, *FLASH))),
 ]
 CORNERS = {"upper left": causal_upper_left, "lower right": causal_lower_right}
 

@@ -18,25 +18,8 @@ from torch import Tensor
 import attn_n
 from attn_n import AttentionCall, Backend, UnsupportedError, flash_attention_n, use_backend
 from attn_n.backends import registry
-from attn_n.call import Options
 from attn_n.dispatch import choose, explanation, order
-
-
-class Eager(Backend):
-    """Plain attention by torch, without n: the fold adds it."""
-
-    name = "eager"
-    honours = ("causal", "window", "softcap", "dropout", "mask", "alibi", "varlen", "lse gradient")
-
-    def why_not(self, call: AttentionCall) -> str | None:
-        return "only causal" if not call.causal else None
-
-    def forward(
-        self, q: Tensor, k: Tensor, v: Tensor, log_n: float | Tensor | None, options: Options
-    ) -> tuple[Tensor, Tensor, Tensor | None]:
-        logits = q @ k.mT * options.scale
-        logits = logits.masked_fill(torch.ones_like(logits, dtype=torch.bool).triu(1), -torch.inf)
-        return logits.softmax(-1) @ v, logits.logsumexp(-1), None
+from tests.calls import Eager, gpu_call, inputs, packed
 
 
 @pytest.fixture(autouse=True)
@@ -44,11 +27,6 @@ def no_other_backends(monkeypatch: pytest.MonkeyPatch) -> None:
     """Each test has its own copy of what is registered."""
     monkeypatch.setattr(registry, "_entries", dict(registry._entries))
     monkeypatch.setattr(registry, "_entry_points_read", False)
-
-
-def inputs(length: int = 5) -> tuple[Tensor, Tensor, Tensor]:
-    q, k, v = (torch.randn(1, 2, length, 8) for _ in range(3))
-    return q, k, v
 
 
 def test_automatic_is_sdpa_on_cpu(ran: list[str]) -> None:
@@ -228,7 +206,7 @@ def test_entry_points(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     }
     lines = "\n".join(f"{name} = {target}" for name, target in names.items())
     (info / "entry_points.txt").write_text(f"[attn_n.backends]\n{lines}\n")
-    (tmp_path / "third_good.py").write_text("from tests.test_registry import Eager\nBACKEND = Eager\nN = 3\n")
+    (tmp_path / "third_good.py").write_text("from tests.calls import Eager\nBACKEND = Eager\nN = 3\n")
     (tmp_path / "third_missing.py").write_text("import a_library_that_is_not_there\n")
     (tmp_path / "third_broken.py").write_text("raise OSError('libcudart.so.12: cannot open shared object file')\n")
     monkeypatch.syspath_prepend(tmp_path)
@@ -276,18 +254,6 @@ def test_a_changed_operator_is_the_reason_not_to_serve(monkeypatch: pytest.Monke
     assert ran == ["attend reference"]
 
 
-def gpu_call(**changes: object) -> AttentionCall:
-    shape, stride = (2, 8, 256, 64), (131072, 16384, 64, 1)
-    fields = {
-        "device": "cuda", "capability": (9, 0), "dtype": torch.bfloat16, "q_shape": shape, "k_shape": shape,
-        "v_shape": shape, "q_stride": stride, "k_stride": stride, "v_stride": stride, "needs_grad": True,
-    }  # fmt: skip
-    return AttentionCall(**{**fields, **changes})  # type: ignore[arg-type]
-
-
-packed: dict[str, object] = {"sequences": 2} | {
-    f"{x}_{what}": value for x in "qkv" for what, value in (("shape", (500, 8, 64)), ("stride", (512, 64, 1)))
-}
 bool_mask = {"mask_shape": (1, 1, 256, 256), "mask_dtype": torch.bool}
 float_mask = bool_mask | {"mask_dtype": torch.bfloat16}
 odd = {"q_stride": (139264, 17408, 68, 1)}  # nothing for the Hopper kernels

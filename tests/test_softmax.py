@@ -11,6 +11,7 @@ from torch.nn.attention.bias import causal_lower_right
 
 from attn_n import softmax_n
 from attn_n.sink.rescale import weight_of_n
+from tests.places import on_gpu
 
 
 @pytest.mark.parametrize("n", [0.0, 1e-6, 1.0, 3.7, 1e20])
@@ -141,7 +142,7 @@ def test_bad_input(x: torch.Tensor, n: object, error: type[Exception], text: str
         softmax_n(x, n)  # type: ignore[arg-type]
 
 
-@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+@pytest.mark.parametrize("device", ["cpu", *on_gpu(("cuda",))])
 def test_under_autocast(device: str) -> None:
     x, n = torch.randn(3, 7, device=device), torch.tensor(0.7, device=device)
     for dtype in (torch.bfloat16, torch.float32, torch.float64):

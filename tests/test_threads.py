@@ -24,8 +24,8 @@ from attn_n import flash_attention_n
 from attn_n.backends import registry
 from attn_n.backends.adapt.library import Library
 from attn_n.dispatch import order, serving
+from tests.calls import Eager, inputs
 from tests.oracle import attention_n
-from tests.test_registry import Eager, inputs
 
 SECONDS = 30.0  # after which a test has failed; nothing here takes long
 
@@ -134,7 +134,7 @@ def test_a_module_that_asks_for_itself_while_another_thread_waits_for_it(
     gate = Gate()
     monkeypatch.setitem(sys.modules, "third_gate", types.SimpleNamespace(gate=gate))  # type: ignore[arg-type]
     (tmp_path / "third_self.py").write_text(
-        "import attn_n, torch, third_gate\nfrom tests.test_registry import Eager\nthird_gate.gate()\n"
+        "import attn_n, torch, third_gate\nfrom tests.calls import Eager\nthird_gate.gate()\n"
         "q = torch.randn(1, 2, 5, 8)\n"
         "SAID = {v.name: v.reason for v in attn_n.explain(q, q, q, True).verdicts}\nBACKEND = Eager()\n"
     )
@@ -160,7 +160,7 @@ def test_entry_points_that_are_being_read_are_not_yet_read(
 
     def entry_points(group: str) -> list[importlib.metadata.EntryPoint]:
         gate()
-        return [importlib.metadata.EntryPoint("third", "tests.test_registry:Eager", group)]
+        return [importlib.metadata.EntryPoint("third", "tests.calls:Eager", group)]
 
     monkeypatch.setattr(registry, "_entry_points_read", False)
     monkeypatch.setattr(importlib.metadata, "entry_points", entry_points)

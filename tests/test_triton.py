@@ -3,10 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import json
-import os
-import subprocess
-import sys
 from collections.abc import Iterator
 
 import pytest
@@ -21,14 +17,11 @@ from attn_n.backends.triton.portable import configs, prepare
 from attn_n.backends.triton.portable.configs import Config
 from attn_n.backends.triton.portable.tile import ROW_PADDING
 from tests import compare
-from tests.cases import INTERPRETED, Case, make
+from tests.calls import gpu_call
+from tests.cases import Case, make
 from tests.oracle import attention_n
-from tests.test_registry import gpu_call
+from tests.places import PLACES
 
-PLACES = [
-    pytest.param("cpu", marks=pytest.mark.skipif(not INTERPRETED, reason="the kernels are compiled for the GPU here")),
-    pytest.param("cuda", marks=pytest.mark.gpu),
-]
 TABLES = {"sm_90": configs.SM_90, "large": configs.LARGE, "small": configs.SMALL, "float32": configs.FLOAT32}
 
 
@@ -87,47 +80,6 @@ def test_every_row(
     assert set(ran) == {"forward triton:portable", "backward triton:portable"}
 
 
-@pytest.mark.parametrize("target", ["sm_80", "sm_89", "sm_90", "sm_100", "gfx942"])
-def test_ahead_of_time(target: str) -> None:
-    """Every shipped configuration compiles, fits the shared memory, and spills next to nothing."""
-    from bench.ahead_of_time import TARGETS
-
-    lines = _compiled(target)
-    assert len(lines) >= 20
-    for line in lines:
-        assert line["shared"] <= TARGETS[target].shared, line
-        most = 256 if line["dtype"] == "torch.bfloat16" else 1024
-        if (line["kernel"], line["width"]) == ("hopper backward main", 128):
-            most = 450  # see test_hopper.py: what this buys was measured
-        assert line["spills"] <= most, line
-        assert not line["warnings"], line
-
-
-def _compiled(target: str) -> list[dict[str, object]]:
-    command = [sys.executable, "-m", "bench.ahead_of_time", target]
-    environment = {**os.environ, "TRITON_INTERPRET": "0"}
-    printed = subprocess.run(command, env=environment, stdout=subprocess.PIPE, text=True, check=True).stdout
-    return [json.loads(line) for line in printed.splitlines()]
-
-
-def test_numbers_compile_nothing() -> None:
-    """Lengths, window, scale, softcap and n are values: other ones run the same kernel."""
-    code = """
-import torch
-from attn_n.call import Options
-from bench.ahead_of_time import compiled
-kernels = [
-    compiled("sm_90", "forward", 64, None, torch.bfloat16,
-             Options(scale, window_left=left, window_right=right, softcap=cap), length, n)
-    for length, scale, left, right, cap, n in (
-        (256, 0.1, 5, 0, 2.0, 1.0), (1, 1.0, 16, 1, 1.0, 0.0), (77, 0.3, 1, 7, 16.0, 3.0), (77, 0.3, 9, -7, 16.0, 3.0),
-    )
-]
-assert all(kernel is kernels[0] for kernel in kernels)
-"""
-    subprocess.run([sys.executable, "-c", code], env={**os.environ, "TRITON_INTERPRET": "0"}, check=True)
-
-
 @pytest.mark.parametrize(
     ("changes", "reason"),
     [
@@ -138,8 +90,8 @@ assert all(kernel is kernels[0] for kernel in kernels)
         ({"capability": (7, 5)}, "needs compute capability 8.0 or later, got 7.5"),
         ({"v_shape": (2, 8, 256, 264)}, "takes heads of up to 256, got 264"),
         ({"device": "mps", "capability": None}, "runs on CUDA and CPU, not on mps"),
-        ({"mask_needs_grad": True}, "no gradient of attn_mask"),
-        ({"alibi_needs_grad": True}, "no gradient of alibi_slopes"),
+        ({"mask_needs_grad": True}, "has no gradient of attn_mask"),
+        ({"alibi_needs_grad": True}, "has no gradient of alibi_slopes"),
     ],
     ids=str,
 )  # fmt: skip

@@ -1,0 +1,90 @@
+"""Kernels compiled for GPUs that are not there: `python -m tests.compiled NAME [WIDTH]` runs one function.
+
+Each needs a process in which Triton compiles; that of the tests interprets the kernels.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+
+from attn_n.call import Options
+from bench.ahead_of_time import compiled, packed, resources
+
+
+def numbers_compile_nothing() -> None:
+    kernels = [
+        compiled(
+            "sm_90", "forward", 64, None, torch.bfloat16,
+            Options(scale, window_left=left, window_right=right, softcap=cap), length, n,
+        )
+        for length, scale, left, right, cap, n in (
+            (256, 0.1, 5, 0, 2.0, 1.0),
+            (1, 1.0, 16, 1, 1.0, 0.0),
+            (77, 0.3, 1, 7, 16.0, 3.0),
+            (77, 0.3, 9, -7, 16.0, 3.0),
+        )
+    ]  # fmt: skip
+    assert all(kernel is kernels[0] for kernel in kernels)
+
+
+def packed_forward(width: int) -> None:
+    def kernel(same: bool, **options: Any) -> Any:
+        return compiled("sm_90", "hopper forward", width, None, torch.bfloat16, packed(Options(**options), same))
+
+    for found in (
+        kernel(True, scale=0.1),
+        kernel(False, scale=0.1, window_right=0),
+        kernel(False, scale=0.1, window_left=9, window_right=5),
+        kernel(True, scale=0.1, window_right=0, softcap=3.0),
+    ):
+        said = resources(found, "sm_90")
+        assert said.spills <= 100, said
+        assert not said.warnings, said
+    assert kernel(False, scale=0.1, window_left=9) is kernel(False, scale=1.0, window_left=16)
+
+
+def backward(width: int) -> None:
+    def kernel(length: int, dtype: torch.dtype = torch.bfloat16, **options: Any) -> Any:
+        return compiled("sm_90", "hopper backward main", width, None, dtype, Options(**options), length)
+
+    def of_packed(name: str, **options: Any) -> Any:
+        return compiled(
+            "sm_90", f"hopper backward {name}", width, None, torch.bfloat16, packed(Options(0.1, **options))
+        )
+
+    for found in (
+        of_packed("order"),
+        of_packed("main"),
+        of_packed("main", window_left=9, window_right=5, softcap=3.0),
+        kernel(256, scale=0.1),
+        kernel(256, torch.float16, scale=0.1),
+        kernel(256, scale=0.1, softcap=3.0),
+        kernel(256, scale=0.1, window_left=9),
+        kernel(256, scale=0.1, window_left=9, window_right=5, softcap=3.0),
+        *_that_share_keys(width),
+    ):
+        said = resources(found, "sm_90")
+        assert said.spills <= (450 if width == 128 else 300), said
+        assert not said.warnings, said
+    assert kernel(256, scale=0.1, window_left=9) is kernel(1, scale=1.0, window_left=16)
+
+
+def _that_share_keys(width: int) -> Iterator[Any]:
+    """Backwards in which a program takes two of the eight query heads of a key head."""
+    from attn_n.backends.triton.hopper import configs
+
+    usual = configs.heads_of_item
+    configs.heads_of_item = lambda problem, processors: min(2, problem.heads // problem.heads_kv)
+    try:
+        for options in (Options(0.1), packed(Options(0.1, window_right=0, softcap=3.0))):
+            yield compiled("sm_90", "hopper backward main", width, None, torch.bfloat16, options, groups=8)
+    finally:
+        configs.heads_of_item = usual
+
+
+if __name__ == "__main__":
+    globals()[sys.argv[1]](*map(int, sys.argv[2:]))

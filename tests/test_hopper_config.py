@@ -1,0 +1,100 @@
+"""What the host decides for the Hopper kernels: who is served, and how the work is shared out."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+pytest.importorskip("triton")
+
+from attn_n.backends.triton import BACKEND, hopper
+from attn_n.backends.triton.hopper import HopperKernels, configs
+from attn_n.backends.triton.problem import describe
+from attn_n.call import Options
+from tests.calls import gpu_call, packed
+
+WIDTHS = (64, 128, 256)
+
+
+# Of one sequence of 16,384 tokens with two key heads, on 132 processors.
+@pytest.mark.parametrize(
+    ("changes", "groups", "heads"),
+    [
+        ({}, 8, 8),
+        ({"right": 0}, 1, 1),
+        ({"right": 0}, 4, 4),
+        ({"right": 0}, 8, 2),
+        ({"right": 0}, 6, 2),
+        ({"right": 0}, 7, 1),
+        ({"right": 0, "width": 64}, 8, 8),
+        ({"right": 0, "width": 64}, 16, 4),
+        ({"right": 0, "width": 256}, 4, 2),
+        ({"right": 0, "left": 500}, 8, 8),
+        ({"right": 0, "left": 4000}, 8, 2),
+        ({"right": 0, "packed": True, "batch": 64, "len_q": 300}, 8, 8),
+        ({"right": 0, "packed": True, "batch": 64, "len_q": 3000}, 8, 2),
+        ({"heads_kv": 1, "keys": 4096}, 8, 2),
+        ({"heads_kv": 2, "keys": 4096}, 8, 4),
+        ({"heads_kv": 2, "keys": 4096, "right": 0}, 8, 2),
+        ({"len_q": 1}, 64, 64),
+    ],
+    ids=str,
+)
+def test_query_heads_of_a_program(changes: dict[str, object], groups: int, heads: int) -> None:
+    q = torch.empty(1, 2, 16384, 128, device="meta", dtype=torch.bfloat16)
+    usual = describe((q,) * 5, None, Options(0.1))._replace(heads_kv=2)
+    problem = usual._replace(**changes)
+    problem = problem._replace(heads=groups * problem.heads_kv)
+    assert configs.heads_of_item(problem, 132) == heads
+
+
+@pytest.mark.skipif(not hopper.tested(), reason="Gluon changes between releases of Triton, and this one is not tested")
+@pytest.mark.parametrize(
+    ("changes", "counted"),
+    [
+        ({}, False),
+        ({"right": 0}, True),
+        ({"left": 4000, "right": 0}, True),
+        ({"left": 4000}, False),
+        ({"right": 0, "len_q": 512, "len_k": 512}, False),
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("width", WIDTHS)
+def test_who_takes_tiles_by_a_counter(width: int, changes: dict[str, object], counted: bool) -> None:
+    from attn_n.backends.triton.hopper.prepare import forward
+
+    q = torch.empty(1, 16, 16384, width, device="meta", dtype=torch.bfloat16)
+    problem = describe((q,) * 3, None, Options(0.1))._replace(**changes)
+    assert configs.find(problem).counted == counted
+    assert forward(problem, q.stride()).table == counted
+
+
+@pytest.mark.parametrize(
+    ("changes", "reason"),
+    [
+        ({}, None),
+        ({"window_left": 5, "softcap": 3.0, "n_kind": "per head", "return_lse": True}, None),
+        ({"capability": (9, 0), "dtype": torch.float32}, "takes float16 and bfloat16, not float32"),
+        ({"capability": (8, 0)}, "runs on compute capability 9.0"),
+        ({"capability": (10, 0)}, "runs on compute capability 9.0"),
+        ({"v_shape": (2, 8, 256, 128)}, "takes heads of 64, 128, 256 with E = Ev, got 64, 128"),
+        (packed, None),
+        (packed | {"k_stride": (512, 0, 1)}, "reads strides that are multiples of 16 bytes, and nothing expanded"),
+        (packed | {"v_stride": (516, 64, 1)}, "reads strides that are multiples of 16 bytes, and nothing expanded"),
+        (packed | {"alibi": True}, "has no alibi_slopes"),
+        ({"alibi": True, "dropout_p": 0.1}, "has no dropout, no alibi_slopes"),
+        ({"k_stride": (0, 0, 64, 1)}, "reads strides that are multiples of 16 bytes, and nothing expanded"),
+    ],
+    ids=str,
+)  # fmt: skip
+def test_why_not(changes: dict[str, object], reason: str | None, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(hopper, "tested", lambda: True)  # whatever the Triton here
+    found = HopperKernels().refusal(gpu_call(**changes))
+    assert (found is None) if reason is None else str(found).startswith(reason)
+
+
+def test_another_triton(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(hopper.triton, "__version__", "3.9.0")
+    assert HopperKernels().refusal(gpu_call()) == "was tested on Triton 3.6, found 3.9.0"
+    assert BACKEND.serving(gpu_call()) == "portable"

@@ -1,0 +1,128 @@
+"""The kernels beside the Hopper attention: the passes around the backward and the order of packed tiles."""
+
+from __future__ import annotations
+
+import math
+import random
+
+import pytest
+import torch
+
+pytest.importorskip("triton")
+
+from attn_n.backends.triton.hopper.configs import BACKWARD
+from tests.calls import boundaries
+from tests.places import PLACES
+
+# Of queries and of keys, for whose sums the last pass serves too.
+TILES = sorted({(width, tile) for width, tiles in BACKWARD.items() for tile in tiles})
+
+
+@pytest.mark.parametrize("device", PLACES)
+@pytest.mark.parametrize(("width", "tile_q"), TILES)
+def test_the_passes_around_the_backward(width: int, tile_q: int, device: str) -> None:
+    """150 queries in each head: what they leave in whole tiles of rows, and dq out of those."""
+    from attn_n.backends.triton.hopper.backward_passes import prepare_kernel, round_kernel
+
+    batch, heads, length, tiles = 2, 3, 150, -(-150 // tile_q)
+    out, dout = (torch.randn(batch, heads, length, width, device=device).half() for _ in "od")
+    lse, dlse = (torch.randn(batch, heads, length, device=device) for _ in "ld")
+    log_n, programs = torch.randn(heads, device=device), batch * heads * tiles
+    stats = torch.full((2 * programs * tile_q + 1,), math.nan, device=device)
+    dq_sum, shares = stats.new_full((programs * tile_q, width), math.nan), stats.new_full((programs,), math.nan)
+    prepare_kernel[(programs,)](
+        out, dout, lse, dlse, stats, dq_sum, log_n, shares, None, out.stride(), dout.stride(), None, 1, heads, length,
+        width, tile_q,
+    )  # fmt: skip
+    delta = (out.double() * dout.double()).sum(-1) - dlse
+    lse_log2, minus_delta = stats[:-1].view(2, batch, heads, tiles * tile_q).double()
+    assert torch.allclose(lse_log2[..., :length], lse.double() / math.log(2), atol=1e-5)
+    assert torch.allclose(minus_delta[..., :length], -delta, atol=1e-3)
+    assert bool((lse_log2[..., length:] == math.inf).all())
+    assert not minus_delta[..., length:].any()
+    assert not dq_sum.any()
+    assert stats[-1:].view(torch.int32).item() == 0
+    dn = -(torch.exp(log_n.double()[:, None] - lse) * delta).sum(-1)
+    assert torch.allclose(shares.view(batch, heads, tiles).sum(-1).double(), dn, rtol=1e-3, atol=1e-3)
+
+    exact = torch.randn(programs, tile_q, width, device=device)
+    dq = torch.full_like(out, math.nan)
+    round_kernel[(programs,)](as_products_lie(exact), dq, None, dq.stride(), None, heads, length, 0.5, width, tile_q)
+    assert torch.equal(dq, (exact.view(batch, heads, -1, width)[:, :, :length] * 0.5).half())
+
+
+def as_products_lie(tiles: torch.Tensor) -> torch.Tensor:
+    """Rows of `(tiles, rows, width)` in the order of the accumulators of wgmma, 64 x 64 numbers at a time."""
+    # Where each bit of a place leads, rows and columns.
+    bits = [(0, 1), (8, 0), (0, 2), (0, 4), (1, 0), (2, 0), (4, 0), (16, 0), (32, 0), (0, 8), (0, 16), (0, 32)]
+    places = torch.arange(64 * 64)
+    row, column = (sum(((places >> i) & 1) * bit[side] for i, bit in enumerate(bits)) for side in (0, 1))
+    count, rows, width = tiles.shape
+    blocks = tiles.view(count, rows // 64, 64, width // 64, 64).transpose(2, 3).reshape(-1, 64, 64)
+    return blocks[:, row, column].contiguous()
+
+
+@pytest.mark.parametrize("device", PLACES)
+@pytest.mark.parametrize(("width", "tile_q"), TILES)
+def test_the_passes_of_packed_sequences(width: int, tile_q: int, device: str) -> None:
+    """Each sequence begins with a tile, and what lies in the others reaches none of its rows, be it NaN."""
+    from attn_n.backends.triton.hopper.backward_passes import prepare_kernel, round_kernel
+
+    lengths, heads = [5, 0, 150, 64, 1, 0, 128, 70, 0], 3
+    starts = boundaries(lengths, device)
+    rows, batch = sum(lengths), len(lengths)
+    tiles, strides = rows // tile_q + batch, (0, width, heads * width, 1)
+    out, dout = (torch.randn(rows, heads, width, device=device).half() for _ in "od")
+    lse, dlse = (torch.randn(rows, heads, device=device) for _ in "ld")
+    out[5:155] = math.nan
+    stats = torch.full((2 * heads * tiles * tile_q + 1,), math.nan, device=device)
+    dq_sum, shares = stats.new_full((heads * tiles * tile_q, width), math.nan), stats.new_full((heads * tiles,), 7.0)
+    prepare_kernel[(heads * tiles,)](
+        out, dout, lse, dlse, stats, dq_sum, None, shares, starts, strides, strides, batch, None, heads,
+        tiles * tile_q, width, tile_q,
+    )  # fmt: skip
+    exact = torch.randn(heads * tiles, tile_q, width, device=device)
+    dq = torch.full_like(out, math.nan)
+    round_kernel[(heads * tiles,)](
+        as_products_lie(exact), dq, starts, strides, batch, heads, tiles * tile_q, 0.5, width, tile_q
+    )
+    delta = (out.double() * dout.double()).sum(-1) - dlse
+    lse_log2, minus_delta = stats[:-1].view(2, heads, tiles * tile_q).double()
+    first, taken = 0, torch.zeros(tiles * tile_q, dtype=torch.bool, device=device)
+    for b, length in enumerate(lengths):
+        at = (first // tile_q + b) * tile_q
+        here, there = slice(first, first + length), slice(at, at + length)
+        assert torch.allclose(lse_log2[:, there], lse[here].T.double() / math.log(2), atol=1e-5)
+        assert torch.allclose(minus_delta[:, there], -delta[here].T, atol=1e-3, equal_nan=True)
+        assert torch.equal(dq[here], (exact.view(heads, -1, width)[:, there] * 0.5).half().transpose(0, 1))
+        assert not taken[there].any()
+        taken[there], first = True, first + length
+    assert bool((lse_log2[:, ~taken] == math.inf).all())
+    assert not minus_delta[:, ~taken].any()
+    assert not dq_sum.any()
+    assert stats[-1:].view(torch.int32).item() == 0
+    dn = -(torch.exp(-lse.double()) * delta).sum(0)
+    assert bool(dn.isnan().all())  # of all heads: that of a sequence of NaN is NaN
+    assert torch.equal(shares.view(heads, tiles).sum(-1).isnan(), dn.isnan())
+    assert int(shares.isnan().sum()) == heads * -(-150 // tile_q)
+
+
+@pytest.mark.parametrize("device", PLACES)
+@pytest.mark.parametrize("batch", [1, 5, 130, 1100])
+def test_the_order_of_packed_tiles(batch: int, device: str) -> None:
+    """Each tile once, those of sequences with many keys first; of more than 1,024 sequences so in each 1,024."""
+    from attn_n.backends.triton.hopper.schedule import HEADER, order_kernel
+
+    pick, tile = random.Random(batch), 64
+    lengths, keys = ([pick.choice([0, 1, 64, pick.randint(0, 300)]) for _ in range(batch)] for _ in "qk")
+    most = sum(lengths) // tile + batch
+    table = torch.full((HEADER.value + 2 * most,), -1, dtype=torch.int32, device=device)
+    order_kernel[(-(-batch // 128),)](table, boundaries(lengths, device), boundaries(keys, device), batch, tile)
+    expected: list[tuple[int, int]] = []
+    for group in range(0, batch, 1024):
+        for b in sorted(range(group, min(group + 1024, batch)), key=lambda b: -keys[b]):
+            expected += [(b, len(expected))] * -(-lengths[b] // tile)
+    counter, tiles, *found = table.tolist()
+    assert (counter, tiles) == (0, len(expected))
+    assert found[: 2 * tiles] == [number for pair in expected for number in pair]
+    assert found[2 * tiles :] == [-1] * 2 * (most - tiles)
