@@ -16,9 +16,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-from bench.derived import measured, problem_of, read, rounds_of_ratio
-from bench.problem import PASSES
-from bench.record import Point, Run
+from bench.reporting.ratios import measured, read, rounds_of_ratio, workload_of
+from bench.reporting.record import Point, Run
+from bench.workloads import PASSES
 
 AT_LEAST = 0.95
 # The first call is one reading of a compiler and of disk caches: too noisy to judge.
@@ -77,7 +77,7 @@ def changes(old: Run, new: Run) -> list[Change]:
             compared.append(Change(ours, len(peers), middle, most))
     if not compared:
         raise ValueError(
-            "nothing to compare: expected a problem where both files measured the same contender of ours and the same "
+            "nothing to compare: expected a workload where both files measured the same contender of ours and the same "
             f"peer, got {len(before)} and {len(after)} points without one; run the same command for both"
         )
     return compared
@@ -127,8 +127,8 @@ def _summary(compared: Sequence[Change]) -> list[str]:
 
 
 def _where(point: Point) -> str:
-    problem = problem_of(point)
-    return f"{point.contender}, {point.suite} {point.measure} {problem}, {problem.batch}x{problem.heads} heads"
+    workload = workload_of(point)
+    return f"{point.contender}, {point.suite} {point.measure} {workload}, {workload.batch}x{workload.heads} heads"
 
 
 if __name__ == "__main__":

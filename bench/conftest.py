@@ -13,13 +13,14 @@ from typing import Any
 
 import pytest
 
-from bench import clocks, interleaved, summary, warm
+from bench import summary
 from bench.contenders import contenders
 from bench.contenders.base import Contender
-from bench.machine import commit, machine
-from bench.record import Point, Run
-from bench.stage import entrants
-from bench.suites import DEVICE, Case, cases, memory_lengths
+from bench.method import clocks, interleaved, precompile
+from bench.method.machine import commit, machine
+from bench.method.prepared import prepare_all
+from bench.reporting.record import Point, Run
+from bench.workloads.suites import DEVICE, Case, cases, memory_lengths
 
 _run = pytest.StashKey[Run]()
 _started = pytest.StashKey[float]()
@@ -27,8 +28,8 @@ _started = pytest.StashKey[float]()
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     group = parser.getgroup("attn-n")
-    group.addoption("--quick", action="store_true", help="fewer problems, contenders and rounds")
-    group.addoption("--results", type=Path, help="write what was measured to this file, after each problem")
+    group.addoption("--quick", action="store_true", help="fewer workloads, contenders and rounds")
+    group.addoption("--results", type=Path, help="write what was measured to this file, after each workload")
 
 
 def pytest_configure(config: pytest.Config) -> None:
@@ -53,12 +54,12 @@ def pytest_collection_finish(session: pytest.Session) -> None:
     """On a GPU compiling alone would take longer than all measurements."""
     if DEVICE == "cpu" or session.config.option.collectonly:
         return
-    jobs = warm.jobs(_parameters(item) for item in session.items)
+    jobs = precompile.jobs(_parameters(item) for item in session.items)
     if not jobs:
         return
-    processes = warm.at_a_time()
-    _tell(session.config, f"compiling for {len(jobs)} pairs of contender and problem, {processes} at a time")
-    for failure in warm.compile_all(jobs, processes):
+    processes = precompile.at_a_time()
+    _tell(session.config, f"compiling for {len(jobs)} pairs of contender and workload, {processes} at a time")
+    for failure in precompile.compile_all(jobs, processes):
         _tell(session.config, failure)
     _tell(session.config, f"compiled in {time.monotonic() - session.config.stash[_started]:.0f} s")
     session.config.stash[_started] = time.monotonic()
@@ -89,9 +90,9 @@ def points(
     pytestconfig: pytest.Config, request: pytest.FixtureRequest, case: Case, keep: Callable[..., None]
 ) -> dict[str, Point]:
     """Every contender's point of this case: a ratio needs them measured together."""
-    suite, problem, measure = case
+    suite, workload, measure = case
     asked_for = _contenders_of(request.session)[case]
-    present = entrants(suite, problem, tuple(asked_for))
+    present = prepare_all(suite, workload, tuple(asked_for))
     quick = pytestconfig.getoption("quick")
     clock = clocks.CudaClock(quick) if DEVICE == "cuda" else clocks.CpuClock(quick)
     times: dict[str, list[float]] = {}
@@ -100,7 +101,7 @@ def points(
                 if each.contender.apart == apart}  # fmt: skip
         times |= interleaved.measure({name: run for name, run in runs.items() if run is not None}, clock)
     found = {
-        each.contender.name: each.point(suite, problem, measure, tuple(times.get(each.contender.name, ())))
+        each.contender.name: each.point(suite, workload, measure, tuple(times.get(each.contender.name, ())))
         for each in present
     }
     keep(*found.values())

@@ -15,10 +15,10 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-from bench import figures
-from bench.derived import contenders, duels, measured, problem_of, read
-from bench.problem import PASSES, Problem
-from bench.record import Point, Run
+from bench.reporting import figures
+from bench.reporting.ratios import contenders, duels, measured, read, workload_of
+from bench.reporting.record import Point, Run
+from bench.workloads import PASSES, Workload
 
 
 class Unit(NamedTuple):
@@ -125,7 +125,7 @@ def _speed_tables(suite: str, points: Sequence[Point], kind: str) -> list[str]:
         there = list(group)
         unit = _unit(suite, there, kind)
         parts = [there[0].measure, *([f"E = {width}"] if width else []), dtype, unit.name]
-        table = _grid_table(there, unit) if suite == "grid" else _problem_table(there, unit)
+        table = _grid_table(there, unit) if suite == "grid" else _workload_table(there, unit)
         tables.append(f"**{', '.join(parts)}**\n\n{table}")
     return tables
 
@@ -137,47 +137,51 @@ def _unit(suite: str, points: Sequence[Point], kind: str) -> Unit:
 
 
 def _grid_table(points: Sequence[Point], unit: Unit) -> str:
-    def labels(problem: Problem) -> list[str]:
-        return [str(problem.len_k), "causal" if problem.causal else "full", f"{problem.batch}x{problem.heads}"]
+    def labels(workload: Workload) -> list[str]:
+        return [str(workload.len_k), "causal" if workload.causal else "full", f"{workload.batch}x{workload.heads}"]
 
     return _table(["S", "mask", "BxH"], labels, points, unit)
 
 
-def _problem_table(points: Sequence[Point], unit: Unit) -> str:
-    return _table(["problem", "BxH"], lambda problem: [str(problem), f"{problem.batch}x{problem.heads}"], points, unit)
+def _workload_table(points: Sequence[Point], unit: Unit) -> str:
+    return _table(
+        ["workload", "BxH"], lambda workload: [str(workload), f"{workload.batch}x{workload.heads}"], points, unit
+    )
 
 
-def _table(titles: Sequence[str], labels: Callable[[Problem], list[str]], points: Sequence[Point], unit: Unit) -> str:
-    """A row for each problem, a column for each contender."""
+def _table(titles: Sequence[str], labels: Callable[[Workload], list[str]], points: Sequence[Point], unit: Unit) -> str:
+    """A row for each workload, a column for each contender."""
     names = contenders(points)
-    rows: dict[Problem, dict[str, float]] = defaultdict(dict)
+    rows: dict[Workload, dict[str, float]] = defaultdict(dict)
     for point in points:
-        rows[problem_of(point)][point.contender] = unit.of(point)
+        rows[workload_of(point)][point.contender] = unit.of(point)
     ordered = sorted(
-        rows, key=lambda problem: (problem.width, problem.len_k, problem.length, problem.causal, problem.batch)
+        rows, key=lambda workload: (workload.width, workload.len_k, workload.length, workload.causal, workload.batch)
     )
     return _lines([*titles, *names], [[*labels(each), *_cells(rows[each], names, unit)] for each in ordered])
 
 
 def _cost_tables(points: Sequence[Point], unit: Unit) -> list[str]:
-    """One for each suite, width, mask and dtype, with a row for each contender: there are few problems."""
+    """One for each suite, width, mask and dtype, with a row for each contender: there are few workloads."""
 
     def order(point: Point) -> tuple[str, int, bool, str]:
-        problem = problem_of(point)
-        return point.suite, problem.width, problem.causal, point.problem["dtype"]
+        workload = workload_of(point)
+        return point.suite, workload.width, workload.causal, point.problem["dtype"]
 
     tables = []
     for (suite, *_, dtype), group in itertools.groupby(sorted(measured(points), key=order), key=order):
         there = list(group)
-        problems = sorted({problem_of(point) for point in there}, key=lambda problem: (problem.len_k, problem.batch))
+        workloads = sorted(
+            {workload_of(point) for point in there}, key=lambda workload: (workload.len_k, workload.batch)
+        )
         names = contenders(there)
-        values = {(problem_of(point), point.contender): unit.of(point) for point in there}
+        values = {(workload_of(point), point.contender): unit.of(point) for point in there}
         columns = [
             _cells({name: values[each, name] for name in names if (each, name) in values}, names, unit)
-            for each in problems
+            for each in workloads
         ]
         rows = [[name, *cells] for name, *cells in zip(names, *columns, strict=True)]
-        titles = [f"{problem} {problem.batch}x{problem.heads}" for problem in problems]
+        titles = [f"{workload} {workload.batch}x{workload.heads}" for workload in workloads]
         tables.append(f"**{suite}, {dtype}**\n\n{_lines(['', *titles], rows)}")
     return tables
 
@@ -196,24 +200,24 @@ def _lengths_tables(points: Sequence[Point]) -> list[str]:
             for point in sorted(measured(wall), key=lambda point: point.median)
         ]  # fmt: skip
         titles = ["", "wall, mean", "host, median", "host, worst", "served by"]
-        sections += [f"### {suite}, ms a call, up to {problem_of(wall[0])}", _lines(titles, rows), *_left_out(wall)]
+        sections += [f"### {suite}, ms a call, up to {workload_of(wall[0])}", _lines(titles, rows), *_left_out(wall)]
     return sections
 
 
 def _duel_table(points: Sequence[Point]) -> list[str]:
     rows = []
     for duel in sorted(duels(points), key=lambda duel: (duel.ours.suite, PASSES.index(duel.ours.measure))):
-        problem = problem_of(duel.ours)
-        place = [duel.ours.suite, duel.ours.measure, f"{problem} {problem.batch}x{problem.heads}"]
+        workload = workload_of(duel.ours)
+        place = [duel.ours.suite, duel.ours.measure, f"{workload} {workload.batch}x{workload.heads}"]
         sides = [cell for side in duel for cell in (side.contender, _digits(side.median * 1e3))]
         rows.append([*place, duel.ours.problem["dtype"], *sides, f"{duel.times_faster:.2f}"])
-    titles = ["suite", "measure", "problem", "dtype", "our fastest", "ms", "best peer", "ms", "times faster"]
+    titles = ["suite", "measure", "workload", "dtype", "our fastest", "ms", "best peer", "ms", "times faster"]
     return ["### Ours (n not 0) over the best peer (any n)", _lines(titles, rows)] if rows else []
 
 
 def _left_out(points: Sequence[Point]) -> list[str]:
     """Who is absent or wrong and why, each once."""
-    problems = {str(point.problem) for point in points}
+    workloads = {str(point.problem) for point in points}
     absent: dict[tuple[str, str], set[str]] = defaultdict(set)
     notes: dict[str, None] = {}
     for point in points:
@@ -221,9 +225,9 @@ def _left_out(points: Sequence[Point]) -> list[str]:
         if point.status == "absent":
             absent[point.contender, reason].add(str(point.problem))
         elif point.status == "wrong":
-            notes[f"- wrong at {problem_of(point)}: {point.contender} ({reason})"] = None
+            notes[f"- wrong at {workload_of(point)}: {point.contender} ({reason})"] = None
     for (name, reason), where in absent.items():
-        part = "" if where == problems else f" from {len(where)} of {len(problems)} problems"
+        part = "" if where == workloads else f" from {len(where)} of {len(workloads)} workloads"
         notes[f"- absent{part}: {name} ({reason})"] = None
     return ["\n".join(notes)] if notes else []
 

@@ -1,19 +1,19 @@
-"""What a run shows of itself: a line for each problem, and the ratios at its end."""
+"""What a run shows of itself: a line for each workload, and the ratios at its end."""
 
 from __future__ import annotations
 
 import statistics
 from collections.abc import Iterable, Mapping, Sequence
 
-from bench.derived import by_place, fastest, measured, problem_of, rounds_of_ratio
-from bench.record import Point
+from bench.reporting.ratios import by_place, fastest, measured, rounds_of_ratio, workload_of
+from bench.reporting.record import Point
 
 # The automatic choice at n = 1 over PyTorch's own SDPA at n = 0, and eager softmax_n over it.
 _OURS, _TORCH, _EAGER = "attn_n n=1", "torch sdpa", "eager softmax_n n=1"
 
 
 def in_short(found: Mapping[str, Point]) -> str:
-    """Our best and the best peer at one problem."""
+    """Our best and the best peer at one workload."""
     timed = measured(found.values())
     sides = [point for point in timed if point.ours and point.n != "0"], [point for point in timed if not point.ours]
     best = [fastest(side) for side in sides if side]
@@ -31,7 +31,7 @@ def table(points: Iterable[Point]) -> list[str]:
             continue
         peer = fastest(peers)
         eager = f"{found[_EAGER].median / ours.median:.1f}" if _EAGER in found else "-"
-        name = f"{ours.suite} {ours.measure} {problem_of(ours)}"
+        name = f"{ours.suite} {ours.measure} {workload_of(ours)}"
         rows.append(
             [
                 name,

@@ -8,11 +8,11 @@ from collections.abc import Callable
 import pytest
 import torch
 
-from bench import host
 from bench.contenders.base import Contender, Passes
-from bench.problem import make_inputs
-from bench.record import Point
-from bench.suites import tiny_problem
+from bench.method import host
+from bench.reporting.record import Point
+from bench.workloads import make_inputs
+from bench.workloads.suites import tiny_workload
 
 Keep = Callable[..., None]
 
@@ -39,17 +39,17 @@ def test_first_call(contender: Contender, pytestconfig: pytest.Config, keep: Kee
 
 @functools.lru_cache(maxsize=1)  # some compile for it
 def _prepared(contender: Contender) -> Passes:
-    return contender.prepare(make_inputs(tiny_problem()))
+    return contender.prepare(make_inputs(tiny_workload()))
 
 
 def _skip_absent(contender: Contender, measure: str) -> None:
-    reason = contender.why_absent(tiny_problem(), measure)
+    reason = contender.why_absent(tiny_workload(), measure)
     if reason is not None:
         pytest.skip(f"{contender.name}: {reason}")
 
 
 def _point(contender: Contender, suite: str, measure: str, values: list[float]) -> Point:
     return Point(
-        suite, tiny_problem().fields(), measure, contender.name, contender.n, contender.ours, "measured",
+        suite, tiny_workload().fields(), measure, contender.name, contender.n, contender.ours, "measured",
         values=tuple(values),
     )  # fmt: skip

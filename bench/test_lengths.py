@@ -6,9 +6,9 @@ from collections.abc import Callable
 
 import pytest
 
-from bench import lengths
-from bench.lengths import Party, Stream, Timed
-from bench.suites import DEVICE
+from bench.method import lengths
+from bench.method.lengths import Party, Stream, Timed
+from bench.workloads.suites import DEVICE
 
 Asked = dict[str, list[str]]
 

@@ -6,9 +6,9 @@ import pytest
 from pytest_benchmark.fixture import BenchmarkFixture
 
 from bench.contenders.base import Contender
-from bench.interleaved import REPLAY
-from bench.record import Point
-from bench.suites import Case
+from bench.method.interleaved import REPLAY
+from bench.reporting.record import Point
+from bench.workloads.suites import Case
 
 
 @pytest.mark.benchmark(timer=REPLAY.clock)

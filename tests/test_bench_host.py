@@ -8,8 +8,9 @@ from typing import Any
 
 import pytest
 
-from bench import host, once
 from bench.contenders import named
+from bench.kernels import profile_one
+from bench.method import host
 
 
 def test_a_first_call_finds_nothing_compiled(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
@@ -29,18 +30,18 @@ def test_a_first_call_finds_nothing_compiled(monkeypatch: pytest.MonkeyPatch, tm
 
 
 @pytest.mark.parametrize("measure", ["forward", "backward", "both"])
-def test_once(measure: str, ran: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_profile_one(measure: str, ran: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
     """What a profiler sees lies between its start and its stop."""
-    monkeypatch.setattr(once, "_profiler", ran.append)
-    once.main(["attn_n n=1", measure, "--length", "40", "--heads", "4", "--heads-kv", "2", "--causal"])
+    monkeypatch.setattr(profile_one, "_profiler", ran.append)
+    profile_one.main(["attn_n n=1", measure, "--length", "40", "--heads", "4", "--heads-kv", "2", "--causal"])
     seen = [each.split()[0] for each in ran[ran.index("start") + 1 : ran.index("stop")]]
     assert seen == (["forward", "backward"] if measure == "both" else [measure])
     assert ran[-1] == "stop"
 
 
-def test_once_says_why_not(capsys: pytest.CaptureFixture[str]) -> None:
+def test_profile_one_says_why_not(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit, match="eager softmax_n n=1: whole batches of equal heads"):
-        once.main(["eager softmax_n n=1", "forward", "--heads-kv", "2"])
+        profile_one.main(["eager softmax_n n=1", "forward", "--heads-kv", "2"])
     with pytest.raises(SystemExit):
-        once.main(["eager", "forward"])
+        profile_one.main(["eager", "forward"])
     assert "attn_n n=per head" in capsys.readouterr().err

@@ -9,11 +9,12 @@ from pathlib import Path
 import pytest
 import torch
 
-from bench import lengths, report
+from bench import report
 from bench.contenders.base import Contender
-from bench.lengths import Party, Timed
-from bench.problem import Inputs
-from bench.record import Run, load
+from bench.method import lengths
+from bench.method.lengths import Party, Timed
+from bench.reporting.record import Run, load
+from bench.workloads import Inputs
 
 STREAMS = {stream.name: stream for stream in lengths.streams("cpu")}
 PARTIES = {party.name: party for party in lengths.parties("cpu")}
@@ -22,16 +23,16 @@ PARTIES = {party.name: party for party in lengths.parties("cpu")}
 @pytest.mark.parametrize("device", ["cpu", "cuda"])
 def test_lengths_are_new(device: str) -> None:
     for stream in lengths.streams(device):
-        before = {(problem.length, problem.len_k) for problem in stream.before}
-        timed = [(problem.length, problem.len_k) for problem in stream.problems]
+        before = {(workload.length, workload.len_k) for workload in stream.before}
+        timed = [(workload.length, workload.len_k) for workload in stream.workloads]
         assert before.isdisjoint(timed), stream.name
         assert len(set(timed)) > 0.7 * len(timed), stream.name
         if device == "cuda":  # kernels in Triton differ for multiples of 16: both come before the clock runs
-            assert {problem.len_k % 16 == 0 for problem in stream.before} == {True, False}
-    prompts = next(each for each in lengths.streams("cuda") if each.name == "prompts n=0").problems
+            assert {workload.len_k % 16 == 0 for workload in stream.before} == {True, False}
+    prompts = next(each for each in lengths.streams("cuda") if each.name == "prompts n=0").workloads
     assert len(prompts) == 200
-    assert 400 < statistics.median(problem.length for problem in prompts) < 650
-    assert max(problem.length for problem in prompts) > 2500
+    assert 400 < statistics.median(workload.length for workload in prompts) < 650
+    assert max(workload.length for workload in prompts) > 2500
 
 
 @pytest.mark.parametrize("name", STREAMS)
@@ -45,9 +46,9 @@ def test_each_party_is_checked_and_timed(name: str, ran: list[str]) -> None:
         ran.clear()
         timed = lengths.run(party, stream)
         assert timed.status == "measured"
-        assert len(timed.steps) == len(stream.problems)
-        assert 0 < sum(timed.steps) <= timed.wall[0] * len(stream.problems)
-        calls = len(stream.before) + len(stream.problems)
+        assert len(timed.steps) == len(stream.workloads)
+        assert 0 < sum(timed.steps) <= timed.wall[0] * len(stream.workloads)
+        calls = len(stream.before) + len(stream.workloads)
         if party.name == "attn_n":
             passes = ["forward sdpa:cpu", *(["backward sdpa:cpu"] if stream.training else [])]
             assert ran == passes * calls

@@ -8,15 +8,15 @@ from typing import Any
 import pytest
 
 from bench import report
-from bench.record import Point, Run
+from bench.reporting.record import Point, Run
 
-PROBLEM = {"causal": True, "batch": 2, "heads": 8, "width": 64, "dtype": "bfloat16"}
+WORKLOAD = {"causal": True, "batch": 2, "heads": 8, "width": 64, "dtype": "bfloat16"}
 
 
-def point(name: str, seconds: float, *, suite: str = "grid", measure: str = "forward", **problem: Any) -> Point:
+def point(name: str, seconds: float, *, suite: str = "grid", measure: str = "forward", **workload: Any) -> Point:
     n = name.partition(" n=")[2]
     ours = name.startswith("attn_n")
-    fields = {"length": 1024, **PROBLEM, **problem}
+    fields = {"length": 1024, **WORKLOAD, **workload}
     return Point(suite, fields, measure, name, n, ours, "measured", values=(seconds,) * 3, flops=1e12)
 
 
@@ -67,8 +67,8 @@ def test_a_table_for_each_measure_width_and_dtype():
 
 
 def test_who_is_absent_or_wrong_is_listed_once():
-    def without(status: str, reason: str, **problem: Any) -> list[Point]:
-        each = [point("other n=0", 1.0, measure=measure, **problem) for measure in ("forward", "backward")]
+    def without(status: str, reason: str, **workload: Any) -> list[Point]:
+        each = [point("other n=0", 1.0, measure=measure, **workload) for measure in ("forward", "backward")]
         return [replace(point, status=status, reason=reason, values=()) for point in each]
 
     text = report.markdown(
@@ -77,7 +77,7 @@ def test_who_is_absent_or_wrong_is_listed_once():
     notes = [line for line in text.splitlines() if line.startswith("- ")]
     assert notes == [
         "- wrong at E64-L512-causal: other n=0 (dq by 1)",
-        "- absent from 1 of 2 problems: other n=0 (not installed)",
+        "- absent from 1 of 2 workloads: other n=0 (not installed)",
     ]
     assert "other n=0" not in "".join(rows(text))
 

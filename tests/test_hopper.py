@@ -550,7 +550,7 @@ def test_variants_of_the_packed_forward_ahead_of_time(width: int) -> None:
     code = f"""
 import torch
 from attn_n.call import Options
-from bench.ahead_of_time import compiled, packed, resources
+from bench.kernels.ahead_of_time import compiled, packed, resources
 def kernel(same, **options):
     return compiled("sm_90", "hopper forward", {width}, None, torch.bfloat16, packed(Options(**options), same))
 for found in (
@@ -575,7 +575,7 @@ def test_variants_of_the_backward_ahead_of_time(width: int) -> None:
 import torch
 from attn_n.backends.triton.hopper import configs
 from attn_n.call import Options
-from bench.ahead_of_time import compiled, packed, resources
+from bench.kernels.ahead_of_time import compiled, packed, resources
 def kernel(length, dtype=torch.bfloat16, **options):
     return compiled("sm_90", "hopper backward main", {width}, None, dtype, Options(**options), length)
 def of_packed(kernel, **options):

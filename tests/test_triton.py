@@ -91,7 +91,7 @@ def test_every_row(
 @pytest.mark.parametrize("target", ["sm_80", "sm_89", "sm_90", "sm_100", "gfx942"])
 def test_ahead_of_time(target: str) -> None:
     """Every shipped configuration compiles, fits the shared memory, and spills next to nothing."""
-    from bench.ahead_of_time import TARGETS
+    from bench.kernels.ahead_of_time import TARGETS
 
     lines = _compiled(target)
     assert len(lines) >= 20
@@ -105,7 +105,7 @@ def test_ahead_of_time(target: str) -> None:
 
 
 def _compiled(target: str) -> list[dict[str, object]]:
-    command = [sys.executable, "-m", "bench.ahead_of_time", target]
+    command = [sys.executable, "-m", "bench.kernels.ahead_of_time", target]
     environment = {**os.environ, "TRITON_INTERPRET": "0"}
     printed = subprocess.run(command, env=environment, stdout=subprocess.PIPE, text=True, check=True).stdout
     return [json.loads(line) for line in printed.splitlines()]
@@ -116,7 +116,7 @@ def test_numbers_compile_nothing() -> None:
     code = """
 import torch
 from attn_n.call import Options
-from bench.ahead_of_time import compiled
+from bench.kernels.ahead_of_time import compiled
 kernels = [
     compiled("sm_90", "forward", 64, None, torch.bfloat16,
              Options(scale, window_left=left, window_right=right, softcap=cap), length, n)

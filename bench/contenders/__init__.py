@@ -14,7 +14,7 @@ _PACKAGES = (
 
 
 def contenders(device: str, quick: bool = False) -> tuple[Contender, ...]:
-    """All that there are for a device, ours first; which of them are installed is asked problem by problem.
+    """All that there are for a device, ours first; which of them are installed is asked workload by workload.
 
     The quick ones are all but those with a learned sink per head, who differ little from those with n = 1.
     """

@@ -14,7 +14,7 @@ from attn_n.call import AttentionCall
 from attn_n.dispatch import choose, serving
 from bench.contenders.base import KINDS_OF_N, Attend, Contender, Passes, by_autograd, too_large_for_quadratic
 from bench.contenders.flash_attn import MEASURES_3
-from bench.problem import FORWARD, PASSES, Inputs, Problem
+from bench.workloads import FORWARD, PASSES, Inputs, Workload
 
 
 def contenders(device: str) -> tuple[Contender, ...]:
@@ -52,9 +52,9 @@ def _contender(backend: str | None, n: str) -> Contender:
         passes = by_autograd(_attend(backend, n), n)(inputs)
         return passes if training else passes._replace(forward=torch.no_grad()(passes.forward))
 
-    def why_not(problem: Problem) -> str | None:
-        reason = serving.why_not(backend, _call(problem, n, training)) if backend is not None else None
-        return reason or (too_large_for_quadratic(problem) if backend == "reference" else None)
+    def why_not(workload: Workload) -> str | None:
+        reason = serving.why_not(backend, _call(workload, n, training)) if backend is not None else None
+        return reason or (too_large_for_quadratic(workload) if backend == "reference" else None)
 
     return Contender(
         f"attn_n{'' if backend is None else ' ' + backend} n={n}",
@@ -62,7 +62,7 @@ def _contender(backend: str | None, n: str) -> Contender:
         prepare,
         why_not,
         measures,
-        backend=lambda problem, gradients: choose.choose(_call(problem, n, gradients and training), backend)[0],
+        backend=lambda workload, gradients: choose.choose(_call(workload, n, gradients and training), backend)[0],
         ours=True,
         apart=backend == "reference",
     )
@@ -70,23 +70,23 @@ def _contender(backend: str | None, n: str) -> Contender:
 
 def _attend(backend: str | None, n: str) -> Callable[[Inputs], Attend]:
     def of(inputs: Inputs) -> Attend:
-        problem, starts = inputs.problem, inputs.starts
-        window = None if problem.window is None else (problem.window, None)
+        workload, starts = inputs.workload, inputs.starts
+        window = None if workload.window is None else (workload.window, None)
         number = 1.0 if n == "1" else None
 
         def attend(q: Tensor, k: Tensor, v: Tensor, sinks: Tensor | None) -> Tensor:
             learned = sinks if n == "per head" else None
             out = attn_n.flash_attention_n(
-                q, k, v, problem.causal, None, number, sinks=learned, window=window, backend=backend
+                q, k, v, workload.causal, None, number, sinks=learned, window=window, backend=backend
             )
             assert isinstance(out, Tensor)
             return out
 
         def attend_packed(q: Tensor, k: Tensor, v: Tensor, sinks: Tensor | None) -> Tensor:
             assert starts is not None
-            longest, learned = max(problem.sequences), sinks if n == "per head" else None
+            longest, learned = max(workload.sequences), sinks if n == "per head" else None
             out = attn_n.flash_attention_n_varlen(
-                q, k, v, starts, starts, longest, longest, problem.causal, None, number,
+                q, k, v, starts, starts, longest, longest, workload.causal, None, number,
                 sinks=learned, window=window, backend=backend,
             )  # fmt: skip
             assert isinstance(out, Tensor)
@@ -97,31 +97,31 @@ def _attend(backend: str | None, n: str) -> Callable[[Inputs], Attend]:
     return of
 
 
-def _call(problem: Problem, n: str, needs_grad: bool) -> AttentionCall:
+def _call(workload: Workload, n: str, needs_grad: bool) -> AttentionCall:
     """The call that the library will see, of contiguous tensors."""
-    heads_kv = problem.num_heads_kv
-    if problem.sequences:
-        shapes = [(problem.length, heads, problem.width) for heads in (problem.heads, heads_kv)]
+    heads_kv = workload.num_heads_kv
+    if workload.sequences:
+        shapes = [(workload.length, heads, workload.width) for heads in (workload.heads, heads_kv)]
     else:
         shapes = [
-            (problem.batch, heads, length, problem.width)
-            for heads, length in ((problem.heads, problem.length), (heads_kv, problem.len_k))
+            (workload.batch, heads, length, workload.width)
+            for heads, length in ((workload.heads, workload.length), (heads_kv, workload.len_k))
         ]
     of_q, of_k = (torch.empty(shape, device="meta").stride() for shape in shapes)
-    cuda = problem.device == "cuda"
+    cuda = workload.device == "cuda"
     return AttentionCall(
-        device=problem.device,
+        device=workload.device,
         capability=torch.cuda.get_device_capability() if cuda else None,
-        dtype=problem.dtype,
+        dtype=workload.dtype,
         q_shape=shapes[0],
         k_shape=shapes[1],
         v_shape=shapes[1],
         q_stride=of_q,
         k_stride=of_k,
         v_stride=of_k,
-        window_left=problem.window,
-        window_right=0 if problem.causal else None,
+        window_left=workload.window,
+        window_right=0 if workload.causal else None,
         n_kind={"0": "none", "1": "float", "per head": "per head"}[n],
-        sequences=len(problem.sequences) or None,
+        sequences=len(workload.sequences) or None,
         needs_grad=needs_grad,
     )

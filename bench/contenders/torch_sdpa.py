@@ -11,7 +11,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.functional import pad, scaled_dot_product_attention
 
 from bench.contenders.base import Attend, Contender, by_autograd
-from bench.problem import Inputs, Problem
+from bench.workloads import Inputs, Workload
 
 _KERNELS: dict[str, tuple[SDPBackend, Callable[[Any], bool]]] = {
     "flash": (SDPBackend.FLASH_ATTENTION, torch.backends.cuda.can_use_flash_attention),
@@ -25,19 +25,19 @@ def contenders(device: str) -> tuple[Contender, ...]:
     return (*plain, _ZERO_PADDED)
 
 
-def _options(problem: Problem) -> dict[str, Any]:
+def _options(workload: Workload) -> dict[str, Any]:
     # is_causal lines up the first query with the first key, a single query sees all keys.
-    causal = problem.causal and problem.length > 1
-    return {"is_causal": causal} | ({} if problem.heads_kv is None else {"enable_gqa": True})
+    causal = workload.causal and workload.length > 1
+    return {"is_causal": causal} | ({} if workload.heads_kv is None else {"enable_gqa": True})
 
 
 def _attend(inputs: Inputs) -> Attend:
-    options = _options(inputs.problem)
+    options = _options(inputs.workload)
     return lambda q, k, v, sinks: scaled_dot_product_attention(q, k, v, **options)
 
 
 def _zero_padded(inputs: Inputs) -> Attend:
-    options = _options(inputs.problem)
+    options = _options(inputs.workload)
 
     def attend(q: Tensor, k: Tensor, v: Tensor, sinks: Tensor | None) -> Tensor:
         k, v = _zero_first(k), _zero_first(v)
@@ -53,12 +53,12 @@ def _zero_first(x: Tensor) -> Tensor:
     return pad(x, (0, 0, 1, 0))
 
 
-def _why_not(problem: Problem) -> str | None:
-    if problem.sequences:
+def _why_not(workload: Workload) -> str | None:
+    if workload.sequences:
         return "no packed sequences"
-    if problem.window is not None:
+    if workload.window is not None:
         return "no window"
-    if problem.causal and problem.length not in (1, problem.len_k):
+    if workload.causal and workload.length not in (1, workload.len_k):
         return "lines up the first query with the first key"
     return None
 
@@ -75,18 +75,18 @@ def _of_kernel(name: str) -> Contender:
 
         return within
 
-    def why_not(problem: Problem) -> str | None:
-        return _why_not(problem) or (None if can_use(_params(problem)) else "torch says that its kernel can not")
+    def why_not(workload: Workload) -> str | None:
+        return _why_not(workload) or (None if can_use(_params(workload)) else "torch says that its kernel can not")
 
     return Contender(f"torch sdpa {name} n=0", "0", by_autograd(attend, "0"), why_not)
 
 
-def _params(problem: Problem) -> torch.backends.cuda.SDPAParams:
+def _params(workload: Workload) -> torch.backends.cuda.SDPAParams:
     """What the call looks like to torch's choice of a kernel, without its memory."""
-    token = torch.empty(problem.width, dtype=problem.dtype, device=problem.device, requires_grad=True)
-    q = token.expand(problem.batch, problem.heads, problem.length, -1)
-    k = token.expand(problem.batch, problem.num_heads_kv, problem.len_k, -1)
-    options = _options(problem)
+    token = torch.empty(workload.width, dtype=workload.dtype, device=workload.device, requires_grad=True)
+    q = token.expand(workload.batch, workload.heads, workload.length, -1)
+    k = token.expand(workload.batch, workload.num_heads_kv, workload.len_k, -1)
+    options = _options(workload)
     return torch.backends.cuda.SDPAParams(q, k, k, None, 0.0, options["is_causal"], "enable_gqa" in options)
 
 

@@ -1,7 +1,7 @@
-"""Tries tiles for the Triton kernels on the GPU that is there: python -m bench.tune OUT.json [--kernel dq] ...
+"""Tries tiles for the Triton kernels on the GPU that is there: python -m bench.kernels.tune OUT.json [--kernel dq] ...
 
 Compiles in parallel, leaves out what spills or does not fit, times the rest (the tokens, heads and lengths of the
-grid), prints the best of each problem and writes everything.
+grid), prints the best of each workload and writes everything.
 """
 
 from __future__ import annotations
@@ -21,8 +21,8 @@ import torch
 from attn_n.backends.triton.hopper import configs as hopper
 from attn_n.backends.triton.portable import PortableKernels, configs
 from attn_n.call import Options
-from bench import ahead_of_time
-from bench.ahead_of_time import launch_of
+from bench.kernels import ahead_of_time
+from bench.kernels.ahead_of_time import launch_of
 
 TOKENS, HIDDEN = 16384, 2048
 TILES = list(itertools.product((32, 64, 128), (32, 64, 128)))

@@ -17,17 +17,17 @@ import torch
 from bench.contenders import named
 from bench.contenders.base import Contender
 from bench.contenders.library import one_line
-from bench.problem import Problem, make_inputs
-from bench.suites import Case, memory_problem, tiny_problem
+from bench.workloads import Workload, make_inputs
+from bench.workloads.suites import Case, memory_workload, tiny_workload
 
-_BYTES_A_PROCESS = 5 << 30  # of the GPU: torch's context, and the inputs and gradients of the longest problems
+_BYTES_A_PROCESS = 5 << 30  # of the GPU: torch's context, and the inputs and gradients of the longest workloads
 
 
 class Job(NamedTuple):
     """One forward, with its backward or without gradients; the contender by its name, which another process knows."""
 
     contender: str
-    problem: Problem
+    workload: Workload
     backward: bool
 
 
@@ -43,10 +43,10 @@ def _job(parameters: Mapping[str, Any]) -> Job | None:
     if contender is None or contender.apart:  # what is apart compiles nothing, and takes long
         return None
     if case is not None:
-        return Job(contender.name, case.problem, case.suite.training)
+        return Job(contender.name, case.workload, case.suite.training)
     if length is not None:
-        return Job(contender.name, memory_problem(length), True)
-    return Job(contender.name, tiny_problem(), True) if "suite" in parameters else None
+        return Job(contender.name, memory_workload(length), True)
+    return Job(contender.name, tiny_workload(), True) if "suite" in parameters else None
 
 
 def at_a_time() -> int:
@@ -64,7 +64,7 @@ def compile_all(jobs: Collection[Job], processes: int) -> list[str]:
         try:
             for job, failure in zip(jobs, pool.map(run, jobs), strict=True):
                 if failure is not None:
-                    failures.append(f"{job.contender} at {job.problem}: {failure}")
+                    failures.append(f"{job.contender} at {job.workload}: {failure}")
         except BrokenProcessPool as crash:
             failures.append(one_line(crash))
     return failures
@@ -77,17 +77,17 @@ def _one_thread() -> None:
 
 def run(job: Job) -> str | None:
     """What went wrong."""
-    problem = job.problem
+    workload = job.workload
     try:
-        contender = named(job.contender, problem.device)
-        if contender.why_not(problem) is not None:
+        contender = named(job.contender, workload.device)
+        if contender.why_not(workload) is not None:
             return None
-        passes = contender.prepare(make_inputs(problem))
+        passes = contender.prepare(make_inputs(workload))
         with torch.set_grad_enabled(job.backward):
             out = passes.forward()
         if job.backward and "backward" in contender.measures:
             passes.backward(out)
-        if problem.device == "cuda":
+        if workload.device == "cuda":
             torch.cuda.synchronize()
             torch.cuda.empty_cache()
     except Exception as failure:  # of one contender

@@ -1,7 +1,8 @@
 """The memory that one forward and backward takes beyond its inputs, at the peak.
 
 On a GPU it is what torch's allocator counts. On a CPU each point is a process of its own, whose peak never falls:
-`python -m bench.memory "attn_n n=1" 2048`; its resident set also counts what a library allocates behind torch's back.
+`python -m bench.method.memory "attn_n n=1" 2048`; its resident set also counts what a
+library allocates behind torch's back.
 """
 
 from __future__ import annotations
@@ -14,21 +15,21 @@ import torch
 
 from bench.contenders import named
 from bench.contenders.base import Contender
-from bench.problem import Problem, make_inputs
-from bench.suites import DEVICE, memory_problem
+from bench.workloads import Workload, make_inputs
+from bench.workloads.suites import DEVICE, memory_workload
 
 
-def peak(contender: Contender, problem: Problem) -> int:
+def peak(contender: Contender, workload: Workload) -> int:
     """Bytes at the peak of the contender, less those before it started."""
-    if problem.device == "cuda":
-        return _allocated(contender, problem)
-    command = [sys.executable, "-m", "bench.memory", contender.name, str(problem.length)]
-    root = Path(__file__).parents[1]
+    if workload.device == "cuda":
+        return _allocated(contender, workload)
+    command = [sys.executable, "-m", "bench.method.memory", contender.name, str(workload.length)]
+    root = Path(__file__).parents[2]
     return int(subprocess.run(command, cwd=root, stdout=subprocess.PIPE, check=True).stdout)
 
 
-def _allocated(contender: Contender, problem: Problem) -> int:
-    passes = contender.prepare(make_inputs(problem))
+def _allocated(contender: Contender, workload: Workload) -> int:
+    passes = contender.prepare(make_inputs(workload))
     # Compilers and libraries keep workspaces from their first call on.
     passes.backward(passes.forward())
     before = torch.cuda.memory_allocated()
@@ -37,14 +38,14 @@ def _allocated(contender: Contender, problem: Problem) -> int:
     return torch.cuda.max_memory_allocated() - before
 
 
-def _peak_of_this_process(contender: Contender, problem: Problem) -> int:
-    # The code of the kernels and the threads become resident at first use; they are no part of the problem's memory.
-    _once(contender, memory_problem(64))
-    return _once(contender, problem)
+def _peak_of_this_process(contender: Contender, workload: Workload) -> int:
+    # The code of the kernels and the threads become resident at first use; they are no part of the workload's memory.
+    _once(contender, memory_workload(64))
+    return _once(contender, workload)
 
 
-def _once(contender: Contender, problem: Problem) -> int:
-    passes = contender.prepare(make_inputs(problem))
+def _once(contender: Contender, workload: Workload) -> int:
+    passes = contender.prepare(make_inputs(workload))
     before = _resident_peak()
     passes.backward(passes.forward())
     return _resident_peak() - before
@@ -58,4 +59,4 @@ def _resident_peak() -> int:
 
 if __name__ == "__main__":
     name, length = sys.argv[1:]
-    print(_peak_of_this_process(named(name, DEVICE), memory_problem(int(length))))
+    print(_peak_of_this_process(named(name, DEVICE), memory_workload(int(length))))

@@ -1,6 +1,6 @@
 """The cost of lengths that a process has not seen: streams of calls, hardly two of which have the same lengths.
 
-Each contender has a process of its own, whose lengths are all new to it: `python -m bench.lengths time "attn_n"
+Each contender has a process of its own, whose lengths are all new to it: `python -m bench.method.lengths time "attn_n"
 "growing cache" prompts`. Kernels that are kept on disk have been compiled by another process before.
 """
 
@@ -23,14 +23,14 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from bench import warm
 from bench.contenders import eager, flash_attn, ours, torch_sdpa
 from bench.contenders.base import Contender
 from bench.contenders.library import one_line
-from bench.gate import what_is_wrong
-from bench.problem import Inputs, Problem, make_inputs
-from bench.record import Point
-from bench.suites import DEVICE
+from bench.method import precompile
+from bench.method.check import what_is_wrong
+from bench.reporting.record import Point
+from bench.workloads import Inputs, Workload, make_inputs
+from bench.workloads.suites import DEVICE
 
 SUITE = "lengths: "  # and the name of a stream
 PROCESSES = 5
@@ -45,7 +45,7 @@ class Stream:
     """Calls one after the other, once each.
 
     Attributes:
-        problems: a call each.
+        workloads: a call each.
         before: of other lengths, which come untimed before: what a process does once does not count.
         n: which of KINDS_OF_N; a peer that does not have it computes another.
         training: forward and backward; otherwise a forward without gradients.
@@ -53,8 +53,8 @@ class Stream:
     """
 
     name: str
-    problems: tuple[Problem, ...]
-    before: tuple[Problem, ...]
+    workloads: tuple[Workload, ...]
+    before: tuple[Workload, ...]
     n: str
     training: bool = False
     cached: bool = False
@@ -63,9 +63,9 @@ class Stream:
         return self.name.replace(" ", "-").replace("=", "")
 
     @property
-    def longest(self) -> Problem:
+    def longest(self) -> Workload:
         """It stands for the stream in the results."""
-        return max(self.problems, key=lambda problem: problem.length * problem.len_k)
+        return max(self.workloads, key=lambda workload: workload.length * workload.len_k)
 
 
 class Party(NamedTuple):
@@ -105,14 +105,14 @@ def streams(device: str) -> tuple[Stream, ...]:
     heads = {"heads": 32, "heads_kv": 4} if cuda else {"heads": 4, "heads_kv": 2}
     start, steps, count, batches, middle, most = (2000, 100, 200, 40, 512, 4096) if cuda else (40, 8, 10, 5, 32, 100)
 
-    def decoding(keys: int) -> Problem:
-        return Problem(1, batch=8 if cuda else 2, keys=keys, **heads, **one)  # type: ignore[arg-type]
+    def decoding(keys: int) -> Workload:
+        return Workload(1, batch=8 if cuda else 2, keys=keys, **heads, **one)  # type: ignore[arg-type]
 
-    def prompt(length: int) -> Problem:
-        return Problem(length, True, **heads, **one)  # type: ignore[arg-type]
+    def prompt(length: int) -> Workload:
+        return Workload(length, True, **heads, **one)  # type: ignore[arg-type]
 
-    def batch(length: int) -> Problem:
-        return Problem(length, True, batch=4 if cuda else 2, heads=heads["heads"] // 2, **one)  # type: ignore[arg-type]
+    def batch(length: int) -> Workload:
+        return Workload(length, True, batch=4 if cuda else 2, heads=heads["heads"] // 2, **one)  # type: ignore[arg-type]
 
     def others(most: int) -> list[int]:
         # Kernels in Triton differ for lengths that are a multiple of 16 and for others, and may differ for long ones.
@@ -158,7 +158,7 @@ def _base(contender: Contender) -> str:
 
 def prepare_all(asked: Mapping[str, Sequence[str]]) -> dict[str, dict[str, str | None]]:
     """Has each party checked and its kernels compiled, many at a time: by party and stream, why it cannot be timed."""
-    at_a_time = warm.at_a_time() if DEVICE == "cuda" else os.cpu_count() or 1
+    at_a_time = precompile.at_a_time() if DEVICE == "cuda" else os.cpu_count() or 1
     with ThreadPoolExecutor(at_a_time) as pool:
         return dict(zip(asked, pool.map(lambda party: _process("prepare", party, asked[party]), asked), strict=True))
 
@@ -194,8 +194,8 @@ def time_one(party: str, names: Sequence[str]) -> dict[str, Timed]:
 
 
 def _process(task: str, party: str, names: Sequence[str]) -> dict[str, Any]:
-    command = [sys.executable, "-m", "bench.lengths", task, party, *names]
-    root = Path(__file__).parents[1]
+    command = [sys.executable, "-m", "bench.method.lengths", task, party, *names]
+    root = Path(__file__).parents[2]
     said = subprocess.run(command, cwd=root, stdout=subprocess.PIPE, check=True).stdout
     found: dict[str, Any] = json.loads(said.splitlines()[-1])
     return found
@@ -208,7 +208,7 @@ def prepare(party: Party, stream: Stream) -> str | None:
         checked = make_inputs(stream.before[0])
         reason = what_is_wrong(contender.prepare(checked), contender.n, checked, stream.training)
         if reason is None:
-            for step in _steps(contender, stream, (*stream.before, *stream.problems)):
+            for step in _steps(contender, stream, (*stream.before, *stream.workloads)):
                 step()
             _wait()
     except Exception as failure:  # of one party; the others are timed all the same
@@ -218,7 +218,7 @@ def prepare(party: Party, stream: Stream) -> str | None:
 
 def why_absent(party: Party, stream: Stream) -> str | None:
     contender, measure = party.of(stream), "both" if stream.training else "forward"
-    reasons = (contender.why_absent(problem, measure) for problem in (*stream.before, *stream.problems))
+    reasons = (contender.why_absent(workload, measure) for workload in (*stream.before, *stream.workloads))
     return next((reason for reason in reasons if reason is not None), None)
 
 
@@ -227,7 +227,7 @@ def run(party: Party, stream: Stream) -> Timed:
     contender = party.of(stream)
     for step in _steps(contender, stream, stream.before):
         step()
-    steps = list(_steps(contender, stream, stream.problems))
+    steps = list(_steps(contender, stream, stream.workloads))
     _wait()
     marks = [time.perf_counter()]
     for step in steps:
@@ -235,7 +235,7 @@ def run(party: Party, stream: Stream) -> Timed:
         marks.append(time.perf_counter())
     _wait()
     wall = (time.perf_counter() - marks[0]) / len(steps)
-    served = {contender.backend(problem, stream.training) for problem in stream.problems} - {None}
+    served = {contender.backend(workload, stream.training) for workload in stream.workloads} - {None}
     host = tuple(end - start for start, end in itertools.pairwise(marks))
     return Timed("measured", None, (wall,), host, ", ".join(sorted(map(str, served))) or None)
 
@@ -252,27 +252,27 @@ def points(party: Party, stream: Stream, timed: Timed) -> list[Point]:
     ]  # fmt: skip
 
 
-def _steps(contender: Contender, stream: Stream, problems: Sequence[Problem]) -> Iterable[Step]:
+def _steps(contender: Contender, stream: Stream, workloads: Sequence[Workload]) -> Iterable[Step]:
     """The calls, ready to run: their tensors are views of the same memory."""
     most = stream.longest
     memory: dict[str, Tensor] = {}
-    for problem in problems:
-        heads, heads_kv, width = problem.heads, problem.num_heads_kv, problem.width
+    for workload in workloads:
+        heads, heads_kv, width = workload.heads, workload.num_heads_kv, workload.width
         of_q, of_k = (
-            (problem.batch, h, length, width) for h, length in ((heads, problem.length), (heads_kv, problem.len_k))
+            (workload.batch, h, length, width) for h, length in ((heads, workload.length), (heads_kv, workload.len_k))
         )
-        whole = (problem.batch, heads_kv, max(most.len_k, problem.len_k), width) if stream.cached else of_k
-        q, dout = (_view(memory, name, of_q, problem) for name in ("q", "dout"))
-        k, v = (_view(memory, name, whole, problem)[:, :, : problem.len_k] for name in ("k", "v"))
+        whole = (workload.batch, heads_kv, max(most.len_k, workload.len_k), width) if stream.cached else of_k
+        q, dout = (_view(memory, name, of_q, workload) for name in ("q", "dout"))
+        k, v = (_view(memory, name, whole, workload)[:, :, : workload.len_k] for name in ("k", "v"))
         q, k, v = (x.requires_grad_(stream.training) for x in (q, k, v))
-        yield _step(contender, Inputs(q, k, v, dout, None, problem), stream.training)
+        yield _step(contender, Inputs(q, k, v, dout, None, workload), stream.training)
 
 
-def _view(memory: dict[str, Tensor], name: str, shape: tuple[int, ...], problem: Problem) -> Tensor:
+def _view(memory: dict[str, Tensor], name: str, shape: tuple[int, ...], workload: Workload) -> Tensor:
     """Dense, at the beginning of the memory of that name."""
     size = math.prod(shape)
     if name not in memory or memory[name].numel() < size:
-        memory[name] = torch.randn(2 * size, dtype=problem.dtype, device=problem.device)
+        memory[name] = torch.randn(2 * size, dtype=workload.dtype, device=workload.device)
     return memory[name][:size].view(shape)
 
 

@@ -11,8 +11,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from bench.derived import base_name, contenders, duels, measured, problem_of, rounds_of_ratio
-from bench.record import Point, Run
+from bench.reporting.ratios import base_name, contenders, duels, measured, rounds_of_ratio, workload_of
+from bench.reporting.record import Point, Run
 
 if TYPE_CHECKING:
     from matplotlib.artist import Artist
@@ -121,14 +121,14 @@ def _library(point: Point) -> str:
 def _worth_a_line(points: Sequence[Point]) -> list[Point]:
     """What a picture can show: n = 0 and n = 1; of our backends, beside the automatic choice, n = 1 alone.
 
-    A contender that was measured at less than half of the problems is left to the tables.
+    A contender that was measured at less than half of the workloads is left to the tables.
     """
-    problems = {point.place for point in points}
+    workloads = {point.place for point in points}
     times = Counter(point.contender for point in points)
     return [
         point
         for point in points
-        if 2 * times[point.contender] >= len(problems)
+        if 2 * times[point.contender] >= len(workloads)
         and (point.n == "1" or (point.n == "0" and (not point.ours or base_name(point) == _AUTOMATIC)))
     ]
 
@@ -143,7 +143,7 @@ def _speed(scene: _Scene, suite: str) -> Figure | None:
     top = scene.ceiling("matmul_flops")
     for each in axes.values():
         # It is measured in 16 bits, where tensor cores are fastest, and bounds no other dtype.
-        if top is not None and problem_of(points[0]).dtype.itemsize == 2:
+        if top is not None and workload_of(points[0]).dtype.itemsize == 2:
             _mark(each, top / scale, f"matmul {top / scale:.0f}")
         each.set_ylim(bottom=0)
     return figure
@@ -195,17 +195,17 @@ def _decode(scene: _Scene) -> Figure | None:
 
 
 def _bytes_of_keys(point: Point) -> int:
-    problem = problem_of(point)
-    return 2 * problem.batch * problem.num_heads_kv * problem.len_k * problem.width * problem.dtype.itemsize
+    workload = workload_of(point)
+    return 2 * workload.batch * workload.num_heads_kv * workload.len_k * workload.width * workload.dtype.itemsize
 
 
 def _best_peer(scene: _Scene) -> Figure | None:
-    """A cell for each S, width and mask; the worst ratio where several problems share one."""
+    """A cell for each S, width and mask; the worst ratio where several workloads share one."""
     from matplotlib.figure import Figure
 
     panels: dict[str, dict[tuple[str, int], float]] = defaultdict(dict)
     for duel in duels(scene.of("grid", ("forward", "backward"))):
-        cell = f"{_width(duel.ours)}, {_mask(duel.ours)}", problem_of(duel.ours).len_k
+        cell = f"{_width(duel.ours)}, {_mask(duel.ours)}", workload_of(duel.ours).len_k
         cells = panels[duel.ours.measure]
         cells[cell] = min(duel.times_faster, cells.get(cell, math.inf))
     if not panels:
@@ -240,7 +240,7 @@ def _panels(
     row: Callable[[Point], str],
     column: Callable[[Point], str],
     value: Callable[[Point], float],
-    over: Callable[[Point], int] = lambda point: problem_of(point).len_k,
+    over: Callable[[Point], int] = lambda point: workload_of(point).len_k,
 ) -> _Panels:
     panels: _Panels = defaultdict(lambda: defaultdict(list))
     for point in points:
@@ -294,8 +294,8 @@ def _legend(figure: Figure, names: Sequence[str]) -> None:
 
 
 def _order(point: Point) -> tuple[bool, int, int, int, int, int]:
-    problem = problem_of(point)
-    return problem.causal, problem.width, problem.len_k, problem.length, problem.batch, problem.num_heads_kv
+    workload = workload_of(point)
+    return workload.causal, workload.width, workload.len_k, workload.length, workload.batch, workload.num_heads_kv
 
 
 def _pass(point: Point) -> str:
@@ -311,16 +311,16 @@ def _width(point: Point) -> str:
 
 
 def _keys(point: Point) -> str:
-    return f"S = {_short(problem_of(point).len_k)}, {_width(point)}"
+    return f"S = {_short(workload_of(point).len_k)}, {_width(point)}"
 
 
 def _queries(point: Point) -> int:
-    return problem_of(point).length
+    return workload_of(point).length
 
 
 def _batch(point: Point) -> str:
-    problem = problem_of(point)
-    return f"batch {problem.batch}, heads {problem.heads}:{problem.num_heads_kv}"
+    workload = workload_of(point)
+    return f"batch {workload.batch}, heads {workload.heads}:{workload.num_heads_kv}"
 
 
 def _short(length: float) -> str:

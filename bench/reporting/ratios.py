@@ -10,8 +10,8 @@ from typing import NamedTuple
 
 import torch
 
-from bench.problem import PASSES, Problem
-from bench.record import Point, Run, load
+from bench.reporting.record import Point, Run, load
+from bench.workloads import PASSES, Workload
 
 
 class Duel(NamedTuple):
@@ -30,8 +30,8 @@ def read(path: Path) -> Run:
         return load(path)
     except (OSError, KeyError, TypeError, ValueError) as error:
         raise ValueError(
-            f"{path}: expected a results file as bench.record writes it, got {type(error).__name__}: {error}; "
-            "name another file or measure again"
+            f"{path}: expected a results file as bench.reporting.record writes it, "
+            f"got {type(error).__name__}: {error}; name another file or measure again"
         ) from error
 
 
@@ -49,9 +49,9 @@ def base_name(point: Point) -> str:
     return point.contender.removesuffix(f" n={point.n}")
 
 
-def problem_of(point: Point) -> Problem:
+def workload_of(point: Point) -> Workload:
     fields = {**point.problem, "sequences": tuple(point.problem.get("sequences", ()))}
-    return Problem(**{**fields, "dtype": getattr(torch, fields["dtype"])})
+    return Workload(**{**fields, "dtype": getattr(torch, fields["dtype"])})
 
 
 def by_place(points: Iterable[Point]) -> dict[tuple[object, ...], list[Point]]:

@@ -1,4 +1,4 @@
-"""The gate lets the right ones pass and catches the errors that other libraries make."""
+"""The check lets the right ones pass and catches the errors that other libraries make."""
 
 from __future__ import annotations
 
@@ -9,40 +9,40 @@ import torch
 
 from bench.contenders import contenders, named
 from bench.contenders.base import Contender, Passes
-from bench.gate import what_is_wrong
-from bench.problem import FORWARD, PASSES, Problem, make_inputs
-from bench.stage import entrants
-from bench.suites import Suite
+from bench.method.check import what_is_wrong
+from bench.method.prepared import prepare_all
+from bench.workloads import FORWARD, PASSES, Workload, make_inputs
+from bench.workloads.suites import Suite
 
-PROBLEMS = [
-    Problem(length, causal, heads=2, dtype=dtype)
+WORKLOADS = [
+    Workload(length, causal, heads=2, dtype=dtype)
     for length in (64, 1024)
     for causal in (False, True)
     for dtype in (torch.float32, torch.bfloat16)
 ]
-# What the gate must take apart in its own way: groups of heads, a window, sequences, few queries, only some rows.
+# What the check must take apart in its own way: groups of heads, a window, sequences, few queries, only some rows.
 SHAPES = [
-    Problem(96, True, heads=4, heads_kv=2),
-    Problem(96, True, heads=2, window=10),
-    Problem(90, True, heads=2, sequences=(20, 40, 30)),
-    Problem(4, heads=2, keys=300, batch=3),
+    Workload(96, True, heads=4, heads_kv=2),
+    Workload(96, True, heads=2, window=10),
+    Workload(90, True, heads=2, sequences=(20, 40, 30)),
+    Workload(4, heads=2, keys=300, batch=3),
 ]
 OURS = named("attn_n n=1", "cpu")
 PER_HEAD = named("attn_n n=per head", "cpu")
 
 
-def reason(contender: Contender, problem: Problem) -> str | None:
-    inputs = make_inputs(problem)
+def reason(contender: Contender, workload: Workload) -> str | None:
+    inputs = make_inputs(workload)
     return what_is_wrong(contender.prepare(inputs), contender.n, inputs)
 
 
-@pytest.mark.parametrize("problem", PROBLEMS, ids=lambda problem: f"{problem}-{problem.dtype}")
+@pytest.mark.parametrize("workload", WORKLOADS, ids=lambda workload: f"{workload}-{workload.dtype}")
 @pytest.mark.parametrize("contender", contenders("cpu"), ids=str)
-def test_right_ones_pass(contender: Contender, problem: Problem) -> None:
-    absent = contender.why_not(problem)
+def test_right_ones_pass(contender: Contender, workload: Workload) -> None:
+    absent = contender.why_not(workload)
     if absent is not None or "backward" not in contender.measures:
         pytest.skip(f"{contender.name}: {absent or 'has no backward'}")
-    assert reason(contender, problem) is None
+    assert reason(contender, workload) is None
 
 
 SOME_ROWS = {"_ALL_HEADS_UP_TO": 1, "_ALL_ROWS_UP_TO": 1, "_SOME_ROWS": 16}
@@ -50,22 +50,22 @@ HEADS_IN_TURN = {"_LOGITS_AT_ONCE": 1}
 
 
 @pytest.mark.parametrize("limits", [{}, SOME_ROWS, HEADS_IN_TURN], ids=["all at once", "some rows", "heads in turn"])
-@pytest.mark.parametrize("problem", SHAPES, ids=str)
-def test_shapes(problem: Problem, limits: dict[str, int], monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("workload", SHAPES, ids=str)
+def test_shapes(workload: Workload, limits: dict[str, int], monkeypatch: pytest.MonkeyPatch) -> None:
     for name, value in limits.items():
-        monkeypatch.setattr(f"bench.gate.{name}", value)
-    monkeypatch.setattr("bench.gate._reference", _uncached())
-    assert reason(OURS, problem) is None
-    assert reason(PER_HEAD, problem) is None
-    ignored = reason(_without_n(OURS), problem)
+        monkeypatch.setattr(f"bench.method.check.{name}", value)
+    monkeypatch.setattr("bench.method.check._reference", _uncached())
+    assert reason(OURS, workload) is None
+    assert reason(PER_HEAD, workload) is None
+    ignored = reason(_without_n(OURS), workload)
     assert ignored is not None
     assert "out by" in ignored
 
 
 def _uncached() -> object:
-    from bench import gate
+    from bench.method import check
 
-    return gate._reference.__wrapped__
+    return check._reference.__wrapped__
 
 
 def _without_n(contender: Contender) -> Contender:
@@ -74,15 +74,15 @@ def _without_n(contender: Contender) -> Contender:
     return dataclasses.replace(plain, name="ignores n", n="1")
 
 
-@pytest.mark.parametrize("problem", PROBLEMS, ids=lambda problem: f"{problem}-{problem.dtype}")
-def test_n_ignored(problem: Problem) -> None:
-    said = reason(_without_n(OURS), problem)
+@pytest.mark.parametrize("workload", WORKLOADS, ids=lambda workload: f"{workload}-{workload.dtype}")
+def test_n_ignored(workload: Workload) -> None:
+    said = reason(_without_n(OURS), workload)
     assert said is not None
     assert all(f"{result} by" in said for result in ("out", "dq", "dk", "dv"))
 
 
 def test_n_ignored_in_the_gradients_alone() -> None:
-    inputs = make_inputs(PROBLEMS[0])
+    inputs = make_inputs(WORKLOADS[0])
     with_n, without_n = OURS.prepare(inputs), _without_n(OURS).prepare(inputs)
     mixed = Passes(with_n.forward, lambda out: without_n.backward(without_n.forward()))
     said = what_is_wrong(mixed, "1", inputs)
@@ -96,12 +96,12 @@ def test_a_wrong_one_and_one_that_raises_are_not_timed() -> None:
         raise RuntimeError("no kernel image")
 
     raises = Contender("raises", "1", broken)
-    suite = Suite("planted", tuple(PROBLEMS[:1]), ())
-    found = entrants(suite, PROBLEMS[0], (_without_n(OURS), raises, OURS))
+    suite = Suite("planted", tuple(WORKLOADS[:1]), ())
+    found = prepare_all(suite, WORKLOADS[0], (_without_n(OURS), raises, OURS))
     assert [each.status for each in found] == ["wrong", "wrong", "measured"]
     assert "no kernel image" in str(found[1].reason)
     assert found[0].run("forward", training=True) is None
-    point = found[0].point(suite, PROBLEMS[0], "forward", ())
+    point = found[0].point(suite, WORKLOADS[0], "forward", ())
     assert point.status == "wrong"
     assert "out by" in str(point.reason)
 
@@ -109,7 +109,7 @@ def test_a_wrong_one_and_one_that_raises_are_not_timed() -> None:
 @pytest.mark.parametrize(("measures", "told"), [(FORWARD, "without gradients"), (PASSES, "with gradients")])
 def test_the_backend_is_that_of_the_pass_that_is_timed(measures: tuple[str, ...], told: str) -> None:
     contender = dataclasses.replace(
-        OURS, backend=lambda problem, gradients: f"with{'' if gradients else 'out'} gradients"
+        OURS, backend=lambda workload, gradients: f"with{'' if gradients else 'out'} gradients"
     )
-    (entrant,) = entrants(Suite("some", tuple(PROBLEMS[:1]), (), measures), PROBLEMS[0], (contender,))
-    assert entrant.backend == told
+    (prepared,) = prepare_all(Suite("some", tuple(WORKLOADS[:1]), (), measures), WORKLOADS[0], (contender,))
+    assert prepared.backend == told

@@ -1,4 +1,4 @@
-"""The contenders of one problem, made ready and checked."""
+"""The contenders of one workload, made ready and checked."""
 
 from __future__ import annotations
 
@@ -10,15 +10,15 @@ import torch
 
 from bench.contenders.base import Contender, Passes
 from bench.contenders.library import one_line
-from bench.gate import what_is_wrong
-from bench.problem import Inputs, Problem, make_inputs
-from bench.record import Point
-from bench.suites import Suite
+from bench.method.check import what_is_wrong
+from bench.reporting.record import Point
+from bench.workloads import Inputs, Workload, make_inputs
+from bench.workloads.suites import Suite
 
 
 @dataclass(frozen=True)
-class Entrant:
-    """A contender at one problem: what it runs, or why it does not."""
+class Prepared:
+    """A contender at one workload: what it runs, or why it does not."""
 
     contender: Contender
     status: str
@@ -35,31 +35,31 @@ class Entrant:
             return forward if training else torch.no_grad()(forward)
         return functools.partial(backward, forward()) if measure == "backward" else lambda: backward(forward())
 
-    def point(self, suite: Suite, problem: Problem, measure: str, values: tuple[float, ...]) -> Point:
+    def point(self, suite: Suite, workload: Workload, measure: str, values: tuple[float, ...]) -> Point:
         contender, status, reason = self.contender, self.status, self.reason
         if status == "measured" and measure not in contender.measures:
             status, reason = "absent", f"has no {measure} pass"
         return Point(
-            suite.name, problem.fields(), measure, contender.name, contender.n, contender.ours, status, reason,
-            self.backend, values, problem.flops(measure),
+            suite.name, workload.fields(), measure, contender.name, contender.n, contender.ours, status, reason,
+            self.backend, values, workload.flops(measure),
         )  # fmt: skip
 
 
-@functools.lru_cache(maxsize=1)  # all passes of a problem are measured before the next one
-def entrants(suite: Suite, problem: Problem, contenders: tuple[Contender, ...]) -> tuple[Entrant, ...]:
-    inputs = make_inputs(problem)
+@functools.lru_cache(maxsize=1)  # all passes of a workload are measured before the next one
+def prepare_all(suite: Suite, workload: Workload, contenders: tuple[Contender, ...]) -> tuple[Prepared, ...]:
+    inputs = make_inputs(workload)
     return tuple(_entrant(contender, inputs, suite.training) for contender in contenders)
 
 
-def _entrant(contender: Contender, inputs: Inputs, training: bool) -> Entrant:
-    reason = contender.why_not(inputs.problem)
+def _entrant(contender: Contender, inputs: Inputs, training: bool) -> Prepared:
+    reason = contender.why_not(inputs.workload)
     if reason is not None:
-        return Entrant(contender, "absent", reason)
+        return Prepared(contender, "absent", reason)
     try:
         passes = contender.prepare(inputs)
         reason = what_is_wrong(passes, contender.n, inputs, training and "backward" in contender.measures)
     except Exception as failure:  # of one contender; the others are timed all the same
         reason = f"fails: {one_line(failure)}"
     if reason is not None:
-        return Entrant(contender, "wrong", reason)
-    return Entrant(contender, "measured", None, passes, contender.backend(inputs.problem, training))
+        return Prepared(contender, "wrong", reason)
+    return Prepared(contender, "measured", None, passes, contender.backend(inputs.workload, training))

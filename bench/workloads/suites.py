@@ -1,4 +1,4 @@
-"""The problems of the comparison: the grid, which every library can do, and short suites along other axes."""
+"""The workloads of the comparison: the grid, which every library can do, and short suites along other axes."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import NamedTuple
 
 import torch
 
-from bench.problem import FORWARD, PASSES, Problem
+from bench.workloads import FORWARD, PASSES, Workload
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
@@ -16,8 +16,8 @@ DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 @dataclasses.dataclass(frozen=True)
 class Suite:
     name: str
-    problems: tuple[Problem, ...]
-    quick: tuple[Problem, ...]  # those of --quick
+    workloads: tuple[Workload, ...]
+    quick: tuple[Workload, ...]  # those of --quick
     measures: tuple[str, ...] = PASSES
 
     @property
@@ -27,21 +27,21 @@ class Suite:
 
 
 class Case(NamedTuple):
-    """What is measured together: all contenders at one problem, in one direction."""
+    """What is measured together: all contenders at one workload, in one direction."""
 
     suite: Suite
-    problem: Problem
+    workload: Workload
     measure: str
 
     def __str__(self) -> str:
-        return f"{self.suite.name}-{self.measure}-{self.problem}"
+        return f"{self.suite.name}-{self.measure}-{self.workload}"
 
 
 def cases(quick: bool) -> list[Case]:
     return [
-        Case(suite, problem, measure)
+        Case(suite, workload, measure)
         for suite in _suites()
-        for problem in (suite.quick if quick else suite.problems)
+        for workload in (suite.quick if quick else suite.workloads)
         for measure in suite.measures
         if not (quick and measure == "both")
     ]
@@ -52,8 +52,8 @@ def _suites() -> tuple[Suite, ...]:
 
 
 def _cpu() -> tuple[Suite, ...]:
-    grid = tuple(Problem(length, causal) for length in (512, 1024, 2048, 4096, 8192) for causal in (False, True))
-    return (Suite("grid", grid, tuple(problem for problem in grid if problem.length <= 2048), PASSES[:2]),)
+    grid = tuple(Workload(length, causal) for length in (512, 1024, 2048, 4096, 8192) for causal in (False, True))
+    return (Suite("grid", grid, tuple(workload for workload in grid if workload.length <= 2048), PASSES[:2]),)
 
 
 def _cuda() -> tuple[Suite, ...]:
@@ -82,8 +82,8 @@ def _cuda() -> tuple[Suite, ...]:
     )
 
 
-def _half(length: int, causal: bool = False, width: int = 128, **fields: object) -> Problem:
-    return Problem(length, causal, width=width, dtype=torch.bfloat16, device="cuda", **fields)  # type: ignore[arg-type]
+def _half(length: int, causal: bool = False, width: int = 128, **fields: object) -> Workload:
+    return Workload(length, causal, width=width, dtype=torch.bfloat16, device="cuda", **fields)  # type: ignore[arg-type]
 
 
 def _lengths(count: int, total: int) -> tuple[int, ...]:
@@ -99,10 +99,10 @@ def memory_lengths(quick: bool) -> tuple[int, ...]:
     return lengths[:1] if quick else lengths
 
 
-def memory_problem(length: int) -> Problem:
-    return Problem(length) if DEVICE == "cpu" else _half(length, True, heads=16)
+def memory_workload(length: int) -> Workload:
+    return Workload(length) if DEVICE == "cpu" else _half(length, True, heads=16)
 
 
-def tiny_problem() -> Problem:
+def tiny_workload() -> Workload:
     """One whose work is nothing beside its call."""
-    return Problem(16, heads=1) if DEVICE == "cpu" else _half(128, heads=1)
+    return Workload(16, heads=1) if DEVICE == "cpu" else _half(128, heads=1)

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from bench.contenders.base import Passes, sinks_of
-from bench.problem import Inputs, Problem, make_inputs
+from bench.workloads import Inputs, Workload, make_inputs
 from tests.compare import error, tolerance
 from tests.oracle import attention_n
 
@@ -29,8 +29,8 @@ Results = Mapping[str, Tensor]
 
 def what_is_wrong(passes: Passes, n: str, inputs: Inputs, backward: bool = True) -> str | None:
     """How far from float64 the results are, if further than FlashAttention's rule allows; None if all are right."""
-    problem = inputs.problem
-    exact, allowed = _reference(problem, n, backward)
+    workload = inputs.workload
+    exact, allowed = _reference(workload, n, backward)
     out = passes.forward()
     results = {"out": out.detach()}
     if backward:
@@ -41,18 +41,18 @@ def what_is_wrong(passes: Passes, n: str, inputs: Inputs, backward: bool = True)
         if result.shape != like.shape:
             wrong.append(f"{name} has shape {tuple(result.shape)}")
         elif name in exact:
-            distance = error(_checked(result, name, problem), exact[name])
+            distance = error(_checked(result, name, workload), exact[name])
             if not distance <= allowed[name]:
                 wrong.append(f"{name} by {distance:.1e}, allowed {allowed[name]:.1e}")
     return "; ".join(wrong) or None
 
 
 @functools.lru_cache(maxsize=6)  # three kinds of n, with and without gradients
-def _reference(problem: Problem, n: str, backward: bool) -> tuple[Results, Mapping[str, float]]:
+def _reference(workload: Workload, n: str, backward: bool) -> tuple[Results, Mapping[str, float]]:
     """The results in float64, and how far from them each may be."""
-    inputs = make_inputs(problem)
-    exact, plain = (_plain_attention(inputs, n, dtype, backward) for dtype in (torch.float64, problem.dtype))
-    return exact, {name: tolerance(name, exact[name], plain[name], problem.dtype) for name in exact}
+    inputs = make_inputs(workload)
+    exact, plain = (_plain_attention(inputs, n, dtype, backward) for dtype in (torch.float64, workload.dtype))
+    return exact, {name: tolerance(name, exact[name], plain[name], workload.dtype) for name in exact}
 
 
 class _Part(NamedTuple):
@@ -63,20 +63,20 @@ class _Part(NamedTuple):
     heads: slice
 
 
-def _parts(problem: Problem) -> Iterator[_Part]:
-    groups = problem.heads // problem.num_heads_kv
-    starts = [0, *itertools.accumulate(problem.sequences)]
-    few = problem.length * problem.len_k > _ALL_HEADS_UP_TO**2
-    for head in _ends(problem.num_heads_kv) if few else range(problem.num_heads_kv):
+def _parts(workload: Workload) -> Iterator[_Part]:
+    groups = workload.heads // workload.num_heads_kv
+    starts = [0, *itertools.accumulate(workload.sequences)]
+    few = workload.length * workload.len_k > _ALL_HEADS_UP_TO**2
+    for head in _ends(workload.num_heads_kv) if few else range(workload.num_heads_kv):
         heads = slice(head * groups, (head + 1) * groups)
-        if problem.sequences:
-            for b in _ends(len(problem.sequences)):
+        if workload.sequences:
+            for b in _ends(len(workload.sequences)):
                 tokens = slice(starts[b], starts[b + 1])
                 yield _Part((tokens, heads), (tokens, slice(head, head + 1)), heads)
             continue
-        for b in _ends(problem.batch):
-            for rows in _rows(problem):
-                seen = slice(0, rows.stop + problem.len_k - problem.length if problem.causal else problem.len_k)
+        for b in _ends(workload.batch):
+            for rows in _rows(workload):
+                seen = slice(0, rows.stop + workload.len_k - workload.length if workload.causal else workload.len_k)
                 yield _Part((b, heads, rows), (b, slice(head, head + 1), seen), heads)
 
 
@@ -84,37 +84,37 @@ def _ends(count: int) -> tuple[int, ...]:
     return (0,) if count == 1 else (0, count - 1)
 
 
-def _rows(problem: Problem) -> tuple[slice, ...]:
-    length = problem.length
-    if length * problem.len_k <= _ALL_ROWS_UP_TO**2:
+def _rows(workload: Workload) -> tuple[slice, ...]:
+    length = workload.length
+    if length * workload.len_k <= _ALL_ROWS_UP_TO**2:
         return (slice(0, length),)
     some = min(_SOME_ROWS, length)
     return slice(0, some), slice(length - some, length)
 
 
-def _all_rows(problem: Problem) -> bool:
-    return len(_rows(problem)) == 1
+def _all_rows(workload: Workload) -> bool:
+    return len(_rows(workload)) == 1
 
 
-def _checked(x: Tensor, name: str, problem: Problem) -> Tensor:
+def _checked(x: Tensor, name: str, workload: Workload) -> Tensor:
     """The checked parts of a result, one behind the other."""
-    parts = (part.keys if name in ("dk", "dv") else part.queries for part in _parts(problem))
+    parts = (part.keys if name in ("dk", "dv") else part.queries for part in _parts(workload))
     return torch.cat([x[part].flatten() for part in parts])
 
 
 def _plain_attention(inputs: Inputs, n: str, dtype: torch.dtype, backward: bool) -> dict[str, Tensor]:
-    problem, results = inputs.problem, dict[str, list[Tensor]]()
-    sinks = None if n == "0" else sinks_of(problem, n).detach().to(torch.promote_types(dtype, torch.float32))
-    window = None if problem.window is None else (problem.window, None)
-    attend = functools.partial(attention_n, causal=problem.causal, window=window)
-    for part in _parts(problem):
-        q, dout = (_one(x[part.queries], problem).detach().to(dtype) for x in (inputs.q, inputs.dout))
-        k, v = (_one(x[part.keys], problem).detach().to(dtype) for x in (inputs.k, inputs.v))
+    workload, results = inputs.workload, dict[str, list[Tensor]]()
+    sinks = None if n == "0" else sinks_of(workload, n).detach().to(torch.promote_types(dtype, torch.float32))
+    window = None if workload.window is None else (workload.window, None)
+    attend = functools.partial(attention_n, causal=workload.causal, window=window)
+    for part in _parts(workload):
+        q, dout = (_one(x[part.queries], workload).detach().to(dtype) for x in (inputs.q, inputs.dout))
+        k, v = (_one(x[part.keys], workload).detach().to(dtype) for x in (inputs.k, inputs.v))
         of_heads = None if sinks is None else sinks[part.heads]
         found = _by_turns(attend, q, k, v, of_heads, dout if backward else None)
         for name, x in found.items():
-            if _all_rows(problem) or name not in ("dk", "dv"):
-                results.setdefault(name, []).append((x[0].transpose(0, 1) if problem.sequences else x[0]).flatten())
+            if _all_rows(workload) or name not in ("dk", "dv"):
+                results.setdefault(name, []).append((x[0].transpose(0, 1) if workload.sequences else x[0]).flatten())
     return {name: torch.cat(parts) for name, parts in results.items()}
 
 
@@ -143,6 +143,6 @@ def _by_turns(
     return {"out": torch.cat(outs, 1), "dq": torch.cat(dqs, 1), "dk": sum(dks[1:], dks[0]), "dv": sum(dvs[1:], dvs[0])}
 
 
-def _one(x: Tensor, problem: Problem) -> Tensor:
+def _one(x: Tensor, workload: Workload) -> Tensor:
     """A part as a batch of one, (1, H, L, E)."""
-    return (x.transpose(0, 1) if problem.sequences else x)[None]
+    return (x.transpose(0, 1) if workload.sequences else x)[None]

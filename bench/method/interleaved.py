@@ -8,7 +8,7 @@ from typing import TypeVar
 
 from pytest_benchmark.fixture import BenchmarkFixture
 
-from bench.clocks import Clock, Run
+from bench.method.clocks import Clock, Run
 
 Key = TypeVar("Key")
 

@@ -1,6 +1,7 @@
 """Compiles the Triton kernels for GPUs that are not there: registers, spills and shared memory.
 
-`python -m bench.ahead_of_time sm_90` does so for every configuration that is shipped for that GPU, one JSON line each.
+`python -m bench.kernels.ahead_of_time sm_90` compiles every configuration that is shipped for that GPU and prints one
+JSON line for each.
 """
 
 from __future__ import annotations

@@ -14,7 +14,7 @@ FORWARD = PASSES[:1]
 
 
 @dataclass(frozen=True)
-class Problem:
+class Workload:
     """Attention of one shape, E = Ev = width.
 
     Attributes:
@@ -81,7 +81,7 @@ class Problem:
 
 
 class Inputs(NamedTuple):
-    """The tensors of a problem: q `(B, H, L, E)`, k and v `(B, Hkv, S, E)`, or packed `(T, H, E)`; dout as q.
+    """The tensors of a workload: q `(B, H, L, E)`, k and v `(B, Hkv, S, E)`, or packed `(T, H, E)`; dout as q.
 
     q, k and v require gradients. `starts` is cu_seqlens of packed sequences.
     """
@@ -91,28 +91,28 @@ class Inputs(NamedTuple):
     v: Tensor
     dout: Tensor
     starts: Tensor | None
-    problem: Problem
+    workload: Workload
 
 
-def make_inputs(problem: Problem) -> Inputs:
-    """Random normal tensors, the same for each call with the same problem.
+def make_inputs(workload: Workload) -> Inputs:
+    """Random normal tensors, the same for each call with the same workload.
 
     The means of q and k differ by so much that the logits lie around -log(S): all keys together weigh about as much
     as n = 1, and a contender that drops n is far off at any length and in any dtype.
     """
-    generator = torch.Generator(problem.device).manual_seed(0)
+    generator = torch.Generator(workload.device).manual_seed(0)
 
     def normal(heads: int, length: int) -> Tensor:
-        shape = (length, heads) if problem.sequences else (problem.batch, heads, length)
-        return torch.randn(*shape, problem.width, generator=generator, dtype=problem.dtype, device=problem.device)
+        shape = (length, heads) if workload.sequences else (workload.batch, heads, length)
+        return torch.randn(*shape, workload.width, generator=generator, dtype=workload.dtype, device=workload.device)
 
-    q, dout = (normal(problem.heads, problem.length) for _ in range(2))
-    k, v = (normal(problem.num_heads_kv, problem.len_k) for _ in range(2))
-    # In place: a copy would raise the resident peak that bench.memory starts from.
-    mean = math.sqrt(math.log(max(problem.sequences or (problem.len_k,))) / math.sqrt(problem.width))
+    q, dout = (normal(workload.heads, workload.length) for _ in range(2))
+    k, v = (normal(workload.num_heads_kv, workload.len_k) for _ in range(2))
+    # In place: a copy would raise the resident peak that bench.method.memory starts from.
+    mean = math.sqrt(math.log(max(workload.sequences or (workload.len_k,))) / math.sqrt(workload.width))
     q.add_(mean)
     k.sub_(mean)
     starts = None
-    if problem.sequences:
-        starts = torch.tensor([0, *problem.sequences], device=problem.device).cumsum(0).to(torch.int32)
-    return Inputs(q.requires_grad_(), k.requires_grad_(), v.requires_grad_(), dout, starts, problem)
+    if workload.sequences:
+        starts = torch.tensor([0, *workload.sequences], device=workload.device).cumsum(0).to(torch.int32)
+    return Inputs(q.requires_grad_(), k.requires_grad_(), v.requires_grad_(), dout, starts, workload)

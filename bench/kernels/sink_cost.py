@@ -1,4 +1,4 @@
-"""What n costs behind the kernels of other libraries: python -m bench.fold OUT.json, on a GPU.
+"""What n costs behind the kernels of other libraries: python -m bench.kernels.sink_cost OUT.json, on a GPU.
 
 First the fold alone: its time over that of a device copy of `out`, and that of the gradient of n over the time of
 reading `out` and `dout` once. Then whole calls at S = 8192, E = 128: each backend that does not apply n itself, with
@@ -20,10 +20,10 @@ from attn_n import UnsupportedError, flash_attention_n
 from attn_n.backends import registry
 from attn_n.backends.base import Family
 from attn_n.sink import fused
-from bench import interleaved
-from bench.clocks import CudaClock, Run
-from bench.machine import commit, machine
-from bench.problem import Inputs, Problem, make_inputs
+from bench.method import interleaved
+from bench.method.clocks import CudaClock, Run
+from bench.method.machine import commit, machine
+from bench.workloads import Inputs, Workload, make_inputs
 
 Key = TypeVar("Key")
 
@@ -75,10 +75,10 @@ def _one_fold(width: int, layout: str, clock: CudaClock) -> dict[str, Any]:
 
 def _behind_kernels(clock: CudaClock) -> Iterator[dict[str, Any]]:
     for causal in (False, True):
-        problem = Problem(
+        workload = Workload(
             LENGTH, causal, TOKENS // LENGTH, HIDDEN // 128, 128, dtype=torch.bfloat16, device="cuda"
         )  # fmt: skip
-        inputs = make_inputs(problem)
+        inputs = make_inputs(workload)
         normal = inputs._replace(q=torch.randn_like(inputs.q), k=torch.randn_like(inputs.k))
         for measure, passes, of, logits in (
             ("forward", _forward, inputs, "around -log(S)"),
@@ -91,7 +91,7 @@ def _behind_kernels(clock: CudaClock) -> Iterator[dict[str, Any]]:
                 plain, with_n = seconds[name, 0.0], seconds[name, 1.0]
                 cost = f"{100 * (with_n / plain - 1):.1f} %"
                 yield {
-                    "backend": name, "problem": str(problem), "pass": measure, "logits": logits,
+                    "backend": name, "workload": str(workload), "pass": measure, "logits": logits,
                     "n = 0, ms": round(plain * 1e3, 3), "n = 1 costs": cost,
                 }  # fmt: skip
 
@@ -107,7 +107,7 @@ def _kernels() -> Iterator[str]:
 def _forward(backend: str, n: float, inputs: Inputs) -> Run | None:
     def run() -> object:
         with torch.no_grad():
-            return flash_attention_n(inputs.q, inputs.k, inputs.v, inputs.problem.causal, sm_n=n, backend=backend)
+            return flash_attention_n(inputs.q, inputs.k, inputs.v, inputs.workload.causal, sm_n=n, backend=backend)
 
     return run if _serves(run) else None
 
@@ -120,7 +120,7 @@ def _backward(backend: str, n: float, inputs: Inputs) -> Run | None:
 
     def forward() -> None:
         nonlocal out
-        out = flash_attention_n(inputs.q, inputs.k, inputs.v, inputs.problem.causal, sm_n=n, backend=backend)
+        out = flash_attention_n(inputs.q, inputs.k, inputs.v, inputs.workload.causal, sm_n=n, backend=backend)
 
     return run if _serves(forward) else None
 
