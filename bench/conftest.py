@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import datetime
+import itertools
 import shlex
 import signal
 import sys
@@ -12,14 +13,16 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from bench import summary
-from bench.contenders import contenders
+from bench.contenders import contenders, for_call
 from bench.contenders.base import Contender
 from bench.method import clocks, interleaved, precompile
 from bench.method.machine import commit, machine
 from bench.method.prepared import prepare_all
 from bench.reporting.record import Point, Run
+from bench.workloads.calls import Call, calls
 from bench.workloads.suites import DEVICE, Case, cases, memory_lengths
 
 _run = pytest.StashKey[Run]()
@@ -42,9 +45,15 @@ def pytest_configure(config: pytest.Config) -> None:
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     quick = metafunc.config.getoption("quick")
-    if "case" in metafunc.fixturenames:
-        metafunc.parametrize("case", cases(quick), ids=str, scope="module")
-    if "contender" in metafunc.fixturenames:
+    if metafunc.function.__name__ == "test_host":
+        pairs = [(call, contender) for call in calls(DEVICE) for contender in for_call(call)]
+    elif "case" in metafunc.fixturenames:
+        pairs = list(itertools.product(cases(quick), contenders(DEVICE, quick)))
+    else:
+        pairs = []
+    if pairs:
+        metafunc.parametrize(("case", "contender"), pairs, ids=[f"{case}-{contender}" for case, contender in pairs])
+    elif "contender" in metafunc.fixturenames:
         metafunc.parametrize("contender", contenders(DEVICE, quick), ids=str)
     if "length" in metafunc.fixturenames:
         metafunc.parametrize("length", memory_lengths(quick))
@@ -85,28 +94,42 @@ def keep(pytestconfig: pytest.Config) -> Callable[[Point], None]:
     return add
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="session")
+def _points_of() -> dict[Case, dict[str, Point]]:
+    return {}
+
+
+@pytest.fixture
 def points(
-    pytestconfig: pytest.Config, request: pytest.FixtureRequest, case: Case, keep: Callable[..., None]
+    pytestconfig: pytest.Config,
+    request: pytest.FixtureRequest,
+    case: Case,
+    keep: Callable[..., None],
+    _points_of: dict[Case, dict[str, Point]],
 ) -> dict[str, Point]:
-    """Every contender's point of this case: a ratio needs them measured together."""
-    suite, workload, measure = case
-    asked_for = _contenders_of(request.session)[case]
-    present = prepare_all(suite, workload, tuple(asked_for))
-    quick = pytestconfig.getoption("quick")
-    clock = clocks.CudaClock(quick) if DEVICE == "cuda" else clocks.CpuClock(quick)
+    """Every contender's point of this case, measured together when the first of them is asked for."""
+    if case not in _points_of:
+        found = _points_of[case] = _measure(case, _contenders_of(request.session)[case], _clock(pytestconfig, case))
+        keep(*found.values())
+        _show_progress(pytestconfig, request.session, case, found)
+    return _points_of[case]
+
+
+def _clock(config: pytest.Config, case: Case) -> clocks.Clock:
+    if isinstance(case, Call):
+        return clocks.HostClock()
+    quick = config.getoption("quick")
+    return clocks.CudaClock(quick) if DEVICE == "cuda" else clocks.CpuClock(quick)
+
+
+def _measure(case: Case, contenders: list[Contender], clock: clocks.Clock) -> dict[str, Point]:
+    present = prepare_all(case.workload, case.training, tuple(contenders))
     times: dict[str, list[float]] = {}
     for apart in (False, True):
-        runs = {each.contender.name: each.run(measure, suite.training) for each in present
-                if each.contender.apart == apart}  # fmt: skip
-        times |= interleaved.measure({name: run for name, run in runs.items() if run is not None}, clock)
-    found = {
-        each.contender.name: each.point(suite, workload, measure, tuple(times.get(each.contender.name, ())))
-        for each in present
-    }
-    keep(*found.values())
-    _show_progress(pytestconfig, request.session, case, found)
-    return found
+        runs = {each.contender.name: each.run(case.measure) for each in present if each.contender.apart == apart}
+        with torch.set_grad_enabled(case.training):
+            times |= interleaved.measure({name: run for name, run in runs.items() if run is not None}, clock)
+    return {each.contender.name: each.point(case, tuple(times.get(each.contender.name, ()))) for each in present}
 
 
 def _contenders_of(session: pytest.Session) -> dict[Case, list[Contender]]:

@@ -11,8 +11,8 @@ from bench.contenders import contenders, named
 from bench.contenders.base import Contender, Passes
 from bench.method.check import what_is_wrong
 from bench.method.prepared import prepare_all
-from bench.workloads import FORWARD, PASSES, Workload, make_inputs
-from bench.workloads.suites import Suite
+from bench.workloads import Workload, make_inputs
+from bench.workloads.suites import Case
 
 WORKLOADS = [
     Workload(length, causal, heads=2, dtype=dtype)
@@ -20,12 +20,13 @@ WORKLOADS = [
     for causal in (False, True)
     for dtype in (torch.float32, torch.bfloat16)
 ]
-# What the check must take apart in its own way: groups of heads, a window, sequences, few queries, only some rows.
+# What the check must split in its own way: groups of heads, a window, sequences, few queries, a mask, some rows.
 SHAPES = [
     Workload(96, True, heads=4, heads_kv=2),
     Workload(96, True, heads=2, window=10),
     Workload(90, True, heads=2, sequences=(20, 40, 30)),
     Workload(4, heads=2, keys=300, batch=3),
+    Workload(40, heads=2, keys=64, mask="bool"),
 ]
 OURS = named("attn_n n=1", "cpu")
 PER_HEAD = named("attn_n n=per head", "cpu")
@@ -96,20 +97,20 @@ def test_a_wrong_one_and_one_that_raises_are_not_timed() -> None:
         raise RuntimeError("no kernel image")
 
     raises = Contender("raises", "1", broken)
-    suite = Suite("planted", tuple(WORKLOADS[:1]), ())
-    found = prepare_all(suite, WORKLOADS[0], (_without_n(OURS), raises, OURS))
+    case = Case("planted", WORKLOADS[0], "forward", True)
+    found = prepare_all(case.workload, case.training, (_without_n(OURS), raises, OURS))
     assert [each.status for each in found] == ["wrong", "wrong", "measured"]
     assert "no kernel image" in str(found[1].reason)
-    assert found[0].run("forward", training=True) is None
-    point = found[0].point(suite, WORKLOADS[0], "forward", ())
+    assert found[0].run("forward") is None
+    point = found[0].point(case, ())
     assert point.status == "wrong"
     assert "out by" in str(point.reason)
 
 
-@pytest.mark.parametrize(("measures", "told"), [(FORWARD, "without gradients"), (PASSES, "with gradients")])
-def test_the_backend_is_that_of_the_pass_that_is_timed(measures: tuple[str, ...], told: str) -> None:
+@pytest.mark.parametrize(("training", "told"), [(False, "without gradients"), (True, "with gradients")])
+def test_the_backend_is_that_of_the_pass_that_is_timed(training: bool, told: str) -> None:
     contender = dataclasses.replace(
         OURS, backend=lambda workload, gradients: f"with{'' if gradients else 'out'} gradients"
     )
-    (prepared,) = prepare_all(Suite("some", tuple(WORKLOADS[:1]), (), measures), WORKLOADS[0], (contender,))
+    (prepared,) = prepare_all(WORKLOADS[0], training, (contender,))
     assert prepared.backend == told

@@ -9,27 +9,25 @@ import pytest
 from bench.contenders import contenders, named
 from bench.method import precompile
 from bench.workloads import Workload
-from bench.workloads.suites import Case, Suite
+from bench.workloads.suites import Case
 
 WORKLOAD = Workload(64, causal=True, heads=1)
 
 
 def test_jobs() -> None:
     ours, eager = (named(name, "cpu") for name in ("attn_n n=1", "eager softmax_n n=1"))
-    suite = Suite("some", (WORKLOAD,), (), ("forward",))
     items = [
-        {"contender": ours, "case": Case(suite, WORKLOAD, "forward")},
-        {"contender": ours, "case": Case(suite, WORKLOAD, "forward")},
-        {"contender": eager, "case": Case(suite, WORKLOAD, "forward")},
-        {"contender": ours, "suite": "host"},
+        {"contender": ours, "case": Case("some", WORKLOAD, "forward", False)},
+        {"contender": ours, "case": Case("some", WORKLOAD, "forward", False)},
+        {"contender": eager, "case": Case("some", WORKLOAD, "forward", False)},
         {"contender": ours, "length": 2048},
         {"contender": ours},  # the first call, which is to compile by itself
         {"contender": ours, "workload": WORKLOAD},  # a test of something else
         {},
     ]
     jobs = precompile.jobs(items)
-    assert [(job.contender, job.backward) for job in jobs] == [(ours.name, False), (ours.name, True), (ours.name, True)]
-    assert [job.workload.length for job in jobs] == [64, precompile.tiny_workload().length, 2048]
+    assert [(job.contender, job.backward) for job in jobs] == [(ours.name, False), (ours.name, True)]
+    assert [job.workload.length for job in jobs] == [64, 2048]
 
 
 def test_a_job(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import functools
+import itertools
 from importlib.metadata import PackageNotFoundError, version
 
 from bench.contenders import eager, fla, flash_attn, flex, ours, torch_sdpa, xformers_
 from bench.contenders.base import Contender
+from bench.workloads import Workload
+from bench.workloads.calls import Call, calls
 
 _PACKAGES = (
     "flash-attn", "flash-attn-3", "tokenspeed-fa3", "flash-attn-4", "nvidia-cutlass-dsl", "quack-kernels", "xformers",
@@ -27,8 +31,23 @@ def contenders(device: str, quick: bool = False) -> tuple[Contender, ...]:
     return tuple(contender for contender in found if not (quick and contender.n == "per head"))
 
 
+def for_call(call: Call) -> tuple[Contender, ...]:
+    """Who makes one kind of call: ours, PyTorch's SDPA with the same mask, and whoever else computes the same n."""
+    return _for_call(call.workload, call.n)
+
+
+@functools.cache  # the same contenders in all passes, which are prepared together
+def _for_call(workload: Workload, n: str) -> tuple[Contender, ...]:
+    device = workload.device
+    plain = n != "per head" and workload.mask is None and workload.window is None
+    torchs = torch_sdpa.VARLEN if workload.sequences else torch_sdpa.PLAIN if plain else torch_sdpa.MASKED
+    peers = () if workload.mask else (each for each in contenders(device) if not each.ours and each.n == n)
+    return tuple(dict.fromkeys((*ours.of_call(device, n), torchs, *peers)))
+
+
 def named(name: str, device: str) -> Contender:
-    return next(contender for contender in contenders(device) if contender.name == name)
+    everyone = itertools.chain(contenders(device), *map(for_call, calls(device)))
+    return next(contender for contender in everyone if contender.name == name)
 
 
 def installed() -> dict[str, str]:

@@ -24,6 +24,12 @@ def contenders(device: str) -> tuple[Contender, ...]:
     return (*automatic, *(_contender(name, n) for name, kinds in _names() for n in kinds))
 
 
+def of_call(device: str, n: str) -> tuple[Contender, ...]:
+    """Those whose host time is measured: the automatic choice, and what it mostly is on a GPU."""
+    names = (None, "triton:hopper", "triton:portable", "sdpa") if device == "cuda" else (None,)
+    return tuple(_contender(name, n) for name in names)
+
+
 def by_backend(device: str) -> Iterator[dict[str, Contender]]:
     """The automatic choice, and each backend by name with its members, by every kind of n."""
     names: list[str | None] = [None, "sdpa:cpu", "reference"]
@@ -70,15 +76,16 @@ def _contender(backend: str | None, n: str) -> Contender:
 
 def _attend(backend: str | None, n: str) -> Callable[[Inputs], Attend]:
     def of(inputs: Inputs) -> Attend:
-        workload, starts = inputs.workload, inputs.starts
+        workload, starts, mask = inputs.workload, inputs.starts, inputs.mask
         window = None if workload.window is None else (workload.window, None)
         number = 1.0 if n == "1" else None
 
         def attend(q: Tensor, k: Tensor, v: Tensor, sinks: Tensor | None) -> Tensor:
             learned = sinks if n == "per head" else None
             out = attn_n.flash_attention_n(
-                q, k, v, workload.causal, None, number, sinks=learned, window=window, backend=backend
-            )
+                q, k, v, workload.causal, None, number,
+                sinks=learned, attn_mask=mask, window=window, backend=backend,
+            )  # fmt: skip
             assert isinstance(out, Tensor)
             return out
 
@@ -121,6 +128,8 @@ def _call(workload: Workload, n: str, needs_grad: bool) -> AttentionCall:
         v_stride=of_k,
         window_left=workload.window,
         window_right=0 if workload.causal else None,
+        mask_shape=None if workload.mask is None else (workload.length, workload.len_k),
+        mask_dtype=None if workload.mask is None else getattr(torch, workload.mask),
         n_kind={"0": "none", "1": "float", "per head": "per head"}[n],
         sequences=len(workload.sequences) or None,
         needs_grad=needs_grad,

@@ -1,7 +1,11 @@
-"""PyTorch's scaled_dot_product_attention: each of its kernels, and with a zero key and value as the first of all."""
+"""PyTorch's SDPA: its own choice, each of its kernels, with a mask, and with a zero key and value as the first of all.
+
+For packed sequences PyTorch has `varlen_attn`.
+"""
 
 from __future__ import annotations
 
+import importlib
 from collections.abc import Callable
 from typing import Any
 
@@ -11,6 +15,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.functional import pad, scaled_dot_product_attention
 
 from bench.contenders.base import Attend, Contender, by_autograd
+from bench.contenders.library import why_absent
 from bench.workloads import Inputs, Workload
 
 _KERNELS: dict[str, tuple[SDPBackend, Callable[[Any], bool]]] = {
@@ -90,5 +95,43 @@ def _params(workload: Workload) -> torch.backends.cuda.SDPAParams:
     return torch.backends.cuda.SDPAParams(q, k, k, None, 0.0, options["is_causal"], "enable_gqa" in options)
 
 
+def _with_mask(inputs: Inputs) -> Attend:
+    mask = _visible(inputs.workload) if inputs.mask is None else inputs.mask
+    return lambda q, k, v, sinks: scaled_dot_product_attention(q, k, v, attn_mask=mask)
+
+
+def _visible(workload: Workload) -> Tensor:
+    """A float mask that hides what the causal mask and the window hide, which may be nothing."""
+    shape, shift = (workload.length, workload.len_k), workload.len_k - workload.length
+    mask = torch.zeros(shape, dtype=workload.dtype, device=workload.device)
+    distance = torch.arange(shape[0], device=workload.device)[:, None] + shift
+    distance = distance - torch.arange(shape[1], device=workload.device)
+    if workload.causal:
+        mask.masked_fill_(distance < 0, float("-inf"))
+    if workload.window is not None:
+        mask.masked_fill_(distance > workload.window, float("-inf"))
+    return mask
+
+
+def _why_no_mask(workload: Workload) -> str | None:
+    return "no packed sequences" if workload.sequences else None
+
+
+def _varlen(inputs: Inputs) -> Attend:
+    varlen_attn: Callable[..., Tensor] = importlib.import_module("torch.nn.attention.varlen").varlen_attn
+    starts, longest = inputs.starts, max(inputs.workload.sequences)
+    return lambda q, k, v, sinks: varlen_attn(q, k, v, starts, starts, longest, longest)
+
+
+def _why_no_varlen(workload: Workload) -> str | None:
+    if workload.device != "cuda":
+        return "no CPU kernel"
+    if not workload.sequences or workload.causal:
+        return "packed sequences without a mask"
+    return why_absent("torch.nn.attention.varlen")
+
+
+MASKED = Contender("torch sdpa mask n=0", "0", by_autograd(_with_mask, "0"), _why_no_mask)
+VARLEN = Contender("torch varlen n=0", "0", by_autograd(_varlen, "0"), _why_no_varlen)
 PLAIN = Contender("torch sdpa n=0", "0", by_autograd(_attend, "0"), _why_not)
 _ZERO_PADDED = Contender("zero-padded sdpa n=1", "1", by_autograd(_zero_padded, "1"), _why_not)

@@ -38,7 +38,7 @@ def main(arguments: list[str] | None = None) -> None:
     reason = contender.why_absent(workload, measure)
     if reason is not None:
         raise SystemExit(f"{contender.name}: {reason}")
-    run = Prepared(contender, "measured", passes=contender.prepare(make_inputs(workload))).run(measure, training=True)
+    run = Prepared(contender, "measured", passes=contender.prepare(make_inputs(workload))).run(measure)
     run()
     _profiler("start")
     run()

@@ -106,11 +106,12 @@ def _plain_attention(inputs: Inputs, n: str, dtype: torch.dtype, backward: bool)
     workload, results = inputs.workload, dict[str, list[Tensor]]()
     sinks = None if n == "0" else sinks_of(workload, n).detach().to(torch.promote_types(dtype, torch.float32))
     window = None if workload.window is None else (workload.window, None)
-    attend = functools.partial(attention_n, causal=workload.causal, window=window)
     for part in _parts(workload):
         q, dout = (_one(x[part.queries], workload).detach().to(dtype) for x in (inputs.q, inputs.dout))
         k, v = (_one(x[part.keys], workload).detach().to(dtype) for x in (inputs.k, inputs.v))
         of_heads = None if sinks is None else sinks[part.heads]
+        mask = None if inputs.mask is None else inputs.mask[part.queries[-1], part.keys[-1]]
+        attend = functools.partial(attention_n, causal=workload.causal, mask=mask, window=window)
         found = _by_turns(attend, q, k, v, of_heads, dout if backward else None)
         for name, x in found.items():
             if _all_rows(workload) or name not in ("dk", "dv"):

@@ -35,6 +35,32 @@ class CpuClock:
         return [time.perf_counter() - start]
 
 
+class HostClock:
+    """The mean time of several calls a turn, after an untimed one, for work that takes the device next to no time.
+
+    On a GPU the host does not wait for the device before the turn ends.
+    """
+
+    ROUNDS, CALLS = 25, 20
+
+    def rounds(self, runs: Sequence[Run]) -> int:
+        return self.ROUNDS
+
+    def turn(self, run: Run) -> list[float]:
+        run()
+        self._wait()
+        start = time.perf_counter()
+        for _ in range(self.CALLS):
+            run()
+        seconds = time.perf_counter() - start
+        self._wait()
+        return [seconds / self.CALLS]
+
+    def _wait(self) -> None:
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()
+
+
 class CudaClock:
     """Some calls a turn, each with a cold L2 and behind work that keeps the device busy until the host has queued it.
 

@@ -18,7 +18,7 @@ from bench.contenders import named
 from bench.contenders.base import Contender
 from bench.contenders.library import one_line
 from bench.workloads import Workload, make_inputs
-from bench.workloads.suites import Case, memory_workload, tiny_workload
+from bench.workloads.suites import Case, memory_workload
 
 _BYTES_A_PROCESS = 5 << 30  # of the GPU: torch's context, and the inputs and gradients of the longest workloads
 
@@ -43,10 +43,8 @@ def _job(parameters: Mapping[str, Any]) -> Job | None:
     if contender is None or contender.apart:  # what is apart compiles nothing, and takes long
         return None
     if case is not None:
-        return Job(contender.name, case.workload, case.suite.training)
-    if length is not None:
-        return Job(contender.name, memory_workload(length), True)
-    return Job(contender.name, tiny_workload(), True) if "suite" in parameters else None
+        return Job(contender.name, case.workload, case.training)
+    return Job(contender.name, memory_workload(length), True) if length is not None else None
 
 
 def at_a_time() -> int:

@@ -4,42 +4,50 @@ from __future__ import annotations
 
 import dataclasses
 import random
+import re
 from typing import NamedTuple
 
 import torch
 
-from bench.workloads import FORWARD, PASSES, Workload
+from bench.workloads.workload import FORWARD, PASSES, Workload
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
 
-@dataclasses.dataclass(frozen=True)
-class Suite:
+class Suite(NamedTuple):
     name: str
     workloads: tuple[Workload, ...]
     quick: tuple[Workload, ...]  # those of --quick
     measures: tuple[str, ...] = PASSES
 
-    @property
-    def training(self) -> bool:
-        """Whether what it measures runs with gradients: all but a forward alone."""
-        return self.measures != FORWARD
 
+@dataclasses.dataclass(frozen=True)
+class Case:
+    """What is measured together: all contenders at one workload, in one pass.
 
-class Case(NamedTuple):
-    """What is measured together: all contenders at one workload, in one direction."""
+    Attributes:
+        suite: the name by which the results know it.
+        measure: one of PASSES.
+        training: whether gradients are on.
+    """
 
-    suite: Suite
+    suite: str
     workload: Workload
     measure: str
+    training: bool
 
     def __str__(self) -> str:
-        return f"{self.suite.name}-{self.measure}-{self.workload}"
+        """The case in characters that -k takes."""
+        return re.sub(r"\W+", "-", self._name().replace("=", ""))
+
+    def _name(self) -> str:
+        return f"{self.suite}-{self.measure}-{self.workload}"
 
 
 def cases(quick: bool) -> list[Case]:
+    """All of every suite; gradients are off where a suite has a forward alone."""
     return [
-        Case(suite, workload, measure)
+        Case(suite.name, workload, measure, suite.measures != FORWARD)
         for suite in _suites()
         for workload in (suite.quick if quick else suite.workloads)
         for measure in suite.measures

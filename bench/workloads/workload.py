@@ -23,6 +23,7 @@ class Workload:
         heads_kv: None is `heads`.
         window: how many keys before its own a query sees; None is all.
         sequences: the lengths of packed sequences, whose sum is `length`; then batch is 1 and L = S.
+        mask: the dtype of a mask `(L, S)` in memory, "bool"; None is no mask.
     """
 
     length: int
@@ -34,6 +35,7 @@ class Workload:
     heads_kv: int | None = None
     window: int | None = None
     sequences: tuple[int, ...] = ()
+    mask: str | None = None
     dtype: torch.dtype = torch.float32
     device: str = "cpu"
 
@@ -47,6 +49,8 @@ class Workload:
             parts.append(f"{len(self.sequences)}seqs-max{max(self.sequences)}")
         if self.window is not None:
             parts.append(f"window{self.window}")
+        if self.mask is not None:
+            parts.append(f"{self.mask}-mask")
         parts.append("causal" if self.causal else "full")
         return "-".join(parts)
 
@@ -92,6 +96,7 @@ class Inputs(NamedTuple):
     dout: Tensor
     starts: Tensor | None
     workload: Workload
+    mask: Tensor | None = None
 
 
 def make_inputs(workload: Workload) -> Inputs:
@@ -115,4 +120,8 @@ def make_inputs(workload: Workload) -> Inputs:
     starts = None
     if workload.sequences:
         starts = torch.tensor([0, *workload.sequences], device=workload.device).cumsum(0).to(torch.int32)
-    return Inputs(q.requires_grad_(), k.requires_grad_(), v.requires_grad_(), dout, starts, workload)
+    mask = None
+    if workload.mask is not None:
+        mask = torch.ones(workload.length, workload.len_k, dtype=torch.bool, device=workload.device)
+        mask[:, ::8] = False
+    return Inputs(q.requires_grad_(), k.requires_grad_(), v.requires_grad_(), dout, starts, workload, mask)
