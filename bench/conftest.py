@@ -15,12 +15,14 @@ from typing import Any
 import pytest
 import torch
 
-from bench import summary
 from bench.contenders import contenders, for_call
 from bench.contenders.base import Contender
 from bench.method import clocks, interleaved, precompile
 from bench.method.machine import commit, machine
 from bench.method.prepared import prepare_all
+from bench.reporting import tables
+from bench.reporting.frame import frame
+from bench.reporting.progress import in_short
 from bench.reporting.record import Point, Run
 from bench.workloads.calls import Call, calls
 from bench.workloads.suites import DEVICE, Case, cases, memory_lengths
@@ -146,7 +148,7 @@ def _show_progress(config: pytest.Config, session: pytest.Session, case: Case, f
     all_cases = list(_contenders_of(session))
     done = all_cases.index(case) + 1
     left = (time.monotonic() - config.stash[_started]) / done * (len(all_cases) - done) / 60
-    _tell(config, f"[{done}/{len(all_cases)}] {case}: {summary.in_short(found)}; about {left:.0f} min left")
+    _tell(config, f"[{done}/{len(all_cases)}] {case}: {in_short(found)}; about {left:.0f} min left")
 
 
 def _tell(config: pytest.Config, line: str) -> None:
@@ -164,4 +166,6 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: p
         return
     terminalreporter.section("attn-n and its peers")
     terminalreporter.write_line(f"{run.machine['device']}; torch {run.machine['torch']}; commit {run.commit}")
-    terminalreporter.write_line("\n".join(summary.table(run.points)))
+    for heading, table, notes in tables.costs(frame(run.points)):
+        parts = heading.strip("#* "), "" if table is None else table.to_string(index=False), notes
+        terminalreporter.write_line("\n".join(["", *filter(None, parts)]))
