@@ -1,4 +1,4 @@
-"""The options of the suite, the measurement that its tests share, what it keeps, and what it shows."""
+"""The options of pytest bench, the measurement that its tests share, the results file, and the final tables."""
 
 from __future__ import annotations
 
@@ -62,7 +62,7 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
 
 
 def pytest_collection_finish(session: pytest.Session) -> None:
-    """On a GPU compiling alone would take longer than all measurements."""
+    """Compiles before the first test: on a GPU, compiling one by one would take longer than all measurements."""
     if DEVICE == "cpu" or session.config.option.collectonly:
         return
     jobs = precompile.jobs(_parameters(item) for item in session.items)
@@ -109,7 +109,7 @@ def points(
     keep: Callable[..., None],
     _points_of: dict[Case, dict[str, Point]],
 ) -> dict[str, Point]:
-    """Every contender's point of this case, measured together when the first of them is asked for."""
+    """Returns every contender's point of this case; the first test of a case measures all of them together."""
     if case not in _points_of:
         found = _points_of[case] = _measure(case, _contenders_of(request.session)[case], _clock(pytestconfig, case))
         keep(*found.values())
@@ -135,7 +135,7 @@ def _measure(case: Case, contenders: list[Contender], clock: clocks.Clock) -> di
 
 
 def _contenders_of(session: pytest.Session) -> dict[Case, list[Contender]]:
-    """What is asked for, after -k and the like."""
+    """Returns what is left to run after -k and the like."""
     asked: dict[Case, list[Contender]] = {}
     for item in session.items:
         parameters = _parameters(item)

@@ -16,7 +16,7 @@ OURS = "attn_n n=1"
 
 @pytest.fixture(scope="session")
 def peaks() -> dict[int, int]:
-    """Ours, by length."""
+    """Holds the peaks of ours by length."""
     return {}
 
 

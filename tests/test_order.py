@@ -10,10 +10,9 @@ import pytest
 
 from attn_n import AttentionCall
 from attn_n.dispatch import order
-from bench.method import lengths
 from bench.reporting import ratios
 from bench.reporting.record import Point, load
-from bench.workloads import Workload
+from bench.workloads import Workload, streams
 from tests.test_registry import gpu_call
 
 RESULTS = Path(__file__).parent.parent / "bench" / "results"
@@ -79,7 +78,7 @@ def test_the_choice_for_a_few_queries(n: str, libraries: set[str]) -> None:
 @pytest.mark.parametrize("path", sorted(RESULTS.glob("h100-*lengths*.json")), ids=lambda path: path.stem)
 def test_the_choice_counts_what_a_new_length_costs(path: Path) -> None:
     found = load(path).points
-    assert {point.suite for point in found} == {f"{lengths.SUITE}{stream.name}" for stream in lengths.streams("cuda")}
+    assert {point.suite for point in found} == {f"{streams.SUITE}{stream.name}" for stream in streams.streams("cuda")}
     assert slow_streams(found) == []
 
 
@@ -103,7 +102,7 @@ def slow_streams(found: list[Point], most: float = 1.2) -> list[tuple[str, str, 
 
 def a_stream(suite: str, n: str, **walls: float) -> list[Point]:
     """Points of the names in `walls`, with _ for the colon; `automatic` stands for the choice."""
-    workload = next(each for each in lengths.streams("cuda") if suite.endswith(each.name)).longest
+    workload = next(each for each in streams.streams("cuda") if suite.endswith(each.name)).longest
     names = {name: "" if name == "automatic" else f"{name.replace('_', ':')} " for name in walls}
     return [
         Point(suite, workload.fields(), "wall", f"attn_n {names[name]}n={n}", n, True, "measured", values=(wall,))

@@ -1,4 +1,4 @@
-"""Who takes part in a benchmark, and how each of them is called."""
+"""The contenders, a file for each library."""
 
 from __future__ import annotations
 
@@ -18,9 +18,9 @@ _PACKAGES = (
 
 
 def contenders(device: str, quick: bool = False) -> tuple[Contender, ...]:
-    """All that there are for a device, ours first; which of them are installed is asked workload by workload.
+    """Returns all contenders for a device, ours first, whether installed or not; each says so for a workload.
 
-    The quick ones are all but those with a learned sink per head, who differ little from those with n = 1.
+    The quick ones leave out learned sinks per head, which differ little from n = 1.
     """
     peers = (eager,) if device == "cpu" else (flex, flash_attn, xformers_, fla, eager)
     found = (
@@ -32,7 +32,7 @@ def contenders(device: str, quick: bool = False) -> tuple[Contender, ...]:
 
 
 def for_call(call: Call) -> tuple[Contender, ...]:
-    """Who makes one kind of call: ours, PyTorch's SDPA with the same mask, and whoever else computes the same n."""
+    """Returns who is measured in one kind of call: ours, PyTorch's SDPA with the same mask, others with the same n."""
     return _for_call(call.workload, call.n)
 
 
@@ -51,7 +51,7 @@ def named(name: str, device: str) -> Contender:
 
 
 def installed() -> dict[str, str]:
-    """The versions of the peers' packages, where they are installed."""
+    """Returns the versions of the peers' packages that are installed."""
     found = {}
     for package in _PACKAGES:
         try:

@@ -1,4 +1,4 @@
-"""What a contender is."""
+"""A contender: what it computes, and how it is called."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ KINDS_OF_N = ("0", "1", "per head")
 
 
 class Passes(NamedTuple):
-    """Both directions of one workload, ready to run; `backward` takes what `forward` returned, any number of times."""
+    """Both passes of one workload, ready to run. `backward` takes what `forward` returned, any number of times."""
 
     forward: Callable[[], Tensor]
     backward: Callable[[Tensor], tuple[Tensor, Tensor, Tensor]]
@@ -47,11 +47,11 @@ class Contender:
     apart: bool = False
 
     def __repr__(self) -> str:
-        """The name in characters that -k takes: `attn_n n=1` is `attn_n-n1`."""
+        """Returns the name in characters that -k takes: `attn_n n=1` is `attn_n-n1`."""
         return self.name.replace(" ", "-").replace("=", "")
 
     def why_absent(self, workload: Workload, measure: str) -> str | None:
-        """Why it takes no part in one of PASSES at a workload; None if it does."""
+        """Returns the reason why it takes no part in a pass of a workload; None if it does."""
         return self.why_not(workload) or (None if measure in self.measures else f"has no {measure} pass")
 
 
@@ -60,7 +60,7 @@ Attend = Callable[[Tensor, Tensor, Tensor, "Tensor | None"], Tensor]
 
 
 def by_autograd(attend: Callable[[Inputs], Attend], n: str, token_first: bool = False) -> Callable[[Inputs], Passes]:
-    """`prepare` of a contender whose attention of one workload, `attend(inputs)`, autograd differentiates.
+    """Makes `prepare` of a contender from `attend(inputs)`, the attention of one workload, by autograd.
 
     With `token_first` it takes and returns `(B, L, H, E)`, contiguous, as FlashAttention does.
     """
@@ -94,7 +94,7 @@ def by_autograd(attend: Callable[[Inputs], Attend], n: str, token_first: bool = 
 
 
 def sinks_of(workload: Workload, n: str) -> Tensor:
-    """The logits `(H,)` of the sinks, in the dtype of the workload: zeros for n = 1; "per head" they are learned."""
+    """Returns the logits `(H,)` of the sinks in the dtype of the workload: zeros for n = 1, learned ones "per head"."""
     if n == "1":
         return torch.zeros(workload.heads, dtype=workload.dtype, device=workload.device)
     spread = torch.linspace(-1.0, 1.0, workload.heads, dtype=torch.float32, device=workload.device)
@@ -102,7 +102,7 @@ def sinks_of(workload: Workload, n: str) -> Tensor:
 
 
 def too_large_for_quadratic(workload: Workload) -> str | None:
-    """Why an attention that materialises its logits does not take part."""
+    """Returns the reason why an attention that materialises its logits does not take part, or None."""
     size = workload.batch * workload.heads * workload.length * workload.len_k * workload.dtype.itemsize
     limit = 6e8 if workload.device == "cpu" else 2.5e9
     return f"quadratic: each intermediate takes {size / 1e9:.1f} GB" if size > limit else None

@@ -1,4 +1,4 @@
-"""The definition, one torch operation after the other."""
+"""Attention in plain PyTorch operations, as models have it."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def _attend(inputs: Inputs) -> Attend:
 
 
 def _hidden(workload: Workload) -> Tensor | None:
-    """The pairs of query and key that a causal mask hides; the last query sees the last key."""
+    """Returns the pairs of query and key that a causal mask hides; the last query sees the last key."""
     if not workload.causal:
         return None
     pairs = torch.ones(workload.length, workload.len_k, dtype=torch.bool, device=workload.device)
@@ -39,7 +39,7 @@ def _why_not(workload: Workload) -> str | None:
 
 
 def _attend_general(inputs: Inputs) -> Attend:
-    """As models have it in plain PyTorch, with groups of heads and any n: the sink is one more column of the logits."""
+    """Attends with groups of heads and any n, as models do: the sink is one more column of the logits."""
     workload, hidden = inputs.workload, _hidden(inputs.workload)
     groups = workload.heads // workload.num_heads_kv
 

@@ -24,7 +24,7 @@ class Version(NamedTuple):
         sink: their argument that takes the logits of the sinks.
         sink_dtype: what it must be; None is that of q.
         unbounded: the right end of a window that has none.
-        splits: what lets the library choose how many blocks share the keys of a few queries.
+        splits: the arguments that let the library choose a split-KV kernel for few queries.
     """
 
     name: str
@@ -38,7 +38,7 @@ class Version(NamedTuple):
 _2 = Version("flash-attn 2", "flash_attn.flash_attn_interface", None, None, -1, {})
 # Sinks are an addition of some builds, tokenspeed-fa3 among them.
 _3 = Version("flash-attn 3", "flash_attn_interface", "sinks", torch.bfloat16, -1, {"num_splits": 0})
-# It does not split on Hopper.
+# It has no split-KV on Hopper.
 _4 = Version("flash-attn 4", "flash_attn.cute", "learnable_sink", None, None, {})
 
 
@@ -75,7 +75,7 @@ def _sink(version: Version, sinks: Tensor | None) -> dict[str, Tensor]:
 
 
 def _out(returned: Any) -> Tensor:
-    """What is returned alone or, by FlashAttention 4, with the logsumexp."""
+    """Returns the output, which FlashAttention 4 returns with the logsumexp."""
     out: Tensor = returned[0] if isinstance(returned, tuple) else returned
     return out
 

@@ -37,7 +37,7 @@ def _compiled(function: Callable[..., Tensor]) -> Callable[[Inputs], Attend]:
     def of(inputs: Inputs) -> Attend:
         # The benchmark differentiates one forward pass many times, which needs its buffers kept.
         functorch_config.donated_buffer = False
-        # Workers would get the SIGTERM of `timeout` as well, and torch waits five minutes for dead ones.
+        # Worker processes get the SIGTERM of `timeout` as well, and torch waits five minutes for dead ones.
         inductor_config.compile_threads = 1
         compiled = torch.compile(_copy(function), dynamic=False, fullgraph=True)
         workload, options = inputs.workload, _options(inputs)
@@ -55,8 +55,7 @@ def _compiled(function: Callable[..., Tensor]) -> Callable[[Inputs], Attend]:
 
 
 def _copy(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
-    """With code of its own, so that what is compiled for other workloads neither counts as recompilation nor is tried
-    first at each call."""
+    """Copies the function, so that what is compiled for other workloads does not count as recompilation of this one."""
     assert isinstance(function, FunctionType)
     return FunctionType(function.__code__.replace(), function.__globals__)
 

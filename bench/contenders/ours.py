@@ -25,13 +25,13 @@ def contenders(device: str) -> tuple[Contender, ...]:
 
 
 def of_call(device: str, n: str) -> tuple[Contender, ...]:
-    """Those whose host time is measured: the automatic choice, and what it mostly is on a GPU."""
+    """Returns those whose host time is measured: the automatic choice, and on a GPU what it usually chooses from."""
     names = (None, "triton:hopper", "triton:portable", "sdpa") if device == "cuda" else (None,)
     return tuple(_contender(name, n) for name in names)
 
 
 def by_backend(device: str) -> Iterator[dict[str, Contender]]:
-    """The automatic choice, and each backend by name with its members, by every kind of n."""
+    """Yields the automatic choice and each backend by name, families by member, with a contender a kind of n."""
     names: list[str | None] = [None, "sdpa:cpu", "reference"]
     if device != "cpu":
         names = [None, "triton", *(name for name, _ in _names())]
@@ -40,7 +40,7 @@ def by_backend(device: str) -> Iterator[dict[str, Contender]]:
 
 
 def _names() -> Iterator[tuple[str, tuple[str, ...]]]:
-    """Every backend that can be forced, of a family its members, and the kinds of n to measure it with."""
+    """Yields every backend that can be named, families by member, and the kinds of n to measure it with."""
     for name in attn_n.backends():
         backend, _ = registry.find(name)
         kinds = KINDS_OF_N if backend is not None and backend.applies_n else KINDS_OF_N[:2]
@@ -105,7 +105,7 @@ def _attend(backend: str | None, n: str) -> Callable[[Inputs], Attend]:
 
 
 def _call(workload: Workload, n: str, needs_grad: bool) -> AttentionCall:
-    """The call that the library will see, of contiguous tensors."""
+    """Describes the call that the library will see, with contiguous tensors."""
     heads_kv = workload.num_heads_kv
     if workload.sequences:
         shapes = [(workload.length, heads, workload.width) for heads in (workload.heads, heads_kv)]

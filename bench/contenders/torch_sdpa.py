@@ -1,4 +1,4 @@
-"""PyTorch's SDPA: its own choice, each of its kernels, with a mask, and with a zero key and value as the first of all.
+"""PyTorch's SDPA: its own choice, each of its kernels, with a mask, and with a zero key and value put first.
 
 For packed sequences PyTorch has `varlen_attn`.
 """
@@ -31,7 +31,7 @@ def contenders(device: str) -> tuple[Contender, ...]:
 
 
 def _options(workload: Workload) -> dict[str, Any]:
-    # is_causal lines up the first query with the first key, a single query sees all keys.
+    # is_causal aligns the first query with the first key, and a single query here sees all keys.
     causal = workload.causal and workload.length > 1
     return {"is_causal": causal} | ({} if workload.heads_kv is None else {"enable_gqa": True})
 
@@ -48,7 +48,7 @@ def _zero_padded(inputs: Inputs) -> Attend:
         k, v = _zero_first(k), _zero_first(v)
         if not options["is_causal"]:
             return scaled_dot_product_attention(q, k, v, **options)
-        # With a query in front, too, the mask is that of L + 1 queries and keys: everyone sees the first key.
+        # With a zero query put first as well, is_causal shows the zero key to every query.
         return scaled_dot_product_attention(_zero_first(q), k, v, **options)[:, :, 1:]
 
     return attend
@@ -87,7 +87,7 @@ def _of_kernel(name: str) -> Contender:
 
 
 def _params(workload: Workload) -> torch.backends.cuda.SDPAParams:
-    """What the call looks like to torch's choice of a kernel, without its memory."""
+    """Describes the call to PyTorch's choice of a kernel, without allocating its tensors."""
     token = torch.empty(workload.width, dtype=workload.dtype, device=workload.device, requires_grad=True)
     q = token.expand(workload.batch, workload.heads, workload.length, -1)
     k = token.expand(workload.batch, workload.num_heads_kv, workload.len_k, -1)
@@ -101,7 +101,7 @@ def _with_mask(inputs: Inputs) -> Attend:
 
 
 def _visible(workload: Workload) -> Tensor:
-    """A float mask that hides what the causal mask and the window hide, which may be nothing."""
+    """Returns a float mask of what the causal mask and the window hide, which may be nothing."""
     shape, shift = (workload.length, workload.len_k), workload.len_k - workload.length
     mask = torch.zeros(shape, dtype=workload.dtype, device=workload.device)
     distance = torch.arange(shape[0], device=workload.device)[:, None] + shift

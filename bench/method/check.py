@@ -1,4 +1,4 @@
-"""Whether a contender is right, which is asked before it is timed."""
+"""Checks a contender against float64 before it is timed."""
 
 from __future__ import annotations
 
@@ -15,20 +15,21 @@ from bench.workloads import Inputs, Workload, make_inputs
 from tests.compare import error, tolerance
 from tests.oracle import attention_n
 
-# Attention works head by head: where the float64 of all of it would take minutes or more memory than there is, the
-# first and the last key head of the first and the last batch stand for the others.
+# Attention works head by head. Where float64 of all heads would take minutes or more memory than there is, the first
+# and the last KV head of the first and the last batch are checked.
 _ALL_HEADS_UP_TO = 1024
-# Beyond this the square of logits in float64 does not fit: some rows are checked, and dk and dv, which need all, not.
+# Beyond this length the logits in float64 do not fit: some rows of out and dq are checked, and no dk and dv, which need
+# all rows.
 _ALL_ROWS_UP_TO = 16384
 _SOME_ROWS = 512
-# Several float64 tensors of so many logits fit a GPU; the many query heads of one key head take turns.
+# Several float64 tensors of so many logits fit a GPU. The query heads of a KV head are computed in turns of this size.
 _LOGITS_AT_ONCE = 1 << 29
 
 Results = Mapping[str, Tensor]
 
 
 def what_is_wrong(passes: Passes, n: str, inputs: Inputs, backward: bool = True) -> str | None:
-    """How far from float64 the results are, if further than FlashAttention's rule allows; None if all are right."""
+    """Says which results are further from float64 than FlashAttention's rule allows; None if all are right."""
     workload = inputs.workload
     exact, allowed = _reference(workload, n, backward)
     out = passes.forward()
@@ -49,14 +50,14 @@ def what_is_wrong(passes: Passes, n: str, inputs: Inputs, backward: bool = True)
 
 @functools.lru_cache(maxsize=6)  # three kinds of n, with and without gradients
 def _reference(workload: Workload, n: str, backward: bool) -> tuple[Results, Mapping[str, float]]:
-    """The results in float64, and how far from them each may be."""
+    """Returns the results in float64, and how far from them each may be."""
     inputs = make_inputs(workload)
     exact, plain = (_plain_attention(inputs, n, dtype, backward) for dtype in (torch.float64, workload.dtype))
     return exact, {name: tolerance(name, exact[name], plain[name], workload.dtype) for name in exact}
 
 
 class _Part(NamedTuple):
-    """What is checked at a time: query and key indices into the tensors, and the heads of the queries."""
+    """One piece of the check: indices into the tensors of queries and of keys, and the heads of the queries."""
 
     queries: tuple[slice | int, ...]
     keys: tuple[slice | int, ...]
@@ -97,7 +98,7 @@ def _all_rows(workload: Workload) -> bool:
 
 
 def _checked(x: Tensor, name: str, workload: Workload) -> Tensor:
-    """The checked parts of a result, one behind the other."""
+    """Concatenates the checked parts of a result."""
     parts = (part.keys if name in ("dk", "dv") else part.queries for part in _parts(workload))
     return torch.cat([x[part].flatten() for part in parts])
 
@@ -127,7 +128,7 @@ def _by_turns(
     sinks: Tensor | None,
     dout: Tensor | None,
 ) -> dict[str, Tensor]:
-    """out, and with dout dq, dk and dv; the query heads take turns, as many at a time as memory allows."""
+    """Returns out, and with dout also dq, dk and dv, computing as many query heads at a time as memory allows."""
     heads = max(1, _LOGITS_AT_ONCE // (q.shape[2] * k.shape[2]))
     k, v = (x.requires_grad_(dout is not None) for x in (k, v))
     outs, gradients = [], []
@@ -145,5 +146,5 @@ def _by_turns(
 
 
 def _one(x: Tensor, workload: Workload) -> Tensor:
-    """A part as a batch of one, (1, H, L, E)."""
+    """Shapes a part as a batch of one, (1, H, L, E)."""
     return (x.transpose(0, 1) if workload.sequences else x)[None]

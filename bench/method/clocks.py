@@ -1,4 +1,4 @@
-"""How long a function takes: in wall time on a CPU, in the time of the device on a GPU."""
+"""Clocks measure a function: wall time on a CPU, device time on a GPU, or the time of the host."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ Run = Callable[[], object]
 
 class Clock(Protocol):
     def rounds(self, runs: Sequence[Run]) -> int:
-        """How many rounds of one turn for each run are worth their time."""
+        """Returns the number of rounds; in a round each run has one turn."""
 
     def turn(self, run: Run) -> list[float]:
-        """The seconds of one or several calls."""
+        """Returns the seconds of each call of one turn."""
 
 
 class CpuClock:
-    """One call a turn, about `seconds` for each run in all."""
+    """Makes one call a turn, for about two seconds (quick: 0.3) a run."""
 
     def __init__(self, quick: bool) -> None:
         self._seconds, self._least = (0.3, 5) if quick else (2.0, 7)
@@ -37,7 +37,7 @@ class CpuClock:
 
 
 class HostClock:
-    """Some calls a turn, after an untimed one; their work takes the device next to no time.
+    """Times calls whose work takes the device next to no time, several a turn after an untimed one.
 
     Each call has a time of its own, so that the median does not see a host that was interrupted. On a GPU the host does
     not wait for the device before the turn ends.
@@ -64,16 +64,16 @@ class HostClock:
 
 
 class CudaClock:
-    """Some calls a turn, each with a cold L2 and behind work that keeps the device busy until the host has queued it.
+    """Times several calls a turn by events, each with a cold L2.
 
-    The pause behind a turn lets the chip recover: back to back it hits its power limit, and whoever comes later runs
-    at lower clocks.
+    Each call is queued behind work that keeps the device busy, so that the host's time never counts. The pause after a
+    turn lets the chip recover: back to back it hits its power limit, and later contenders run at lower clocks.
     """
 
     REST = 10.0  # times as long as the calls of the turn took
     LONGEST_REST = 0.1
     AHEAD = 2_000_000  # cycles, about 1 ms
-    TRIES = 5  # of a call that the device came to before the host had queued all of it
+    TRIES = 5  # a call is repeated if the device reached it before the host had queued all of it
 
     def __init__(self, quick: bool) -> None:
         self._rounds, self._calls = (1, 4) if quick else (2, 5)
@@ -99,5 +99,5 @@ class CudaClock:
             run()
             end.record()
             if not start.query():
-                break  # else the time of a host that was held up may be in it, and of one that waits for the device is
+                break  # otherwise the event span may contain time of the host
         return start, end

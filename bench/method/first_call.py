@@ -1,4 +1,4 @@
-"""The time of the first call in a new process."""
+"""Measures the first call in a new process."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from bench.workloads.suites import DEVICE, tiny_workload
 
 
 def first_call(contender: Contender) -> float:
-    """Seconds of the first forward and backward in a new process, with empty caches of compiled kernels."""
+    """Returns the seconds of the first forward and backward in a new process with empty caches of compiled kernels."""
     command = [sys.executable, "-m", "bench.method.first_call", contender.name]
     with tempfile.TemporaryDirectory() as folder:
         names = "TRITON", "TORCHINDUCTOR", "FLASH_ATTENTION_CUTE_DSL"

@@ -1,4 +1,4 @@
-"""Times of several functions, measured in turns so that the drift of the machine hits all of them alike."""
+"""Measures several functions in turns, so that drift of the machine hits all of them alike."""
 
 from __future__ import annotations
 
@@ -12,13 +12,13 @@ Key = TypeVar("Key")
 
 
 def measure(runs: Mapping[Key, Run], clock: Clock) -> dict[Key, list[float]]:
-    """The seconds of each run; a round has a turn of each."""
+    """Returns the seconds of each run's calls; every round has one turn of each run."""
     if not runs:
         return {}
     times: dict[Key, list[float]] = {name: [] for name in runs}
     order, shuffle = list(runs), random.Random(0).shuffle
     for _ in range(clock.rounds(list(runs.values()))):
-        # A mere rotation would put each run always behind the same other one and what that leaves in the caches.
+        # In a fixed order each run would always find the caches as the same other run leaves them.
         shuffle(order)
         for name in order:
             times[name] += clock.turn(runs[name])

@@ -1,12 +1,11 @@
-"""The cost of lengths that a process has not seen: streams of calls, hardly two of which have the same lengths.
+"""Measures what lengths cost that a process has not seen before.
 
-Each contender has a process of its own, whose lengths are all new to it: `python -m bench.method.lengths time "attn_n"
-"growing cache" prompts`. Kernels that are kept on disk have been compiled by another process before.
+Each contender has a process of its own, to which all lengths of a stream are new: `python -m bench.method.lengths time
+"attn_n" "growing cache" prompts`. Another process has compiled to disk the kernels that can be kept there.
 """
 
 from __future__ import annotations
 
-import dataclasses
 import itertools
 import json
 import math
@@ -30,9 +29,9 @@ from bench.method import precompile
 from bench.method.check import what_is_wrong
 from bench.reporting.record import Point
 from bench.workloads import Inputs, Workload, make_inputs
+from bench.workloads.streams import SUITE, Stream, streams
 from bench.workloads.suites import DEVICE
 
-SUITE = "lengths: "  # and the name of a stream
 PROCESSES = 5
 LONG = 2.0  # seconds of a stream
 SECONDS = 240.0
@@ -40,36 +39,8 @@ SECONDS = 240.0
 Step = Callable[[], object]
 
 
-@dataclasses.dataclass(frozen=True)
-class Stream:
-    """Calls one after the other, once each.
-
-    Attributes:
-        workloads: a call each.
-        before: of other lengths, which come untimed before: what a process does once does not count.
-        n: which of KINDS_OF_N; a peer that does not have it computes another.
-        training: forward and backward; otherwise a forward without gradients.
-        cached: k and v are the beginning of one cache; otherwise each call has dense tensors.
-    """
-
-    name: str
-    workloads: tuple[Workload, ...]
-    before: tuple[Workload, ...]
-    n: str
-    training: bool = False
-    cached: bool = False
-
-    def __str__(self) -> str:
-        return self.name.replace(" ", "-").replace("=", "")
-
-    @property
-    def longest(self) -> Workload:
-        """It stands for the stream in the results."""
-        return max(self.workloads, key=lambda workload: workload.length * workload.len_k)
-
-
-class Party(NamedTuple):
-    """One way to compute attention, by the kinds of n that it has."""
+class Library(NamedTuple):
+    """A library, or a backend of ours, with a contender for each kind of n that it computes."""
 
     name: str
     by_n: Mapping[str, Contender]
@@ -78,17 +49,17 @@ class Party(NamedTuple):
         return self.name.replace(" ", "-")
 
     def of(self, stream: Stream) -> Contender:
-        """With the n of the stream, or the nearest that there is."""
+        """Returns the contender with the n of the stream, or with the nearest n that there is."""
         return next(self.by_n[n] for n in (stream.n, "1", "0") if n in self.by_n)
 
 
 class Timed(NamedTuple):
-    """The times of a party for a stream, or the reason why it was not timed.
+    """The times of a library for a stream, or the reason why it was not timed.
 
     Attributes:
-        wall: seconds from the first call to the end of all work, for each call; one number for each process.
-        steps: seconds of the host in each call of the first process; it does not wait for a GPU.
-        backend: of attn_n, those that served.
+        wall: seconds from the first call to the end of all work, divided by the calls; one number for each process.
+        steps: seconds of the host in each call of the first process, which does not wait for the GPU.
+        backend: the backends of attn_n that served.
     """
 
     status: str
@@ -98,58 +69,13 @@ class Timed(NamedTuple):
     backend: str | None = None
 
 
-def streams(device: str) -> tuple[Stream, ...]:
-    """A decoder's growing cache, prompts, and batches as long as the longest of their sequences."""
-    cuda = device == "cuda"
-    one = {"device": device, "dtype": torch.bfloat16 if cuda else torch.float32, "width": 64 if cuda else 16}
-    heads = {"heads": 32, "heads_kv": 4} if cuda else {"heads": 4, "heads_kv": 2}
-    start, steps, count, batches, middle, most = (2000, 100, 200, 40, 512, 4096) if cuda else (40, 8, 10, 5, 32, 100)
-
-    def decoding(keys: int) -> Workload:
-        return Workload(1, batch=8 if cuda else 2, keys=keys, **heads, **one)  # type: ignore[arg-type]
-
-    def prompt(length: int) -> Workload:
-        return Workload(length, True, **heads, **one)  # type: ignore[arg-type]
-
-    def batch(length: int) -> Workload:
-        return Workload(length, True, batch=4 if cuda else 2, heads=heads["heads"] // 2, **one)  # type: ignore[arg-type]
-
-    def others(most: int) -> list[int]:
-        # Kernels in Triton differ for lengths that are a multiple of 16 and for others, and may differ for long ones.
-        return [middle, middle + 1, middle // 16 * 8, most - 1, most, most + 1]
-
-    prompts = _as_in_text(count, middle, most, others(most))
-    of_batches = _as_in_text(batches, middle, most // 2, others(most // 2))
-    return (
-        Stream(
-            "growing cache", tuple(decoding(start + step) for step in range(steps)),
-            tuple(decoding(start // 2 + each) for each in (0, 1, 8, 16)), "per head", cached=True,
-        ),
-        *(
-            Stream(f"prompts n={n}", tuple(map(prompt, prompts)), tuple(map(prompt, others(most))), n)
-            for n in ("0", "per head")
-        ),
-        Stream(
-            "training", tuple(map(batch, of_batches)), tuple(map(batch, others(most // 2))), "per head",
-            training=True,
-        ),
-    )  # fmt: skip
-
-
-def _as_in_text(count: int, middle: int, most: int, others: Sequence[int]) -> list[int]:
-    """Log-normal lengths, none of which is among the others."""
-    lengths = [random.Random(seed).lognormvariate(math.log(middle), 1.0) for seed in range(count)]
-    within = [min(max(int(length), 2), most - 2) for length in lengths]
-    return [length + 2 if length in others else length for length in within]
-
-
-def parties(device: str) -> tuple[Party, ...]:
-    """The automatic choice, each backend by name, PyTorch's own SDPA and choice, eager, and FlashAttention."""
-    own = tuple(Party(_base(by_n["0"]), by_n) for by_n in ours.by_backend(device))
+def libraries(device: str) -> tuple[Library, ...]:
+    """Returns our automatic choice, our backends by name, PyTorch's SDPA, eager attention, and FlashAttention."""
+    own = tuple(Library(_base(by_n["0"]), by_n) for by_n in ours.by_backend(device))
     peers: dict[str, dict[str, Contender]] = {}
     for each in (torch_sdpa.PLAIN, *eager.GENERAL, *(flash_attn.CONTENDERS if device == "cuda" else ())):
         peers.setdefault(_base(each).removesuffix(" sink"), {})[each.n] = each
-    return (*own, *(Party(name, by_n) for name, by_n in peers.items()))
+    return (*own, *(Library(name, by_n) for name, by_n in peers.items()))
 
 
 def _base(contender: Contender) -> str:
@@ -157,53 +83,58 @@ def _base(contender: Contender) -> str:
 
 
 def prepare_all(asked: Mapping[str, Sequence[str]]) -> dict[str, dict[str, str | None]]:
-    """Has each party checked and its kernels compiled, many at a time: by party and stream, why it cannot be timed."""
+    """Checks each library and compiles its kernels, many at a time.
+
+    Returns by library and stream the reason why it cannot be timed, or None.
+    """
     at_a_time = precompile.at_a_time() if DEVICE == "cuda" else os.cpu_count() or 1
     with ThreadPoolExecutor(at_a_time) as pool:
-        return dict(zip(asked, pool.map(lambda party: _process("prepare", party, asked[party]), asked), strict=True))
+        return dict(
+            zip(asked, pool.map(lambda library: _process("prepare", library, asked[library]), asked), strict=True)
+        )
 
 
 def time_all(asked: Mapping[str, Sequence[str]]) -> dict[str, dict[str, Timed]]:
-    """By party and stream, each party alone in a new process, and PROCESSES times: one may be half as fast as another.
+    """Times each library alone in a new process, PROCESSES times, for one process may be half as fast as another.
 
-    All parties have their turn before one has another, and no other one after SECONDS. What takes long is far from the
-    others, and has one turn.
+    All libraries have a turn before one has its next, and nobody has a next one after SECONDS or with a stream that
+    takes longer than LONG. Returns the times by library and stream.
     """
     found: dict[str, dict[str, Timed]] = {}
     end = time.monotonic() + SECONDS
     for turn in range(PROCESSES):
-        for party in random.Random(turn).sample(sorted(asked), len(asked)):
-            before = found.get(party, {})
+        for library in random.Random(turn).sample(sorted(asked), len(asked)):
+            before = found.get(library, {})
             if before and (time.monotonic() > end or any(sum(timed.steps) > LONG for timed in before.values())):
                 continue
-            for name, timed in time_one(party, asked[party]).items():
+            for name, timed in time_one(library, asked[library]).items():
                 known = before.get(name)
                 again = timed if known is None else known._replace(wall=known.wall + timed.wall)
-                found.setdefault(party, {})[name] = again
+                found.setdefault(library, {})[name] = again
     return found
 
 
-def time_one(party: str, names: Sequence[str]) -> dict[str, Timed]:
-    """By stream, in one process."""
+def time_one(library: str, names: Sequence[str]) -> dict[str, Timed]:
+    """Times the streams of one library in one new process."""
     if not names:
         return {}
     return {
         name: Timed(**{**timed, "wall": tuple(timed.get("wall", ())), "steps": tuple(timed.get("steps", ()))})
-        for name, timed in _process("time", party, names).items()
+        for name, timed in _process("time", library, names).items()
     }
 
 
-def _process(task: str, party: str, names: Sequence[str]) -> dict[str, Any]:
-    command = [sys.executable, "-m", "bench.method.lengths", task, party, *names]
+def _process(task: str, library: str, names: Sequence[str]) -> dict[str, Any]:
+    command = [sys.executable, "-m", "bench.method.lengths", task, library, *names]
     root = Path(__file__).parents[2]
     said = subprocess.run(command, cwd=root, stdout=subprocess.PIPE, check=True).stdout
     found: dict[str, Any] = json.loads(said.splitlines()[-1])
     return found
 
 
-def prepare(party: Party, stream: Stream) -> str | None:
-    """Check the party, and compile all that the stream needs; returns why it cannot be timed."""
-    contender = party.of(stream)
+def prepare(library: Library, stream: Stream) -> str | None:
+    """Checks the library and compiles all that the stream needs; returns the reason why it cannot be timed, or None."""
+    contender = library.of(stream)
     try:
         checked = make_inputs(stream.before[0])
         reason = what_is_wrong(contender.prepare(checked), contender.n, checked, stream.training)
@@ -211,20 +142,20 @@ def prepare(party: Party, stream: Stream) -> str | None:
             for step in _steps(contender, stream, (*stream.before, *stream.workloads)):
                 step()
             _wait()
-    except Exception as failure:  # of one party; the others are timed all the same
+    except Exception as failure:  # of one library; the others are timed all the same
         reason = f"fails: {one_line(failure)}"
     return reason
 
 
-def why_absent(party: Party, stream: Stream) -> str | None:
-    contender, measure = party.of(stream), "both" if stream.training else "forward"
+def why_absent(library: Library, stream: Stream) -> str | None:
+    contender, measure = library.of(stream), "both" if stream.training else "forward"
     reasons = (contender.why_absent(workload, measure) for workload in (*stream.before, *stream.workloads))
     return next((reason for reason in reasons if reason is not None), None)
 
 
-def run(party: Party, stream: Stream) -> Timed:
-    """Time the stream, whose lengths this process has not seen."""
-    contender = party.of(stream)
+def run(library: Library, stream: Stream) -> Timed:
+    """Times the stream, whose lengths are new to this process."""
+    contender = library.of(stream)
     for step in _steps(contender, stream, stream.before):
         step()
     steps = list(_steps(contender, stream, stream.workloads))
@@ -240,9 +171,9 @@ def run(party: Party, stream: Stream) -> Timed:
     return Timed("measured", None, (wall,), host, ", ".join(sorted(map(str, served))) or None)
 
 
-def points(party: Party, stream: Stream, timed: Timed) -> list[Point]:
-    """As the results hold it: the wall time of a call, and the host's of each."""
-    contender, measured = party.of(stream), timed.status == "measured"
+def points(library: Library, stream: Stream, timed: Timed) -> list[Point]:
+    """Makes two points: the wall time of a call, and the host's time of each call."""
+    contender, measured = library.of(stream), timed.status == "measured"
     return [
         Point(
             f"{SUITE}{stream.name}", stream.longest.fields(), measure, contender.name, contender.n, contender.ours,
@@ -253,7 +184,7 @@ def points(party: Party, stream: Stream, timed: Timed) -> list[Point]:
 
 
 def _steps(contender: Contender, stream: Stream, workloads: Sequence[Workload]) -> Iterable[Step]:
-    """The calls, ready to run: their tensors are views of the same memory."""
+    """Prepares the calls, whose tensors are views of the same memory."""
     most = stream.longest
     memory: dict[str, Tensor] = {}
     for workload in workloads:
@@ -269,7 +200,7 @@ def _steps(contender: Contender, stream: Stream, workloads: Sequence[Workload]) 
 
 
 def _view(memory: dict[str, Tensor], name: str, shape: tuple[int, ...], workload: Workload) -> Tensor:
-    """Dense, at the beginning of the memory of that name."""
+    """Returns a dense tensor at the beginning of the memory of that name."""
     size = math.prod(shape)
     if name not in memory or memory[name].numel() < size:
         memory[name] = torch.randn(2 * size, dtype=workload.dtype, device=workload.device)
@@ -287,11 +218,11 @@ def _wait() -> None:
 
 
 def main(task: str, name: str, *names: str) -> None:
-    party = next(each for each in parties(DEVICE) if each.name == name)
+    library = next(each for each in libraries(DEVICE) if each.name == name)
     found: dict[str, Any] = {}
     for stream in streams(DEVICE):
         if stream.name in names:
-            found[stream.name] = prepare(party, stream) if task == "prepare" else run(party, stream)._asdict()
+            found[stream.name] = prepare(library, stream) if task == "prepare" else run(library, stream)._asdict()
     print(json.dumps(found))
 
 

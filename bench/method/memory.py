@@ -1,4 +1,4 @@
-"""The memory that one forward and backward takes beyond its inputs, at the peak.
+"""Measures the peak memory of one forward and backward beyond its inputs.
 
 On a GPU it is what torch's allocator counts. On a CPU each point is a process of its own, whose peak never falls:
 `python -m bench.method.memory "attn_n n=1" 2048`; its resident set also counts what a
@@ -20,7 +20,7 @@ from bench.workloads.suites import DEVICE, memory_workload
 
 
 def peak(contender: Contender, workload: Workload) -> int:
-    """Bytes at the peak of the contender, less those before it started."""
+    """Returns the bytes at the peak of the contender, less those before it started."""
     if workload.device == "cuda":
         return _allocated(contender, workload)
     command = [sys.executable, "-m", "bench.method.memory", contender.name, str(workload.length)]

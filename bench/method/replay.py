@@ -12,7 +12,7 @@ from bench.workloads.suites import Case
 
 
 class _Replay:
-    """A clock that advances by times measured before.
+    """A clock that advances by times that were measured before.
 
     pytest-benchmark times one function on end and has no public way to take times from elsewhere. On this clock its
     own rounds take exactly the interleaved ones, so that its table, JSON and comparisons hold them.
@@ -37,7 +37,7 @@ REPLAY = _Replay()
 
 
 def show(point: Point, case: Case, benchmark: BenchmarkFixture) -> None:
-    """The result of one contender as the result of the running test."""
+    """Makes the result of one contender the result of the running test."""
     if point.status == "absent":
         pytest.skip(f"{point.contender}: {point.reason}")
     if point.status == "wrong":

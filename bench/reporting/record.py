@@ -16,7 +16,8 @@ class Point:
     """One contender at one workload.
 
     Attributes:
-        suite: the group of workloads that it belongs to, such as "grid" or "decode".
+        suite: the group of workloads that it belongs to, such as "grid" or "decode"; of host calls "host: ", the
+            kind of call and its pass.
         problem: the fields of `bench.workloads.Workload` that shape the work.
         measure: "forward", "backward" or "both", in seconds; "memory", in bytes; "host", seconds of host time a call;
             "first call", seconds of the first call in a new process; of calls whose lengths change "wall", seconds
@@ -48,7 +49,7 @@ class Point:
 
     @property
     def place(self) -> tuple[object, ...]:
-        """What has to agree for two points to be compared: all but the contender."""
+        """Returns what has to agree for two points to be compared: all but the contender."""
         return self.suite, self.measure, tuple(sorted((k, str(v)) for k, v in self.problem.items()))
 
 
@@ -68,7 +69,7 @@ class Run:
     points: list[Point] = field(default_factory=list)
 
     def save(self, path: Path) -> None:
-        """Write all of it; a run that is interrupted keeps what it had."""
+        """Writes all of it at once, so that a run that is interrupted keeps what it had."""
         path.parent.mkdir(parents=True, exist_ok=True)
         unfinished = path.with_suffix(".unfinished")
         head = {name: value for name, value in vars(self).items() if name != "points"}

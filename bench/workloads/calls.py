@@ -1,4 +1,4 @@
-"""Kinds of call whose work is nothing beside what the host does for them."""
+"""Kinds of call that are so small that the host takes longer than the device."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The workloads of the comparison: the grid, which every library can do, and short suites along other axes."""
+"""The suites: the grid, which every library can compute, and short suites along other axes."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ class Suite(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class Case:
-    """What is measured together: all contenders at one workload, in one pass.
+    """One workload and one pass, in which all contenders are measured together.
 
     Attributes:
         suite: the name by which the results know it.
@@ -45,7 +45,7 @@ class Case:
 
 
 def cases(quick: bool) -> list[Case]:
-    """All of every suite; gradients are off where a suite has a forward alone."""
+    """Returns the cases of all suites; gradients are off where a suite has a forward alone."""
     return [
         Case(suite.name, workload, measure, suite.measures != FORWARD)
         for suite in _suites()
@@ -95,7 +95,7 @@ def _half(length: int, causal: bool = False, width: int = 128, **fields: object)
 
 
 def _lengths(count: int, total: int) -> tuple[int, ...]:
-    """Lengths of `count` sequences as real text has them: many short ones, a few long ones."""
+    """Draws the lengths of `count` sequences as real text has them: many short ones, a few long ones."""
     weights = [random.Random(seed).lognormvariate(0.0, 1.0) for seed in range(count)]
     lengths = [max(1, int(total * weight / sum(weights))) for weight in weights]
     lengths[0] += total - sum(lengths)
@@ -112,5 +112,5 @@ def memory_workload(length: int) -> Workload:
 
 
 def tiny_workload() -> Workload:
-    """One whose work is nothing beside its call."""
+    """Returns a workload whose work takes next to no time beside its call."""
     return Workload(16, heads=1) if DEVICE == "cpu" else _half(128, heads=1)

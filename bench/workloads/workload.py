@@ -1,4 +1,4 @@
-"""What is computed in a benchmark."""
+"""A workload: one shape of attention, and its tensors."""
 
 from __future__ import annotations
 
@@ -63,12 +63,12 @@ class Workload:
         return self.heads if self.heads_kv is None else self.heads_kv
 
     def forward_flops(self) -> float:
-        """Two products of 2 E operations for each visible pair of query and key; FlashAttention counts so, too."""
+        """Counts two matmuls of 2 E operations for each visible pair of query and key, as FlashAttention does."""
         lengths = [(length, length) for length in self.sequences] or [(self.length, self.len_k)]
         return 4.0 * self.width * self.heads * self.batch * sum(self._pairs(*each) for each in lengths)
 
     def flops(self, measure: str) -> float:
-        """Of "forward", "backward" (five products in place of two) or "both"."""
+        """Counts the operations of "forward", "backward" (five matmuls instead of two) or "both"."""
         return {"forward": 1.0, "backward": 2.5, "both": 3.5}[measure] * self.forward_flops()
 
     def _pairs(self, len_q: int, len_k: int) -> float:
@@ -79,7 +79,7 @@ class Workload:
         return float(shape.clamp(0, reach).sum())
 
     def fields(self) -> dict[str, Any]:
-        """All of it but the device, as results files hold it."""
+        """Returns all but the device, as results files hold it."""
         named = {name: value for name, value in vars(self).items() if name != "device" and value not in (None, ())}
         return {**named, "dtype": str(self.dtype).removeprefix("torch.")}
 
@@ -100,7 +100,7 @@ class Inputs(NamedTuple):
 
 
 def make_inputs(workload: Workload) -> Inputs:
-    """Random normal tensors, the same for each call with the same workload.
+    """Draws normal tensors, the same for each call with the same workload.
 
     The means of q and k differ by so much that the logits lie around -log(S): all keys together weigh about as much
     as n = 1, and a contender that drops n is far off at any length and in any dtype.
