@@ -1,9 +1,9 @@
-"""python -m bench.compare OLD NEW: which of our contenders got slower, exit status 1 if any did.
+"""python -m bench.compare OLD NEW flags contenders of ours that got slower; its exit status is 1 if any did.
 
-Absolute times are never compared: each of our contenders is held against the peers that ran in the same rounds, and of
-its changes against each peer the (upper) median counts, so that a peer that itself got faster or slower flags nothing.
-A contender is flagged if by that measure it fell below 95 % not only in the median round but in three quarters of the
-new rounds, so that a few slow rounds flag nothing either.
+Absolute times are never compared. Each of our contenders is compared with the peers that ran in the same rounds. The
+(upper) median of its changes against each peer counts, so that a peer that itself got faster or slower flags nothing. A
+contender is flagged if by that measure it fell below 95 % not only in the median round but in three quarters of the new
+rounds, so that a few slow rounds flag nothing either.
 """
 
 from __future__ import annotations
@@ -16,9 +16,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-from bench.derived import measured, problem_of, read, rounds_of_ratio
-from bench.problem import PASSES
-from bench.record import Point, Run
+from bench.reporting.ratios import measured, read, rounds_of_ratio, workload_of
+from bench.reporting.record import Point, Run
+from bench.workloads import PASSES
 
 AT_LEAST = 0.95
 # The first call is one reading of a compiler and of disk caches: too noisy to judge.
@@ -28,7 +28,7 @@ _Key = tuple[tuple[object, ...], str]
 
 
 class Change(NamedTuple):
-    """How one of our contenders did against its peers, NEW over OLD; below 1 it fell.
+    """The change of one of our contenders against its peers, NEW over OLD; below 1 it fell.
 
     Attributes:
         middle: by the median round.
@@ -64,7 +64,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def changes(old: Run, new: Run) -> list[Change]:
-    """One for each place and contender of ours that both runs measured beside a common peer."""
+    """Returns a change for each place and contender of ours that both runs measured beside a common peer."""
     before, after = _judged(old), _judged(new)
     compared = []
     for (place, name), ours in after.items():
@@ -77,7 +77,7 @@ def changes(old: Run, new: Run) -> list[Change]:
             compared.append(Change(ours, len(peers), middle, most))
     if not compared:
         raise ValueError(
-            "nothing to compare: expected a problem where both files measured the same contender of ours and the same "
+            "nothing to compare: expected a workload where both files measured the same contender of ours and the same "
             f"peer, got {len(before)} and {len(after)} points without one; run the same command for both"
         )
     return compared
@@ -102,7 +102,7 @@ def _check_device(old: Run, new: Run) -> None:
 
 
 def _differences(old: Run, new: Run) -> list[str]:
-    """Warnings about what else than the code may have moved the ratios."""
+    """Warns of differences other than the code that may have moved the ratios."""
     names = [name for name in {**old.machine, **new.machine} if name != "ceilings"]
     pairs = [(name, old.machine.get(name), new.machine.get(name)) for name in names]
     return [f"warning: {name} differs: {was} then, {now} now" for name, was, now in pairs if was != now]
@@ -127,8 +127,8 @@ def _summary(compared: Sequence[Change]) -> list[str]:
 
 
 def _where(point: Point) -> str:
-    problem = problem_of(point)
-    return f"{point.contender}, {point.suite} {point.measure} {problem}, {problem.batch}x{problem.heads} heads"
+    workload = workload_of(point)
+    return f"{point.contender}, {point.suite} {point.measure} {workload}, {workload.batch}x{workload.heads} heads"
 
 
 if __name__ == "__main__":

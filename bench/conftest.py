@@ -1,8 +1,9 @@
-"""The options of the suite, the measurement that its tests share, what it keeps, and what it shows."""
+"""The options of pytest bench, the measurement that its tests share, the results file, and the final tables."""
 
 from __future__ import annotations
 
 import datetime
+import itertools
 import shlex
 import signal
 import sys
@@ -12,14 +13,19 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
-from bench import clocks, interleaved, summary, warm
-from bench.contenders import contenders
+from bench.contenders import contenders, for_call
 from bench.contenders.base import Contender
-from bench.machine import commit, machine
-from bench.record import Point, Run
-from bench.stage import entrants
-from bench.suites import DEVICE, Case, cases, memory_lengths
+from bench.method import clocks, interleaved, precompile
+from bench.method.machine import commit, machine
+from bench.method.prepared import prepare_all
+from bench.reporting import tables
+from bench.reporting.frame import frame
+from bench.reporting.progress import in_short
+from bench.reporting.record import Point, Run
+from bench.workloads.calls import Call, calls
+from bench.workloads.suites import DEVICE, Case, cases, memory_lengths
 
 _run = pytest.StashKey[Run]()
 _started = pytest.StashKey[float]()
@@ -27,8 +33,8 @@ _started = pytest.StashKey[float]()
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     group = parser.getgroup("attn-n")
-    group.addoption("--quick", action="store_true", help="fewer problems, contenders and rounds")
-    group.addoption("--results", type=Path, help="write what was measured to this file, after each problem")
+    group.addoption("--quick", action="store_true", help="fewer workloads, contenders and rounds")
+    group.addoption("--results", type=Path, help="write what was measured to this file, after each workload")
 
 
 def pytest_configure(config: pytest.Config) -> None:
@@ -41,24 +47,30 @@ def pytest_configure(config: pytest.Config) -> None:
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     quick = metafunc.config.getoption("quick")
-    if "case" in metafunc.fixturenames:
-        metafunc.parametrize("case", cases(quick), ids=str, scope="module")
-    if "contender" in metafunc.fixturenames:
+    if metafunc.function.__name__ == "test_host":
+        pairs = [(call, contender) for call in calls(DEVICE) for contender in for_call(call)]
+    elif "case" in metafunc.fixturenames:
+        pairs = list(itertools.product(cases(quick), contenders(DEVICE, quick)))
+    else:
+        pairs = []
+    if pairs:
+        metafunc.parametrize(("case", "contender"), pairs, ids=[f"{case}-{contender}" for case, contender in pairs])
+    elif "contender" in metafunc.fixturenames:
         metafunc.parametrize("contender", contenders(DEVICE, quick), ids=str)
     if "length" in metafunc.fixturenames:
         metafunc.parametrize("length", memory_lengths(quick))
 
 
 def pytest_collection_finish(session: pytest.Session) -> None:
-    """On a GPU compiling alone would take longer than all measurements."""
+    """Compiles before the first test: on a GPU, compiling one by one would take longer than all measurements."""
     if DEVICE == "cpu" or session.config.option.collectonly:
         return
-    jobs = warm.jobs(_parameters(item) for item in session.items)
+    jobs = precompile.jobs(_parameters(item) for item in session.items)
     if not jobs:
         return
-    processes = warm.at_a_time()
-    _tell(session.config, f"compiling for {len(jobs)} pairs of contender and problem, {processes} at a time")
-    for failure in warm.compile_all(jobs, processes):
+    processes = precompile.at_a_time()
+    _tell(session.config, f"compiling for {len(jobs)} pairs of contender and workload, {processes} at a time")
+    for failure in precompile.compile_all(jobs, processes):
         _tell(session.config, failure)
     _tell(session.config, f"compiled in {time.monotonic() - session.config.stash[_started]:.0f} s")
     session.config.stash[_started] = time.monotonic()
@@ -84,32 +96,46 @@ def keep(pytestconfig: pytest.Config) -> Callable[[Point], None]:
     return add
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="session")
+def _points_of() -> dict[Case, dict[str, Point]]:
+    return {}
+
+
+@pytest.fixture
 def points(
-    pytestconfig: pytest.Config, request: pytest.FixtureRequest, case: Case, keep: Callable[..., None]
+    pytestconfig: pytest.Config,
+    request: pytest.FixtureRequest,
+    case: Case,
+    keep: Callable[..., None],
+    _points_of: dict[Case, dict[str, Point]],
 ) -> dict[str, Point]:
-    """Every contender's point of this case: a ratio needs them measured together."""
-    suite, problem, measure = case
-    asked_for = _contenders_of(request.session)[case]
-    present = entrants(suite, problem, tuple(asked_for))
-    quick = pytestconfig.getoption("quick")
-    clock = clocks.CudaClock(quick) if DEVICE == "cuda" else clocks.CpuClock(quick)
+    """Returns every contender's point of this case; the first test of a case measures all of them together."""
+    if case not in _points_of:
+        found = _points_of[case] = _measure(case, _contenders_of(request.session)[case], _clock(pytestconfig, case))
+        keep(*found.values())
+        _show_progress(pytestconfig, request.session, case, found)
+    return _points_of[case]
+
+
+def _clock(config: pytest.Config, case: Case) -> clocks.Clock:
+    if isinstance(case, Call):
+        return clocks.HostClock()
+    quick = config.getoption("quick")
+    return clocks.CudaClock(quick) if DEVICE == "cuda" else clocks.CpuClock(quick)
+
+
+def _measure(case: Case, contenders: list[Contender], clock: clocks.Clock) -> dict[str, Point]:
+    present = prepare_all(case.workload, case.training, tuple(contenders))
     times: dict[str, list[float]] = {}
     for apart in (False, True):
-        runs = {each.contender.name: each.run(measure, suite.training) for each in present
-                if each.contender.apart == apart}  # fmt: skip
-        times |= interleaved.measure({name: run for name, run in runs.items() if run is not None}, clock)
-    found = {
-        each.contender.name: each.point(suite, problem, measure, tuple(times.get(each.contender.name, ())))
-        for each in present
-    }
-    keep(*found.values())
-    _show_progress(pytestconfig, request.session, case, found)
-    return found
+        runs = {each.contender.name: each.run(case.measure) for each in present if each.contender.apart == apart}
+        with torch.set_grad_enabled(case.training):
+            times |= interleaved.measure({name: run for name, run in runs.items() if run is not None}, clock)
+    return {each.contender.name: each.point(case, tuple(times.get(each.contender.name, ()))) for each in present}
 
 
 def _contenders_of(session: pytest.Session) -> dict[Case, list[Contender]]:
-    """What is asked for, after -k and the like."""
+    """Returns what is left to run after -k and the like."""
     asked: dict[Case, list[Contender]] = {}
     for item in session.items:
         parameters = _parameters(item)
@@ -122,7 +148,7 @@ def _show_progress(config: pytest.Config, session: pytest.Session, case: Case, f
     all_cases = list(_contenders_of(session))
     done = all_cases.index(case) + 1
     left = (time.monotonic() - config.stash[_started]) / done * (len(all_cases) - done) / 60
-    _tell(config, f"[{done}/{len(all_cases)}] {case}: {summary.in_short(found)}; about {left:.0f} min left")
+    _tell(config, f"[{done}/{len(all_cases)}] {case}: {in_short(found)}; about {left:.0f} min left")
 
 
 def _tell(config: pytest.Config, line: str) -> None:
@@ -140,4 +166,6 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: p
         return
     terminalreporter.section("attn-n and its peers")
     terminalreporter.write_line(f"{run.machine['device']}; torch {run.machine['torch']}; commit {run.commit}")
-    terminalreporter.write_line("\n".join(summary.table(run.points)))
+    for heading, table, notes in tables.costs(frame(run.points)):
+        parts = heading.strip("#* "), "" if table is None else table.to_string(index=False), notes
+        terminalreporter.write_line("\n".join(["", *filter(None, parts)]))

@@ -3,40 +3,17 @@
 from __future__ import annotations
 
 import argparse
-import itertools
 import json
-import math
 import re
-import statistics
 import sys
-import textwrap
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import NamedTuple
 
-from bench import figures
-from bench.derived import contenders, duels, measured, problem_of, read
-from bench.problem import PASSES, Problem
-from bench.record import Point, Run
-
-
-class Unit(NamedTuple):
-    """What the cells of a table hold."""
-
-    name: str
-    of: Callable[[Point], float]
-    best: Callable[[Iterable[float]], float] = min
-
-
-MEGABYTES = Unit("MB", lambda point: point.median / 1e6)
-SECONDS = Unit("s", lambda point: point.median)
-MILLISECONDS = Unit("ms", lambda point: point.median * 1e3)
-MICROSECONDS = Unit("µs", lambda point: point.median * 1e6)
-TERAFLOPS = Unit("TFLOP/s", lambda point: (point.flops or math.nan) / point.median / 1e12, max)
-
-_COSTS = {"memory": ("Peak memory", MEGABYTES), "host": ("Host time a call", MICROSECONDS)}
-_COSTS["first call"] = ("First call in a new process", SECONDS)
+from bench.reporting import figures
+from bench.reporting.ratios import read
+from bench.reporting.record import Run
+from bench.reporting.tables import markdown
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -89,160 +66,6 @@ def _stems(runs: Sequence[Run]) -> list[str]:
         taken[stem] += 1
         stems.append(stem if taken[stem] == 1 else f"{stem}-{taken[stem]}")
     return stems
-
-
-def markdown(run: Run) -> str:
-    """All tables of a run, below a heading that says what it ran on."""
-    sections = [_heading(run)]
-    timed = [point for point in run.points if point.measure in PASSES]
-    for suite in dict.fromkeys(point.suite for point in timed):
-        points = [point for point in timed if point.suite == suite]
-        sections += [f"### {suite}", *_speed_tables(suite, points, run.machine["kind"]), *_left_out(points)]
-    for measure, (title, unit) in _COSTS.items():
-        points = [point for point in run.points if point.measure == measure]
-        if points:
-            sections += [f"### {title}, {unit.name}", *_cost_tables(points, unit), *_left_out(points)]
-    return "\n\n".join([*sections, *_lengths_tables(run.points), *_duel_table(run.points)])
-
-
-def _heading(run: Run) -> str:
-    machine = run.machine
-    facts = [
-        f"{name} {machine[name]}" for name in ("torch", "cuda", "driver", "threads", "python") if machine.get(name)
-    ]
-    facts += [f"{name} {version}" for name, version in (machine.get("packages") or {}).items() if name != "torch"]
-    return f"## {machine['device']}\n\n{', '.join(facts)}; commit {run.commit}, {run.date}: `{run.command}`"
-
-
-def _speed_tables(suite: str, points: Sequence[Point], kind: str) -> list[str]:
-    """One for each measure and dtype, and in the grid for each width."""
-
-    def order(point: Point) -> tuple[int, str, int]:
-        return PASSES.index(point.measure), point.problem["dtype"], point.problem["width"] if suite == "grid" else 0
-
-    tables = []
-    for (_, dtype, width), group in itertools.groupby(sorted(measured(points), key=order), key=order):
-        there = list(group)
-        unit = _unit(suite, there, kind)
-        parts = [there[0].measure, *([f"E = {width}"] if width else []), dtype, unit.name]
-        table = _grid_table(there, unit) if suite == "grid" else _problem_table(there, unit)
-        tables.append(f"**{', '.join(parts)}**\n\n{table}")
-    return tables
-
-
-def _unit(suite: str, points: Sequence[Point], kind: str) -> Unit:
-    if suite == "decode":  # bound by memory and latency: operations a second say nothing
-        return MICROSECONDS
-    return TERAFLOPS if kind == "cuda" and all(point.flops for point in points) else MILLISECONDS
-
-
-def _grid_table(points: Sequence[Point], unit: Unit) -> str:
-    def labels(problem: Problem) -> list[str]:
-        return [str(problem.len_k), "causal" if problem.causal else "full", f"{problem.batch}x{problem.heads}"]
-
-    return _table(["S", "mask", "BxH"], labels, points, unit)
-
-
-def _problem_table(points: Sequence[Point], unit: Unit) -> str:
-    return _table(["problem", "BxH"], lambda problem: [str(problem), f"{problem.batch}x{problem.heads}"], points, unit)
-
-
-def _table(titles: Sequence[str], labels: Callable[[Problem], list[str]], points: Sequence[Point], unit: Unit) -> str:
-    """A row for each problem, a column for each contender."""
-    names = contenders(points)
-    rows: dict[Problem, dict[str, float]] = defaultdict(dict)
-    for point in points:
-        rows[problem_of(point)][point.contender] = unit.of(point)
-    ordered = sorted(
-        rows, key=lambda problem: (problem.width, problem.len_k, problem.length, problem.causal, problem.batch)
-    )
-    return _lines([*titles, *names], [[*labels(each), *_cells(rows[each], names, unit)] for each in ordered])
-
-
-def _cost_tables(points: Sequence[Point], unit: Unit) -> list[str]:
-    """One for each suite, width, mask and dtype, with a row for each contender: there are few problems."""
-
-    def order(point: Point) -> tuple[str, int, bool, str]:
-        problem = problem_of(point)
-        return point.suite, problem.width, problem.causal, point.problem["dtype"]
-
-    tables = []
-    for (suite, *_, dtype), group in itertools.groupby(sorted(measured(points), key=order), key=order):
-        there = list(group)
-        problems = sorted({problem_of(point) for point in there}, key=lambda problem: (problem.len_k, problem.batch))
-        names = contenders(there)
-        values = {(problem_of(point), point.contender): unit.of(point) for point in there}
-        columns = [
-            _cells({name: values[each, name] for name in names if (each, name) in values}, names, unit)
-            for each in problems
-        ]
-        rows = [[name, *cells] for name, *cells in zip(names, *columns, strict=True)]
-        titles = [f"{problem} {problem.batch}x{problem.heads}" for problem in problems]
-        tables.append(f"**{suite}, {dtype}**\n\n{_lines(['', *titles], rows)}")
-    return tables
-
-
-def _lengths_tables(points: Sequence[Point]) -> list[str]:
-    """One for each stream of changing lengths, with a row for each contender, the fastest first."""
-    sections = []
-    for suite in dict.fromkeys(point.suite for point in points if point.measure == "wall"):
-        there = [point for point in points if point.suite == suite]
-        steps = {point.contender: point.values for point in measured(there) if point.measure == "step"}
-        wall = [point for point in there if point.measure == "wall"]
-        rows = [
-            [point.contender, *(_digits(1e3 * value) for value in (
-                point.median, statistics.median(steps[point.contender]), max(steps[point.contender])
-            )), point.backend or ""]
-            for point in sorted(measured(wall), key=lambda point: point.median)
-        ]  # fmt: skip
-        titles = ["", "wall, mean", "host, median", "host, worst", "served by"]
-        sections += [f"### {suite}, ms a call, up to {problem_of(wall[0])}", _lines(titles, rows), *_left_out(wall)]
-    return sections
-
-
-def _duel_table(points: Sequence[Point]) -> list[str]:
-    rows = []
-    for duel in sorted(duels(points), key=lambda duel: (duel.ours.suite, PASSES.index(duel.ours.measure))):
-        problem = problem_of(duel.ours)
-        place = [duel.ours.suite, duel.ours.measure, f"{problem} {problem.batch}x{problem.heads}"]
-        sides = [cell for side in duel for cell in (side.contender, _digits(side.median * 1e3))]
-        rows.append([*place, duel.ours.problem["dtype"], *sides, f"{duel.times_faster:.2f}"])
-    titles = ["suite", "measure", "problem", "dtype", "our fastest", "ms", "best peer", "ms", "times faster"]
-    return ["### Ours (n not 0) over the best peer (any n)", _lines(titles, rows)] if rows else []
-
-
-def _left_out(points: Sequence[Point]) -> list[str]:
-    """Who is absent or wrong and why, each once."""
-    problems = {str(point.problem) for point in points}
-    absent: dict[tuple[str, str], set[str]] = defaultdict(set)
-    notes: dict[str, None] = {}
-    for point in points:
-        reason = textwrap.shorten(point.reason or "no reason given", 200)
-        if point.status == "absent":
-            absent[point.contender, reason].add(str(point.problem))
-        elif point.status == "wrong":
-            notes[f"- wrong at {problem_of(point)}: {point.contender} ({reason})"] = None
-    for (name, reason), where in absent.items():
-        part = "" if where == problems else f" from {len(where)} of {len(problems)} problems"
-        notes[f"- absent{part}: {name} ({reason})"] = None
-    return ["\n".join(notes)] if notes else []
-
-
-def _cells(values: Mapping[str, float], names: Sequence[str], unit: Unit) -> list[str]:
-    shown = {name: _digits(value) for name, value in values.items()}
-    best = _digits(unit.best(values.values())) if values else ""
-    return [f"**{best}**" if shown.get(name) == best else shown.get(name, "-") for name in names]
-
-
-def _digits(value: float) -> str:
-    """Three significant digits, without an exponent."""
-    places = 2 - math.floor(math.log10(value)) if value > 0 else 0
-    return f"{value:.{max(0, places)}f}"
-
-
-def _lines(titles: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
-    rule = ["---"] * len(titles)
-    return "\n".join(f"| {' | '.join(row)} |" for row in (titles, rule, *rows))
 
 
 if __name__ == "__main__":

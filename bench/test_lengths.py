@@ -6,43 +6,44 @@ from collections.abc import Callable
 
 import pytest
 
-from bench import lengths
-from bench.lengths import Party, Stream, Timed
-from bench.suites import DEVICE
+from bench.method import lengths
+from bench.method.lengths import Library, Timed
+from bench.workloads.streams import Stream, streams
+from bench.workloads.suites import DEVICE
 
 Asked = dict[str, list[str]]
 
 
 @pytest.fixture(scope="session")
 def asked(request: pytest.FixtureRequest) -> Asked:
-    """The streams that each party is to be timed in, after -k and the like."""
+    """Returns the streams that each library is to be timed in, after -k and the like."""
     found: Asked = {}
     for item in request.session.items:
         parameters = item.callspec.params if isinstance(item, pytest.Function) and hasattr(item, "callspec") else {}
-        party, stream = parameters.get("party"), parameters.get("stream")
-        if party is not None and stream is not None and lengths.why_absent(party, stream) is None:
-            found.setdefault(party.name, []).append(stream.name)
+        library, stream = parameters.get("library"), parameters.get("stream")
+        if library is not None and stream is not None and lengths.why_absent(library, stream) is None:
+            found.setdefault(library.name, []).append(stream.name)
     return found
 
 
 @pytest.fixture(scope="session")
 def wrong(asked: Asked) -> dict[str, dict[str, str | None]]:
-    """By party and stream, why it cannot be timed; asked of all before the first is timed."""
+    """Checks all libraries before the first is timed; by library and stream, the reason why it cannot be timed."""
     return lengths.prepare_all(asked)
 
 
 @pytest.fixture(scope="session")
 def timed(asked: Asked, wrong: dict[str, dict[str, str | None]]) -> dict[str, dict[str, Timed]]:
-    """All that is right, before the first is shown."""
+    """Times all that is right, before the first result is shown."""
     return lengths.time_all(
-        {party: [name for name in names if wrong[party][name] is None] for party, names in asked.items()}
+        {library: [name for name in names if wrong[library][name] is None] for library, names in asked.items()}
     )
 
 
-@pytest.mark.parametrize("stream", lengths.streams(DEVICE), ids=str)
-@pytest.mark.parametrize("party", lengths.parties(DEVICE), ids=repr)
+@pytest.mark.parametrize("stream", streams(DEVICE), ids=str)
+@pytest.mark.parametrize("library", lengths.libraries(DEVICE), ids=repr)
 def test_lengths(
-    party: Party,
+    library: Library,
     stream: Stream,
     pytestconfig: pytest.Config,
     request: pytest.FixtureRequest,
@@ -50,17 +51,17 @@ def test_lengths(
 ) -> None:
     if pytestconfig.getoption("quick"):
         pytest.skip("--quick leaves out new processes")
-    reason = lengths.why_absent(party, stream)
+    reason = lengths.why_absent(library, stream)
     if reason is not None:
-        _keep(keep, party, stream, Timed("absent", reason))
-        pytest.skip(f"{party.name}: {reason}")
+        _keep(keep, library, stream, Timed("absent", reason))
+        pytest.skip(f"{library.name}: {reason}")
     wrong: dict[str, dict[str, str | None]] = request.getfixturevalue("wrong")
     timed: dict[str, dict[str, Timed]] = request.getfixturevalue("timed")
-    reason = wrong[party.name][stream.name]
-    _keep(keep, party, stream, Timed("wrong", reason) if reason is not None else timed[party.name][stream.name])
+    reason = wrong[library.name][stream.name]
+    _keep(keep, library, stream, Timed("wrong", reason) if reason is not None else timed[library.name][stream.name])
     if reason is not None:
-        pytest.fail(f"{party.name}: {reason}", pytrace=False)
+        pytest.fail(f"{library.name}: {reason}", pytrace=False)
 
 
-def _keep(keep: Callable[..., None], party: Party, stream: Stream, found: Timed) -> None:
-    keep(*lengths.points(party, stream, found))
+def _keep(keep: Callable[..., None], library: Library, stream: Stream, found: Timed) -> None:
+    keep(*lengths.points(library, stream, found))

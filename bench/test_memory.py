@@ -7,28 +7,28 @@ from collections.abc import Callable
 import pytest
 
 from bench.contenders.base import Contender
-from bench.memory import peak
-from bench.record import Point
-from bench.suites import memory_problem
+from bench.method.memory import peak
+from bench.reporting.record import Point
+from bench.workloads.suites import memory_workload
 
 OURS = "attn_n n=1"
 
 
 @pytest.fixture(scope="session")
 def peaks() -> dict[int, int]:
-    """Ours, by length."""
+    """Holds the peaks of ours by length."""
     return {}
 
 
 def test_peak(contender: Contender, length: int, peaks: dict[int, int], keep: Callable[..., None]) -> None:
-    problem = memory_problem(length)
-    reason = contender.why_absent(problem, "both")
+    workload = memory_workload(length)
+    reason = contender.why_absent(workload, "both")
     if reason is not None:
         pytest.skip(f"{contender.name}: {reason}")
-    bytes_ = peak(contender, problem)
+    bytes_ = peak(contender, workload)
     keep(
         Point(
-            "memory", problem.fields(), "memory", contender.name, contender.n, contender.ours, "measured",
+            "memory", workload.fields(), "memory", contender.name, contender.n, contender.ours, "measured",
             values=(float(bytes_),),
         )
     )  # fmt: skip

@@ -6,18 +6,11 @@ import pytest
 from pytest_benchmark.fixture import BenchmarkFixture
 
 from bench.contenders.base import Contender
-from bench.interleaved import REPLAY
-from bench.record import Point
-from bench.suites import Case
+from bench.method.replay import REPLAY, show
+from bench.reporting.record import Point
+from bench.workloads.suites import Case
 
 
 @pytest.mark.benchmark(timer=REPLAY.clock)
-def test_speed(contender: Contender, case: Case, points: dict[str, Point], benchmark: BenchmarkFixture) -> None:
-    point = points[contender.name]
-    if point.status == "absent":
-        pytest.skip(f"{contender.name}: {point.reason}")
-    if point.status == "wrong":
-        pytest.fail(f"{contender.name}: {point.reason}", pytrace=False)
-    benchmark.group = str(case)
-    benchmark.extra_info["backend"] = point.backend
-    REPLAY.play(benchmark, point.values)
+def test_speed(case: Case, contender: Contender, points: dict[str, Point], benchmark: BenchmarkFixture) -> None:
+    show(points[contender.name], case, benchmark)

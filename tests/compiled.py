@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from attn_n.call import Options
-from bench.ahead_of_time import compiled, packed, resources
+from bench.kernels.ahead_of_time import compiled, packed, resources
 
 
 def numbers_compile_nothing() -> None:

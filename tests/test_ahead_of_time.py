@@ -33,9 +33,9 @@ def compiling(module: str, *arguments: object) -> str:
 @pytest.mark.parametrize("target", ["sm_80", "sm_89", "sm_90", "sm_100", "gfx942"])
 def test_ahead_of_time(target: str) -> None:
     """Every shipped configuration compiles, fits the shared memory, and spills next to nothing."""
-    from bench.ahead_of_time import TARGETS
+    from bench.kernels.ahead_of_time import TARGETS
 
-    lines = [json.loads(line) for line in compiling("bench.ahead_of_time", target).splitlines()]
+    lines = [json.loads(line) for line in compiling("bench.kernels.ahead_of_time", target).splitlines()]
     assert len(lines) >= 20
     for line in lines:
         assert line["shared"] <= TARGETS[target].shared, line

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 import pytest
 import torch
 
-from bench.clocks import CudaClock
+from bench.method.clocks import CudaClock
 
 
 class Event:

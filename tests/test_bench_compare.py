@@ -7,18 +7,18 @@ from pathlib import Path
 import pytest
 
 from bench.compare import main
-from bench.record import Point, Run
+from bench.reporting.record import Point, Run
 
 OURS = "attn_n n=1"
 TIMES = {OURS: 1.0, "a": 1.1, "b": 0.9, "c": 2.0}
 ROUNDS = (1.0, 1.02, 0.98, 1.01, 0.99)
-PROBLEM = {"length": 512, "causal": True, "batch": 2, "heads": 8, "width": 64, "dtype": "float32"}
+WORKLOAD = {"length": 512, "causal": True, "batch": 2, "heads": 8, "width": 64, "dtype": "float32"}
 
 
 def point(name: str, seconds: float, length: int = 512) -> Point:
     ours = name == OURS
     values = tuple(seconds * slow for slow in ROUNDS)
-    return Point("grid", {**PROBLEM, "length": length}, "forward", name, "1", ours, "measured", values=values)
+    return Point("grid", {**WORKLOAD, "length": length}, "forward", name, "1", ours, "measured", values=values)
 
 
 def a_run(times: Mapping[str, float], **machine: str) -> Run:

@@ -9,67 +9,69 @@ from pathlib import Path
 import pytest
 import torch
 
-from bench import lengths, report
+from bench import report
 from bench.contenders.base import Contender
-from bench.lengths import Party, Timed
-from bench.problem import Inputs
-from bench.record import Run, load
+from bench.method import lengths
+from bench.method.lengths import Library, Timed
+from bench.reporting.record import Run, load
+from bench.workloads import Inputs
+from bench.workloads.streams import streams
 
-STREAMS = {stream.name: stream for stream in lengths.streams("cpu")}
-PARTIES = {party.name: party for party in lengths.parties("cpu")}
+STREAMS = {stream.name: stream for stream in streams("cpu")}
+LIBRARIES = {library.name: library for library in lengths.libraries("cpu")}
 
 
 @pytest.mark.parametrize("device", ["cpu", "cuda"])
 def test_lengths_are_new(device: str) -> None:
-    for stream in lengths.streams(device):
-        before = {(problem.length, problem.len_k) for problem in stream.before}
-        timed = [(problem.length, problem.len_k) for problem in stream.problems]
+    for stream in streams(device):
+        before = {(workload.length, workload.len_k) for workload in stream.before}
+        timed = [(workload.length, workload.len_k) for workload in stream.workloads]
         assert before.isdisjoint(timed), stream.name
         assert len(set(timed)) > 0.7 * len(timed), stream.name
         if device == "cuda":  # kernels in Triton differ for multiples of 16: both come before the clock runs
-            assert {problem.len_k % 16 == 0 for problem in stream.before} == {True, False}
-    prompts = next(each for each in lengths.streams("cuda") if each.name == "prompts n=0").problems
+            assert {workload.len_k % 16 == 0 for workload in stream.before} == {True, False}
+    prompts = next(each for each in streams("cuda") if each.name == "prompts n=0").workloads
     assert len(prompts) == 200
-    assert 400 < statistics.median(problem.length for problem in prompts) < 650
-    assert max(problem.length for problem in prompts) > 2500
+    assert 400 < statistics.median(workload.length for workload in prompts) < 650
+    assert max(workload.length for workload in prompts) > 2500
 
 
 @pytest.mark.parametrize("name", STREAMS)
-def test_each_party_is_checked_and_timed(name: str, ran: list[str]) -> None:
+def test_each_library_is_checked_and_timed(name: str, ran: list[str]) -> None:
     stream = STREAMS[name]
-    for party in PARTIES.values():
-        if party.name == "zero-padded sdpa":
+    for library in LIBRARIES.values():
+        if library.name == "zero-padded sdpa":
             continue
-        assert lengths.why_absent(party, stream) is None
-        assert lengths.prepare(party, stream) is None
+        assert lengths.why_absent(library, stream) is None
+        assert lengths.prepare(library, stream) is None
         ran.clear()
-        timed = lengths.run(party, stream)
+        timed = lengths.run(library, stream)
         assert timed.status == "measured"
-        assert len(timed.steps) == len(stream.problems)
-        assert 0 < sum(timed.steps) <= timed.wall[0] * len(stream.problems)
-        calls = len(stream.before) + len(stream.problems)
-        if party.name == "attn_n":
+        assert len(timed.steps) == len(stream.workloads)
+        assert 0 < sum(timed.steps) <= timed.wall[0] * len(stream.workloads)
+        calls = len(stream.before) + len(stream.workloads)
+        if library.name == "attn_n":
             passes = ["forward sdpa:cpu", *(["backward sdpa:cpu"] if stream.training else [])]
             assert ran == passes * calls
             assert timed.backend == "sdpa:cpu"
-        elif party.name == "attn_n reference":
+        elif library.name == "attn_n reference":
             assert ran == ["attend reference"] * calls
-        elif not party.name.startswith("attn_n"):
+        elif not library.name.startswith("attn_n"):
             assert ran == []
             assert timed.backend is None
 
 
 def test_the_cache_grows_within_one_memory(monkeypatch: pytest.MonkeyPatch) -> None:
     seen: list[Inputs] = []
-    party = PARTIES["attn_n"]
+    library = LIBRARIES["attn_n"]
 
     def prepare(inputs: Inputs) -> object:
         seen.append(inputs)
         return contender.prepare(inputs)
 
-    contender = party.of(STREAMS["growing cache"])
+    contender = library.of(STREAMS["growing cache"])
     watched: Contender = dataclasses.replace(contender, prepare=prepare)  # type: ignore[arg-type]
-    lengths.run(Party("attn_n", {"per head": watched}), STREAMS["growing cache"])
+    lengths.run(Library("attn_n", {"per head": watched}), STREAMS["growing cache"])
     timed = seen[len(STREAMS["growing cache"].before) :]
     assert len({inputs.k.data_ptr() for inputs in timed}) == 1
     assert len({inputs.k.stride() for inputs in timed}) == 1
@@ -78,8 +80,8 @@ def test_the_cache_grows_within_one_memory(monkeypatch: pytest.MonkeyPatch) -> N
 
 
 def test_what_is_wrong_is_not_timed() -> None:
-    contender = PARTIES["attn_n"].by_n["0"]
-    forgets = Party("forgets n", {"0": contender, "per head": dataclasses.replace(contender, n="per head")})
+    contender = LIBRARIES["attn_n"].by_n["0"]
+    forgets = Library("forgets n", {"0": contender, "per head": dataclasses.replace(contender, n="per head")})
     assert lengths.prepare(forgets, STREAMS["prompts n=0"]) is None
     for name in ("growing cache", "prompts n=per head", "training"):
         assert "out by" in str(lengths.prepare(forgets, STREAMS[name]))
@@ -89,7 +91,7 @@ def test_what_is_wrong_is_not_timed() -> None:
 
     failing: Contender = dataclasses.replace(contender, prepare=broken)  # type: ignore[arg-type]
     assert (
-        lengths.prepare(Party("broken", {"0": failing}), STREAMS["prompts n=0"])
+        lengths.prepare(Library("broken", {"0": failing}), STREAMS["prompts n=0"])
         == "fails: RuntimeError: no such kernel"
     )
 
@@ -103,8 +105,8 @@ def test_a_process_of_its_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
     assert {len(found.wall) for found in timed.values()} == {lengths.PROCESSES}
     run = Run({"device": "Chip", "kind": "cpu"}, "abc", "2026-11-27", "pytest bench")
     for name, found in timed.items():
-        run.points += lengths.points(PARTIES["attn_n"], STREAMS[name], found)
-        run.points += lengths.points(PARTIES["eager"], STREAMS[name], Timed("wrong", "out by 1"))
+        run.points += lengths.points(LIBRARIES["attn_n"], STREAMS[name], found)
+        run.points += lengths.points(LIBRARIES["eager"], STREAMS[name], Timed("wrong", "out by 1"))
     run.save(tmp_path / "run.json")
     assert [point.measure for point in load(tmp_path / "run.json").points] == ["wall", "step"] * 4
     text = report.markdown(load(tmp_path / "run.json"))
@@ -117,8 +119,8 @@ def test_a_process_of_its_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
 
 
 @pytest.mark.gpu
-def test_parties_on_a_gpu() -> None:
-    names = {party.name for party in lengths.parties("cuda")}
+def test_libraries_on_a_gpu() -> None:
+    names = {library.name for library in lengths.libraries("cuda")}
     assert names >= {
         "attn_n", "attn_n triton", "attn_n triton:hopper", "attn_n triton:portable", "attn_n sdpa:flash",
         "attn_n sdpa:cudnn", "attn_n sdpa:efficient", "attn_n reference", "torch sdpa", "eager", "flash-attn 3",

@@ -8,15 +8,17 @@ from typing import Any
 import pytest
 
 from bench import report
-from bench.record import Point, Run
+from bench.reporting import figures
+from bench.reporting.frame import frame
+from bench.reporting.record import Point, Run
 
-PROBLEM = {"causal": True, "batch": 2, "heads": 8, "width": 64, "dtype": "bfloat16"}
+WORKLOAD = {"causal": True, "batch": 2, "heads": 8, "width": 64, "dtype": "bfloat16"}
 
 
-def point(name: str, seconds: float, *, suite: str = "grid", measure: str = "forward", **problem: Any) -> Point:
+def point(name: str, seconds: float, *, suite: str = "grid", measure: str = "forward", **workload: Any) -> Point:
     n = name.partition(" n=")[2]
     ours = name.startswith("attn_n")
-    fields = {"length": 1024, **PROBLEM, **problem}
+    fields = {"length": 1024, **WORKLOAD, **workload}
     return Point(suite, fields, measure, name, n, ours, "measured", values=(seconds,) * 3, flops=1e12)
 
 
@@ -67,8 +69,8 @@ def test_a_table_for_each_measure_width_and_dtype():
 
 
 def test_who_is_absent_or_wrong_is_listed_once():
-    def without(status: str, reason: str, **problem: Any) -> list[Point]:
-        each = [point("other n=0", 1.0, measure=measure, **problem) for measure in ("forward", "backward")]
+    def without(status: str, reason: str, **workload: Any) -> list[Point]:
+        each = [point("other n=0", 1.0, measure=measure, **workload) for measure in ("forward", "backward")]
         return [replace(point, status=status, reason=reason, values=()) for point in each]
 
     text = report.markdown(
@@ -77,7 +79,7 @@ def test_who_is_absent_or_wrong_is_listed_once():
     notes = [line for line in text.splitlines() if line.startswith("- ")]
     assert notes == [
         "- wrong at E64-L512-causal: other n=0 (dq by 1)",
-        "- absent from 1 of 2 problems: other n=0 (not installed)",
+        "- absent from 1 of 2 workloads: other n=0 (not installed)",
     ]
     assert "other n=0" not in "".join(rows(text))
 
@@ -133,12 +135,49 @@ def test_pictures_are_made_of_what_there_is(tmp_path, capsys):
     speed, decode = tmp_path / "speed.json", tmp_path / "decode.json"
     a_run(*SPEED, ceilings={"matmul_flops": 7e14}).save(speed)
     memory = point("attn_n n=1", 3e6, measure="memory")
-    a_run(point("peer n=0", 3e-5, suite="decode", length=1, keys=4096), memory).save(decode)
+    a_run(point("flex n=0", 3e-5, suite="decode", length=1, keys=4096), memory).save(decode)
     report.main([str(speed), "--out", str(tmp_path / "one")])
     assert pictures(tmp_path / "one") == both("speed", "best-peer", "cost-of-n")
     report.main([str(speed), str(decode), "--out", str(tmp_path / "all")])
     assert pictures(tmp_path / "all") == both("speed", "best-peer", "cost-of-n", "decode", "memory")
     assert capsys.readouterr().out.count("## Chip 1") == 2
+
+
+def test_the_speed_picture_shows_six_lines_and_of_each_library_the_fastest():
+    names = [
+        "attn_n n=0", "attn_n n=1", "attn_n triton:hopper n=1", "torch sdpa flash n=0", "torch sdpa cudnn n=0",
+        "torch sdpa efficient n=0", "flex n=0", "flex by lse n=1", "flash-attn 2 n=0", "flash-attn 3 sink n=1",
+        "flash-attn 4 n=0", "flash-attn 4 sink n=1", "xformers n=0", "eager softmax_n n=1",
+    ]  # fmt: skip
+    lines = figures._lines(frame(point(name, 1.0 + seconds) for seconds, name in enumerate(names)))
+    assert dict(zip(lines.label, lines.contender, strict=True)) == {
+        "attn_n, n = 1": "attn_n n=1", "cuDNN": "torch sdpa cudnn n=0", "FlexAttention": "flex n=0",
+        "FlashAttention 2": "flash-attn 2 n=0", "FlashAttention 3": "flash-attn 3 sink n=1",
+        "FlashAttention 4": "flash-attn 4 n=0",
+    }  # fmt: skip
+    without = figures._lines(frame(point(name, 1.0) for name in names if "flash-attn" not in name))
+    assert "PyTorch's FlashAttention 2" in set(without.label)
+
+
+def test_host_calls_have_a_table_for_each_pass_with_the_ratio_to_sdpa():
+    def call(name: str, seconds: float, suite: str) -> Point:
+        return replace(point(name, seconds, suite=f"host: {suite}", measure="host"), values=(seconds, 0.9 * seconds))
+
+    text = report.markdown(a_run(
+        call("attn_n n=1", 4e-5, "n=1, both passes"), call("torch sdpa n=0", 2e-5, "n=1, both passes"),
+        call("attn_n n=per head", 6e-5, "sinks, both passes"), call("torch sdpa mask n=0", 2e-5, "sinks, both passes"),
+        call("attn_n n=1", 3e-5, "varlen, forward"),
+    ))  # fmt: skip
+    assert [line for line in text.splitlines() if line.startswith("###")] == [
+        f"### Host time, {name}, µs: median (best), times PyTorch's SDPA" for name in ("forward", "both passes")
+    ]
+    assert [row for row in rows(text) if "---" not in row] == [
+        "| call | attn_n |",
+        "| varlen | 28.5 (27.0) |",
+        "| call | torch sdpa | torch sdpa mask | attn_n |",
+        "| n=1 | 19.0 (18.0) 1.00x | - | 38.0 (36.0) 2.00x |",
+        "| sinks | - | 19.0 (18.0) 1.00x | 57.0 (54.0) 3.00x |",
+    ]
 
 
 def test_without_matplotlib_the_tables_come_and_the_error_says_what_to_install(tmp_path, capsys, monkeypatch):

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from bench.contenders import contenders
-from bench.suites import DEVICE, cases, memory_lengths
+from bench.workloads.suites import DEVICE, cases, memory_lengths
 
 
-def test_fewer_problems() -> None:
+def test_fewer_workloads() -> None:
     assert {str(case) for case in cases(quick=True)} < {str(case) for case in cases(quick=False)}
     assert memory_lengths(quick=True) == memory_lengths(quick=False)[:1]
 

@@ -10,9 +10,9 @@ import pytest
 
 from attn_n import AttentionCall
 from attn_n.dispatch import order
-from bench import derived, lengths
-from bench.problem import Problem
-from bench.record import Point, load
+from bench.reporting import ratios
+from bench.reporting.record import Point, load
+from bench.workloads import Workload, streams
 from tests.test_registry import gpu_call
 
 RESULTS = Path(__file__).parent.parent / "bench" / "results"
@@ -23,15 +23,15 @@ FAMILIES = {"triton": "triton:hopper", "sdpa": "sdpa:flash"}  # the members that
 LIBRARIES = {"flash_attn:2", "flash_attn:3", "flash_attn:4", "xformers:flash", "xformers:cutlass"}
 
 
-# Of each problem, by pass and the backend that served.
-Medians = dict[Problem, dict[tuple[str, "str | None"], float]]
+# Of each workload, by pass and the backend that served.
+Medians = dict[Workload, dict[tuple[str, "str | None"], float]]
 
 
 def measured(run: str, n: str) -> Medians:
     found: Medians = defaultdict(dict)
-    for point in derived.measured(points(run)):
+    for point in ratios.measured(points(run)):
         if point.ours and point.n == n:
-            found[derived.problem_of(point)][point.measure, point.backend] = point.median
+            found[ratios.workload_of(point)][point.measure, point.backend] = point.median
     return found
 
 
@@ -71,14 +71,14 @@ def test_the_choice_is_the_fastest_or_near_it(n: str, training: bool, libraries:
 @pytest.mark.parametrize("n", ["0", "1", "per head"])
 def test_the_choice_for_a_few_queries(n: str, libraries: set[str]) -> None:
     found = measured(DECODE, n)
-    assert sorted(problem.length for problem in found) == [1, 4, 16]
+    assert sorted(workload.length for workload in found) == [1, 4, 16]
     assert slow_choices(found, n, False, OURS_AND_TORCHS | libraries) == []
 
 
 @pytest.mark.parametrize("path", sorted(RESULTS.glob("h100-*lengths*.json")), ids=lambda path: path.stem)
 def test_the_choice_counts_what_a_new_length_costs(path: Path) -> None:
     found = load(path).points
-    assert {point.suite for point in found} == {f"{lengths.SUITE}{stream.name}" for stream in lengths.streams("cuda")}
+    assert {point.suite for point in found} == {f"{streams.SUITE}{stream.name}" for stream in streams.streams("cuda")}
     assert slow_streams(found) == []
 
 
@@ -86,12 +86,12 @@ def slow_streams(found: list[Point], most: float = 1.2) -> list[tuple[str, str, 
     """Where the automatic choice, as it was or is now, takes more than `most` times as long as the fastest by name."""
     slow = []
     for suite in dict.fromkeys(point.suite for point in found):
-        there = [point for point in derived.measured(found) if point.suite == suite and point.measure == "wall"]
+        there = [point for point in ratios.measured(found) if point.suite == suite and point.measure == "wall"]
         walls = {point.contender.split()[1].partition("n=")[0]: point.median for point in there if point.ours}
         by_name = {name: wall for name, wall in walls.items() if name}
         assert by_name, f"nothing of ours was measured by name in {suite}"
-        problem, n = derived.problem_of(there[0]), next(point.n for point in there if point.ours)
-        names = (FAMILIES.get(name, name) for name in order.automatic(call_of(problem, n, suite.endswith("training"))))
+        workload, n = ratios.workload_of(there[0]), next(point.n for point in there if point.ours)
+        names = (FAMILIES.get(name, name) for name in order.automatic(call_of(workload, n, suite.endswith("training"))))
         chosen = next(name for name in names if name in by_name)
         for name, wall in (("automatic", walls[""]), (chosen, by_name[chosen])):
             ratio = wall / min(by_name.values())
@@ -102,14 +102,12 @@ def slow_streams(found: list[Point], most: float = 1.2) -> list[tuple[str, str, 
 
 def a_stream(suite: str, n: str, **walls: float) -> list[Point]:
     """Points of the names in `walls`, with _ for the colon; `automatic` stands for the choice."""
-    problem = next(each for each in lengths.streams("cuda") if suite.endswith(each.name)).longest
+    workload = next(each for each in streams.streams("cuda") if suite.endswith(each.name)).longest
+    names = {name: "" if name == "automatic" else f"{name.replace('_', ':')} " for name in walls}
     return [
-        Point(
-            suite, problem.fields(), "wall", "attn_n " + ("" if name == "automatic" else name.replace("_", ":") + " ") +
-            f"n={n}", n, True, "measured", values=(wall,),
-        )
+        Point(suite, workload.fields(), "wall", f"attn_n {names[name]}n={n}", n, True, "measured", values=(wall,))
         for name, wall in walls.items()
-    ]  # fmt: skip
+    ]
 
 
 def test_a_slow_choice_is_seen() -> None:
@@ -129,31 +127,31 @@ def test_a_slow_choice_is_seen() -> None:
 def slow_choices(found: Medians, n: str, training: bool, installed: set[str]) -> list[tuple[str, str, float]]:
     """Where the choice has less than 0.97 of the speed of the fastest."""
     slow = []
-    for problem, medians in found.items():
+    for workload, medians in found.items():
         passes = ("forward", "backward") if training else ("forward",)
         times = {
             backend: sum(medians[each, backend] for each in passes)
             for backend in installed
             if all((each, backend) in medians for each in passes)
         }
-        names = (FAMILIES.get(name, name) for name in order.automatic(call_of(problem, n, training)))
+        names = (FAMILIES.get(name, name) for name in order.automatic(call_of(workload, n, training)))
         chosen = next(name for name in names if name in installed)
         if chosen not in times:
             assert n == "per head", chosen
             continue
         speed = min(times.values()) / times[chosen]
         if speed < 0.97:
-            slow.append((str(problem), chosen, round(speed, 3)))
+            slow.append((str(workload), chosen, round(speed, 3)))
     return slow
 
 
-def call_of(problem: Problem, n: str, training: bool) -> AttentionCall:
-    shape_k = (problem.batch, problem.num_heads_kv, problem.len_k, problem.width)
+def call_of(workload: Workload, n: str, training: bool) -> AttentionCall:
+    shape_k = (workload.batch, workload.num_heads_kv, workload.len_k, workload.width)
     return gpu_call(
-        q_shape=(problem.batch, problem.heads, problem.length, problem.width),
+        q_shape=(workload.batch, workload.heads, workload.length, workload.width),
         k_shape=shape_k,
         v_shape=shape_k,
-        window_right=0 if problem.causal else None,
+        window_right=0 if workload.causal else None,
         needs_grad=training,
         n_kind={"0": "none", "1": "float", "per head": "per head"}[n],
     )

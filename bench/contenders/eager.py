@@ -1,4 +1,4 @@
-"""The definition, one torch operation after the other."""
+"""Attention in plain PyTorch operations, as models have it."""
 
 from __future__ import annotations
 
@@ -6,11 +6,11 @@ import torch
 from torch import Tensor
 
 from bench.contenders.base import KINDS_OF_N, Attend, Contender, by_autograd, too_large_for_quadratic
-from bench.problem import Inputs, Problem
+from bench.workloads import Inputs, Workload
 
 
 def _attend(inputs: Inputs) -> Attend:
-    hidden = _hidden(inputs.problem)
+    hidden = _hidden(inputs.workload)
 
     def attend(q: Tensor, k: Tensor, v: Tensor, sinks: Tensor | None) -> Tensor:
         logits = (q / q.shape[-1] ** 0.5) @ k.mT
@@ -24,24 +24,24 @@ def _attend(inputs: Inputs) -> Attend:
     return attend
 
 
-def _hidden(problem: Problem) -> Tensor | None:
-    """The pairs of query and key that a causal mask hides; the last query sees the last key."""
-    if not problem.causal:
+def _hidden(workload: Workload) -> Tensor | None:
+    """Returns the pairs of query and key that a causal mask hides; the last query sees the last key."""
+    if not workload.causal:
         return None
-    pairs = torch.ones(problem.length, problem.len_k, dtype=torch.bool, device=problem.device)
-    return pairs.triu(1 + problem.len_k - problem.length)
+    pairs = torch.ones(workload.length, workload.len_k, dtype=torch.bool, device=workload.device)
+    return pairs.triu(1 + workload.len_k - workload.length)
 
 
-def _why_not(problem: Problem) -> str | None:
-    if problem.sequences or problem.window is not None or problem.heads_kv is not None:
+def _why_not(workload: Workload) -> str | None:
+    if workload.sequences or workload.window is not None or workload.heads_kv is not None:
         return "whole batches of equal heads, full or causal"
-    return too_large_for_quadratic(problem)
+    return too_large_for_quadratic(workload)
 
 
 def _attend_general(inputs: Inputs) -> Attend:
-    """As models have it in plain PyTorch, with groups of heads and any n: the sink is one more column of the logits."""
-    problem, hidden = inputs.problem, _hidden(inputs.problem)
-    groups = problem.heads // problem.num_heads_kv
+    """Attends with groups of heads and any n, as models do: the sink is one more column of the logits."""
+    workload, hidden = inputs.workload, _hidden(inputs.workload)
+    groups = workload.heads // workload.num_heads_kv
 
     def attend(q: Tensor, k: Tensor, v: Tensor, sinks: Tensor | None) -> Tensor:
         k, v = (x if groups == 1 else x.repeat_interleave(groups, 1) for x in (k, v))

@@ -9,13 +9,13 @@ from torch import Tensor
 
 from bench.contenders.base import Attend, Contender, by_autograd
 from bench.contenders.library import why_absent
-from bench.problem import Inputs, Problem
+from bench.workloads import Inputs, Workload
 
 
 def _attend(inputs: Inputs) -> Attend:
     parallel_attn = importlib.import_module("fla.ops.attn").parallel_attn
     # Its window counts the key of the query itself.
-    window = None if inputs.problem.window is None else inputs.problem.window + 1
+    window = None if inputs.workload.window is None else inputs.workload.window + 1
     starts = None if inputs.starts is None else inputs.starts.long()
 
     def attend(q: Tensor, k: Tensor, v: Tensor, sinks: Tensor | None) -> Tensor:
@@ -26,14 +26,14 @@ def _attend(inputs: Inputs) -> Attend:
     return attend if starts is None else lambda q, k, v, sinks: attend(q[None], k[None], v[None], sinks)[0]
 
 
-def _why_not(problem: Problem) -> str | None:
-    if problem.device != "cuda":
+def _why_not(workload: Workload) -> str | None:
+    if workload.device != "cuda":
         return "no CPU kernel"
-    if not problem.causal or problem.length != problem.len_k:
+    if not workload.causal or workload.length != workload.len_k:
         return "causal self-attention only"
-    if problem.dtype not in (torch.float16, torch.bfloat16):
+    if workload.dtype not in (torch.float16, torch.bfloat16):
         return "half precision only"
-    if problem.width > 128:
+    if workload.width > 128:
         return "asks for more shared memory than there is for heads over 128"
     return why_absent("fla.ops.attn")
 

@@ -13,7 +13,7 @@ from torch import Tensor
 from attn_n.backends.flash_attn import version_3
 from bench.contenders.base import Attend, Contender, by_autograd
 from bench.contenders.library import why_absent
-from bench.problem import FORWARD, PASSES, Inputs, Problem
+from bench.workloads import FORWARD, PASSES, Inputs, Workload
 
 
 class Version(NamedTuple):
@@ -24,7 +24,7 @@ class Version(NamedTuple):
         sink: their argument that takes the logits of the sinks.
         sink_dtype: what it must be; None is that of q.
         unbounded: the right end of a window that has none.
-        splits: what lets the library choose how many blocks share the keys of a few queries.
+        splits: the arguments that let the library choose a split-KV kernel for few queries.
     """
 
     name: str
@@ -38,21 +38,21 @@ class Version(NamedTuple):
 _2 = Version("flash-attn 2", "flash_attn.flash_attn_interface", None, None, -1, {})
 # Sinks are an addition of some builds, tokenspeed-fa3 among them.
 _3 = Version("flash-attn 3", "flash_attn_interface", "sinks", torch.bfloat16, -1, {"num_splits": 0})
-# It does not split on Hopper.
+# It has no split-KV on Hopper.
 _4 = Version("flash-attn 4", "flash_attn.cute", "learnable_sink", None, None, {})
 
 
 def _attend(version: Version) -> Callable[[Inputs], Attend]:
     def of(inputs: Inputs) -> Attend:
         library = importlib.import_module(version.module)
-        problem, starts = inputs.problem, inputs.starts
-        options = _options(version, problem)
+        workload, starts = inputs.workload, inputs.starts
+        options = _options(version, workload)
 
         def attend(q: Tensor, k: Tensor, v: Tensor, sinks: Tensor | None) -> Tensor:
             return _out(library.flash_attn_func(q, k, v, **options, **_sink(version, sinks)))
 
         def attend_packed(q: Tensor, k: Tensor, v: Tensor, sinks: Tensor | None) -> Tensor:
-            longest = max(problem.sequences)
+            longest = max(workload.sequences)
             lengths = {"cu_seqlens_q": starts, "cu_seqlens_k": starts, "max_seqlen_q": longest, "max_seqlen_k": longest}
             return _out(library.flash_attn_varlen_func(q, k, v, **lengths, **options, **_sink(version, sinks)))
 
@@ -61,11 +61,11 @@ def _attend(version: Version) -> Callable[[Inputs], Attend]:
     return of
 
 
-def _options(version: Version, problem: Problem) -> dict[str, Any]:
-    options: dict[str, Any] = {"causal": problem.causal}
-    if problem.window is not None:
-        options["window_size"] = (problem.window, 0 if problem.causal else version.unbounded)
-    if problem.length != problem.len_k:
+def _options(version: Version, workload: Workload) -> dict[str, Any]:
+    options: dict[str, Any] = {"causal": workload.causal}
+    if workload.window is not None:
+        options["window_size"] = (workload.window, 0 if workload.causal else version.unbounded)
+    if workload.length != workload.len_k:
         options |= version.splits
     return options
 
@@ -75,16 +75,16 @@ def _sink(version: Version, sinks: Tensor | None) -> dict[str, Tensor]:
 
 
 def _out(returned: Any) -> Tensor:
-    """What is returned alone or, by FlashAttention 4, with the logsumexp."""
+    """Returns the output, which FlashAttention 4 returns with the logsumexp."""
     out: Tensor = returned[0] if isinstance(returned, tuple) else returned
     return out
 
 
-def _why_not(version: Version, n: str) -> Callable[[Problem], str | None]:
-    def why_not(problem: Problem) -> str | None:
-        if problem.device != "cuda":
+def _why_not(version: Version, n: str) -> Callable[[Workload], str | None]:
+    def why_not(workload: Workload) -> str | None:
+        if workload.device != "cuda":
             return "no CPU kernel"
-        if problem.dtype not in (torch.float16, torch.bfloat16):
+        if workload.dtype not in (torch.float16, torch.bfloat16):
             return "half precision only"
         return why_absent(version.module) or (None if n == "0" else _why_no_sink(version))
 

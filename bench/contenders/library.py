@@ -1,4 +1,4 @@
-"""Libraries that may be absent."""
+"""Finds out whether a library can be imported."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from types import ModuleType
 
 @functools.cache
 def why_absent(name: str, load: Callable[[str], ModuleType] = importlib.import_module) -> str | None:
-    """Why a module can not be imported; None if it can."""
+    """Returns the reason why a module cannot be imported; None if it can."""
     try:
         load(name)
     except ModuleNotFoundError as missing:

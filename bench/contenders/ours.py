@@ -14,7 +14,7 @@ from attn_n.call import AttentionCall
 from attn_n.dispatch import choose, serving
 from bench.contenders.base import KINDS_OF_N, Attend, Contender, Passes, by_autograd, too_large_for_quadratic
 from bench.contenders.flash_attn import MEASURES_3
-from bench.problem import FORWARD, PASSES, Inputs, Problem
+from bench.workloads import FORWARD, PASSES, Inputs, Workload
 
 
 def contenders(device: str) -> tuple[Contender, ...]:
@@ -24,8 +24,14 @@ def contenders(device: str) -> tuple[Contender, ...]:
     return (*automatic, *(_contender(name, n) for name, kinds in _names() for n in kinds))
 
 
+def of_call(device: str, n: str) -> tuple[Contender, ...]:
+    """Returns those whose host time is measured: the automatic choice, and on a GPU what it usually chooses from."""
+    names = (None, "triton:hopper", "triton:portable", "sdpa") if device == "cuda" else (None,)
+    return tuple(_contender(name, n) for name in names)
+
+
 def by_backend(device: str) -> Iterator[dict[str, Contender]]:
-    """The automatic choice, and each backend by name with its members, by every kind of n."""
+    """Yields the automatic choice and each backend by name, families by member, with a contender a kind of n."""
     names: list[str | None] = [None, "sdpa:cpu", "reference"]
     if device != "cpu":
         names = [None, "triton", *(name for name, _ in _names())]
@@ -34,7 +40,7 @@ def by_backend(device: str) -> Iterator[dict[str, Contender]]:
 
 
 def _names() -> Iterator[tuple[str, tuple[str, ...]]]:
-    """Every backend that can be forced, of a family its members, and the kinds of n to measure it with."""
+    """Yields every backend that can be named, families by member, and the kinds of n to measure it with."""
     for name in attn_n.backends():
         backend, _ = registry.find(name)
         kinds = KINDS_OF_N if backend is not None and backend.applies_n else KINDS_OF_N[:2]
@@ -52,9 +58,9 @@ def _contender(backend: str | None, n: str) -> Contender:
         passes = by_autograd(_attend(backend, n), n)(inputs)
         return passes if training else passes._replace(forward=torch.no_grad()(passes.forward))
 
-    def why_not(problem: Problem) -> str | None:
-        reason = serving.why_not(backend, _call(problem, n, training)) if backend is not None else None
-        return reason or (too_large_for_quadratic(problem) if backend == "reference" else None)
+    def why_not(workload: Workload) -> str | None:
+        reason = serving.why_not(backend, _call(workload, n, training)) if backend is not None else None
+        return reason or (too_large_for_quadratic(workload) if backend == "reference" else None)
 
     return Contender(
         f"attn_n{'' if backend is None else ' ' + backend} n={n}",
@@ -62,7 +68,7 @@ def _contender(backend: str | None, n: str) -> Contender:
         prepare,
         why_not,
         measures,
-        backend=lambda problem, gradients: choose.choose(_call(problem, n, gradients and training), backend)[0],
+        backend=lambda workload, gradients: choose.choose(_call(workload, n, gradients and training), backend)[0],
         ours=True,
         apart=backend == "reference",
     )
@@ -70,23 +76,24 @@ def _contender(backend: str | None, n: str) -> Contender:
 
 def _attend(backend: str | None, n: str) -> Callable[[Inputs], Attend]:
     def of(inputs: Inputs) -> Attend:
-        problem, starts = inputs.problem, inputs.starts
-        window = None if problem.window is None else (problem.window, None)
+        workload, starts, mask = inputs.workload, inputs.starts, inputs.mask
+        window = None if workload.window is None else (workload.window, None)
         number = 1.0 if n == "1" else None
 
         def attend(q: Tensor, k: Tensor, v: Tensor, sinks: Tensor | None) -> Tensor:
             learned = sinks if n == "per head" else None
             out = attn_n.flash_attention_n(
-                q, k, v, problem.causal, None, number, sinks=learned, window=window, backend=backend
-            )
+                q, k, v, workload.causal, None, number,
+                sinks=learned, attn_mask=mask, window=window, backend=backend,
+            )  # fmt: skip
             assert isinstance(out, Tensor)
             return out
 
         def attend_packed(q: Tensor, k: Tensor, v: Tensor, sinks: Tensor | None) -> Tensor:
             assert starts is not None
-            longest, learned = max(problem.sequences), sinks if n == "per head" else None
+            longest, learned = max(workload.sequences), sinks if n == "per head" else None
             out = attn_n.flash_attention_n_varlen(
-                q, k, v, starts, starts, longest, longest, problem.causal, None, number,
+                q, k, v, starts, starts, longest, longest, workload.causal, None, number,
                 sinks=learned, window=window, backend=backend,
             )  # fmt: skip
             assert isinstance(out, Tensor)
@@ -97,31 +104,33 @@ def _attend(backend: str | None, n: str) -> Callable[[Inputs], Attend]:
     return of
 
 
-def _call(problem: Problem, n: str, needs_grad: bool) -> AttentionCall:
-    """The call that the library will see, of contiguous tensors."""
-    heads_kv = problem.num_heads_kv
-    if problem.sequences:
-        shapes = [(problem.length, heads, problem.width) for heads in (problem.heads, heads_kv)]
+def _call(workload: Workload, n: str, needs_grad: bool) -> AttentionCall:
+    """Describes the call that the library will see, with contiguous tensors."""
+    heads_kv = workload.num_heads_kv
+    if workload.sequences:
+        shapes = [(workload.length, heads, workload.width) for heads in (workload.heads, heads_kv)]
     else:
         shapes = [
-            (problem.batch, heads, length, problem.width)
-            for heads, length in ((problem.heads, problem.length), (heads_kv, problem.len_k))
+            (workload.batch, heads, length, workload.width)
+            for heads, length in ((workload.heads, workload.length), (heads_kv, workload.len_k))
         ]
     of_q, of_k = (torch.empty(shape, device="meta").stride() for shape in shapes)
-    cuda = problem.device == "cuda"
+    cuda = workload.device == "cuda"
     return AttentionCall(
-        device=problem.device,
+        device=workload.device,
         capability=torch.cuda.get_device_capability() if cuda else None,
-        dtype=problem.dtype,
+        dtype=workload.dtype,
         q_shape=shapes[0],
         k_shape=shapes[1],
         v_shape=shapes[1],
         q_stride=of_q,
         k_stride=of_k,
         v_stride=of_k,
-        window_left=problem.window,
-        window_right=0 if problem.causal else None,
+        window_left=workload.window,
+        window_right=0 if workload.causal else None,
+        mask_shape=None if workload.mask is None else (workload.length, workload.len_k),
+        mask_dtype=None if workload.mask is None else getattr(torch, workload.mask),
         n_kind={"0": "none", "1": "float", "per head": "per head"}[n],
-        sequences=len(problem.sequences) or None,
+        sequences=len(workload.sequences) or None,
         needs_grad=needs_grad,
     )

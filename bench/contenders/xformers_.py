@@ -9,13 +9,13 @@ from torch import Tensor
 from attn_n.backends.xformers import load
 from bench.contenders.base import Attend, Contender, by_autograd
 from bench.contenders.library import why_absent
-from bench.problem import Inputs, Problem
+from bench.workloads import Inputs, Workload
 
 
 def _attend(inputs: Inputs) -> Attend:
-    operators, packed = load("xformers.ops"), bool(inputs.problem.sequences)
+    operators, packed = load("xformers.ops"), bool(inputs.workload.sequences)
     operators.fmha._set_use_fa3(False)  # it takes any FlashAttention 3 for one that has a backward pass
-    bias = (_bias_packed if packed else _bias)(operators.fmha.attn_bias, inputs.problem)
+    bias = (_bias_packed if packed else _bias)(operators.fmha.attn_bias, inputs.workload)
 
     def attend(q: Tensor, k: Tensor, v: Tensor, sinks: Tensor | None) -> Tensor:
         out: Tensor = operators.memory_efficient_attention(q, k, v, attn_bias=bias)
@@ -24,25 +24,25 @@ def _attend(inputs: Inputs) -> Attend:
     return (lambda q, k, v, sinks: attend(q[None], k[None], v[None], sinks)[0]) if packed else attend
 
 
-def _bias(masks: Any, problem: Problem) -> Any:
-    if problem.window is not None:
-        return masks.LowerTriangularFromBottomRightLocalAttentionMask(problem.window + 1)
-    return masks.LowerTriangularFromBottomRightMask() if problem.causal else None
+def _bias(masks: Any, workload: Workload) -> Any:
+    if workload.window is not None:
+        return masks.LowerTriangularFromBottomRightLocalAttentionMask(workload.window + 1)
+    return masks.LowerTriangularFromBottomRightMask() if workload.causal else None
 
 
-def _bias_packed(masks: Any, problem: Problem) -> Any:
-    bias = masks.BlockDiagonalMask.from_seqlens(problem.sequences, device=problem.device)
-    if problem.window is not None:
-        return bias.make_local_attention(problem.window + 1)
-    return bias.make_causal() if problem.causal else bias
+def _bias_packed(masks: Any, workload: Workload) -> Any:
+    bias = masks.BlockDiagonalMask.from_seqlens(workload.sequences, device=workload.device)
+    if workload.window is not None:
+        return bias.make_local_attention(workload.window + 1)
+    return bias.make_causal() if workload.causal else bias
 
 
-def _why_not(problem: Problem) -> str | None:
-    if problem.device != "cuda":
+def _why_not(workload: Workload) -> str | None:
+    if workload.device != "cuda":
         return "no CPU kernel"
-    if problem.heads_kv is not None:
+    if workload.heads_kv is not None:
         return "grouped heads in the forward pass alone"
-    if problem.window is not None and not problem.causal:
+    if workload.window is not None and not workload.causal:
         return "a window only with a causal mask"
     return why_absent("xformers.ops", load)
 

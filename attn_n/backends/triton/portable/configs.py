@@ -1,6 +1,6 @@
 """The tiles of each kernel, in one table, with where they were measured.
 
-Nothing is tuned while a program runs. `python -m bench.tune` finds new rows.
+Nothing is tuned while a program runs. `python -m bench.kernels.tune` finds new rows.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""What a benchmark ran on."""
+"""Describes the machine and the commit that a benchmark ran on."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from bench.contenders import installed
 
 
 def machine(device: str) -> dict[str, Any]:
-    """The fields of `Run.machine`; on a GPU with its measured ceilings."""
+    """Returns the fields of `Run.machine`; on a GPU they include its measured ceilings."""
     common = {
         "kind": device,
         "threads": torch.get_num_threads(),
@@ -36,7 +36,7 @@ def machine(device: str) -> dict[str, Any]:
 
 
 def commit() -> str:
-    """The commit of this checkout, with a + behind it if there are changes; ATTN_N_COMMIT says it where git cannot."""
+    """Returns the commit of this checkout, with a + if there are changes, or ATTN_N_COMMIT where git is missing."""
     if "ATTN_N_COMMIT" in os.environ:
         return os.environ["ATTN_N_COMMIT"]
     # --always without tags is the abbreviated commit.
@@ -51,7 +51,7 @@ def _processor() -> str:
 
 
 def _ceilings() -> dict[str, float]:
-    """The rate of a large matrix product and of a large copy (bytes read and written), both a second."""
+    """Measures a large matmul (FLOP/s) and a large copy (bytes read and written a second)."""
     a, b = (torch.randn(8192, 8192, dtype=torch.bfloat16, device="cuda") for _ in range(2))
     source = torch.randint(256, (1 << 30,), dtype=torch.uint8, device="cuda")
     target = torch.empty_like(source)

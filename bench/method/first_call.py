@@ -1,4 +1,4 @@
-"""What a call costs the host, and what the first call of a process costs."""
+"""Measures the first call in a new process."""
 
 from __future__ import annotations
 
@@ -11,41 +11,25 @@ from pathlib import Path
 
 import torch
 
-from bench.clocks import Run
 from bench.contenders import named
 from bench.contenders.base import Contender
-from bench.problem import make_inputs
-from bench.suites import DEVICE, tiny_problem
-
-_CALLS, _BATCHES = 20, 15
-
-
-def seconds_a_call(run: Run) -> list[float]:
-    """Host seconds of a call, whose work takes the device no time to speak of; each value a mean of several calls."""
-    run()
-    values = []
-    for _ in range(_BATCHES):
-        _wait()
-        start = time.perf_counter()
-        for _ in range(_CALLS):
-            run()
-        values.append((time.perf_counter() - start) / _CALLS)
-    return values
+from bench.workloads import make_inputs
+from bench.workloads.suites import DEVICE, tiny_workload
 
 
 def first_call(contender: Contender) -> float:
-    """Seconds of the first forward and backward in a new process, with empty caches of compiled kernels."""
-    command = [sys.executable, "-m", "bench.host", contender.name]
+    """Returns the seconds of the first forward and backward in a new process with empty caches of compiled kernels."""
+    command = [sys.executable, "-m", "bench.method.first_call", contender.name]
     with tempfile.TemporaryDirectory() as folder:
         names = "TRITON", "TORCHINDUCTOR", "FLASH_ATTENTION_CUTE_DSL"
         caches = {f"{name}_CACHE_DIR": f"{folder}/{name}" for name in names}
-        root = Path(__file__).parents[1]
+        root = Path(__file__).parents[2]
         said = subprocess.run(command, cwd=root, env=os.environ | caches, stdout=subprocess.PIPE, check=True).stdout
     return float(said.split()[-1])
 
 
 def _first_call_of_this_process(contender: Contender) -> float:
-    inputs = make_inputs(tiny_problem())
+    inputs = make_inputs(tiny_workload())
     _wait()
     start = time.perf_counter()
     passes = contender.prepare(inputs)

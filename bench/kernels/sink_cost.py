@@ -1,8 +1,8 @@
-"""What n costs behind the kernels of other libraries: python -m bench.fold OUT.json, on a GPU.
+"""Measures what n costs behind the kernels of other libraries: python -m bench.kernels.sink_cost OUT.json, on a GPU.
 
-First the fold alone: its time over that of a device copy of `out`, and that of the gradient of n over the time of
-reading `out` and `dout` once. Then whole calls at S = 8192, E = 128: each backend that does not apply n itself, with
-n = 1 over n = 0, forward and backward, at logits where n weighs as much as all keys, and forward at normal ones.
+First it times the sink's own kernels: the rescaling of `out` and the gradient of n, each over a device copy of `out`.
+Then it times whole calls at S = 8192, E = 128: each backend that does not apply n itself, with n = 1 over n = 0,
+forward and backward at logits where n weighs as much as all keys, and forward at normal logits.
 """
 
 from __future__ import annotations
@@ -20,10 +20,10 @@ from attn_n import UnsupportedError, flash_attention_n
 from attn_n.backends import registry
 from attn_n.backends.base import Family
 from attn_n.sink import fused
-from bench import interleaved
-from bench.clocks import CudaClock, Run
-from bench.machine import commit, machine
-from bench.problem import Inputs, Problem, make_inputs
+from bench.method import interleaved
+from bench.method.clocks import CudaClock, Run
+from bench.method.machine import commit, machine
+from bench.workloads import Inputs, Workload, make_inputs
 
 Key = TypeVar("Key")
 
@@ -46,14 +46,14 @@ def main() -> None:
 def _alone(clock: CudaClock) -> Iterator[dict[str, Any]]:
     for width in (64, 128, 256):
         for layout in ("heads first", "tokens first", "packed"):
-            yield _one_fold(width, layout, clock)
+            yield _one_layout(width, layout, clock)
 
 
-def _one_fold(width: int, layout: str, clock: CudaClock) -> dict[str, Any]:
+def _one_layout(width: int, layout: str, clock: CudaClock) -> dict[str, Any]:
     heads, batch = HIDDEN // width, TOKENS // LENGTH
     shape = (TOKENS, heads) if layout == "packed" else (batch, heads, LENGTH)
     packed = layout == "packed"
-    # As the libraries lay it out: by heads, packed too.
+    # The libraries lay the lse out heads first, for packed sequences too.
     lse = torch.randn(heads, TOKENS, device="cuda").T if packed else torch.randn(shape, device="cuda")
 
     def like_out() -> torch.Tensor:
@@ -64,8 +64,8 @@ def _one_fold(width: int, layout: str, clock: CudaClock) -> dict[str, Any]:
     copy, per_head = torch.empty_like(out), torch.zeros(heads, device="cuda")
     runs: dict[str, Run] = {
         "copy": lambda: copy.copy_(out),
-        "fold, n = 1": lambda: fused.scale_(out, lse, 0.0, packed),
-        "fold, n per head": lambda: fused.scale_(out, lse, per_head, packed),
+        "rescaling, n = 1": lambda: fused.scale_(out, lse, 0.0, packed),
+        "rescaling, n per head": lambda: fused.scale_(out, lse, per_head, packed),
         "gradient of n": lambda: fused.gradient_of_n(dout, None, out, lse, per_head, packed),
     }
     seconds = _medians(runs, clock)
@@ -75,10 +75,10 @@ def _one_fold(width: int, layout: str, clock: CudaClock) -> dict[str, Any]:
 
 def _behind_kernels(clock: CudaClock) -> Iterator[dict[str, Any]]:
     for causal in (False, True):
-        problem = Problem(
+        workload = Workload(
             LENGTH, causal, TOKENS // LENGTH, HIDDEN // 128, 128, dtype=torch.bfloat16, device="cuda"
         )  # fmt: skip
-        inputs = make_inputs(problem)
+        inputs = make_inputs(workload)
         normal = inputs._replace(q=torch.randn_like(inputs.q), k=torch.randn_like(inputs.k))
         for measure, passes, of, logits in (
             ("forward", _forward, inputs, "around -log(S)"),
@@ -91,13 +91,13 @@ def _behind_kernels(clock: CudaClock) -> Iterator[dict[str, Any]]:
                 plain, with_n = seconds[name, 0.0], seconds[name, 1.0]
                 cost = f"{100 * (with_n / plain - 1):.1f} %"
                 yield {
-                    "backend": name, "problem": str(problem), "pass": measure, "logits": logits,
+                    "backend": name, "workload": str(workload), "pass": measure, "logits": logits,
                     "n = 0, ms": round(plain * 1e3, 3), "n = 1 costs": cost,
                 }  # fmt: skip
 
 
 def _kernels() -> Iterator[str]:
-    """The kernels of other libraries: they leave n to the fold."""
+    """Yields the kernels of other libraries, behind which the sink's own kernels apply n."""
     for name in registry.names():
         backend, _ = registry.find(name)
         if isinstance(backend, Family) and not backend.applies_n:
@@ -107,7 +107,7 @@ def _kernels() -> Iterator[str]:
 def _forward(backend: str, n: float, inputs: Inputs) -> Run | None:
     def run() -> object:
         with torch.no_grad():
-            return flash_attention_n(inputs.q, inputs.k, inputs.v, inputs.problem.causal, sm_n=n, backend=backend)
+            return flash_attention_n(inputs.q, inputs.k, inputs.v, inputs.workload.causal, sm_n=n, backend=backend)
 
     return run if _serves(run) else None
 
@@ -120,7 +120,7 @@ def _backward(backend: str, n: float, inputs: Inputs) -> Run | None:
 
     def forward() -> None:
         nonlocal out
-        out = flash_attention_n(inputs.q, inputs.k, inputs.v, inputs.problem.causal, sm_n=n, backend=backend)
+        out = flash_attention_n(inputs.q, inputs.k, inputs.v, inputs.workload.causal, sm_n=n, backend=backend)
 
     return run if _serves(forward) else None
 

@@ -1,9 +1,10 @@
-"""One pass of one contender, for a profiler or a sanitizer that looks on:
+"""Runs one pass of one contender for a profiler or a sanitizer:
 
-    ncu --profile-from-start off --set full python -m bench.once "attn_n triton:hopper n=1" backward --causal
-    compute-sanitizer --tool racecheck python -m bench.once "attn_n triton:hopper n=1" backward --length 300
+    profile="python -m bench.kernels.profile_one"
+    ncu --profile-from-start off --set full $profile "attn_n triton:hopper n=1" backward --causal
+    compute-sanitizer --tool racecheck $profile "attn_n triton:hopper n=1" backward --length 300
 
-The first passes, in which kernels are compiled, lie before what is profiled. On a GPU in bfloat16.
+A first run, in which kernels are compiled, comes before the profiler is switched on. On a GPU the dtype is bfloat16.
 """
 
 from __future__ import annotations
@@ -13,9 +14,9 @@ import argparse
 import torch
 
 from bench.contenders import contenders, named
-from bench.problem import PASSES, Problem, make_inputs
-from bench.stage import Entrant
-from bench.suites import DEVICE
+from bench.method.prepared import Prepared
+from bench.workloads import PASSES, Workload, make_inputs
+from bench.workloads.suites import DEVICE
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -33,11 +34,11 @@ def main(arguments: list[str] | None = None) -> None:
     contender, measure = named(given.pop("contender"), DEVICE), given.pop("measure")
     if sequences := tuple(given.pop("sequences")):
         given |= {"sequences": sequences, "length": sum(sequences), "batch": 1}
-    problem = Problem(**given, device=DEVICE, dtype=torch.float32 if DEVICE == "cpu" else torch.bfloat16)
-    reason = contender.why_absent(problem, measure)
+    workload = Workload(**given, device=DEVICE, dtype=torch.float32 if DEVICE == "cpu" else torch.bfloat16)
+    reason = contender.why_absent(workload, measure)
     if reason is not None:
         raise SystemExit(f"{contender.name}: {reason}")
-    run = Entrant(contender, "measured", passes=contender.prepare(make_inputs(problem))).run(measure, training=True)
+    run = Prepared(contender, "measured", passes=contender.prepare(make_inputs(workload))).run(measure)
     run()
     _profiler("start")
     run()

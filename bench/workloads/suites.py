@@ -1,47 +1,55 @@
-"""The problems of the comparison: the grid, which every library can do, and short suites along other axes."""
+"""The suites: the grid, which every library can compute, and short suites along other axes."""
 
 from __future__ import annotations
 
 import dataclasses
 import random
+import re
 from typing import NamedTuple
 
 import torch
 
-from bench.problem import FORWARD, PASSES, Problem
+from bench.workloads.workload import FORWARD, PASSES, Workload
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
 
-@dataclasses.dataclass(frozen=True)
-class Suite:
+class Suite(NamedTuple):
     name: str
-    problems: tuple[Problem, ...]
-    quick: tuple[Problem, ...]  # those of --quick
+    workloads: tuple[Workload, ...]
+    quick: tuple[Workload, ...]  # those of --quick
     measures: tuple[str, ...] = PASSES
 
-    @property
-    def training(self) -> bool:
-        """Whether what it measures runs with gradients: all but a forward alone."""
-        return self.measures != FORWARD
 
+@dataclasses.dataclass(frozen=True)
+class Case:
+    """One workload and one pass, in which all contenders are measured together.
 
-class Case(NamedTuple):
-    """What is measured together: all contenders at one problem, in one direction."""
+    Attributes:
+        suite: the name by which the results know it.
+        measure: one of PASSES.
+        training: whether gradients are on.
+    """
 
-    suite: Suite
-    problem: Problem
+    suite: str
+    workload: Workload
     measure: str
+    training: bool
 
     def __str__(self) -> str:
-        return f"{self.suite.name}-{self.measure}-{self.problem}"
+        """The case in characters that -k takes."""
+        return re.sub(r"\W+", "-", self._name().replace("=", ""))
+
+    def _name(self) -> str:
+        return f"{self.suite}-{self.measure}-{self.workload}"
 
 
 def cases(quick: bool) -> list[Case]:
+    """Returns the cases of all suites; gradients are off where a suite has a forward alone."""
     return [
-        Case(suite, problem, measure)
+        Case(suite.name, workload, measure, suite.measures != FORWARD)
         for suite in _suites()
-        for problem in (suite.quick if quick else suite.problems)
+        for workload in (suite.quick if quick else suite.workloads)
         for measure in suite.measures
         if not (quick and measure == "both")
     ]
@@ -52,8 +60,8 @@ def _suites() -> tuple[Suite, ...]:
 
 
 def _cpu() -> tuple[Suite, ...]:
-    grid = tuple(Problem(length, causal) for length in (512, 1024, 2048, 4096, 8192) for causal in (False, True))
-    return (Suite("grid", grid, tuple(problem for problem in grid if problem.length <= 2048), PASSES[:2]),)
+    grid = tuple(Workload(length, causal) for length in (512, 1024, 2048, 4096, 8192) for causal in (False, True))
+    return (Suite("grid", grid, tuple(workload for workload in grid if workload.length <= 2048), PASSES[:2]),)
 
 
 def _cuda() -> tuple[Suite, ...]:
@@ -82,12 +90,12 @@ def _cuda() -> tuple[Suite, ...]:
     )
 
 
-def _half(length: int, causal: bool = False, width: int = 128, **fields: object) -> Problem:
-    return Problem(length, causal, width=width, dtype=torch.bfloat16, device="cuda", **fields)  # type: ignore[arg-type]
+def _half(length: int, causal: bool = False, width: int = 128, **fields: object) -> Workload:
+    return Workload(length, causal, width=width, dtype=torch.bfloat16, device="cuda", **fields)  # type: ignore[arg-type]
 
 
 def _lengths(count: int, total: int) -> tuple[int, ...]:
-    """Lengths of `count` sequences as real text has them: many short ones, a few long ones."""
+    """Draws the lengths of `count` sequences as real text has them: many short ones, a few long ones."""
     weights = [random.Random(seed).lognormvariate(0.0, 1.0) for seed in range(count)]
     lengths = [max(1, int(total * weight / sum(weights))) for weight in weights]
     lengths[0] += total - sum(lengths)
@@ -99,10 +107,10 @@ def memory_lengths(quick: bool) -> tuple[int, ...]:
     return lengths[:1] if quick else lengths
 
 
-def memory_problem(length: int) -> Problem:
-    return Problem(length) if DEVICE == "cpu" else _half(length, True, heads=16)
+def memory_workload(length: int) -> Workload:
+    return Workload(length) if DEVICE == "cpu" else _half(length, True, heads=16)
 
 
-def tiny_problem() -> Problem:
-    """One whose work is nothing beside its call."""
-    return Problem(16, heads=1) if DEVICE == "cpu" else _half(128, heads=1)
+def tiny_workload() -> Workload:
+    """Returns a workload whose work takes next to no time beside its call."""
+    return Workload(16, heads=1) if DEVICE == "cpu" else _half(128, heads=1)

@@ -1,7 +1,8 @@
-"""How long a function takes: in wall time on a CPU, in the time of the device on a GPU."""
+"""Clocks measure a function: wall time on a CPU, device time on a GPU, or the time of the host."""
 
 from __future__ import annotations
 
+import itertools
 import time
 from collections.abc import Callable, Sequence
 from typing import Protocol
@@ -13,14 +14,14 @@ Run = Callable[[], object]
 
 class Clock(Protocol):
     def rounds(self, runs: Sequence[Run]) -> int:
-        """How many rounds of one turn for each run are worth their time."""
+        """Returns the number of rounds; in a round each run has one turn."""
 
     def turn(self, run: Run) -> list[float]:
-        """The seconds of one or several calls."""
+        """Returns the seconds of each call of one turn."""
 
 
 class CpuClock:
-    """One call a turn, about `seconds` for each run in all."""
+    """Makes one call a turn, for about two seconds (quick: 0.3) a run."""
 
     def __init__(self, quick: bool) -> None:
         self._seconds, self._least = (0.3, 5) if quick else (2.0, 7)
@@ -35,17 +36,44 @@ class CpuClock:
         return [time.perf_counter() - start]
 
 
-class CudaClock:
-    """Some calls a turn, each with a cold L2 and behind work that keeps the device busy until the host has queued it.
+class HostClock:
+    """Times calls whose work takes the device next to no time, several a turn after an untimed one.
 
-    The pause behind a turn lets the chip recover: back to back it hits its power limit, and whoever comes later runs
-    at lower clocks.
+    Each call has a time of its own, so that the median does not see a host that was interrupted. On a GPU the host does
+    not wait for the device before the turn ends.
+    """
+
+    ROUNDS, CALLS = 25, 10
+
+    def rounds(self, runs: Sequence[Run]) -> int:
+        return self.ROUNDS
+
+    def turn(self, run: Run) -> list[float]:
+        run()
+        self._wait()
+        marks = [time.perf_counter()]
+        for _ in range(self.CALLS):
+            run()
+            marks.append(time.perf_counter())
+        self._wait()
+        return [end - start for start, end in itertools.pairwise(marks)]
+
+    def _wait(self) -> None:
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()
+
+
+class CudaClock:
+    """Times several calls a turn by events, each with a cold L2.
+
+    Each call is queued behind work that keeps the device busy, so that the host's time never counts. The pause after a
+    turn lets the chip recover: back to back it hits its power limit, and later contenders run at lower clocks.
     """
 
     REST = 10.0  # times as long as the calls of the turn took
     LONGEST_REST = 0.1
     AHEAD = 2_000_000  # cycles, about 1 ms
-    TRIES = 5  # of a call that the device came to before the host had queued all of it
+    TRIES = 5  # a call is repeated if the device reached it before the host had queued all of it
 
     def __init__(self, quick: bool) -> None:
         self._rounds, self._calls = (1, 4) if quick else (2, 5)
@@ -71,5 +99,5 @@ class CudaClock:
             run()
             end.record()
             if not start.query():
-                break  # else the time of a host that was held up may be in it, and of one that waits for the device is
+                break  # otherwise the event span may contain time of the host
         return start, end

@@ -13,11 +13,12 @@ from typing import Any
 
 @dataclass(frozen=True)
 class Point:
-    """One contender at one problem.
+    """One contender at one workload.
 
     Attributes:
-        suite: the group of problems that it belongs to, such as "grid" or "decode".
-        problem: the fields of `bench.problem.Problem` that shape the work.
+        suite: the group of workloads that it belongs to, such as "grid" or "decode"; of host calls "host: ", the
+            kind of call and its pass.
+        problem: the fields of `bench.workloads.Workload` that shape the work.
         measure: "forward", "backward" or "both", in seconds; "memory", in bytes; "host", seconds of host time a call;
             "first call", seconds of the first call in a new process; of calls whose lengths change "wall", seconds
             from the first to the end of all for each call, and "step", seconds of the host in each.
@@ -26,7 +27,7 @@ class Point:
         ours: whether it is attn_n; otherwise it is a peer.
         status: "measured", "absent" (`reason` says why) or "wrong" (not timed; `reason` says how far off).
         backend: the backend of attn_n that served the call.
-        values: what was measured, a value a round; rounds of one problem and measure were run in turns.
+        values: what was measured, a value a round; rounds of one workload and measure were run in turns.
         flops: floating-point operations of one call by FlashAttention's count (only visible pairs of query and key).
     """
 
@@ -48,7 +49,7 @@ class Point:
 
     @property
     def place(self) -> tuple[object, ...]:
-        """What has to agree for two points to be compared: all but the contender."""
+        """Returns what has to agree for two points to be compared: all but the contender."""
         return self.suite, self.measure, tuple(sorted((k, str(v)) for k, v in self.problem.items()))
 
 
@@ -68,7 +69,7 @@ class Run:
     points: list[Point] = field(default_factory=list)
 
     def save(self, path: Path) -> None:
-        """Write all of it; a run that is interrupted keeps what it had."""
+        """Writes all of it at once, so that a run that is interrupted keeps what it had."""
         path.parent.mkdir(parents=True, exist_ok=True)
         unfinished = path.with_suffix(".unfinished")
         head = {name: value for name, value in vars(self).items() if name != "points"}

@@ -1,4 +1,4 @@
-"""What is computed in a benchmark."""
+"""A workload: one shape of attention, and its tensors."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ FORWARD = PASSES[:1]
 
 
 @dataclass(frozen=True)
-class Problem:
+class Workload:
     """Attention of one shape, E = Ev = width.
 
     Attributes:
@@ -23,6 +23,7 @@ class Problem:
         heads_kv: None is `heads`.
         window: how many keys before its own a query sees; None is all.
         sequences: the lengths of packed sequences, whose sum is `length`; then batch is 1 and L = S.
+        mask: the dtype of a mask `(L, S)` in memory, "bool"; None is no mask.
     """
 
     length: int
@@ -34,6 +35,7 @@ class Problem:
     heads_kv: int | None = None
     window: int | None = None
     sequences: tuple[int, ...] = ()
+    mask: str | None = None
     dtype: torch.dtype = torch.float32
     device: str = "cpu"
 
@@ -47,6 +49,8 @@ class Problem:
             parts.append(f"{len(self.sequences)}seqs-max{max(self.sequences)}")
         if self.window is not None:
             parts.append(f"window{self.window}")
+        if self.mask is not None:
+            parts.append(f"{self.mask}-mask")
         parts.append("causal" if self.causal else "full")
         return "-".join(parts)
 
@@ -59,12 +63,12 @@ class Problem:
         return self.heads if self.heads_kv is None else self.heads_kv
 
     def forward_flops(self) -> float:
-        """Two products of 2 E operations for each visible pair of query and key; FlashAttention counts so, too."""
+        """Counts two matmuls of 2 E operations for each visible pair of query and key, as FlashAttention does."""
         lengths = [(length, length) for length in self.sequences] or [(self.length, self.len_k)]
         return 4.0 * self.width * self.heads * self.batch * sum(self._pairs(*each) for each in lengths)
 
     def flops(self, measure: str) -> float:
-        """Of "forward", "backward" (five products in place of two) or "both"."""
+        """Counts the operations of "forward", "backward" (five matmuls instead of two) or "both"."""
         return {"forward": 1.0, "backward": 2.5, "both": 3.5}[measure] * self.forward_flops()
 
     def _pairs(self, len_q: int, len_k: int) -> float:
@@ -75,13 +79,13 @@ class Problem:
         return float(shape.clamp(0, reach).sum())
 
     def fields(self) -> dict[str, Any]:
-        """All of it but the device, as results files hold it."""
+        """Returns all but the device, as results files hold it."""
         named = {name: value for name, value in vars(self).items() if name != "device" and value not in (None, ())}
         return {**named, "dtype": str(self.dtype).removeprefix("torch.")}
 
 
 class Inputs(NamedTuple):
-    """The tensors of a problem: q `(B, H, L, E)`, k and v `(B, Hkv, S, E)`, or packed `(T, H, E)`; dout as q.
+    """The tensors of a workload: q `(B, H, L, E)`, k and v `(B, Hkv, S, E)`, or packed `(T, H, E)`; dout as q.
 
     q, k and v require gradients. `starts` is cu_seqlens of packed sequences.
     """
@@ -91,28 +95,33 @@ class Inputs(NamedTuple):
     v: Tensor
     dout: Tensor
     starts: Tensor | None
-    problem: Problem
+    workload: Workload
+    mask: Tensor | None = None
 
 
-def make_inputs(problem: Problem) -> Inputs:
-    """Random normal tensors, the same for each call with the same problem.
+def make_inputs(workload: Workload) -> Inputs:
+    """Draws normal tensors, the same for each call with the same workload.
 
     The means of q and k differ by so much that the logits lie around -log(S): all keys together weigh about as much
     as n = 1, and a contender that drops n is far off at any length and in any dtype.
     """
-    generator = torch.Generator(problem.device).manual_seed(0)
+    generator = torch.Generator(workload.device).manual_seed(0)
 
     def normal(heads: int, length: int) -> Tensor:
-        shape = (length, heads) if problem.sequences else (problem.batch, heads, length)
-        return torch.randn(*shape, problem.width, generator=generator, dtype=problem.dtype, device=problem.device)
+        shape = (length, heads) if workload.sequences else (workload.batch, heads, length)
+        return torch.randn(*shape, workload.width, generator=generator, dtype=workload.dtype, device=workload.device)
 
-    q, dout = (normal(problem.heads, problem.length) for _ in range(2))
-    k, v = (normal(problem.num_heads_kv, problem.len_k) for _ in range(2))
-    # In place: a copy would raise the resident peak that bench.memory starts from.
-    mean = math.sqrt(math.log(max(problem.sequences or (problem.len_k,))) / math.sqrt(problem.width))
+    q, dout = (normal(workload.heads, workload.length) for _ in range(2))
+    k, v = (normal(workload.num_heads_kv, workload.len_k) for _ in range(2))
+    # In place: a copy would raise the resident peak that bench.method.memory starts from.
+    mean = math.sqrt(math.log(max(workload.sequences or (workload.len_k,))) / math.sqrt(workload.width))
     q.add_(mean)
     k.sub_(mean)
     starts = None
-    if problem.sequences:
-        starts = torch.tensor([0, *problem.sequences], device=problem.device).cumsum(0).to(torch.int32)
-    return Inputs(q.requires_grad_(), k.requires_grad_(), v.requires_grad_(), dout, starts, problem)
+    if workload.sequences:
+        starts = torch.tensor([0, *workload.sequences], device=workload.device).cumsum(0).to(torch.int32)
+    mask = None
+    if workload.mask is not None:
+        mask = torch.ones(workload.length, workload.len_k, dtype=torch.bool, device=workload.device)
+        mask[:, ::8] = False
+    return Inputs(q.requires_grad_(), k.requires_grad_(), v.requires_grad_(), dout, starts, workload, mask)

@@ -1,4 +1,4 @@
-"""Compiles what a run is going to measure, many kernels at a time, so that the run spends its time on measuring.
+"""Compiles what a run is going to measure, many kernels at a time, before the run starts.
 
 Triton, FlexAttention and FlashAttention 4 keep on disk what they have compiled, where other processes find it.
 """
@@ -17,22 +17,22 @@ import torch
 from bench.contenders import named
 from bench.contenders.base import Contender
 from bench.contenders.library import one_line
-from bench.problem import Problem, make_inputs
-from bench.suites import Case, memory_problem, tiny_problem
+from bench.workloads import Workload, make_inputs
+from bench.workloads.suites import Case, memory_workload
 
-_BYTES_A_PROCESS = 5 << 30  # of the GPU: torch's context, and the inputs and gradients of the longest problems
+_BYTES_A_PROCESS = 5 << 30  # of the GPU: torch's context, and the inputs and gradients of the longest workloads
 
 
 class Job(NamedTuple):
-    """One forward, with its backward or without gradients; the contender by its name, which another process knows."""
+    """One forward, with its backward or without gradients. The contender is named, for another process runs it."""
 
     contender: str
-    problem: Problem
+    workload: Workload
     backward: bool
 
 
 def jobs(items: Iterable[Mapping[str, Any]]) -> list[Job]:
-    """What to compile for items of pytest with these parameters; nothing for those that measure the compiling."""
+    """Returns what to compile for pytest items with these parameters; items that measure compiling need nothing."""
     return list(dict.fromkeys(job for parameters in items if (job := _job(parameters)) is not None))
 
 
@@ -40,23 +40,21 @@ def _job(parameters: Mapping[str, Any]) -> Job | None:
     contender: Contender | None = parameters.get("contender")
     case: Case | None = parameters.get("case")
     length: int | None = parameters.get("length")
-    if contender is None or contender.apart:  # what is apart compiles nothing, and takes long
+    if contender is None or contender.apart:  # those measured apart compile nothing and take long
         return None
     if case is not None:
-        return Job(contender.name, case.problem, case.suite.training)
-    if length is not None:
-        return Job(contender.name, memory_problem(length), True)
-    return Job(contender.name, tiny_problem(), True) if "suite" in parameters else None
+        return Job(contender.name, case.workload, case.training)
+    return Job(contender.name, memory_workload(length), True) if length is not None else None
 
 
 def at_a_time() -> int:
-    """How many processes have a core of the host and enough memory of the GPU."""
+    """Returns how many processes find a core of the host and enough memory of the GPU."""
     free, _ = torch.cuda.mem_get_info()
     return max(1, min((os.cpu_count() or 2) - 1, free // _BYTES_A_PROCESS))
 
 
 def compile_all(jobs: Collection[Job], processes: int) -> list[str]:
-    """Run each job once; returns what failed, which the suite finds too and reports."""
+    """Runs each job once and returns the failures, which the suite will meet again and report."""
     os.environ.setdefault("FLASH_ATTENTION_CUTE_DSL_CACHE_ENABLED", "1")  # it keeps nothing otherwise
     spawn = multiprocessing.get_context("spawn")
     failures = []
@@ -64,30 +62,30 @@ def compile_all(jobs: Collection[Job], processes: int) -> list[str]:
         try:
             for job, failure in zip(jobs, pool.map(run, jobs), strict=True):
                 if failure is not None:
-                    failures.append(f"{job.contender} at {job.problem}: {failure}")
+                    failures.append(f"{job.contender} at {job.workload}: {failure}")
         except BrokenProcessPool as crash:
             failures.append(one_line(crash))
     return failures
 
 
 def _one_thread() -> None:
-    """Inductor would start as many compilers as there are cores, in each process."""
+    """Keeps Inductor from starting a compiler for each core in every process."""
     os.environ["TORCHINDUCTOR_COMPILE_THREADS"] = "1"
 
 
 def run(job: Job) -> str | None:
-    """What went wrong."""
-    problem = job.problem
+    """Runs the job; returns what went wrong, or None."""
+    workload = job.workload
     try:
-        contender = named(job.contender, problem.device)
-        if contender.why_not(problem) is not None:
+        contender = named(job.contender, workload.device)
+        if contender.why_not(workload) is not None:
             return None
-        passes = contender.prepare(make_inputs(problem))
+        passes = contender.prepare(make_inputs(workload))
         with torch.set_grad_enabled(job.backward):
             out = passes.forward()
         if job.backward and "backward" in contender.measures:
             passes.backward(out)
-        if problem.device == "cuda":
+        if workload.device == "cuda":
             torch.cuda.synchronize()
             torch.cuda.empty_cache()
     except Exception as failure:  # of one contender

@@ -1,6 +1,7 @@
 """Compiles the Triton kernels for GPUs that are not there: registers, spills and shared memory.
 
-`python -m bench.ahead_of_time sm_90` does so for every configuration that is shipped for that GPU, one JSON line each.
+`python -m bench.kernels.ahead_of_time sm_90` compiles every configuration that is shipped for that GPU and prints one
+JSON line for each.
 """
 
 from __future__ import annotations
@@ -48,11 +49,11 @@ class Resources(NamedTuple):
     registers: int  # of a thread
     spills: int  # bytes of a thread (of a lane on AMD)
     shared: int  # bytes of a program
-    warnings: tuple[str, ...]  # of ptxas, when it runs matrix products one by one
+    warnings: tuple[str, ...]  # of ptxas, when it serialises wgmma
 
 
 class _NoGpu:
-    """What Triton asks of a driver when it only compiles."""
+    """Answers what Triton asks of a driver when it only compiles."""
 
     def __init__(self, gpu: GPUTarget) -> None:
         self._gpu = gpu
@@ -71,7 +72,7 @@ class _NoGpu:
 
 
 def shipped(target: str) -> Iterator[tuple[str, int, Any, torch.dtype]]:
-    """kernel, width, configuration and dtype of all that a GPU may get."""
+    """Yields kernel, width, configuration and dtype of all that is shipped for a GPU."""
     if target == "sm_90" and hopper.tested():
         for width, found in FORWARD.items():
             for config in found:
@@ -90,9 +91,9 @@ def compiled(
     target: str, kernel: str, width: int, config: Any, dtype: torch.dtype, options: Options,
     length: int = 256, log_n: float = 0.0, groups: int = 1,
 ) -> Any:  # fmt: skip
-    """One of the kernels of `configs`, compiled for a head of `width`; without `config` with the tiles of the table.
+    """Compiles one of the kernels of `configs` for heads of `width`; without `config` it takes the tiles of the table.
 
-    There are two key heads, and `groups` query heads for each.
+    There are two KV heads, and `groups` query heads for each.
     """
     triton.runtime.driver.set_active(_NoGpu(TARGETS[target].gpu))
 
@@ -106,7 +107,7 @@ def compiled(
 
 
 def packed(options: Options, same: bool = True) -> Options:
-    """The same for two packed sequences of 128; `same`: queries and keys share their boundaries."""
+    """Returns the options for two packed sequences of 128; with `same`, queries and keys share their boundaries."""
     starts = torch.tensor([0, 128, 256], dtype=torch.int32)
     return options.replaced(
         cu_seqlens_q=starts, cu_seqlens_k=starts if same else starts.clone(), max_seqlen_q=128, max_seqlen_k=128
@@ -117,7 +118,7 @@ def launch_of(
     kernel: str, tensors: Sequence[Tensor], lse: Tensor, options: Options, config: Any, log_n: float = 0.0,
     compile_only: bool = False,
 ) -> Callable[[], Any]:  # fmt: skip
-    """The call of one kernel; `tensors` are q, k, v, out, dout, dq, dk and dv, heads first or packed."""
+    """Returns the call of one kernel; `tensors` are q, k, v, out, dout, dq, dk and dv, heads first or packed."""
     q, k, v, out, dout, dq, dk, dv = tensors
     starts, gradients = (options.cu_seqlens_q, options.cu_seqlens_k), [kernel_strides(x.stride()) for x in (dq, dk, dv)]
     if kernel == "hopper forward":
@@ -128,7 +129,7 @@ def launch_of(
         if compile_only:
             table = q.new_empty(ready.table, dtype=torch.int32) if ready.table else None
             return functools.partial(ready.main.compiled, *arguments, table)
-        # A launch uses its counter up.
+        # Each launch needs a new counter.
         return lambda: ready.main(*arguments, prepare.list_of_tiles(ready, q, *starts))
     if kernel.startswith("hopper backward"):
         from attn_n.backends.triton.hopper import prepare
@@ -162,15 +163,15 @@ def launch_of(
     return functools.partial(chosen.compiled if compile_only else chosen, *arguments)
 
 
-def compiled_folds(target: str) -> Iterator[tuple[str, int, Any]]:
-    """Name, width and compiled kernel of the fold and of the gradient of n."""
+def compiled_sinks(target: str) -> Iterator[tuple[str, int, Any]]:
+    """Yields name, width and compiled kernel of the sink's rescaling and of the gradient of n."""
     triton.runtime.driver.set_active(_NoGpu(TARGETS[target].gpu))
     lse, sinks, shares = torch.empty(1, 2, 256), torch.empty(2), torch.empty(99)
     for width in (64, 96, 128, 256):
         out = torch.empty(1, 2, 256, width, dtype=torch.bfloat16)
         row, tile = lse.stride(), out.stride()
-        fold = fused.prepared("scale", out.device, out.dtype, out.shape, (tile,), (row, row), 0)
-        yield "fold", width, fold.compiled(out, lse, lse, None, 1.0)
+        rescale = fused.prepared("scale", out.device, out.dtype, out.shape, (tile,), (row, row), 0)
+        yield "rescaling", width, rescale.compiled(out, lse, lse, None, 1.0)
         gradient = fused.prepared("gradient", out.device, out.dtype, out.shape, (tile, tile), (None, row), 1)
         yield "gradient of n", width, gradient.compiled(out, out, None, lse, sinks, shares)
 
@@ -185,7 +186,7 @@ def resources(kernel: Any, target: str) -> Resources:
         return Resources(registers, spills, shared, ())
     from triton.backends.nvidia.compiler import get_ptxas
 
-    # Which one Triton takes depends on its version: since 3.5 on the architecture.
+    # Since 3.5 Triton chooses ptxas by the architecture.
     arguments = [TARGETS[target].gpu.arch] if inspect.signature(get_ptxas).parameters else []
     ptxas = get_ptxas(*arguments).path
     with tempfile.NamedTemporaryFile("w", suffix=".ptx") as file:
@@ -215,7 +216,7 @@ def main(target: str) -> None:
                 "packed": options is not causal, **found._asdict(),
             }  # fmt: skip
             print(json.dumps(line), flush=True)
-    for kernel, width, binary in compiled_folds(target):
+    for kernel, width, binary in compiled_sinks(target):
         found = resources(binary, target)
         print(json.dumps({"kernel": kernel, "width": width, "dtype": "torch.bfloat16", **found._asdict()}), flush=True)
 

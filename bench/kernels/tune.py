@@ -1,7 +1,7 @@
-"""Tries tiles for the Triton kernels on the GPU that is there: python -m bench.tune OUT.json [--kernel dq] ...
+"""Tries tiles for the Triton kernels on the GPU that is there: python -m bench.kernels.tune OUT.json [--kernel dq] ...
 
-Compiles in parallel, leaves out what spills or does not fit, times the rest (the tokens, heads and lengths of the
-grid), prints the best of each problem and writes everything.
+It compiles in parallel, leaves out what spills or does not fit, times the rest with the tokens, heads and lengths of
+the grid, prints the best of each workload and writes everything.
 """
 
 from __future__ import annotations
@@ -21,17 +21,17 @@ import torch
 from attn_n.backends.triton.hopper import configs as hopper
 from attn_n.backends.triton.portable import PortableKernels, configs
 from attn_n.call import Options
-from bench import ahead_of_time
-from bench.ahead_of_time import launch_of
+from bench.kernels import ahead_of_time
+from bench.kernels.ahead_of_time import launch_of
 
 TOKENS, HIDDEN = 16384, 2048
 TILES = list(itertools.product((32, 64, 128), (32, 64, 128)))
-# Of matrices, in one step of a kernel's loop.
-PRODUCTS = {"forward": 2, "dq": 3, "dk and dv": 4, "dk": 3, "dv": 2, "hopper forward": 2}
+# In one step of a kernel's loop.
+MATMULS = {"forward": 2, "dq": 3, "dk and dv": 4, "dk": 3, "dv": 2, "hopper forward": 2}
 
 
 class Try(dict[str, Any]):
-    """kernel, width, causal, dtype and config; then registers, spills, ...; then tflops by length."""
+    """Holds kernel, width, causal, dtype and config; later registers, spills, ...; at last tflops by length."""
 
     @property
     def key(self) -> tuple[str, int, Any, torch.dtype]:
@@ -76,7 +76,7 @@ def main() -> None:
 def _arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("out")
-    parser.add_argument("--kernel", nargs="+", default=list(PRODUCTS), choices=PRODUCTS)
+    parser.add_argument("--kernel", nargs="+", default=list(MATMULS), choices=MATMULS)
     parser.add_argument("--width", nargs="+", type=int, default=[64, 128, 256])
     parser.add_argument("--length", nargs="+", type=int, default=[512, 2048, 8192])
     parser.add_argument("--dtype", default="bfloat16")
@@ -119,7 +119,7 @@ def _compile(one: Try) -> Try | None:
 
 
 def _inputs(length: int, width: int, dtype: str) -> tuple[torch.Tensor, ...]:
-    """q, k, v, out, dout, dq, dk, dv, and lse."""
+    """Returns q, k, v, out, dout, dq, dk, dv, and lse."""
     shape = (TOKENS // length, HIDDEN // width, length, width)
     q, k, v, dout = (torch.randn(shape, dtype=getattr(torch, dtype), device="cuda") for _ in range(4))
     out, lse, _ = PortableKernels().forward(q, k, v, None, Options(width**-0.5))
@@ -141,7 +141,7 @@ def _tflops(one: Try, length: int, inputs: tuple[torch.Tensor, ...], rounds: int
         torch.cuda.synchronize()
         times.append(start.elapsed_time(end) * 1e-3)
         time.sleep(0.01)
-    flops = 2 * PRODUCTS[kernel] * TOKENS * length * HIDDEN / (2 if one["causal"] else 1)
+    flops = 2 * MATMULS[kernel] * TOKENS * length * HIDDEN / (2 if one["causal"] else 1)
     return flops / statistics.median(times) / 1e12
 
 

@@ -1,0 +1,1 @@
+"""What becomes of the measurements: results files, ratios, tables and pictures."""
