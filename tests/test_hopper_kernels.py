@@ -111,13 +111,13 @@ def test_the_passes_of_packed_sequences(width: int, tile_q: int, device: str) ->
 @pytest.mark.parametrize("batch", [1, 5, 130, 1100])
 def test_the_order_of_packed_tiles(batch: int, device: str) -> None:
     """Each tile once, those of sequences with many keys first; of more than 1,024 sequences so in each 1,024."""
-    from attn_n.backends.triton.hopper.schedule import HEADER, order_kernel
+    from attn_n.backends.triton.hopper.schedule import HEADER, schedule_kernel
 
     pick, tile = random.Random(batch), 64
     lengths, keys = ([pick.choice([0, 1, 64, pick.randint(0, 300)]) for _ in range(batch)] for _ in "qk")
     most = sum(lengths) // tile + batch
     table = torch.full((HEADER.value + 2 * most,), -1, dtype=torch.int32, device=device)
-    order_kernel[(-(-batch // 128),)](table, boundaries(lengths, device), boundaries(keys, device), batch, tile)
+    schedule_kernel[(-(-batch // 128),)](table, boundaries(lengths, device), boundaries(keys, device), batch, tile)
     expected: list[tuple[int, int]] = []
     for group in range(0, batch, 1024):
         for b in sorted(range(group, min(group + 1024, batch)), key=lambda b: -keys[b]):

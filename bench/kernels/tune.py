@@ -90,7 +90,7 @@ def _candidates(kernel: str, width: int) -> Iterator[tuple[Any, ...]]:
         softmax = ((False, False), (True, False), (True, True))  # of lazy and weights_first
         for *one, place, kind in itertools.product((1, 2, 3), (64, 128), (2, 3, 4), places, softmax):
             for counted in (False, True):
-                yield *one, *place, *kind, counted
+                yield hopper.Tiles(*one, *place, *kind), counted
         return
     for tile, warps, stages, descriptors in itertools.product(TILES, (4, 8), (1, 2, 3, 4), (False, True)):
         if _plausible(kernel, width, tile, warps):

@@ -1,278 +1,234 @@
 """The backward kernel for Hopper: dQ, dK and dV together, by tiles of keys.
 
-A program stays on its processor and goes through tiles of 128 keys. It has three roles, which share nothing but buffers
-in shared memory and the barriers on them:
+Programs are persistent, and go through tiles of 128 keys. Each has three roles, which share nothing but buffers in
+shared memory and the barriers on them:
 
     producer, 1 warp                          consumers, 2 x 4 warps, each with its own 64 keys
 
-    next tile of keys                         wait kv_full
-      wait kv_empty                           for each tile of queries, of each of its query heads:
-      k, v, the tile's numbers -> kv_full       wait full
+    next tile of keys                         wait kv.full
+      wait kv.empty                           for each tile of queries, of each of its query heads:
+      k, v, the mailbox      -> kv.full         wait queries.full
       for each tile of queries:                 P^T = exp2(S^T - lse)   dP^T = V dO^T - delta
-        wait empty                              dV += P^T dO            dS^T = P^T * dP^T, to shared memory
-        q, dout, lse, delta    -> full          meet the other consumer
+        wait queries.empty                      dV += P^T dO            dS^T = P^T * dP^T, to shared memory
+        q, dout, lse, delta -> queries.full     barrier of both consumers
                                                 dQ = dS K, half of it each
                                                 dK += dS^T Q            dQ is added to global memory
-                                                the next S^T = K Q^T    -> empty
-                                              -> kv_empty
+                                                the next S^T = K Q^T    -> queries.empty
+                                              -> kv.empty
                                               dV and dK are written, or added, to global memory
 
 At E = 128, where the registers allow it, the next dP is begun right behind the next S, so that the first exponentials
-find the product beside which they run already there (+1 to 2 %; at E = 64 it is 3 % slower).
+have that wgmma to run beside (+1 to 2 %; at E = 64 it is 3 % slower).
 
-A barrier is waited for by its phase, which flips each time its ring of buffers has gone around; `empty` and `kv_empty`
-count an arrival of each consumer. There are two buffers of each kind, of dS too: a consumer overwrites the dS of two
-tiles ago, which the other one has read, for they have met since.
+A barrier is waited for by its phase, which flips each time its ring of buffers has gone around; `empty` counts an
+arrival of each consumer. There are two buffers of each kind, of dS too: a consumer overwrites the dS of two tiles ago,
+which the other one has read, because both have passed their barrier since.
 
 Keys and queries that do not see each other are never loaded; tiles in which only some do are masked. lse is infinite
 and q and dout are zero beyond the end of the queries, so that these rows add nothing. n is in the lse and appears
 nowhere else. The order in which tiles of keys add to dQ is not fixed: its last bits differ from run to run. So do those
-of dK and dV where several programs add to them, each for some of the query heads of a key head.
+of dK and dV where several programs add to them, each for some of the query heads of a KV head.
 """
 
-from typing import NamedTuple
-
-from triton._C.libtriton import ir
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
-from triton.experimental.gluon.language._core import builtin
 from triton.experimental.gluon.language.nvidia.hopper import (
     fence_async_shared,
-    mbarrier,
     tma,
     warpgroup_mma,
     warpgroup_mma_wait,
 )
 
-from attn_n.backends.triton.hopper.backward_producer import (
-    BEGIN,
+from attn_n.backends.triton.hopper.backward_producer import RUN_TIME, Sizes, produce
+from attn_n.backends.triton.hopper.backward_rings import (
     FIELDS,
-    FULL_BEGIN,
-    FULL_END,
-    KEY_ROW,
-    RUN_TIME,
-    STEPS,
-    SUM_ROW,
-    Sizes,
-    add_from_registers,
-    here,
-    meet,
-    produce,
+    allocate_rings,
     row_vector,
+    store_tile,
     visible,
-    write,
 )
-from attn_n.backends.triton.hopper.pipeline import Packed, barriers, rounded, tiles_of, told
+from attn_n.backends.triton.hopper.gluon_compat import async_reduce_add, reinterpret
+from attn_n.backends.triton.hopper.mailbox import mailbox_read
+from attn_n.backends.triton.hopper.ptx import add_accumulator, cast_operand, consumer_barrier, pin_here
+from attn_n.backends.triton.hopper.rings import State, consumer_release, consumer_wait, wait_turn
+from attn_n.backends.triton.hopper.scheduler import Varlen
+from attn_n.backends.triton.hopper.tma import tile_descriptor
 from attn_n.backends.triton.portable.tile import LOG2E, tanh
-
-
-class Buffers(NamedTuple):
-    """What the roles share: memory, and the barriers on it."""
-
-    k: gl.shared_memory_descriptor  # [2, 64, E], of each consumer
-    v: gl.shared_memory_descriptor
-    q: gl.shared_memory_descriptor  # [2, TILE_Q, E]
-    dout: gl.shared_memory_descriptor
-    lse: gl.shared_memory_descriptor  # [2, 1, TILE_Q]
-    delta: gl.shared_memory_descriptor
-    ds: gl.shared_memory_descriptor  # [4, 64, TILE_Q], of each consumer
-    dq: gl.shared_memory_descriptor  # [2, 64, 64] float32, of each consumer; dK and dV go through it too
-    tile: gl.shared_memory_descriptor  # [2 * FIELDS, 1]: the numbers of this tile of keys, or of the last one
-    kv_full: gl.shared_memory_descriptor
-    kv_empty: gl.shared_memory_descriptor
-    full: gl.shared_memory_descriptor
-    empty: gl.shared_memory_descriptor
 
 
 @gluon.jit
 def consume(
-    ME: gl.constexpr, b, sizes, dq_sum, dk, dv, strides_dk, strides_dv, scale, softcap,
-    GROUPS: gl.constexpr, SHARES: gl.constexpr, E: gl.constexpr, TILE_Q: gl.constexpr,
+    CONSUMER: gl.constexpr, rings, ds_buffers, dq_buffers, sizes, dq_sum, dk, dv, strides_dk, strides_dv, scale,
+    softcap, SPEC: gl.constexpr,
 ):  # fmt: skip
-    batches, heads, len_q, len_k, _sum_rows, left, right, _together, packed = sizes
+    """A consumer warpgroup: dK and dV of its 64 keys of each tile, and half of what these add to dQ."""
+    batches, heads, len_q, len_k, _sum_rows, left, right, _swizzle, varlen = sizes
+    E: gl.constexpr = SPEC.width
+    TILE_Q: gl.constexpr = SPEC.tile_q
+    kv, queries = rings.kv.buffers, rings.queries.buffers
     rows = gl.cdiv(len_q, TILE_Q) * TILE_Q
-    dtype: gl.constexpr = b.k.dtype
-    OF_S: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, TILE_Q, 16])
-    OF_DKV: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, E, 16])
-    OPERAND: gl.constexpr = gl.DotOperandLayout(0, OF_DKV, 2)
+    dtype: gl.constexpr = kv.k.dtype
+    S: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, TILE_Q, 16])
+    DKV: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, E, 16])
+    OPERAND: gl.constexpr = gl.DotOperandLayout(0, DKV, 2)
     HALF: gl.constexpr = 64 * 64 // E  # rows of dq_sum that are as much as a consumer's part of dQ
-    AHEAD: gl.constexpr = E == 128  # whether dP begins behind the S before
+    DP_AHEAD: gl.constexpr = E == 128  # whether dP begins behind the S before
 
-    sums = tma.make_tensor_descriptor(
+    sum_desc = tma.make_tensor_descriptor(
         dq_sum, [batches * heads * rows, E], [E, 1], [HALF, E], gl.NVMMASharedLayout(0, 32)
     )  # fmt: skip
-    if SHARES == 1:
-        dim = batches if packed.table is None else None
-        of_dk = tiles_of(dk, dim, heads // GROUPS, len_k, strides_dk, 64, E)
-        of_dv = tiles_of(dv, dim, heads // GROUPS, len_k, strides_dv, 64, E)
+    if SPEC.teams == 1:
+        batch_dim = batches if varlen.table is None else None
+        dk_desc = tile_descriptor(dk, batch_dim, heads // SPEC.team_heads, len_k, strides_dk, 64, E)
+        dv_desc = tile_descriptor(dv, batch_dim, heads // SPEC.team_heads, len_k, strides_dv, 64, E)
     factor = (scale if softcap is None else softcap) * LOG2E
     turn, slot = 0, 0  # as in the producer
-    mbarrier.wait(b.kv_full.index(0), slot)
-    steps = told(b.tile, slot * FIELDS + STEPS)
+    consumer_wait(rings.kv, State(0, slot))
+    steps = mailbox_read(rings.mailbox, slot, FIELDS, "steps")
     while steps >= 0:
-        dk_tile = gl.zeros([64, E], gl.float32, OF_DKV)
-        dv_tile = gl.zeros([64, E], gl.float32, OF_DKV)
-        begin, full_begin = told(b.tile, slot * FIELDS + BEGIN), told(b.tile, slot * FIELDS + FULL_BEGIN)
-        full_end, sum_row = told(b.tile, slot * FIELDS + FULL_END), told(b.tile, slot * FIELDS + SUM_ROW)
+        dk_acc = gl.zeros([64, E], gl.float32, DKV)
+        dv_acc = gl.zeros([64, E], gl.float32, DKV)
+        begin = mailbox_read(rings.mailbox, slot, FIELDS, "begin")
+        full_begin = mailbox_read(rings.mailbox, slot, FIELDS, "full_begin")
+        full_end = mailbox_read(rings.mailbox, slot, FIELDS, "full_end")
+        sum_row = mailbox_read(rings.mailbox, slot, FIELDS, "sum_row")
         row, end = begin, begin + steps * TILE_Q
         if steps > 0:
-            mbarrier.wait(b.full.index(turn & 1), turn >> 1)
-        # Without queries, and behind the last tile of them, these are of what nobody reads: a product that still runs
-        # cannot leave a branch.
-        s = logits(b, turn & 1, ME, TILE_Q, OF_S)
-        if AHEAD:
-            dp = gradient_of_weights(b, turn & 1, ME, TILE_Q, OF_S)
+            wait_turn(rings.queries.full, turn)
+        # S^T = K Q^T and dP^T = V dO^T begin also where no tile of queries is left, since a wgmma in flight cannot
+        # cross a branch; nobody reads them then.
+        s = begin_matmul(kv.k.index(CONSUMER), queries.q.index(turn & 1), TILE_Q, S)
+        if DP_AHEAD:
+            dp = begin_matmul(kv.v.index(CONSUMER), queries.dout.index(turn & 1), TILE_Q, S)
             s = warpgroup_mma_wait(1, deps=[s])
         else:
             s = warpgroup_mma_wait(0, deps=[s])
-        for step in range(1, steps * GROUPS + 1):
+        for step in range(1, steps * SPEC.team_heads + 1):
             stage = turn & 1
-            q_tile, dout_tile = b.q.index(stage), b.dout.index(stage)
-            if not AHEAD:
-                zeros = gl.zeros([64, TILE_Q], gl.float32, OF_S)
-                minus_delta = here(gl.broadcast(row_vector(b.delta.index(stage), OF_S), zeros)[0])
-                dp = warpgroup_mma(b.v.index(ME), dout_tile.permute((1, 0)), minus_delta, is_async=True)
+            q_tile, dout_tile = queries.q.index(stage), queries.dout.index(stage)  # [TILE_Q, E]
+            # (1) dP^T = V dO^T - delta begins, if it has not with S^T.
+            if not DP_AHEAD:
+                zeros = gl.zeros([64, TILE_Q], gl.float32, S)
+                minus_delta = pin_here(gl.broadcast(row_vector(queries.delta.index(stage), S), zeros)[0])
+                dp = warpgroup_mma(kv.v.index(CONSUMER), dout_tile.permute((1, 0)), minus_delta, is_async=True)
+            # (2) P^T = exp2(S^T - lse). P is masked, or with softcap, whose derivative needs S again, S is: either way
+            # few registers stay alive.
             edge = (row < full_begin) | (row >= full_end)
-            # Masked are the weights, or the logits if these are needed once more: either way few registers wait.
             if softcap is not None:
                 s = tanh(s * (scale / softcap))
                 if edge:
-                    s = gl.where(visible(b, slot, row, len_k, left, right, ME, TILE_Q, OF_S), s, float("-inf"))
-            p = gl.exp2(s * factor - row_vector(b.lse.index(stage), OF_S))
+                    s = gl.where(visible(rings, slot, row, len_k, left, right, CONSUMER, TILE_Q, S), s, float("-inf"))
+            p = gl.exp2(s * factor - row_vector(queries.lse.index(stage), S))  # [64, TILE_Q]
             if softcap is None and edge:
-                p = gl.where(visible(b, slot, row, len_k, left, right, ME, TILE_Q, OF_S), p, 0.0)
-            weights = rounded(p, OPERAND, dtype)
+                p = gl.where(visible(rings, slot, row, len_k, left, right, CONSUMER, TILE_Q, S), p, 0.0)
+            p_operand = cast_operand(p, OPERAND, dtype)
             if softcap is not None:
                 p *= gl.maximum(1 - s * s, 0.0)  # not -inf where s is
+            # (3) dV += P^T dO begins.
             dp = warpgroup_mma_wait(0, deps=[dp])
-            dv_tile = warpgroup_mma(weights, dout_tile, dv_tile, is_async=True)
-            if AHEAD:
-                dp += row_vector(b.delta.index(stage), OF_S)
-            ds = rounded(p * dp, OPERAND, dtype)
-            b.ds.index(2 * stage + ME).store(gl.convert_layout(ds, OF_S, assert_trivial=True))
+            dv_acc = warpgroup_mma(p_operand, dout_tile, dv_acc, is_async=True)
+            # (4) dS^T = P^T * dP^T, for both consumers.
+            if DP_AHEAD:
+                dp += row_vector(queries.delta.index(stage), S)
+            ds_operand = cast_operand(p * dp, OPERAND, dtype)  # [64, TILE_Q]
+            ds_buffers.index(2 * stage + CONSUMER).store(gl.convert_layout(ds_operand, S, assert_trivial=True))
             fence_async_shared()
-            meet()
-            dq = dq_part(b, stage, ME, E)
-            dk_tile = warpgroup_mma(ds, q_tile, dk_tile, is_async=True)
-            dv_tile, dq, weights = warpgroup_mma_wait(1, deps=[dv_tile, dq, weights])
+            consumer_barrier()
+            # (5) dQ = dS K and dK += dS^T Q begin.
+            dq = begin_dq(kv.k, ds_buffers, stage, CONSUMER, E)  # [64, 64]
+            dk_acc = warpgroup_mma(ds_operand, q_tile, dk_acc, is_async=True)
+            # (6) dV and dQ are complete; dQ is added to global memory by TMA.
+            dv_acc, dq, p_operand = warpgroup_mma_wait(1, deps=[dv_acc, dq, p_operand])
             tma.store_wait(0)
-            b.dq.index(ME).store(dq)
+            dq_buffers.index(CONSUMER).store(dq)
             fence_async_shared()
-            flat = b.dq.index(ME)._reinterpret(gl.float32, sums.block_type.shape, sums.layout)
-            add_to_global(sums, [sum_row + row + ME * HALF, 0], flat)
+            flat = reinterpret(dq_buffers.index(CONSUMER), gl.float32, sum_desc.block_type.shape, sum_desc.layout)
+            async_reduce_add(sum_desc, [sum_row + row + CONSUMER * HALF, 0], flat)
+            # (7) The next S^T begins, and dP^T; dK is complete, and the tile of queries is released.
             turn = (turn + 1) & 3
-            if step < steps * GROUPS:
-                mbarrier.wait(b.full.index(turn & 1), turn >> 1)
-            s = logits(b, turn & 1, ME, TILE_Q, OF_S)
-            if AHEAD:
-                dk_tile, ds = warpgroup_mma_wait(1, deps=[dk_tile, ds])  # whose registers the next product needs
-                dp = gradient_of_weights(b, turn & 1, ME, TILE_Q, OF_S)
-                mbarrier.arrive(b.empty.index(stage), count=1)
+            if step < steps * SPEC.team_heads:
+                wait_turn(rings.queries.full, turn)
+            s = begin_matmul(kv.k.index(CONSUMER), queries.q.index(turn & 1), TILE_Q, S)
+            if DP_AHEAD:
+                # The next wgmma needs the registers of these.
+                dk_acc, ds_operand = warpgroup_mma_wait(1, deps=[dk_acc, ds_operand])
+                dp = begin_matmul(kv.v.index(CONSUMER), queries.dout.index(turn & 1), TILE_Q, S)
+                consumer_release(rings.queries, stage)
                 s = warpgroup_mma_wait(1, deps=[s])
             else:
-                dk_tile, ds, s = warpgroup_mma_wait(0, deps=[dk_tile, ds, s])
-                mbarrier.arrive(b.empty.index(stage), count=1)
+                dk_acc, ds_operand, s = warpgroup_mma_wait(0, deps=[dk_acc, ds_operand, s])
+                consumer_release(rings.queries, stage)
             row += TILE_Q
-            if GROUPS > 1 and row == end:
+            if SPEC.team_heads > 1 and row == end:  # the next query head
                 row = begin
                 sum_row += rows
-        if AHEAD:
+        if DP_AHEAD:
             dp = warpgroup_mma_wait(0, deps=[dp])
-        mbarrier.arrive(b.kv_empty.index(0), count=1)
-        if SHARES > 1:
-            of_sums = (told(b.tile, slot * FIELDS + KEY_ROW) + 64 * ME).to(gl.int64) * E
-            add_from_registers(dv + of_sums, dv_tile, OF_DKV)
-            add_from_registers(dk + of_sums, dk_tile, OF_DKV)
+        consumer_release(rings.kv, 0)
+        if SPEC.teams > 1:
+            key_row = mailbox_read(rings.mailbox, slot, FIELDS, "key_row")
+            of_sums = (key_row + 64 * CONSUMER).to(gl.int64) * E
+            add_accumulator(dv + of_sums, dv_acc, DKV)
+            add_accumulator(dk + of_sums, dk_acc, DKV)
         else:
-            write(dv_tile, b.dq.index(ME), b, slot, of_dv, packed, 64 * ME, 0)
-            write(dk_tile * scale, b.dq.index(ME), b, slot, of_dk, packed, 64 * ME, 0)
+            buffer = dq_buffers.index(CONSUMER)
+            store_tile(dv_acc, buffer, rings, slot, dv_desc, varlen, 64 * CONSUMER, 0)
+            store_tile(dk_acc * scale, buffer, rings, slot, dk_desc, varlen, 64 * CONSUMER, 0)
         slot ^= 1
-        mbarrier.wait(b.kv_full.index(0), slot)
-        steps = told(b.tile, slot * FIELDS + STEPS)
+        consumer_wait(rings.kv, State(0, slot))
+        steps = mailbox_read(rings.mailbox, slot, FIELDS, "steps")
     tma.store_wait(0)
 
 
 @gluon.jit
-def logits(b, stage, ME: gl.constexpr, TILE_Q: gl.constexpr, OF_S: gl.constexpr):
-    """S^T = K Q^T, begun."""
-    return keys_by_queries(b.k.index(ME), b.q.index(stage), TILE_Q, OF_S)
-
-
-@gluon.jit
-def gradient_of_weights(b, stage, ME: gl.constexpr, TILE_Q: gl.constexpr, OF_S: gl.constexpr):
-    """dP^T = V dO^T without delta, begun."""
-    return keys_by_queries(b.v.index(ME), b.dout.index(stage), TILE_Q, OF_S)
-
-
-@gluon.jit
-def keys_by_queries(of_keys, of_queries, TILE_Q: gl.constexpr, OF_S: gl.constexpr):
-    zeros = gl.zeros([64, TILE_Q], gl.float32, OF_S)
+def begin_matmul(of_keys, of_queries, TILE_Q: gl.constexpr, S: gl.constexpr):
+    """Begin `of_keys @ of_queries^T`, [64, TILE_Q]."""
+    zeros = gl.zeros([64, TILE_Q], gl.float32, S)
     return warpgroup_mma(of_keys, of_queries.permute((1, 0)), zeros, use_acc=False, is_async=True)
 
 
 @gluon.jit
-def dq_part(b, stage, ME: gl.constexpr, E: gl.constexpr):
-    """64 x 64 of dS K, begun: of wide heads a half of the columns, of narrow ones a half of the rows."""
-    OF_DQ: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, 64, 16])
-    dq = gl.zeros([64, 64], gl.float32, OF_DQ)
+def begin_dq(k_buffers, ds_buffers, stage, CONSUMER: gl.constexpr, E: gl.constexpr):
+    """Begin 64 x 64 of dS K: of wide heads a half of the columns, of narrow ones a half of the rows."""
+    DQ: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, 64, 16])
+    dq = gl.zeros([64, 64], gl.float32, DQ)
     for c in gl.static_range(2):
-        ds, keys = b.ds.index(2 * stage + c), b.k.index(c)
+        ds, k = ds_buffers.index(2 * stage + c), k_buffers.index(c)
         if E == 128:
-            keys = keys.slice(64 * ME, 64, 1)
+            k = k.slice(64 * CONSUMER, 64, 1)
         else:
-            ds = ds.slice(64 * ME, 64, 1)
-        dq = warpgroup_mma(ds.permute((1, 0)), keys, dq, use_acc=c > 0, is_async=True)
+            ds = ds.slice(64 * CONSUMER, 64, 1)
+        dq = warpgroup_mma(ds.permute((1, 0)), k, dq, use_acc=c > 0, is_async=True)
     return dq
-
-
-@builtin
-def add_to_global(descriptor, coordinates, buffer, _semantic=None):
-    """TMA's reduction, which Gluon 3.6 has no function for."""
-    coordinates = _semantic._convert_to_ir_values(coordinates, require_i64=False)
-    _semantic.builder.create_async_tma_reduce(
-        ir.DESCRIPTOR_REDUCE_KIND.ADD, descriptor.handle, coordinates, buffer.handle
-    )
 
 
 @gluon.jit(do_not_specialize=RUN_TIME)
 def backward_kernel(
     q, k, v, dout, stats, dq_sum, dk, dv, starts_q, starts_k, table,
     strides_q, strides_k, strides_v, strides_dout, strides_dk, strides_dv,
-    batches, heads, len_q, len_k, sum_rows, left, right, scale, softcap, together,
-    GROUPS: gl.constexpr, SHARES: gl.constexpr, E: gl.constexpr, TILE_Q: gl.constexpr,
+    batches, heads, len_q, len_k, sum_rows, left, right, scale, softcap, swizzle, SPEC: gl.constexpr,
 ):  # fmt: skip
-    """As many programs as fit the GPU at once; each goes through tiles of keys."""
+    """As many programs as fit the GPU at once; `SPEC` is a `configs.BackwardSpec`."""
     dtype: gl.constexpr = q.dtype.element_ty
-    tiled: gl.constexpr = gl.NVMMASharedLayout(128, 16)
-    row: gl.constexpr = gl.NVMMASharedLayout(0, 32)
-    # As a product lies in registers: by four numbers of a thread, then by threads. `round_kernel` reads them so.
-    in_order: gl.constexpr = gl.SharedLinearLayout(
+    # As an accumulator lies in registers: by four numbers of a thread, then by threads. `round_kernel` reads them so.
+    IN_ORDER: gl.constexpr = gl.SharedLinearLayout(
         [[0, 1], [8, 0], [0, 2], [0, 4], [1, 0], [2, 0], [4, 0], [16, 0], [32, 0], [0, 8], [0, 16], [0, 32]]
     )
-    b = Buffers(
-        gl.allocate_shared_memory(dtype, [2, 64, E], tiled),
-        gl.allocate_shared_memory(dtype, [2, 64, E], tiled),
-        gl.allocate_shared_memory(dtype, [2, TILE_Q, E], tiled),
-        gl.allocate_shared_memory(dtype, [2, TILE_Q, E], tiled),
-        gl.allocate_shared_memory(gl.float32, [2, 1, TILE_Q], row),
-        gl.allocate_shared_memory(gl.float32, [2, 1, TILE_Q], row),
-        gl.allocate_shared_memory(dtype, [4, 64, TILE_Q], tiled),
-        gl.allocate_shared_memory(gl.float32, [2, 64, 64], in_order),
-        gl.allocate_shared_memory(gl.int32, [2 * FIELDS, 1], gl.SwizzledSharedLayout(1, 1, 1, [0])),
-        barriers(1, 2), barriers(1, 2), barriers(2, 1), barriers(2, 2),
-    )  # fmt: skip
+    rings = allocate_rings(dtype, 2, SPEC)
+    # dS of each consumer and stage, and a part of dQ of each consumer; dK and dV go through the latter too.
+    ds_buffers = gl.allocate_shared_memory(dtype, [4, 64, SPEC.tile_q], gl.NVMMASharedLayout(128, 16))
+    dq_buffers = gl.allocate_shared_memory(gl.float32, [2, 64, 64], IN_ORDER)
     fence_async_shared()
-    packed = Packed(starts_q, starts_k, table)
-    sizes = Sizes(batches, heads, len_q, len_k, sum_rows, left, right, together, packed)
+    varlen = Varlen(starts_q, starts_k, table)
+    sizes = Sizes(batches, heads, len_q, len_k, sum_rows, left, right, swizzle, varlen)
     # Of the 504 registers for three threads, one of each role, the producer needs the fewest.
     gl.warp_specialize(
         [
-            (consume, (0, b, sizes, dq_sum, dk, dv, strides_dk, strides_dv, scale, softcap,
-                       GROUPS, SHARES, E, TILE_Q)),
-            (consume, (1, b, sizes, dq_sum, dk, dv, strides_dk, strides_dv, scale, softcap,
-                       GROUPS, SHARES, E, TILE_Q)),
-            (produce, (b, sizes, q, k, v, dout, stats, strides_q, strides_k, strides_v, strides_dout,
-                       GROUPS, SHARES, E, TILE_Q)),
+            (consume, (0, rings, ds_buffers, dq_buffers, sizes, dq_sum, dk, dv, strides_dk, strides_dv, scale,
+                       softcap, SPEC)),
+            (consume, (1, rings, ds_buffers, dq_buffers, sizes, dq_sum, dk, dv, strides_dk, strides_dv, scale,
+                       softcap, SPEC)),
+            (produce, (rings, sizes, q, k, v, dout, stats, strides_q, strides_k, strides_v, strides_dout, SPEC)),
         ],
         [4, 1], [240, 24],
     )  # fmt: skip

@@ -7,16 +7,42 @@ from typing import NamedTuple
 from attn_n.backends.triton.problem import Problem
 
 
-class Config(NamedTuple):
-    consumers: int  # of 64 queries each; of a program with one, two fit a processor
+class Tiles(NamedTuple):
+    """What the forward kernel is compiled for."""
+
+    consumers: int  # of 64 queries each; of programs with one, two fit an SM
     tile_k: int
     stages: int
     q_in_registers: bool = False  # each consumer keeps its queries there
     out_apart: bool = True  # out is stored from a buffer of its own, so that the next queries can come (+3 % at 2048)
     lazy: bool = False  # O is rescaled only where a maximum has grown much
-    weights_first: bool = False  # those of a block are complete before O of the block in front is waited for
+    weights_first: bool = False  # those of a block are complete before O of the block behind it is waited for
+
+
+class Config(NamedTuple):
+    """A row of the table, and what decides whether a problem gets it."""
+
+    tiles: Tiles
     counted: bool = False  # programs take tiles by a counter, heavy ones first: only where the last keys are masked
     at_least: int = 0  # keys that a query sees on the average
+
+
+class ForwardSpec(NamedTuple):
+    """The one constant of the forward kernel."""
+
+    tiles: Tiles
+    width: int
+    group_size: int  # query heads of a KV head
+    one_edge: bool  # of the blocks of keys that a consumer sees at most one needs a mask, the last one
+
+
+class BackwardSpec(NamedTuple):
+    """The one constant of the backward kernels."""
+
+    width: int
+    tile_q: int
+    team_heads: int  # query heads that a program processes in sequence for a tile of keys: a team
+    teams: int  # of a KV head
 
 
 # By width, the longest first: the best of some, causal and not. An H200, 2026-11-23, S = 512 to 8192; on an H100,
@@ -24,20 +50,20 @@ class Config(NamedTuple):
 # 3.6.
 FORWARD: dict[int, tuple[Config, ...]] = {
     64: (
-        Config(3, 128, 2, lazy=True, weights_first=True, counted=True, at_least=1500),
-        Config(3, 128, 2, at_least=1500),
-        Config(1, 128, 2, q_in_registers=True, counted=True, at_least=1000),
-        Config(1, 128, 2, q_in_registers=True, at_least=400),
-        Config(1, 64, 4, q_in_registers=True),
+        Config(Tiles(3, 128, 2, lazy=True, weights_first=True), counted=True, at_least=1500),
+        Config(Tiles(3, 128, 2), at_least=1500),
+        Config(Tiles(1, 128, 2, q_in_registers=True), counted=True, at_least=1000),
+        Config(Tiles(1, 128, 2, q_in_registers=True), at_least=400),
+        Config(Tiles(1, 64, 4, q_in_registers=True)),
     ),
     128: (
-        Config(2, 128, 2, q_in_registers=True, lazy=True, weights_first=True, counted=True, at_least=1000),
-        Config(2, 128, 2, q_in_registers=True, lazy=True, weights_first=True, at_least=400),
-        Config(1, 64, 2, q_in_registers=True),
+        Config(Tiles(2, 128, 2, q_in_registers=True, lazy=True, weights_first=True), counted=True, at_least=1000),
+        Config(Tiles(2, 128, 2, q_in_registers=True, lazy=True, weights_first=True), at_least=400),
+        Config(Tiles(1, 64, 2, q_in_registers=True)),
     ),
     256: (
-        Config(2, 64, 2, out_apart=False, lazy=True, counted=True, at_least=3000),
-        Config(2, 64, 2, out_apart=False, lazy=True),
+        Config(Tiles(2, 64, 2, out_apart=False, lazy=True), counted=True, at_least=3000),
+        Config(Tiles(2, 64, 2, out_apart=False, lazy=True)),
     ),
 }
 

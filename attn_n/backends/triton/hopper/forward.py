@@ -1,4 +1,4 @@
-"""The forward kernel for Hopper (sm_90): warps with roles, and wgmma on tiles that the copy engine brings.
+"""The forward kernel for Hopper (sm_90): warp specialisation, wgmma, and tiles that TMA loads.
 
     producer, one warp      q --> [Q strip per consumer]    k --> [K ring]    v --> [V ring]
                                   full | empty                full | empty      full | empty
@@ -8,19 +8,20 @@ Every buffer has two barriers: `full` ends a phase when the bytes that the produ
 each consumer that reads it has arrived. A role counts the stage of a ring and the parity of its phase by itself. K and
 V have barriers of their own, so that the next S need not wait for this V.
 
-A consumer keeps two products in flight: S of a block begins before O of the block in front of it, and the softmax of S
-runs while that O is computed. O is rescaled only where a maximum has grown much (LAZY: +4 to 8 % at E = 256; at E = 128
-+2 to 3 %, if the weights are ready before O is waited for; at E = 64 so too +2 % under a causal mask, else -3 %).
-Blocks of keys come from the last to the first, so that those under the diagonal come first. Two or three consumers
-share keys and values; for few keys two programs of one consumer each fit a processor, of which one computes while the
-other begins or ends a tile (+2 to 15 % at 512 keys).
+A consumer keeps two wgmmas in flight: S of a block begins before O of the block behind it, and the softmax of S runs
+while that O is computed. O is rescaled only where a maximum has grown much (`lazy`: +4 to 8 % at E = 256; at E = 128 +2
+to 3 %, if the weights are ready before O is waited for; at E = 64 so too +2 % under a causal mask, else -3 %). Blocks
+of keys come from the last to the first, so that those under the diagonal come first. Two or three consumers share keys
+and values; for few keys two programs of one consumer each fit an SM, of which one computes while the other begins or
+ends a tile (+2 to 15 % at 512 keys).
 
-Programs stay (+7 % at 2,048 keys), and the producer tells the consumers their next tile, by numbers in shared memory:
-what is read there the compiler knows to be the same for all threads, so that addresses stay in uniform registers (+2 to
-4 % at E = 64 over loops of their own). Which one is next: without a causal mask all take equally long and come in turn.
-Under one programs take pairs of tiles, one from each end of a sequence; or for long sequences, when waiting for it does
-not show, the next tile that nobody has taken, heavy ones first (+1 to 8 % from 2,048 keys on, most where pairs do not
-fill the last round). Of packed sequences they so go through a list, see `packed`.
+Programs are persistent (+7 % at 2,048 keys), and the producer tells the consumers their next tile by a mailbox in
+shared memory: the compiler knows that what is read there is the same for all threads, so that addresses stay in uniform
+registers (+2 to 4 % at E = 64 over consumers that count the tiles themselves). Which one is next, `scheduler` says.
+Without a causal mask all tiles take equally long and come in turn. Under one a program takes pairs of tiles, one from
+each end of a sequence; or for long sequences, where waiting for it does not show, the next tile that nobody has taken,
+heavy ones first (+1 to 8 % from 2,048 keys on, most where pairs do not fill the last round). The tiles of varlen
+sequences are taken so from a table, see `schedule`.
 n joins the denominator at the end, as one more key with logit log n and value zero.
 """
 
@@ -36,64 +37,62 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_wait,
 )
 
-from attn_n.backends.triton.hopper.pipeline import (
-    Packed,
-    Rows,
+from attn_n.backends.triton.hopper.gluon_compat import tile_bytes
+from attn_n.backends.triton.hopper.mailbox import mailbox_read, mailbox_write, new_mailbox
+from attn_n.backends.triton.hopper.masks import kv_blocks_seen, masked_logits
+from attn_n.backends.triton.hopper.ptx import branch_fence, cast_operand, multiply_unless_one
+from attn_n.backends.triton.hopper.rings import (
+    Ring,
+    State,
+    advance,
     barriers,
-    blocks_seen,
-    bring,
-    following,
-    put,
-    rounded,
-    tell,
-    tiles_of,
-    told,
+    consumer_release,
+    consumer_wait,
+    producer_acquire,
+    wait_turn,
 )
-from attn_n.backends.triton.hopper.schedule import rows_of_sequence, sequence_of, tile_and_head
+from attn_n.backends.triton.hopper.scheduler import Sizes, Varlen, next_item, query_tiles
+from attn_n.backends.triton.hopper.tma import Rows, tile_descriptor, tma_load, tma_store
 from attn_n.backends.triton.portable.tile import LN2, LOG2E, tanh
 
 STRIP = gl.constexpr(64)  # queries of a consumer: the rows of a wgmma
-# LAZY: what is subtracted from the logits of a row lags behind their maximum by up to this, in base 2, so that O is
+# `lazy`: what is subtracted from the logits of a row lags behind their maximum by up to this, in base 2, so that O is
 # seldom rescaled. Weights are then up to 256, for which float16 and the sums have room. (As in FlashAttention 4.)
 LAG = gl.constexpr(8.0)
 
 RUN_TIME = (
     "strides_q", "strides_k", "strides_v", "strides_out", "stride_n", "batch", "heads", "len_q", "len_k", "left",
-    "right", "items", "together",
+    "right", "items", "swizzle",
 )  # fmt: skip
 
 
 class Shared(NamedTuple):
     """What the roles share: memory, and the barriers on it."""
 
-    q: gl.shared_memory_descriptor  # [CONSUMERS, 64, E]
-    k: gl.shared_memory_descriptor  # [STAGES, TILE_K, E]
-    v: gl.shared_memory_descriptor
-    out: gl.shared_memory_descriptor  # as q, or q itself
-    q_full: gl.shared_memory_descriptor
-    q_empty: gl.shared_memory_descriptor
-    k_full: gl.shared_memory_descriptor
-    k_empty: gl.shared_memory_descriptor
-    v_full: gl.shared_memory_descriptor
-    v_empty: gl.shared_memory_descriptor
-    tile: gl.shared_memory_descriptor  # [2 * FIELDS, 1]: the numbers of a tile and of the next one
-    tile_full: gl.shared_memory_descriptor  # free again when the q of the tile between them are
+    q: Ring  # [CONSUMERS, 64, E]: each consumer has a buffer of its own
+    k: Ring  # [STAGES, TILE_K, E]
+    v: Ring  # [STAGES, TILE_K, E]
+    out: gl.shared_memory_descriptor  # [CONSUMERS, 64, E], or the buffers of q
+    mailbox: gl.shared_memory_descriptor  # of this tile of queries and of the next one
+    mailbox_full: gl.shared_memory_descriptor  # a slot is free again when the q of the tile between them are
 
 
-class Sizes(NamedTuple):
-    items: gl.tensor
-    heads: gl.tensor
-    len_q: gl.tensor
-    len_k: gl.tensor
-    left: gl.tensor  # None for no bound on that side
-    right: gl.tensor
-    together: gl.tensor  # heads whose tiles of one length are taken one behind the other
+# What the producer tells the consumers of a tile of queries.
+FIELDS = gl.constexpr(
+    (
+        "first",  # its first query, or -1: there are no more tiles
+        "head",  # batch * heads + head; of varlen sequences the head
+        "end_q",  # of varlen sequences: the row behind the last one
+        "len_q",  # of its sequence
+        "len_k",
+    )
+)
 
 
 class Tile(NamedTuple):
-    """The queries that the roles are at, and the rows of their sequence."""
+    """The tile of queries that a role is at, and the rows of its sequence."""
 
-    place: gl.tensor  # batch times heads plus head; not of packed sequences
+    batch_head: gl.tensor  # batch * heads + head; None of varlen sequences
     head: gl.tensor
     first: gl.tensor
     rows_q: Rows
@@ -101,21 +100,12 @@ class Tile(NamedTuple):
     sizes: Sizes  # of the sequence
 
 
-# What the producer says of a tile of queries.
-FIELDS = gl.constexpr(5)
-FIRST = gl.constexpr(0)  # -1: there are no more
-HEAD = gl.constexpr(1)  # of batches counted through all of them
-END_Q = gl.constexpr(2)  # of packed sequences
-LEN_Q = gl.constexpr(3)
-LEN_K = gl.constexpr(4)
-
-
 class Results(NamedTuple):
-    """Where they go, and what the logits and n are."""
+    """Where out and lse go, and what the logits and n are."""
 
-    of_out: gl.tensor
-    lse: gl.tensor
-    sinks: gl.tensor  # log n of each head, or None: then the number log_n, or None
+    out_desc: gl.tensor
+    lse: gl.tensor  # (B, H, L) or varlen (T, H), float32
+    sinks: gl.tensor  # log n of each head; or None, then log_n is the number for all heads, or None for n = 0
     stride_n: gl.tensor
     log_n: gl.tensor
     scale: gl.tensor
@@ -123,148 +113,110 @@ class Results(NamedTuple):
 
 
 @gluon.jit
-def sums_of_threads(p, TILE_K: gl.constexpr, LAYOUT: gl.constexpr):
-    """Row sums that each thread makes of its own numbers, `(64, 4)`: they meet once, at the end (up to +5 %)."""
-    parts = gl.sum(gl.sum(gl.reshape(p, [STRIP, TILE_K // 8, 4, 2]), axis=3), axis=1)
-    return gl.convert_layout(parts, LAYOUT, assert_trivial=True)
-
-
-@gluon.jit
-def produce(
-    b, of_q, of_k, of_v, sizes, packed,
-    GROUPS: gl.constexpr, TILE_K: gl.constexpr, STAGES: gl.constexpr, CONSUMERS: gl.constexpr,
-):  # fmt: skip
-    TILE_Q: gl.constexpr = CONSUMERS * STRIP
+def produce(smem, q_desc, k_desc, v_desc, sizes, varlen, SPEC: gl.constexpr):
+    """The producer warp: tells the consumers their next tile of queries, and loads what it needs."""
+    TILE_Q: gl.constexpr = SPEC.tiles.consumers * STRIP
     heads, tiles = sizes.heads, gl.cdiv(sizes.len_q, TILE_Q)
-    stage, phase, turn = 0, 1, 0
+    state, turn = State(0, 1), 0  # turn counts the tiles of queries, modulo 4
     item, items = gl.program_id(0), sizes.items
-    if packed.starts_q is not None:
-        items = gl.load(packed.table + 1) * heads
+    if varlen.starts_q is not None:
+        items = gl.load(varlen.table + 1) * heads
     while item < items:
-        count = 1
-        if packed.starts_q is not None:
-            # Heads whose keys and values together take 32 MB.
-            IN_CACHE: gl.constexpr = (1 << 23) // of_k.block_type.shape[4]
-            sequence, inside = sequence_of(packed.table, item, heads)
-            start_q, len_q = rows_of_sequence(packed.starts_q, sequence)
-            start_k, len_k = rows_of_sequence(packed.starts_k, sequence)
-            tiles = gl.cdiv(len_q, TILE_Q)
-            tile, head = tile_and_head(inside, tiles, heads, IN_CACHE // gl.maximum(len_k, 1) * GROUPS)
-            first = (tiles - 1 - tile) * TILE_Q  # of causal ones the last takes the longest
-            rows_q, rows_k = Rows(None, start_q + len_q, len_q), Rows(None, start_k + len_k, len_k)
-            of_tile = Sizes(None, heads, len_q, len_k, sizes.left, sizes.right, None)
+        work = query_tiles(item, tiles, sizes, varlen, TILE_Q, SPEC)
+        if varlen.starts_q is None:
+            head = work.head % heads
+            rows_q = Rows(work.head // heads, None, None)
+            rows_k = rows_q
         else:
-            if packed.table is not None:  # heavy ones first
-                tile, place = tile_and_head(item, tiles, items // tiles, sizes.together)
-                first = (tiles - 1 - tile) * TILE_Q
-            elif sizes.left is None and sizes.right is not None:
-                pairs = gl.cdiv(tiles, 2)
-                place, tile = item // pairs, item % pairs
-                first = (tiles - 1 - tile) * TILE_Q
-                count = gl.where(tile == tiles - 1 - tile, 1, 2)  # the middle one has no other
-            else:
-                place, tile = item // tiles, item % tiles
-                first = tile * TILE_Q
-            head = place % heads
-            rows_q = Rows(place // heads, None, None)
-            rows_k, of_tile = rows_q, sizes
-        for _ in range(count):
+            head = work.head
+            rows_q, rows_k = Rows(None, work.end_q, work.len_q), Rows(None, work.end_k, work.len_k)
+        of_sequence = Sizes(None, heads, work.len_q, work.len_k, sizes.left, sizes.right, None)
+        first = work.first
+        for _ in range(work.count):
             slot = turn & 1
-            tell(b.tile, slot * FIELDS + FIRST, first)
-            tell(b.tile, slot * FIELDS + LEN_Q, of_tile.len_q)
-            tell(b.tile, slot * FIELDS + LEN_K, of_tile.len_k)
-            if packed.starts_q is None:
-                tell(b.tile, slot * FIELDS + HEAD, place)
-            else:
-                tell(b.tile, slot * FIELDS + HEAD, head)
-                tell(b.tile, slot * FIELDS + END_Q, rows_q.end)
-            mbarrier.arrive(b.tile_full.index(slot), count=1)
-            at = Tile(None, head, first, rows_q, rows_k, of_tile)
-            stage, phase = bring_tile(
-                b, of_q, of_k, of_v, at, stage, phase, slot ^ 1, GROUPS, TILE_K, STAGES, CONSUMERS
-            )
+            mailbox_write(smem.mailbox, slot, FIELDS, "first", first)
+            mailbox_write(smem.mailbox, slot, FIELDS, "len_q", work.len_q)
+            mailbox_write(smem.mailbox, slot, FIELDS, "len_k", work.len_k)
+            mailbox_write(smem.mailbox, slot, FIELDS, "head", work.head)
+            if varlen.starts_q is not None:
+                mailbox_write(smem.mailbox, slot, FIELDS, "end_q", work.end_q)
+            mbarrier.arrive(smem.mailbox_full.index(slot), count=1)
+            tile = Tile(None, head, first, rows_q, rows_k, of_sequence)
+            state = load_tile(smem, q_desc, k_desc, v_desc, tile, state, slot ^ 1, SPEC)
             turn = (turn + 1) & 3
-            first = tile * TILE_Q
-        if packed.table is None:
-            item += gl.num_programs(0)
-        else:
-            # Now, while the consumers have the last blocks before them: they do not notice how long it takes.
-            item = gl.num_programs(0) + gl.atomic_add(packed.table, 1, sem="relaxed")
-    tell(b.tile, (turn & 1) * FIELDS + FIRST, -1)
-    mbarrier.arrive(b.tile_full.index(turn & 1), count=1)
+            first = work.second
+        # Asked for while the consumers have the last blocks before them, so that they do not wait for it.
+        item = next_item(item, varlen.table)
+    mailbox_write(smem.mailbox, turn & 1, FIELDS, "first", -1)
+    mbarrier.arrive(smem.mailbox_full.index(turn & 1), count=1)
 
 
 @gluon.jit
-def bring_tile(
-    b, of_q, of_k, of_v, at, stage, phase, q_phase,
-    GROUPS: gl.constexpr, TILE_K: gl.constexpr, STAGES: gl.constexpr, CONSUMERS: gl.constexpr,
-):  # fmt: skip
-    """Queries, and the keys and values that they see."""
-    begin, _full_begin, _full_end, end = blocks_seen(at.first, at.first + CONSUMERS * STRIP - 1, at.sizes, TILE_K)
-    head_kv, last = at.head // GROUPS, end - 1
+def load_tile(smem, q_desc, k_desc, v_desc, tile, state, q_phase, SPEC: gl.constexpr):
+    """Load a tile of queries, and the blocks of keys and values that they see, from the last to the first."""
+    CONSUMERS: gl.constexpr = SPEC.tiles.consumers
+    TILE_K: gl.constexpr = SPEC.tiles.tile_k
+    begin, _full_begin, _full_end, end = kv_blocks_seen(
+        tile.first, tile.first + CONSUMERS * STRIP - 1, tile.sizes, TILE_K
+    )
+    head_kv, last = tile.head // SPEC.group_size, end - 1
     # The first keys before the queries, whose buffers become free one by one.
-    bring_block(of_k, at.rows_k, head_kv, last * TILE_K, b.k, b.k_full, b.k_empty, stage, phase)
+    load_block(k_desc, tile.rows_k, head_kv, last * TILE_K, smem.k, state)
     for c in gl.static_range(CONSUMERS):
-        bring_block(of_q, at.rows_q, at.head, at.first + c * STRIP, b.q, b.q_full, b.q_empty, c, q_phase)
+        load_block(q_desc, tile.rows_q, tile.head, tile.first + c * STRIP, smem.q, State(c, q_phase))
     for block in range(last, begin - 1, -1):
-        bring_block(of_v, at.rows_k, head_kv, block * TILE_K, b.v, b.v_full, b.v_empty, stage, phase)
-        stage, phase = following(stage, phase, STAGES)
+        load_block(v_desc, tile.rows_k, head_kv, block * TILE_K, smem.v, state)
+        state = advance(state, smem.k)
         if block > begin:
-            bring_block(of_k, at.rows_k, head_kv, (block - 1) * TILE_K, b.k, b.k_full, b.k_empty, stage, phase)
-    return stage, phase
+            load_block(k_desc, tile.rows_k, head_kv, (block - 1) * TILE_K, smem.k, state)
+    return state
 
 
 @gluon.jit
-def bring_block(descriptor, rows, head, row, buffers, full, empty, stage, phase):
-    mbarrier.wait(empty.index(stage), phase)
-    mbarrier.expect(full.index(stage), descriptor.block_type.nbytes)
-    bring(descriptor, rows, head, row, full.index(stage), buffers.index(stage))
+def load_block(descriptor, rows, head, row, ring, state):
+    producer_acquire(ring, state, tile_bytes(descriptor))
+    tma_load(descriptor, rows, head, row, ring.full.index(state.stage), ring.buffers.index(state.stage))
 
 
 @gluon.jit
-def consume(
-    ME: gl.constexpr, b, sizes, results,
-    E: gl.constexpr, TILE_K: gl.constexpr, STAGES: gl.constexpr, CONSUMERS: gl.constexpr,
-    Q_IN_REGISTERS: gl.constexpr, OUT_APART: gl.constexpr, LAZY: gl.constexpr, WEIGHTS_FIRST: gl.constexpr,
-    ONE_EDGE: gl.constexpr, PACKED: gl.constexpr,
-):  # fmt: skip
+def consume(CONSUMER: gl.constexpr, smem, sizes, results, SPEC: gl.constexpr, VARLEN: gl.constexpr):
+    """A consumer warpgroup: goes through the tiles that the producer names, 64 queries of each."""
     factor = results.scale * LOG2E if results.softcap is None else 1.0
     heads = sizes.heads
-    stage, phase, turn = 0, 0, 0
-    mbarrier.wait(b.tile_full.index(0), 0)
-    first = told(b.tile, FIRST)
+    state, turn = State(0, 0), 0
+    mbarrier.wait(smem.mailbox_full.index(0), 0)
+    first = mailbox_read(smem.mailbox, 0, FIELDS, "first")
     while first >= 0:
         slot = turn & 1
-        len_q = told(b.tile, slot * FIELDS + LEN_Q)
-        of_sequence = Sizes(None, heads, len_q, told(b.tile, slot * FIELDS + LEN_K), sizes.left, sizes.right, None)
-        if PACKED:
-            rows = Rows(None, told(b.tile, slot * FIELDS + END_Q), len_q)
-            at = Tile(None, told(b.tile, slot * FIELDS + HEAD), first, rows, None, of_sequence)
+        len_q = mailbox_read(smem.mailbox, slot, FIELDS, "len_q")
+        len_k = mailbox_read(smem.mailbox, slot, FIELDS, "len_k")
+        of_sequence = Sizes(None, heads, len_q, len_k, sizes.left, sizes.right, None)
+        if VARLEN:
+            rows = Rows(None, mailbox_read(smem.mailbox, slot, FIELDS, "end_q"), len_q)
+            tile = Tile(None, mailbox_read(smem.mailbox, slot, FIELDS, "head"), first, rows, None, of_sequence)
         else:
-            place = told(b.tile, slot * FIELDS + HEAD)
-            rows = Rows(place // heads, None, None)
-            at = Tile(place, place % heads, first, rows, rows, of_sequence)
-        stage, phase = attend(
-            ME, b, at, results, factor, stage, phase, slot,
-            E, TILE_K, STAGES, CONSUMERS, Q_IN_REGISTERS, OUT_APART, LAZY, WEIGHTS_FIRST, ONE_EDGE,
-        )  # fmt: skip
+            batch_head = mailbox_read(smem.mailbox, slot, FIELDS, "head")
+            rows = Rows(batch_head // heads, None, None)
+            tile = Tile(batch_head, batch_head % heads, first, rows, rows, of_sequence)
+        state = attend(CONSUMER, smem, tile, results, factor, state, slot, SPEC)
         turn = (turn + 1) & 3
-        mbarrier.wait(b.tile_full.index(turn & 1), turn >> 1)
-        first = told(b.tile, (turn & 1) * FIELDS + FIRST)
+        wait_turn(smem.mailbox_full, turn)
+        first = mailbox_read(smem.mailbox, turn & 1, FIELDS, "first")
     tma.store_wait(0)
 
 
 @gluon.jit
-def attend(
-    ME: gl.constexpr, b, at, results, factor, stage, phase, q_phase,
-    E: gl.constexpr, TILE_K: gl.constexpr, STAGES: gl.constexpr, CONSUMERS: gl.constexpr,
-    Q_IN_REGISTERS: gl.constexpr, OUT_APART: gl.constexpr, LAZY: gl.constexpr, WEIGHTS_FIRST: gl.constexpr,
-    ONE_EDGE: gl.constexpr,
-):  # fmt: skip
-    """The 64 queries of a consumer."""
-    of_out, lse, sinks, stride_n, log_n, scale, softcap = results
-    len_q, len_k = at.sizes.len_q, at.sizes.len_k
-    dtype: gl.constexpr = of_out.dtype
+def attend(CONSUMER: gl.constexpr, smem, tile, results, factor, state, q_phase, SPEC: gl.constexpr):
+    """The attention of the 64 queries of a consumer; returns the state of the rings of K and V behind it."""
+    TILE_K: gl.constexpr = SPEC.tiles.tile_k
+    TILE_Q: gl.constexpr = SPEC.tiles.consumers * STRIP
+    E: gl.constexpr = SPEC.width
+    Q_IN_REGISTERS: gl.constexpr = SPEC.tiles.q_in_registers
+    OUT_APART: gl.constexpr = SPEC.tiles.out_apart
+    LAZY: gl.constexpr = SPEC.tiles.lazy
+    out_desc, lse, sinks, stride_n, log_n, scale, softcap = results
+    len_q, len_k = tile.sizes.len_q, tile.sizes.len_k
+    dtype: gl.constexpr = out_desc.dtype
     S: gl.constexpr = gl.NVMMADistributedLayout(version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, TILE_K, 16])
     OUT: gl.constexpr = gl.NVMMADistributedLayout(version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, E, 16])
     P: gl.constexpr = gl.DotOperandLayout(operand_index=0, parent=OUT, k_width=2)
@@ -274,277 +226,227 @@ def attend(
         reg_bases=[[8, 0]], lane_bases=[[0, 1], [0, 2], [1, 0], [2, 0], [4, 0]], warp_bases=[[16, 0], [32, 0]],
         block_bases=[], shape=[STRIP, 4],
     )  # fmt: skip
-    BOUNDED: gl.constexpr = at.sizes.left is not None or at.sizes.right is not None
-    HIDDEN: gl.constexpr = BOUNDED or at.place is None  # whether rows may see no key: a sequence may have none
-    first = at.first
-    begin, _full_begin, _full_end, end = blocks_seen(first, first + CONSUMERS * STRIP - 1, at.sizes, TILE_K)
-    first += ME * STRIP
+    BOUNDED: gl.constexpr = tile.sizes.left is not None or tile.sizes.right is not None
+    # Whether a row may see no key: a varlen sequence may have none.
+    MAYBE_EMPTY: gl.constexpr = BOUNDED or tile.batch_head is None
+
+    # Prologue: S and P of the last block of keys that these queries see.
+    first = tile.first
+    begin, _full_begin, _full_end, end = kv_blocks_seen(first, first + TILE_Q - 1, tile.sizes, TILE_K)
+    first += CONSUMER * STRIP
     own_begin, full_begin, full_end, own_end = begin, 0, len_k // TILE_K, end
     if BOUNDED:
-        own_begin, full_begin, full_end, own_end = blocks_seen(first, first + STRIP - 1, at.sizes, TILE_K)
+        own_begin, full_begin, full_end, own_end = kv_blocks_seen(first, first + STRIP - 1, tile.sizes, TILE_K)
         own_end = gl.minimum(own_end, end)
         own_begin = gl.maximum(gl.minimum(own_begin, own_end - 1), begin)
-    rows = first + gl.arange(0, STRIP, layout=ROWS)
+    rows = first + gl.arange(0, STRIP, layout=ROWS)  # [64]
 
-    mbarrier.wait(b.q_full.index(ME), q_phase)
+    consumer_wait(smem.q, State(CONSUMER, q_phase))
     if Q_IN_REGISTERS:
-        q = b.q.index(ME).load(gl.DotOperandLayout(operand_index=0, parent=S, k_width=2))
+        q = smem.q.buffers.index(CONSUMER).load(gl.DotOperandLayout(operand_index=0, parent=S, k_width=2))  # [64, E]
         fence_async_shared()
-        mbarrier.arrive(b.q_empty.index(ME), count=1)
+        consumer_release(smem.q, CONSUMER)
     else:
-        q = b.q.index(ME)
+        q = smem.q.buffers.index(CONSUMER)  # [64, E]
     if BOUNDED:
-        stage, phase = skip(b, end - own_end, stage, phase, STAGES)
-    mbarrier.wait(b.k_full.index(stage), phase)
+        state = skip_blocks(smem, end - own_end, state)
+    consumer_wait(smem.k, state)
     s = gl.zeros([STRIP, TILE_K], gl.float32, layout=S)
-    s = warpgroup_mma(q, b.k.index(stage).permute((1, 0)), s, use_acc=False, is_async=True)
+    s = warpgroup_mma(q, smem.k.buffers.index(state.stage).permute((1, 0)), s, use_acc=False, is_async=True)
     s = warpgroup_mma_wait(0, deps=[s])
-    mbarrier.arrive(b.k_empty.index(stage), count=1)
+    consumer_release(smem.k, state.stage)
     s = capped(s, scale, softcap)
     if BOUNDED or own_end > full_end:
-        s = visible(s, rows, (own_end - 1) * TILE_K, at.sizes, TILE_K, S)
-    top = gl.max(s, axis=1) * factor
-    p = gl.exp2(s * factor - gl.expand_dims(finite(top, HIDDEN), 1))
-    sums = sums_of_threads(p, TILE_K, PARTS)
-    weights = rounded(p, P, dtype)
-    acc = gl.zeros([STRIP, E], gl.float32, layout=OUT)
+        s = masked_logits(s, rows, (own_end - 1) * TILE_K, tile.sizes, TILE_K, S)
+    row_max = gl.max(s, axis=1) * factor  # [64]
+    p = gl.exp2(s * factor - gl.expand_dims(finite(row_max, MAYBE_EMPTY), 1))  # [64, TILE_K]
+    sums = sums_of_threads(p, TILE_K, PARTS)  # [64, 4]
+    p_operand = cast_operand(p, P, dtype)  # [64, TILE_K]
+    acc = gl.zeros([STRIP, E], gl.float32, layout=OUT)  # O, not divided by row_sum
 
+    # Loop: S and P of each block before, while O takes in the block behind it.
     for i in range(1, own_end - own_begin):
         block = own_end - 1 - i
-        next_stage, next_phase = following(stage, phase, STAGES)
-        mbarrier.wait(b.k_full.index(next_stage), next_phase)
-        s = warpgroup_mma(q, b.k.index(next_stage).permute((1, 0)), p, use_acc=False, is_async=True)
-        mbarrier.wait(b.v_full.index(stage), phase)
-        acc = warpgroup_mma(weights, b.v.index(stage), acc, is_async=True)
+        next_state = advance(state, smem.k)
+        # (1) S = Q K^T of this block begins.
+        consumer_wait(smem.k, next_state)
+        k_block = smem.k.buffers.index(next_state.stage)  # [TILE_K, E]
+        s = warpgroup_mma(q, k_block.permute((1, 0)), p, use_acc=False, is_async=True)
+        # (2) O += P V of the block behind begins.
+        consumer_wait(smem.v, state)
+        acc = warpgroup_mma(p_operand, smem.v.buffers.index(state.stage), acc, is_async=True)
+        # (3) S is complete: its softcap and mask.
         s = warpgroup_mma_wait(1, deps=[s])
-        mbarrier.arrive(b.k_empty.index(next_stage), count=1)
+        consumer_release(smem.k, next_state.stage)
         s = capped(s, scale, softcap)
-        if not ONE_EDGE and ((block < full_begin) | (block >= full_end)):
-            s = visible(s, rows, block * TILE_K, at.sizes, TILE_K, S)
-        new_top = gl.maximum(top, gl.max(s, axis=1) * factor)
+        if not SPEC.one_edge and ((block < full_begin) | (block >= full_end)):
+            s = masked_logits(s, rows, block * TILE_K, tile.sizes, TILE_K, S)
+        # (4) Online softmax: the new maximum of each row, P, and its sums.
+        new_max = gl.maximum(row_max, gl.max(s, axis=1) * factor)
         if LAZY:
-            new_top = gl.where(new_top - top > LAG, new_top, top)
-        shift = finite(new_top, HIDDEN)
+            new_max = gl.where(new_max - row_max > LAG, new_max, row_max)
+        shift = finite(new_max, MAYBE_EMPTY)
         p = gl.exp2(s * factor - gl.expand_dims(shift, 1))
-        rescale = gl.exp2(top - shift)
-        top = new_top
-        more = sums_of_threads(p, TILE_K, PARTS)
-        if WEIGHTS_FIRST:
-            more = complete(more)
-        sums = sums * column(rescale, PARTS) + more
-        # Triton leaves the wait behind the softmax, because it waits for p too; ptxas does so with WEIGHTS_FIRST.
-        acc, weights, p = warpgroup_mma_wait(0, deps=[acc, weights, p])
-        mbarrier.arrive(b.v_empty.index(stage), count=1)
-        acc = rescaled(acc, column(rescale, OUT)) if LAZY else acc * column(rescale, OUT)
-        weights = rounded(p, P, dtype)
-        stage, phase = next_stage, next_phase
+        rescale = gl.exp2(row_max - shift)  # [64]
+        row_max = new_max
+        block_sums = sums_of_threads(p, TILE_K, PARTS)
+        if SPEC.tiles.weights_first:
+            block_sums = branch_fence(block_sums)
+        sums = sums * as_column(rescale, PARTS) + block_sums
+        # (5) O is complete, and rescaled. The wait lists p too, so that Triton cannot hoist it above the softmax;
+        # ptxas can, unless `weights_first` fences it.
+        acc, p_operand, p = warpgroup_mma_wait(0, deps=[acc, p_operand, p])
+        consumer_release(smem.v, state.stage)
+        factors = as_column(rescale, OUT)
+        acc = multiply_unless_one(acc, factors) if LAZY else acc * factors
+        # (6) P as the operand of the next O.
+        p_operand = cast_operand(p, P, dtype)
+        state = next_state
 
+    # Epilogue: O of the first block; lse with n in it, and out.
     if OUT_APART and not Q_IN_REGISTERS:
-        mbarrier.arrive(b.q_empty.index(ME), count=1)
-    mbarrier.wait(b.v_full.index(stage), phase)
-    acc = warpgroup_mma(weights, b.v.index(stage), acc, is_async=True)
-    total = gl.convert_layout(gl.sum(sums, axis=1), ROWS, assert_trivial=True)
+        consumer_release(smem.q, CONSUMER)
+    consumer_wait(smem.v, state)
+    acc = warpgroup_mma(p_operand, smem.v.buffers.index(state.stage), acc, is_async=True)
+    row_sum = gl.convert_layout(gl.sum(sums, axis=1), ROWS, assert_trivial=True)  # [64]
     rescale = gl.full([STRIP], 1.0, gl.float32, layout=ROWS)
-    if sinks is not None or log_n is not None:
-        sink = (log_n if sinks is None else gl.load(sinks + at.head * stride_n)) * LOG2E
-        new_top = gl.maximum(top, sink)
-        shift = finite(new_top, True)
-        rescale = gl.exp2(top - shift)
-        total = total * rescale + gl.exp2(sink - shift)
-        top = new_top
-    nothing = total == 0.0
-    rescale = rescale / gl.where(nothing, 1.0, total)
-    found = gl.where(nothing, float("-inf"), (top + gl.log2(total)) * LN2)
-    if at.place is not None:
-        gl.store(lse + at.place.to(gl.int64) * len_q + rows, found, mask=rows < len_q)
+    if sinks is not None or log_n is not None:  # n is one more key, of logit log n and value zero
+        sink = (log_n if sinks is None else gl.load(sinks + tile.head * stride_n)) * LOG2E
+        new_max = gl.maximum(row_max, sink)
+        shift = finite(new_max, True)
+        rescale = gl.exp2(row_max - shift)
+        row_sum = row_sum * rescale + gl.exp2(sink - shift)
+        row_max = new_max
+    empty = row_sum == 0.0
+    rescale = rescale / gl.where(empty, 1.0, row_sum)
+    row_lse = gl.where(empty, float("-inf"), (row_max + gl.log2(row_sum)) * LN2)
+    if tile.batch_head is not None:
+        gl.store(lse + tile.batch_head.to(gl.int64) * len_q + rows, row_lse, mask=rows < len_q)
     else:
-        of_lse = lse + (at.rows_q.end - len_q + rows).to(gl.int64) * at.sizes.heads + at.head
-        gl.store(of_lse, found, mask=rows < len_q)
-    acc, weights = warpgroup_mma_wait(0, deps=[acc, weights])
-    mbarrier.arrive(b.v_empty.index(stage), count=1)
-    stage, phase = following(stage, phase, STAGES)
+        of_lse = lse + (tile.rows_q.end - len_q + rows).to(gl.int64) * tile.sizes.heads + tile.head
+        gl.store(of_lse, row_lse, mask=rows < len_q)
+    acc, p_operand = warpgroup_mma_wait(0, deps=[acc, p_operand])
+    consumer_release(smem.v, state.stage)
+    state = advance(state, smem.k)
     if BOUNDED:
-        stage, phase = skip(b, own_begin - begin, stage, phase, STAGES)
+        state = skip_blocks(smem, own_begin - begin, state)
 
-    acc = acc * column(rescale, OUT)
+    acc = acc * as_column(rescale, OUT)
     if OUT_APART:
-        strip = b.out.index(ME)
+        out_strip = smem.out.index(CONSUMER)  # [64, E]
         tma.store_wait(0)
     else:
-        strip = b.q.index(ME)
-    strip.store(acc.to(dtype))
+        out_strip = smem.q.buffers.index(CONSUMER)
+    out_strip.store(acc.to(dtype))
     fence_async_shared()
     if first < len_q:
-        put(of_out, at.rows_q, at.head, first, 0, strip)
+        tma_store(out_desc, tile.rows_q, tile.head, first, 0, out_strip)
     if not OUT_APART:
         tma.store_wait(0)
-        mbarrier.arrive(b.q_empty.index(ME), count=1)
-    return stage, phase
-
-
-@gluon.constexpr_function
-def for_some(comparison, number, first, other, lines):
-    """PTX: the lines, which a warp goes past if neither of two numbers of any thread compares so with `number`."""
-    head = [
-        ".reg .pred some;",
-        f"setp.{comparison}.f32 some, {first}, {number};",
-        f"setp.{comparison}.or.f32 some, {other}, {number}, some;",
-        "vote.sync.any.pred some, some, 0xFFFFFFFF;",
-        "@!some bra.uni PAST;",
-    ]
-    return "{" + "\n".join([*head, *lines, "PAST:"]) + "}"
-
-
-@gluon.constexpr_function
-def products(count):
-    """PTX: the numbers of a thread times their factors, if some are not one. They are of two rows, in turns of two."""
-    factors = [f"${2 * count + i}" for i in range(count)]
-    lines = [f"mul.f32 ${i}, ${i}, {factor};" for i, factor in enumerate(factors)]
-    return for_some("neu", "0f3F800000", factors[0], factors[2], lines)
-
-
-@gluon.constexpr_function
-def in_place(count):
-    return ",".join(["=f"] * count + [str(i) for i in range(count)] + ["f"] * count)
+        consumer_release(smem.q, CONSUMER)
+    return state
 
 
 @gluon.jit
-def rescaled(acc, factor):
-    COUNT: gl.constexpr = acc.shape[1] // 2  # numbers of a thread, of 128
-    return gl.inline_asm_elementwise(
-        products(COUNT), in_place(COUNT), [acc, factor], gl.float32, is_pure=True, pack=COUNT
-    )
-
-
-# No sum is negative. What is gone past is long, or the compiler would make no branch of it.
-BRANCH = gl.constexpr(for_some("lt", "0f00000000", "$0", "$1", ["mul.f32 $0, $0, $1;"] * 16))
-
-
-@gluon.jit
-def complete(sums):
-    """The same, behind a branch: the compiler moves nothing across that, so that what is summed up is complete."""
-    return gl.inline_asm_elementwise(BRANCH, "=f,=f,0,1", [sums], gl.float32, is_pure=True, pack=2)
-
-
-@gluon.jit
-def skip(b, blocks, stage, phase, STAGES: gl.constexpr):
-    """Let blocks pass that other consumers read."""
+def skip_blocks(smem, blocks, state):
+    """Release blocks of K and V unread, which only other consumers read."""
     for _ in range(blocks):
-        mbarrier.wait(b.k_full.index(stage), phase)
-        mbarrier.arrive(b.k_empty.index(stage), count=1)
-        mbarrier.wait(b.v_full.index(stage), phase)
-        mbarrier.arrive(b.v_empty.index(stage), count=1)
-        stage, phase = following(stage, phase, STAGES)
-    return stage, phase
+        consumer_wait(smem.k, state)
+        consumer_release(smem.k, state.stage)
+        consumer_wait(smem.v, state)
+        consumer_release(smem.v, state.stage)
+        state = advance(state, smem.k)
+    return state
+
+
+@gluon.jit
+def sums_of_threads(p, TILE_K: gl.constexpr, LAYOUT: gl.constexpr):
+    """Row sums `[64, 4]` that each thread makes of its own numbers: they are added up once, at the end (up to +5 %)."""
+    parts = gl.sum(gl.sum(gl.reshape(p, [STRIP, TILE_K // 8, 4, 2]), axis=3), axis=1)
+    return gl.convert_layout(parts, LAYOUT, assert_trivial=True)
 
 
 @gluon.jit
 def capped(s, scale, softcap):
+    """Logits in base 2 with softcap, and without one s as it is, which `factor` scales."""
     if softcap is not None:
         s = tanh(s * (scale / softcap)) * (softcap * LOG2E)
     return s
 
 
 @gluon.jit
-def eighths(COUNT: gl.constexpr, LAYOUT: gl.constexpr):
-    """`8 * i` and `j` of the columns `8 * i + j` of a product, `(1, COUNT)`.
-
-    In each eighth a thread has the same two j, and i are constants: so `8 * i <= x - j` is one instruction and takes no
-    registers for the columns (+1 to 6 % up to 2,048 keys under a causal mask, +3 to 6 % with a window).
-    """
-    columns = gl.expand_dims(gl.arange(0, COUNT, layout=gl.SliceLayout(0, LAYOUT)), 0)
-    return columns & -8, columns & 7
-
-
-@gluon.jit
-def visible(s, rows, first_key, sizes, TILE_K: gl.constexpr, LAYOUT: gl.constexpr):
-    """s with -inf where a query does not see a key."""
-    diagonal = gl.expand_dims(rows, 1) + (sizes.len_k - sizes.len_q - first_key)
-    last = sizes.len_k - 1 - first_key
-    if sizes.right is not None:
-        last = gl.minimum(diagonal + sizes.right, last)
-    eighth, rest = eighths(TILE_K, LAYOUT)
-    seen = eighth <= last - rest
-    if sizes.left is not None:
-        seen = seen & (eighth >= diagonal - sizes.left - rest)
-    return gl.where(seen, s, float("-inf"))
-
-
-@gluon.jit
-def column(x, LAYOUT: gl.constexpr):
-    """One number a row, beside a matrix of that layout."""
+def as_column(x, LAYOUT: gl.constexpr):
+    """One number a row, `[rows, 1]`, beside a matrix of that layout."""
     return gl.expand_dims(gl.convert_layout(x, gl.SliceLayout(1, LAYOUT), assert_trivial=True), 1)
 
 
 @gluon.jit
-def finite(top, BOUNDED: gl.constexpr):
-    """What to subtract from logits: a row that has seen no key yet has no maximum."""
-    return gl.where(top == float("-inf"), 0.0, top) if BOUNDED else top
+def finite(row_max, MAYBE_EMPTY: gl.constexpr):
+    """What to subtract from the logits of a row: one that has seen no key yet has no maximum."""
+    return gl.where(row_max == float("-inf"), 0.0, row_max) if MAYBE_EMPTY else row_max
 
 
 @gluon.jit(do_not_specialize=RUN_TIME)
 def forward_kernel(
     q, k, v, out, lse, sinks, log_n, starts_q, starts_k, table, strides_q, strides_k, strides_v, strides_out, stride_n,
-    batch, heads, len_q, len_k, left, right, scale, softcap, items, together,
-    GROUPS: gl.constexpr, E: gl.constexpr, CONSUMERS: gl.constexpr, TILE_K: gl.constexpr, STAGES: gl.constexpr,
-    Q_IN_REGISTERS: gl.constexpr, OUT_APART: gl.constexpr, LAZY: gl.constexpr, WEIGHTS_FIRST: gl.constexpr,
-    ONE_EDGE: gl.constexpr,
+    batch, heads, len_q, len_k, left, right, scale, softcap, items, swizzle, SPEC: gl.constexpr,
 ):  # fmt: skip
-    gl.static_assert(OUT_APART or not Q_IN_REGISTERS, "out waits in the buffer of q, which is then free already")
+    """Programs are persistent; `SPEC` is a `configs.ForwardSpec`."""
+    CONSUMERS: gl.constexpr = SPEC.tiles.consumers
+    TILE_K: gl.constexpr = SPEC.tiles.tile_k
+    STAGES: gl.constexpr = SPEC.tiles.stages
+    OUT_APART: gl.constexpr = SPEC.tiles.out_apart
+    VARLEN: gl.constexpr = starts_q is not None
+    E: gl.constexpr = SPEC.width
+    gl.static_assert(
+        OUT_APART or not SPEC.tiles.q_in_registers, "out waits in the buffer of q, which is then free already"
+    )
     dtype: gl.constexpr = q.dtype.element_ty
-    heads_kv = heads // GROUPS
-    of_q = tiles_of(q, batch, heads, len_q, strides_q, STRIP, E)
-    of_k = tiles_of(k, batch, heads_kv, len_k, strides_k, TILE_K, E)
-    of_v = tiles_of(v, batch, heads_kv, len_k, strides_v, TILE_K, E)
-    of_out = tiles_of(out, batch, heads, len_q, strides_out, STRIP, E)
+    heads_kv = heads // SPEC.group_size
+    q_desc = tile_descriptor(q, batch, heads, len_q, strides_q, STRIP, E)
+    k_desc = tile_descriptor(k, batch, heads_kv, len_k, strides_k, TILE_K, E)
+    v_desc = tile_descriptor(v, batch, heads_kv, len_k, strides_v, TILE_K, E)
+    out_desc = tile_descriptor(out, batch, heads, len_q, strides_out, STRIP, E)
 
-    OF_STRIPS: gl.constexpr = gl.NVMMASharedLayout.get_default_for([STRIP, E], dtype)
-    OF_BLOCKS: gl.constexpr = gl.NVMMASharedLayout.get_default_for([TILE_K, E], dtype)
-    q_strips = gl.allocate_shared_memory(dtype, [CONSUMERS, STRIP, E], OF_STRIPS)
-    k_ring = gl.allocate_shared_memory(dtype, [STAGES, TILE_K, E], OF_BLOCKS)
-    v_ring = gl.allocate_shared_memory(dtype, [STAGES, TILE_K, E], OF_BLOCKS)
-    out_strips = gl.allocate_shared_memory(dtype, [CONSUMERS, STRIP, E], OF_STRIPS) if OUT_APART else q_strips
-    q_full, q_empty = barriers(CONSUMERS, 1), barriers(CONSUMERS, 1)
-    k_full, k_empty = barriers(STAGES, 1), barriers(STAGES, CONSUMERS)
-    v_full, v_empty = barriers(STAGES, 1), barriers(STAGES, CONSUMERS)
-    tile = gl.allocate_shared_memory(gl.int32, [2 * FIELDS, 1], gl.SwizzledSharedLayout(1, 1, 1, [0]))
-    tile_full = barriers(2, 1)
+    STRIPS: gl.constexpr = gl.NVMMASharedLayout.get_default_for([STRIP, E], dtype)
+    BLOCKS: gl.constexpr = gl.NVMMASharedLayout.get_default_for([TILE_K, E], dtype)
+    q_strips = gl.allocate_shared_memory(dtype, [CONSUMERS, STRIP, E], STRIPS)
+    k_blocks = gl.allocate_shared_memory(dtype, [STAGES, TILE_K, E], BLOCKS)
+    v_blocks = gl.allocate_shared_memory(dtype, [STAGES, TILE_K, E], BLOCKS)
+    out_strips = gl.allocate_shared_memory(dtype, [CONSUMERS, STRIP, E], STRIPS) if OUT_APART else q_strips
+    q_ring = Ring(q_strips, barriers(CONSUMERS, 1), barriers(CONSUMERS, 1))
+    k_ring = Ring(k_blocks, barriers(STAGES, 1), barriers(STAGES, CONSUMERS))
+    v_ring = Ring(v_blocks, barriers(STAGES, 1), barriers(STAGES, CONSUMERS))
+    smem = Shared(q_ring, k_ring, v_ring, out_strips, new_mailbox(FIELDS), barriers(2, 1))
     fence_async_shared()
-    b = Shared(q_strips, k_ring, v_ring, out_strips, q_full, q_empty, k_full, k_empty, v_full, v_empty, tile, tile_full)
-    packed = Packed(starts_q, starts_k, table)
-    sizes = Sizes(items, heads, len_q, len_k, left, right, together)
-    results = Results(of_out, lse, sinks, stride_n, log_n, scale, softcap)
-    # The registers that are left go to the consumers: 24 are enough to ask for copies.
+    varlen = Varlen(starts_q, starts_k, table)
+    sizes = Sizes(items, heads, len_q, len_k, left, right, swizzle)
+    results = Results(out_desc, lse, sinks, stride_n, log_n, scale, softcap)
+    # The producer needs 24 registers to issue TMA loads; the consumers share the others.
     if CONSUMERS == 1:
         gl.warp_specialize(
             [
-                (consume, (0, b, sizes, results, E, TILE_K, STAGES, CONSUMERS, Q_IN_REGISTERS, OUT_APART, LAZY,
-                           WEIGHTS_FIRST, ONE_EDGE, starts_q is not None)),
-                (produce, (b, of_q, of_k, of_v, sizes, packed, GROUPS, TILE_K, STAGES, CONSUMERS)),
+                (consume, (0, smem, sizes, results, SPEC, VARLEN)),
+                (produce, (smem, q_desc, k_desc, v_desc, sizes, varlen, SPEC)),
             ],
             [1], [24],
         )  # fmt: skip
     elif CONSUMERS == 2:
         gl.warp_specialize(
             [
-                (consume, (0, b, sizes, results, E, TILE_K, STAGES, CONSUMERS, Q_IN_REGISTERS, OUT_APART, LAZY,
-                           WEIGHTS_FIRST, ONE_EDGE, starts_q is not None)),
-                (consume, (1, b, sizes, results, E, TILE_K, STAGES, CONSUMERS, Q_IN_REGISTERS, OUT_APART, LAZY,
-                           WEIGHTS_FIRST, ONE_EDGE, starts_q is not None)),
-                (produce, (b, of_q, of_k, of_v, sizes, packed, GROUPS, TILE_K, STAGES, CONSUMERS)),
+                (consume, (0, smem, sizes, results, SPEC, VARLEN)),
+                (consume, (1, smem, sizes, results, SPEC, VARLEN)),
+                (produce, (smem, q_desc, k_desc, v_desc, sizes, varlen, SPEC)),
             ],
             [4, 1], [240, 24],
         )  # fmt: skip
     else:
         gl.warp_specialize(
             [
-                (consume, (0, b, sizes, results, E, TILE_K, STAGES, CONSUMERS, Q_IN_REGISTERS, OUT_APART, LAZY,
-                           WEIGHTS_FIRST, ONE_EDGE, starts_q is not None)),
-                (consume, (1, b, sizes, results, E, TILE_K, STAGES, CONSUMERS, Q_IN_REGISTERS, OUT_APART, LAZY,
-                           WEIGHTS_FIRST, ONE_EDGE, starts_q is not None)),
-                (consume, (2, b, sizes, results, E, TILE_K, STAGES, CONSUMERS, Q_IN_REGISTERS, OUT_APART, LAZY,
-                           WEIGHTS_FIRST, ONE_EDGE, starts_q is not None)),
-                (produce, (b, of_q, of_k, of_v, sizes, packed, GROUPS, TILE_K, STAGES, CONSUMERS)),
+                (consume, (0, smem, sizes, results, SPEC, VARLEN)),
+                (consume, (1, smem, sizes, results, SPEC, VARLEN)),
+                (consume, (2, smem, sizes, results, SPEC, VARLEN)),
+                (produce, (smem, q_desc, k_desc, v_desc, sizes, varlen, SPEC)),
             ],
             [4, 4, 1], [160, 160, 24],
         )  # fmt: skip

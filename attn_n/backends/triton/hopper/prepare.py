@@ -12,9 +12,9 @@ from attn_n.backends.triton.hopper import configs
 from attn_n.backends.triton.hopper.backward import backward_kernel
 from attn_n.backends.triton.hopper.backward_passes import prepare_kernel, round_kernel
 from attn_n.backends.triton.hopper.backward_wide import wide_kernel
-from attn_n.backends.triton.hopper.configs import Config
+from attn_n.backends.triton.hopper.configs import BackwardSpec, Config, ForwardSpec
 from attn_n.backends.triton.hopper.forward import STRIP, forward_kernel
-from attn_n.backends.triton.hopper.schedule import BLOCK, HEADER, order_kernel
+from attn_n.backends.triton.hopper.schedule import BLOCK, HEADER, schedule_kernel
 from attn_n.backends.triton.problem import Problem, Strides
 from attn_n.launcher import Launch
 
@@ -31,11 +31,11 @@ def forward(problem: Problem, out: Strides, config: Config | None = None) -> For
     """The launches of the forward; `config` in place of that of the table."""
     p, config = problem, config or configs.find(problem)
     left, right = p.window
-    tile_q = config.consumers * STRIP.value
+    tile_q = config.tiles.consumers * STRIP.value
     of_head = _cdiv(p.len_q, tile_q)
     tiles = most_tiles(p, p.rows, tile_q) if p.packed else p.batch * of_head
     items = p.heads * tiles
-    most = _processors(p.device) * (2 if config.consumers == 1 else 1)
+    most = _processors(p.device) * (2 if config.tiles.consumers == 1 else 1)
     together = None
     if config.counted and right is not None and not p.packed:
         # Heads whose keys and values take 32 MB, and enough of them for three rounds of all programs.
@@ -47,16 +47,12 @@ def forward(problem: Problem, out: Strides, config: Config | None = None) -> For
         *p.strides, out, p.stride_n, None if p.packed else p.batch, p.heads, p.len_q, p.len_k, left, right, p.scale,
         p.softcap, items, together,
     )  # fmt: skip
-    constants = {
-        "GROUPS": p.heads // p.heads_kv, "E": p.width, "CONSUMERS": config.consumers, "TILE_K": config.tile_k,
-        "STAGES": config.stages, "Q_IN_REGISTERS": config.q_in_registers, "OUT_APART": config.out_apart,
-        "LAZY": config.lazy, "WEIGHTS_FIRST": config.weights_first,
-        "ONE_EDGE": left is None and (right is None or (
-            p.more_keys is not None and (p.more_keys + right + 1) % STRIP.value <= 1
-        )),
-    }  # fmt: skip
+    one_edge = left is None and (
+        right is None or (p.more_keys is not None and (p.more_keys + right + 1) % STRIP.value <= 1)
+    )
+    constants = {"SPEC": ForwardSpec(config.tiles, p.width, p.heads // p.heads_kv, one_edge)}
     # The registers of the SM, shared among the consumers, the producer and the warps that round them up to 4.
-    options = {"num_warps": 4, "maxnreg": {1: 128, 2: 168, 3: 128}[config.consumers]}
+    options = {"num_warps": 4, "maxnreg": {1: 128, 2: 168, 3: 128}[config.tiles.consumers]}
     programs = min(items, most)
     return Forward(
         _order(p, tile_q) if p.packed else None,
@@ -88,7 +84,7 @@ def list_of_tiles(
 
 def _order(problem: Problem, tile: int) -> Launch:
     programs = _cdiv(problem.batch, BLOCK.value)
-    return Launch(order_kernel, programs, problem.device, (problem.batch,), {"TILE": tile}, {"num_warps": 4}, False)
+    return Launch(schedule_kernel, programs, problem.device, (problem.batch,), {"TILE": tile}, {"num_warps": 4}, False)
 
 
 class Backward(NamedTuple):
@@ -113,7 +109,7 @@ def backward(problem: Problem, dq: Strides, dk: Strides, dv: Strides) -> Backwar
     processors = _processors(p.device)
     groups = configs.heads_of_item(p, processors)
     shares = p.heads // p.heads_kv // groups
-    constants = {"GROUPS": groups, "SHARES": shares, "E": p.width, "TILE_Q": tile_q}
+    constants = {"SPEC": BackwardSpec(p.width, tile_q, groups, shares), "E": p.width, "TILE_Q": tile_q}
     left, right = p.window
     if p.packed:  # as one of a batch, with whole tiles for each sequence; how many keys one has only the GPU knows
         batch, tiles_q, tiles_k = 1, most_tiles(p, p.rows, tile_q), most_tiles(p, p.keys, tile_k)

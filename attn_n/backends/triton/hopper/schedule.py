@@ -1,15 +1,15 @@
-"""Packed sequences: the tiles of their rows, and in which order programs take them.
+"""The table of the tiles of varlen sequences, in the order in which programs take them.
 
-How many tiles there are only the GPU knows. `order_kernel` lists them, long sequences first (those whose tiles take the
-longest, so that no program is left with one at the end), in a table of int32: a counter of what has been taken, the
-number of tiles, and of each tile its sequence and the place of that sequence's first tile.
+Only the GPU knows how many tiles there are. `schedule_kernel` lists them, long sequences first (those whose tiles take
+the longest, so that no program is left with one at the end), in a table of int32: a counter of the tiles that have been
+taken, the number of tiles, and for each tile its sequence and the place of that sequence's first tile in the list.
 """
 
 import triton
 import triton.language as tl
 
 BLOCK = tl.constexpr(128)  # sequences of a program
-GROUP = tl.constexpr(1024)  # sequences that are put in order; of more, one group comes behind the other
+GROUP = tl.constexpr(1024)  # sequences that are sorted; of more, one group comes behind the other
 HEADER = tl.constexpr(2)  # numbers before those of the tiles
 
 
@@ -20,18 +20,23 @@ def lengths(starts, sequences, batch):
 
 
 @triton.jit(do_not_specialize=("batch",))
-def order_kernel(table, starts, others, batch, TILE: tl.constexpr):
-    """`starts` are those of the rows, `others` of what each of them meets: of keys if these are queries."""
-    mine = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+def schedule_kernel(table, starts, others, batch, TILE: tl.constexpr):
+    """List the tiles of the rows that begin at `starts`; `others` are those that each of them meets.
+
+    In the forward these are queries and keys, in the backward keys and queries.
+    """
+    mine = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)  # [BLOCK]
     tiles, work = tl.cdiv(lengths(starts, mine, batch), TILE), lengths(others, mine, batch)
+    # The tiles of the groups before.
     group, total = tl.program_id(0) * BLOCK // GROUP * GROUP, 0
     for first in range(0, group, GROUP):
         total += tl.sum(tl.cdiv(lengths(starts, first + tl.arange(0, GROUP), batch), TILE))
+    # The tiles of those sequences of the group that come earlier.
     place = tl.zeros((BLOCK,), tl.int32) + total
     for first in range(group, tl.minimum(group + GROUP, batch), 32):
         their = first + tl.arange(0, 32)
         their_tiles, their_work = tl.cdiv(lengths(starts, their, batch), TILE), lengths(others, their, batch)
-        equal = (their_work[None, :] == work[:, None]) & (their[None, :] < mine[:, None])
+        equal = (their_work[None, :] == work[:, None]) & (their[None, :] < mine[:, None])  # [BLOCK, 32]
         earlier = (their_work[None, :] > work[:, None]) | equal
         place += tl.sum(tl.where(earlier, their_tiles[None, :], 0), 1)
         total += tl.sum(their_tiles)
@@ -47,22 +52,25 @@ def order_kernel(table, starts, others, batch, TILE: tl.constexpr):
 
 @triton.jit
 def sequence_of(table, item, heads):
-    """The sequence of an item, which is a tile of one head, and the item's place among those of the sequence."""
+    """The sequence of a work item, which is a tile of one head, and the item's place among those of the sequence."""
     of_tile = table + HEADER + 2 * (item // heads)
     return tl.load(of_tile), item - tl.load(of_tile + 1) * heads
 
 
 @triton.jit
-def tile_and_head(item, tiles, heads, together):
-    """Those of an item of a sequence: tile by tile, each of so many heads as a cache holds; then the next heads."""
-    together = tl.minimum(tl.maximum(together, 1), heads)
-    first_head = item // (tiles * together) * together
-    item, together = item - first_head * tiles, tl.minimum(together, heads - first_head)
-    return item // together, first_head + item % together
+def tile_and_head(item, tiles, heads, swizzle):
+    """The tile and the head of a work item of a sequence.
+
+    `swizzle` heads take turns, tile by tile, so that L2 holds what they read; then come the next heads.
+    """
+    swizzle = tl.minimum(tl.maximum(swizzle, 1), heads)
+    first_head = item // (tiles * swizzle) * swizzle
+    item, swizzle = item - first_head * tiles, tl.minimum(swizzle, heads - first_head)
+    return item // swizzle, first_head + item % swizzle
 
 
 @triton.jit
 def rows_of_sequence(starts, sequence):
-    """The first one, and how many."""
+    """Its first row, and how many it has."""
     start = tl.load(starts + sequence)
     return start, tl.load(starts + sequence + 1) - start

@@ -1,0 +1,110 @@
+"""What the backward kernels for Hopper share: the rings between producer and consumers, and how consumers use them."""
+
+from typing import NamedTuple
+
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared, tma
+
+from attn_n.backends.triton.hopper.gluon_compat import reinterpret
+from attn_n.backends.triton.hopper.mailbox import mailbox_read, new_mailbox
+from attn_n.backends.triton.hopper.rings import Ring, barriers
+from attn_n.backends.triton.hopper.tma import Rows, tma_store
+
+
+class KvBuffers(NamedTuple):
+    """A tile of keys and values, in parts of 64."""
+
+    k: gl.shared_memory_descriptor  # [PARTS, 64, E]
+    v: gl.shared_memory_descriptor  # [PARTS, 64, E]
+
+
+class QueryBuffers(NamedTuple):
+    """Two tiles of queries, and what belongs to them."""
+
+    q: gl.shared_memory_descriptor  # [2, TILE_Q, E]
+    dout: gl.shared_memory_descriptor  # [2, TILE_Q, E]
+    lse: gl.shared_memory_descriptor  # [2, 1, TILE_Q] float32, in base 2
+    delta: gl.shared_memory_descriptor  # [2, 1, TILE_Q] float32, -delta
+
+
+class Rings(NamedTuple):
+    kv: Ring  # of one stage
+    queries: Ring  # of two stages
+    mailbox: gl.shared_memory_descriptor  # of this tile of keys and of the last one; kv.full publishes it
+
+
+# What the producer tells the consumers of a tile of keys; it spares them registers.
+FIELDS = gl.constexpr(
+    (
+        "steps",  # tiles of queries that see it; -1: there are no more tiles of keys
+        "begin",  # the first query of the first one
+        "full_begin",  # those from here
+        "full_end",  # to there need no mask
+        "sum_row",  # the row in dq_sum of its first head's first query
+        "first_key",  # of varlen sequences counted from their end
+        "diagonal",  # the query at the position of the first key
+        "batch",  # of varlen sequences the row behind the last one
+        "head",
+        "key_row",  # the row of the first key in the sums for dK and dV, where several teams share them
+    )
+)
+
+
+@gluon.jit
+def allocate_rings(dtype: gl.constexpr, PARTS: gl.constexpr, SPEC: gl.constexpr):
+    E: gl.constexpr = SPEC.width
+    TILE_Q: gl.constexpr = SPEC.tile_q
+    TILED: gl.constexpr = gl.NVMMASharedLayout(128, 16)
+    ROW: gl.constexpr = gl.NVMMASharedLayout(0, 32)
+    kv = KvBuffers(
+        gl.allocate_shared_memory(dtype, [PARTS, 64, E], TILED),
+        gl.allocate_shared_memory(dtype, [PARTS, 64, E], TILED),
+    )
+    queries = QueryBuffers(
+        gl.allocate_shared_memory(dtype, [2, TILE_Q, E], TILED),
+        gl.allocate_shared_memory(dtype, [2, TILE_Q, E], TILED),
+        gl.allocate_shared_memory(gl.float32, [2, 1, TILE_Q], ROW),
+        gl.allocate_shared_memory(gl.float32, [2, 1, TILE_Q], ROW),
+    )
+    mailbox = new_mailbox(FIELDS)
+    # The producer arrives at `full` with the bytes that it expects; at kv.full once more, to publish the mailbox.
+    kv_ring = Ring(kv, barriers(1, 2), barriers(1, 2))
+    return Rings(kv_ring, Ring(queries, barriers(2, 1), barriers(2, 2)), mailbox)
+
+
+@gluon.jit
+def row_vector(buffer, LAYOUT: gl.constexpr):
+    """Numbers in shared memory as `[1, length]` in registers."""
+    flat = reinterpret(buffer, buffer.dtype, [buffer.shape[1]], gl.SwizzledSharedLayout(1, 1, 1, [0]))
+    return gl.expand_dims(flat.load(gl.SliceLayout(0, LAYOUT)), 0)
+
+
+@gluon.jit
+def visible(
+    rings, slot, row, len_k, left, right, PART: gl.constexpr, TILE_Q: gl.constexpr, LAYOUT: gl.constexpr,
+):  # fmt: skip
+    """`[64, TILE_Q]`, for the keys of a part and the queries from `row` on, both counted from the tile's first key."""
+    keys = gl.expand_dims(64 * PART + gl.arange(0, 64, gl.SliceLayout(1, LAYOUT)), 1)
+    first_row = row - mailbox_read(rings.mailbox, slot, FIELDS, "diagonal")
+    rows = gl.expand_dims(first_row + gl.arange(0, TILE_Q, gl.SliceLayout(0, LAYOUT)), 0)
+    seen = keys < len_k - mailbox_read(rings.mailbox, slot, FIELDS, "first_key")
+    if right is not None:
+        seen = seen & (keys <= rows + right)
+    if left is not None:
+        seen = seen & (keys >= rows - left)
+    return seen
+
+
+@gluon.jit
+def store_tile(tile, buffer, rings, slot, descriptor, varlen, key, column):
+    """Store 64 rows of dK or dV by TMA, from that key and column of the tile on."""
+    staged = reinterpret(buffer, descriptor.dtype, [64, tile.shape[1]], gl.NVMMASharedLayout(128, 16))
+    tma.store_wait(0)
+    staged.store(tile.to(descriptor.dtype))
+    fence_async_shared()
+    batch = mailbox_read(rings.mailbox, slot, FIELDS, "batch")
+    rows = Rows(batch, None, None) if varlen.table is None else Rows(None, batch, 0)
+    head = mailbox_read(rings.mailbox, slot, FIELDS, "head")
+    first_key = mailbox_read(rings.mailbox, slot, FIELDS, "first_key")
+    tma_store(descriptor, rows, head, first_key + key, column, staged)

@@ -1,0 +1,72 @@
+"""Rings of buffers in shared memory, between a producer that fills them by TMA and consumers that read them."""
+
+from typing import NamedTuple
+
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.language.nvidia.hopper import mbarrier
+
+
+class Ring(NamedTuple):
+    """Buffers with two barriers each.
+
+    `full` completes a phase when the bytes that TMA was asked for have arrived, `empty` when every consumer has
+    released the buffer.
+    """
+
+    buffers: gl.shared_memory_descriptor  # [stages, ...], or a tuple of several that are filled together
+    full: gl.shared_memory_descriptor  # [stages, 1]
+    empty: gl.shared_memory_descriptor  # [stages, 1]
+
+
+class State(NamedTuple):
+    """The buffer of a ring that a role is at, and the parity of the phase that it waits for.
+
+    Each role counts for itself. A producer begins with parity 1: a wait for the phase before the first one returns at
+    once, since all buffers are empty.
+    """
+
+    stage: gl.tensor
+    phase: gl.tensor
+
+
+@gluon.jit
+def barriers(COUNT: gl.constexpr, ARRIVALS: gl.constexpr):
+    """`COUNT` barriers whose phase completes after `ARRIVALS` arrivals, and after the bytes that are expected."""
+    found = gl.allocate_shared_memory(gl.int64, [COUNT, 1], mbarrier.MBarrierLayout())
+    for i in gl.static_range(COUNT):
+        mbarrier.init(found.index(i), count=ARRIVALS)
+    return found
+
+
+@gluon.jit
+def advance(state, ring):
+    stage, phase = state
+    stage += 1
+    if stage == ring.full.shape[0]:
+        stage = 0
+        phase ^= 1
+    return State(stage, phase)
+
+
+@gluon.jit
+def producer_acquire(ring, state, BYTES: gl.constexpr):
+    """Wait until the buffer is empty; `full` then waits for that many bytes."""
+    mbarrier.wait(ring.empty.index(state.stage), state.phase)
+    mbarrier.expect(ring.full.index(state.stage), BYTES)
+
+
+@gluon.jit
+def consumer_wait(ring, state):
+    mbarrier.wait(ring.full.index(state.stage), state.phase)
+
+
+@gluon.jit
+def consumer_release(ring, stage):
+    mbarrier.arrive(ring.empty.index(stage), count=1)
+
+
+@gluon.jit
+def wait_turn(barriers, turn):
+    """Wait at one of two barriers: `turn` counts modulo 4, so that it is 2 * phase + stage."""
+    mbarrier.wait(barriers.index(turn & 1), turn >> 1)

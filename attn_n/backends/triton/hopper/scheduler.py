@@ -1,0 +1,129 @@
+"""Which tile a program of the Hopper kernels takes next: the producer asks, and tells the consumers by the mailbox.
+
+Programs are persistent. A work item is a tile of one head, or where the forward is causal and takes no tiles by a
+counter, a pair of tiles.
+"""
+
+from typing import NamedTuple
+
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+
+from attn_n.backends.triton.hopper.schedule import rows_of_sequence, sequence_of, tile_and_head
+
+
+class Varlen(NamedTuple):
+    """Where the sequences of varlen tensors begin, and the table that `schedule_kernel` makes of their tiles.
+
+    All are None for batches, but for a `table` of one number where the forward counts the tiles that are taken.
+    """
+
+    starts_q: gl.tensor
+    starts_k: gl.tensor
+    table: gl.tensor
+
+
+class Sizes(NamedTuple):
+    """The forward's numbers; of one sequence only `heads`, the lengths and the window are there."""
+
+    items: gl.tensor
+    heads: gl.tensor
+    len_q: gl.tensor
+    len_k: gl.tensor
+    left: gl.tensor  # None for no bound on that side
+    right: gl.tensor
+    swizzle: gl.tensor  # how many heads take turns, tile by tile
+
+
+class QueryTiles(NamedTuple):
+    """A work item of the forward: one or two tiles of queries of a head."""
+
+    count: gl.tensor
+    first: gl.tensor  # the first query of the first tile
+    second: gl.tensor  # the first query of the second tile
+    head: gl.tensor  # batch * heads + head; of varlen sequences the head
+    len_q: gl.tensor  # of the sequence
+    len_k: gl.tensor
+    end_q: gl.tensor  # of a varlen sequence: the row behind its last one; 0 of others
+    end_k: gl.tensor
+
+
+@gluon.jit
+def query_tiles(item, tiles, sizes, varlen, TILE_Q: gl.constexpr, SPEC: gl.constexpr):
+    """The work item of that number; `tiles` are those of a head in a batch.
+
+    Under a causal mask the last queries see the most keys. Where tiles are taken by a counter, heavy ones come first;
+    else a heavy and a light one make a pair.
+    """
+    count, len_q, len_k, end_q, end_k = 1, sizes.len_q, sizes.len_k, 0, 0
+    if varlen.starts_q is not None:
+        # Heads whose keys and values together take 32 MB.
+        IN_L2: gl.constexpr = (1 << 23) // SPEC.width
+        sequence, inside = sequence_of(varlen.table, item, sizes.heads)
+        start_q, len_q = rows_of_sequence(varlen.starts_q, sequence)
+        start_k, len_k = rows_of_sequence(varlen.starts_k, sequence)
+        tiles = gl.cdiv(len_q, TILE_Q)
+        tile, head = tile_and_head(inside, tiles, sizes.heads, IN_L2 // gl.maximum(len_k, 1) * SPEC.group_size)
+        first = (tiles - 1 - tile) * TILE_Q
+        end_q, end_k = start_q + len_q, start_k + len_k
+    elif varlen.table is not None:
+        tile, head = tile_and_head(item, tiles, sizes.items // tiles, sizes.swizzle)
+        first = (tiles - 1 - tile) * TILE_Q
+    elif sizes.left is None and sizes.right is not None:
+        pairs = gl.cdiv(tiles, 2)
+        head, tile = item // pairs, item % pairs
+        first = (tiles - 1 - tile) * TILE_Q
+        count = gl.where(tile == tiles - 1 - tile, 1, 2)  # the tile in the middle is alone
+    else:
+        head, tile = item // tiles, item % tiles
+        first = tile * TILE_Q
+    return QueryTiles(count, first, tile * TILE_Q, head, len_q, len_k, end_q, end_k)
+
+
+@gluon.jit
+def next_item(item, counter):
+    """The next work item of this program: in turn, or by a counter the next one that nobody has taken."""
+    if counter is None:
+        following = item + gl.num_programs(0)
+    else:
+        following = gl.num_programs(0) + gl.atomic_add(counter, 1, sem="relaxed")
+    return following
+
+
+class KvWork(NamedTuple):
+    """A work item of the backward: a tile of keys, for a team of query heads."""
+
+    first_key: gl.tensor
+    team: gl.tensor
+    batch: gl.tensor  # 0 of varlen sequences
+    len_q: gl.tensor  # of the sequence
+    len_k: gl.tensor
+    first_row: gl.tensor  # of the sequence, among the rows of a head in stats and dq_sum
+    key_row: gl.tensor  # of the tile, among the rows of a KV head in the sums for dK and dV
+    end_q: gl.tensor  # of a varlen sequence: the row behind its last one; 0 of others
+    end_k: gl.tensor
+
+
+@gluon.jit
+def kv_tile(item, tiles, teams, sizes, TILE_K: gl.constexpr, SPEC: gl.constexpr):
+    """The work item of that number; `tiles` are those of a KV head in a batch.
+
+    Under a causal mask the first keys are seen by the most queries, and come first.
+    """
+    if sizes.varlen.table is None:
+        tile, batch_team = tile_and_head(item, tiles, sizes.batches * teams, sizes.swizzle)
+        first_key, team, batch = tile * TILE_K, batch_team % teams, batch_team // teams
+        len_q, len_k, first_row, key_row = sizes.len_q, sizes.len_k, 0, first_key
+        end_q, end_k = 0, 0
+    else:
+        varlen = sizes.varlen
+        # Teams whose queries, dout and sums for dQ together take 32 MB.
+        IN_L2: gl.constexpr = (1 << 22) // (SPEC.width * SPEC.team_heads)
+        sequence, inside = sequence_of(varlen.table, item, teams)
+        start_q, len_q = rows_of_sequence(varlen.starts_q, sequence)
+        start_k, len_k = rows_of_sequence(varlen.starts_k, sequence)
+        tile, team = tile_and_head(inside, gl.cdiv(len_k, TILE_K), teams, IN_L2 // gl.maximum(len_q, 1))
+        first_key, first_row, batch = tile * TILE_K, (start_q // SPEC.tile_q + sequence) * SPEC.tile_q, 0
+        key_row = (start_k // TILE_K + sequence + tile) * TILE_K
+        end_q, end_k = start_q + len_q, start_k + len_k
+    return KvWork(first_key, team, batch, len_q, len_k, first_row, key_row, end_q, end_k)
