@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import functools
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from types import SimpleNamespace
 
 # Tensors are small here, and threads that spin while they wait for each other cost minutes beside other programs.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
@@ -15,9 +17,9 @@ if not torch.cuda.is_available():  # on a CPU Triton's kernels run under its int
     os.environ["TRITON_INTERPRET"] = "1"
 
 from attn_n.backends import registry
-from attn_n.backends.base import Backend, Family
+from attn_n.backends.base import Backend, Family, Prepared
 from attn_n.call import canonical
-from attn_n.dispatch import forced, plans
+from attn_n.dispatch import call_cache, forced
 
 LONGEST = ("ahead_of_time", "test_random_calls", "inductor")
 
@@ -34,7 +36,7 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 def automatic(monkeypatch: pytest.MonkeyPatch) -> None:
     """No test depends on the variable of the shell that runs it, and each starts from the same random state."""
     monkeypatch.delenv(forced.ENVIRONMENT_VARIABLE, raising=False)
-    plans.forget()
+    call_cache.clear()
     monkeypatch.setattr(canonical, "_warned", True)  # of rows without keys, which many cases have on purpose
     torch.manual_seed(0)
 
@@ -56,16 +58,29 @@ def ran(monkeypatch: pytest.MonkeyPatch) -> list[str]:
         if backend is None:
             continue
         for kernel in backend.members.values() if isinstance(backend, Family) else (backend,):
-            for method in ("attend",) if kernel.differentiates else ("forward", "backward"):
-                _spy(monkeypatch, kernel, method, entered)
+            if type(kernel).prepare is Backend.prepare:
+                for method in ("attend",) if kernel.differentiates else ("forward", "backward"):
+                    monkeypatch.setattr(
+                        kernel, method, _spied(getattr(kernel, method), f"{method} {kernel.name}", entered)
+                    )
+            else:
+                monkeypatch.setattr(
+                    kernel, "prepare", functools.partial(_prepare, kernel.name, kernel.prepare, entered)
+                )
     return entered
 
 
-def _spy(monkeypatch: pytest.MonkeyPatch, kernel: Backend, method: str, entered: list[str]) -> None:
-    original = getattr(kernel, method)
+def _prepare(name: str, prepare: Callable[..., Prepared], entered: list[str], *arguments: object) -> Prepared:
+    passes = prepare(*arguments)
+    methods = {
+        method: _spied(getattr(passes, method), f"{method} {name}", entered) for method in ("forward", "backward")
+    }
+    return SimpleNamespace(**methods)  # type: ignore[return-value]
 
+
+def _spied(original: Callable[..., object], what: str, entered: list[str]) -> Callable[..., object]:
     def spied(*args: object, **kwargs: object) -> object:
-        entered.append(f"{method} {kernel.name}")
+        entered.append(what)
         return original(*args, **kwargs)
 
-    monkeypatch.setattr(kernel, method, spied)
+    return spied

@@ -449,6 +449,7 @@ def test_packed_boundaries_are_checked_by_the_reader_too() -> None:
         cu_k,
         max_q,
         max_k,
+        *[None] * 3,
     )
     with pytest.raises(ValueError, match="cu_seqlens_q: expected to end at the 9 packed tokens, got 8"):
         torch.ops.attn_n.forward(*arguments)

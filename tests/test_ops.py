@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import inspect
 import subprocess
 import sys
 from pathlib import Path
@@ -195,12 +194,11 @@ def test_only_one_pass_is_watched(forward_watched: bool, monkeypatch: pytest.Mon
     """A dispatch mode makes the operator run, which cannot return None; the other pass runs the bare function."""
     *inputs, n = leaves(9)
     kernel, states = registry.loaded("sdpa:cpu"), []
-    arguments = inspect.signature(kernel.backward)
     backward_of_kernel = kernel.backward
 
-    def recorded(*values: Any) -> Any:
-        states.append(arguments.bind(*values).arguments["rng_state"])
-        return backward_of_kernel(*values)
+    def recorded(grads: Grads, saved: Saved, options: Options) -> Gradients:
+        states.append(saved.rng_state)
+        return backward_of_kernel(grads, saved, options)
 
     monkeypatch.setattr(kernel, "backward", recorded)
     forward, backward = (_Watching(), contextlib.nullcontext())[:: 1 if forward_watched else -1]

@@ -11,7 +11,7 @@ from __future__ import annotations
 import math
 import zlib
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -20,7 +20,7 @@ from torch.autograd import forward_ad
 
 from attn_n.autograd import batching, flops
 from attn_n.backends import registry
-from attn_n.backends.base import Backend, empty_in_order, lies_in_order
+from attn_n.backends.base import Backend, Prepared, empty_in_order, lies_in_order
 from attn_n.call import AttentionCall, Grads, Options, Saved, autocast, describe, transforms
 from attn_n.call.checks import PLAIN
 from attn_n.call.errors import UnsupportedError
@@ -66,41 +66,77 @@ _library.define(
 )
 
 
-class How(NamedTuple):
-    """What runs, and what for.
+class PreparedCall:
+    """How the calls of one kind run: they differ in the contents of their tensors alone.
 
     Attributes:
-        backend: its name, or `ANY_BACKEND`.
+        backend: the name of the one that serves, or `ANY_BACKEND`.
+        options: without the tensors, which each call brings.
         n_is_logit: a tensor n holds log n.
         log_n: n as a number; None if it is a tensor, or 0.
         numbers: `(log_n, scale)` as a float64 tensor on the CPU, which then stands for both of them: a number that is
             handed to an operator is a constant of a compiled graph, and each value would compile another one.
         lse_wanted: otherwise the lse that a call without gradients returns may lack n, which saves a launch.
-        watched: what the function of that name says.
+        needs_grad: it will be differentiated.
     """
 
-    backend: str
-    n_is_logit: bool
-    log_n: float | None
-    numbers: Tensor | None
-    lse_wanted: bool
-    watched: bool
+    def __init__(
+        self, backend: str, options: Options, n_is_logit: bool, log_n: float | None, numbers: Tensor | None,
+        lse_wanted: bool, needs_grad: bool,
+    ) -> None:  # fmt: skip
+        self.backend, self.options, self.n_is_logit, self.log_n = backend, options, n_is_logit, log_n
+        self.numbers, self.lse_wanted, self.needs_grad = numbers, lse_wanted, needs_grad
+        self._served: Backend | None = None
+        self._passes: Prepared | None = None
+        self._rows_may_be_empty = False
+
+    def forward(
+        self, q: Tensor, k: Tensor, v: Tensor, n: Tensor | None, options: Options, lse_wanted: bool
+    ) -> tuple[Tensor, Tensor, Tensor | None]:
+        """`_forward`, with what the first call of its kind has found out."""
+        passes = self._passes
+        if passes is None or self._served is None:
+            return self._first_forward(q, k, v, n, options, lse_wanted)
+        log_n = self.log_n if n is None else _log_per_head(q, n, self.n_is_logit)
+        if log_n is None or self._served.applies_n:
+            return passes.forward(q, k, v, log_n, options)
+        out, lse, rng_state = passes.forward(q, k, v, None, options)
+        return out, rescale.apply_(out, lse, log_n, options.varlen, lse_wanted), rng_state
+
+    def _first_forward(
+        self, q: Tensor, k: Tensor, v: Tensor, n: Tensor | None, options: Options, lse_wanted: bool
+    ) -> tuple[Tensor, Tensor, Tensor | None]:
+        served = registry.loaded(self.backend)
+        if not (served.differentiates or q.numel() == 0 or k.numel() == 0):
+            log_n = self.log_n if n is None else _log_per_head(q, n, self.n_is_logit)
+            self._passes = served.prepare(q, k, v, log_n if served.applies_n else None, options)
+            self._rows_may_be_empty, self._served = _rows_may_be_empty(q, k, options), served
+            return self.forward(q, k, v, n, options, lse_wanted)
+        return _forward(options, lse_wanted, q, k, v, n, self.n_is_logit, self.log_n, None, self.backend)
+
+    def backward(
+        self, dout: Tensor | None, dlse: Tensor | None, saved: Saved, n: Tensor | None, needs_n_grad: bool,
+        options: Options,
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor] | None:  # fmt: skip
+        """`_backward`, with what the forward has found out; None if it did not run here."""
+        if self._passes is None:
+            return None
+        if dout is None:
+            dout = torch.zeros_like(saved.out)
+        return _backward_by(
+            self._passes, dout, dlse, saved, n, self.n_is_logit, self.log_n is None and self._rows_may_be_empty,
+            needs_n_grad, options,
+        )  # fmt: skip
 
 
 def attend(
-    q: Tensor, k: Tensor, v: Tensor, n: Tensor | None, options: Options, how: How, needs_grad: bool
+    q: Tensor, k: Tensor, v: Tensor, n: Tensor | None, options: Options, call: PreparedCall
 ) -> tuple[Tensor, Tensor]:
     """(out, lse) of canonical tensors by a backend with a forward and a backward; n is `()` or `(Hq,)`."""
-    if not (needs_grad or how.watched):
-        out, lse, _ = _eager_forward(
-            options, how.lse_wanted, q, k, v, n, how.n_is_logit, how.log_n, how.numbers, how.backend
-        )
-        return out, lse
-    if not how.watched:
-        attended: tuple[Tensor, Tensor] = _Attention.apply(q, k, v, n, options, how)  # type: ignore[no-untyped-call]
-        return attended
+    if not needs_dispatcher(q):
+        return attend_eagerly(q, k, v, n, options, call)
     flops.register()
-    arguments = (q, k, v, n, how.n_is_logit, how.log_n, how.numbers, how.backend, *options)
+    arguments = (q, k, v, n, call.n_is_logit, call.log_n, call.numbers, call.backend, *options)
     if transforms.by_functional_gradient() and not torch.compiler.is_compiling():
         out, lse, _ = _Operator.apply(*arguments)  # type: ignore[no-untyped-call]
     else:
@@ -108,7 +144,18 @@ def attend(
     return out, lse
 
 
-def watched(x: Tensor) -> bool:
+def attend_eagerly(
+    q: Tensor, k: Tensor, v: Tensor, n: Tensor | None, options: Options, call: PreparedCall
+) -> tuple[Tensor, Tensor]:
+    """`attend` where nobody watches operators."""
+    if not call.needs_grad:
+        out, lse, _ = call.forward(q, k, v, n, options, call.lse_wanted)
+        return out, lse
+    attended: tuple[Tensor, Tensor] = _Attention.apply(q, k, v, n, options, call)  # type: ignore[no-untyped-call]
+    return attended
+
+
+def needs_dispatcher(x: Tensor) -> bool:
     """Whether somebody looks at operators: a compiler, a subclass, a mode (checkpoints), functorch, forward-mode AD."""
     if torch.compiler.is_compiling():
         return True
@@ -142,19 +189,18 @@ class _Attention(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, q: Tensor, k: Tensor, v: Tensor, n: Tensor | None, options: Options, how: How
+        ctx: Any, q: Tensor, k: Tensor, v: Tensor, n: Tensor | None, options: Options, call: PreparedCall
     ) -> tuple[Tensor, Tensor]:
         # The lse always has n here. Under a checkpoint the backward gets what is saved from a second forward, which can
         # run in another way than the first: nothing may be known of it but what it returned.
-        out, lse, rng_state = _eager_forward(
-            options, True, q, k, v, n, how.n_is_logit, how.log_n, how.numbers, how.backend
-        )
-        _save(ctx, 6, (q, k, v, n, how.n_is_logit, how.log_n, how.numbers, how.backend), options, out, lse, rng_state)
+        out, lse, rng_state = call.forward(q, k, v, n, options, True)
+        _save(ctx, 6, (q, k, v, n, call.n_is_logit, call.log_n, None, call.backend), options, out, lse, rng_state)
+        ctx.call = call
         return out, lse
 
     @staticmethod
     def backward(ctx: Any, dout: Tensor | None, dlse: Tensor | None) -> Any:
-        return _gradients(ctx, dout, dlse)
+        return _gradients(ctx, dout, dlse, ctx.call)
 
 
 class _Operator(torch.autograd.Function):
@@ -194,7 +240,9 @@ def _save(
     ctx.set_materialize_grads(False)
 
 
-def _gradients(ctx: Any, dout: Tensor | None, dlse: Tensor | None) -> tuple[Tensor | None, ...]:
+def _gradients(
+    ctx: Any, dout: Tensor | None, dlse: Tensor | None, call: PreparedCall | None = None
+) -> tuple[Tensor | None, ...]:
     n_is_logit, log_n, backend, inputs = ctx.rest
     if dout is None and dlse is None:
         return _only_needed((), (), inputs)
@@ -217,13 +265,18 @@ def _gradients(ctx: Any, dout: Tensor | None, dlse: Tensor | None) -> tuple[Tens
     found: Sequence[Tensor | None]
     needed: tuple[bool, ...] = ctx.needs_input_grad
     batched = _is_batched(dout) or _is_batched(dlse)
-    if backend == ANY_BACKEND and not (batched or watched(q)):
+    if backend == ANY_BACKEND and not (batched or needs_dispatcher(q)):
         chosen = _chosen(backend, q, k, v, n, options)
         if chosen.differentiates:
             if numbers is not None:
                 log_n, options = _numbers(numbers, log_n, options)
             found = _by_autograd(chosen, dout, dlse, q, k, v, n, n_is_logit, log_n, options)
             return _only_needed(found, needed, inputs)
+    if call is not None and not (batched or torch.is_grad_enabled() or needs_dispatcher(q)):
+        with autocast.suspended(q.device.type):
+            prepared = call.backward(dout, dlse, Saved(q, k, v, out, lse, None, rng_state), n, needed[3], options)
+        if prepared is not None:
+            return _only_needed(prepared, needed, inputs)
     arguments = (
         torch.zeros_like(out) if dout is None else dout, dlse, q, k, v, out, lse, rng_state, n, n_is_logit,
         log_n is None and _rows_may_be_empty(q, k, options), needed[3], numbers, backend,
@@ -231,11 +284,11 @@ def _gradients(ctx: Any, dout: Tensor | None, dlse: Tensor | None) -> tuple[Tens
     with autocast.suspended(q.device.type):
         if torch.is_grad_enabled():
             found = _Backward.apply(*arguments, *options)  # type: ignore[no-untyped-call]
-        elif batched or watched(q):
+        elif batched or needs_dispatcher(q):
             flops.register()
             found = torch.ops.attn_n.backward(*arguments, *options)
         else:
-            found = _eager_backward(options, *arguments)
+            found = _backward(options, *arguments)
     return _only_needed(found, needed, inputs)
 
 
@@ -302,7 +355,10 @@ def _backend_checksum(backend: str) -> Tensor:
 
 def _log_per_head(q: Tensor, n: Tensor, n_is_logit: bool) -> Tensor:
     """log n as `(Hq,)` in the dtype of the lse, with a stride of 1, or 0 for a scalar."""
-    n, dtype = n.detach(), _lse_dtype(q)
+    dtype = _lse_dtype(q)
+    if n_is_logit and n.dtype is dtype and n.dim() == 1 and n.is_contiguous():
+        return n.detach()
+    n = n.detach()
     if not n_is_logit:  # a float64 n may be no number of float32, and its logarithm is one
         n = n.to(torch.promote_types(n.dtype, dtype)).log()
     return n.to(dtype).contiguous().expand(q.shape[1])
@@ -320,7 +376,7 @@ def _rows_may_be_empty(q: Tensor, k: Tensor, options: Options) -> bool:
     return k.shape[-2] == 0 or (right is not None and right < 0) or (bounded and q.shape[-2] > k.shape[-2])
 
 
-def _eager_forward(
+def _forward(
     options: Options, lse_wanted: bool, q: Tensor, k: Tensor, v: Tensor, n: Tensor | None, n_is_logit: bool,
     log_n: float | None, numbers: Tensor | None, backend: str,
 ) -> tuple[Tensor, Tensor, Tensor | None]:  # fmt: skip
@@ -344,38 +400,45 @@ def _eager_forward(
     return out, rescale.apply_(out, lse, log_of_n, packed, lse_wanted), rng_state
 
 
-def _eager_backward(
+def _backward(
     options: Options, dout: Tensor, dlse: Tensor | None, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor,
     rng_state: Tensor | None, n: Tensor | None, n_is_logit: bool, rows_may_be_empty: bool, needs_n_grad: bool,
     numbers: Tensor | None, backend: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
-    # The gradient of a complex loss may have its sign in a flag, which kernels do not see.
-    if dout.is_neg() or (dlse is not None and dlse.is_neg()):
-        dout, dlse = dout.resolve_neg(), None if dlse is None else dlse.resolve_neg()
     if numbers is not None:
         _, options = _numbers(numbers, None, options)
-    log_n = _log_per_head(q, n, True) if n is not None and n_is_logit and needs_n_grad else None
     if q.numel() == 0 or k.numel() == 0:
         dq, dk, dv, dn = torch.zeros_like(q), torch.zeros_like(k), torch.zeros_like(v), lse.new_empty(0)
         if needs_n_grad:
-            dn = rescale.gradient_of_n(dout, dlse, out, lse, log_n, options.cu_seqlens_q is not None)
+            log_n = _log_per_head(q, n, True) if n is not None and n_is_logit else None
+            dn = rescale.gradient_of_n(dout, dlse, out, lse, log_n, options.varlen)
         return dq, dk, dv, _shaped_as(dn, n)
-    if rows_may_be_empty:
-        lse, dlse = rescale.lse_for_backward(lse, dlse)
     chosen = _chosen(backend, q, k, v, n, options)
     if chosen.differentiates:
         raise UnsupportedError(
             f"an exported program that was compiled cannot be differentiated by {chosen.name}, which is chosen here.\n"
             "To do: name a backend that has a backward, by use_backend or ATTN_N_BACKEND."
         )
+    saved = Saved(q, k, v, out, lse, None, rng_state)
+    return _backward_by(chosen, dout, dlse, saved, n, n_is_logit, rows_may_be_empty, needs_n_grad, options)
+
+
+def _backward_by(
+    passes: Prepared, dout: Tensor, dlse: Tensor | None, saved: Saved, n: Tensor | None, n_is_logit: bool,
+    rows_may_be_empty: bool, needs_n_grad: bool, options: Options,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    # The gradient of a complex loss may have its sign in a flag, which kernels do not see.
+    if dout.is_neg() or (dlse is not None and dlse.is_neg()):
+        dout, dlse = dout.resolve_neg(), None if dlse is None else dlse.resolve_neg()
+    q, k, v, out, lse, _, rng_state = saved
+    log_n = _log_per_head(q, n, True) if n is not None and n_is_logit and needs_n_grad else None
+    if rows_may_be_empty:
+        lse, dlse = rescale.lse_for_backward(lse, dlse)
     of_n: Any = None if not needs_n_grad else "n" if log_n is None else "log n"
-    saved = Saved(q, k, v, out, lse, log_n, rng_state)
-    found = chosen.backward(Grads(dout, dlse, of_n), saved, options)
-    dq, dk, dv, dn = found.dq, found.dk, found.dv, lse.new_empty(0)
-    if found.dn is not None:
-        dn = found.dn
-    elif needs_n_grad:
-        dn = rescale.gradient_of_n(dout, dlse, out, lse, log_n, options.varlen)
+    found = passes.backward(Grads(dout, dlse, of_n), Saved(q, k, v, out, lse, log_n, rng_state), options)
+    dq, dk, dv, dn = found.dq, found.dk, found.dv, found.dn
+    if dn is None:
+        dn = rescale.gradient_of_n(dout, dlse, out, lse, log_n, options.varlen) if needs_n_grad else lse.new_empty(0)
     return dq, _sum_groups(dk, k.shape[1]), _sum_groups(dv, k.shape[1]), _shaped_as(dn, n)
 
 
@@ -425,7 +488,7 @@ def _promises(backend: str) -> Backend:
 
 def _forward_operator(*arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
     q, backend, options = arguments[0], arguments[7], _options_of(arguments)
-    out, lse, rng_state = _eager_forward(options, True, *arguments[:8])
+    out, lse, rng_state = _forward(options, True, *arguments[:8])
     if rng_state is None:
         rng_state = torch.empty(2 if options.dropout_p else 0, dtype=torch.int64, device=q.device)
     promised = _promises(backend)
@@ -434,7 +497,7 @@ def _forward_operator(*arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
 
 def _backward_operator(*arguments: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     q, k, v, backend = *arguments[2:5], arguments[13]
-    dq, dk, dv, dn = _eager_backward(Options(*arguments[14:]), *arguments[:14])
+    dq, dk, dv, dn = _backward(Options(*arguments[14:]), *arguments[:14])
     order = _promises(backend).gradient_order
     return _in_order(dq, order(q)), _in_order(dk, order(k)), _in_order(dv, order(v)), dn
 

@@ -28,6 +28,12 @@ class Canonical(NamedTuple):
     call: AttentionCall
     out_shape: Sequence[int]  # of out, but for its last dimension
 
+    def as_it_came(self, q: Tensor, k: Tensor, v: Tensor, request: Request) -> bool:
+        """Whether this form can be had of a call like it without looking at anything but its metadata."""
+        mask = request.attn_mask
+        masked = mask is None or mask.dtype != torch.float64 or q.dtype == torch.float64
+        return self.q is q and self.k is k and self.v is v and masked
+
 
 def batch(q: Tensor, k: Tensor, v: Tensor, request: Request, plain: bool = False) -> Canonical:
     """`plain`: the call has a key, so that nothing surrounds it, and q, k, v and n are plain tensors."""
@@ -167,7 +173,7 @@ def _warn_of_rows_without_keys(q: Tensor, k: Tensor) -> None:
     warnings.warn(
         f"{q.shape[2] - k.shape[2]} of {q.shape[2]} rows see no key under this causal mask, and are zero: {shapes}. If"
         " the length comes before the heads, pass q.transpose(1, 2), and k and v so too. (This is said once.)",
-        stacklevel=4,
+        stacklevel=5,
     )
 
 
@@ -214,10 +220,15 @@ def _canonical(x: Tensor) -> Tensor:
     return x.reshape(math.prod(x.shape[:-3]), *x.shape[-3:])
 
 
+def with_dimensions(mask: Tensor, dims: int) -> Tensor:
+    """A mask with dimensions of size 1 in front of its own."""
+    return mask if mask.dim() == dims else mask[(None,) * (dims - mask.dim())]
+
+
 def _canonical_mask(mask: Tensor, q_shape: Sequence[int]) -> Tensor:
     """A mask that broadcasts to (N, ..., H, L, S) as one that broadcasts to (B, H, L, S)."""
     dims = max(4, len(q_shape))
-    mask = mask[(None,) * (dims - mask.dim())]
+    mask = with_dimensions(mask, dims)
     if dims == 4:
         return mask
     leading = mask.shape[:-3] if all(size == 1 for size in mask.shape[:-3]) else q_shape[:-3]

@@ -307,10 +307,23 @@ def n_tensor(sm_n: object, sinks: object, q: Tensor, heads: int) -> Tensor:
     if sinks is None:
         n_values(name, n)
     elif readable(n):
-        largest = torch.finfo(_computed_in(q)).max / 2  # in base 2, in which kernels compute, it is 1.44 times as large
-        if not bool((n < largest).all()):
-            raise ValueError(f"sinks: expected logits below {largest:.1e} and no NaN (-inf is n = 0), got {n.detach()}")
+        sink_values(n, q)
     return n
+
+
+def sink_values(sinks: Tensor, q: Tensor) -> None:
+    """Logits that do not overflow in base 2, in which kernels compute: there they are 1.44 times as large."""
+    largest = torch.finfo(_computed_in(q)).max / 2
+    if not bool((sinks < largest).all()):
+        raise ValueError(f"sinks: expected logits below {largest:.1e} and no NaN (-inf is n = 0), got {sinks.detach()}")
+
+
+def values_of_n(n: Tensor, is_logit: bool, q: Tensor) -> None:
+    """The values of n or of sinks, which are on the CPU."""
+    if is_logit:
+        sink_values(n, q)
+    else:
+        n_values("sm_n", n)
 
 
 def mask(attn_mask: object, q: Tensor, target: Sequence[int]) -> None:

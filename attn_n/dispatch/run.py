@@ -8,23 +8,21 @@ import torch
 from torch import Tensor
 
 from attn_n.autograd import operators
-from attn_n.call import Options, Request, autocast, canonical, jagged
-from attn_n.dispatch import choose, forced, plans
+from attn_n.call import Options, Request, autocast, canonical, checks, jagged
+from attn_n.dispatch import call_cache, choose, forced
 from attn_n.sink import rescale
 
 
 def batch(q: Tensor, k: Tensor, v: Tensor, request: Request) -> Tensor | tuple[Tensor, Tensor]:
     """`flash_attention_n`."""
-    key = plans.key(q, k, v, request)
-    plan = plans.find(key)
-    if plan is not None:
-        out, lse = operators.attend(q, k, v, plans.tensor_n(request), *plan)
-        return (out, lse) if request.return_lse else out
+    key = call_cache.key(q, k, v, request)
+    known = call_cache.get(key)
+    if known is not None:
+        return _run_known(known, q, k, v, request, known.options)
     if jagged.is_jagged(q):
         return _run_jagged(q, k, v, request)
     prepared = canonical.batch(q, k, v, request, plain=key is not None)
-    as_it_came = prepared.q is q and prepared.k is k and prepared.v is v
-    return _run(prepared, request, key if as_it_came else None)
+    return _run(prepared, request, key if prepared.as_it_came(q, k, v, request) else None)
 
 
 def varlen(
@@ -32,7 +30,33 @@ def varlen(
     request: Request,
 ) -> Tensor | tuple[Tensor, Tensor]:  # fmt: skip
     """`flash_attention_n_varlen`."""
-    return _run(canonical.varlen(q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, request), request)
+    packing = cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k
+    key = call_cache.key(q, k, v, request, packing)
+    known = call_cache.get(key)
+    if known is not None:
+        if cu_seqlens_q.is_cpu:
+            checks.boundaries("cu_seqlens_q", cu_seqlens_q, q.shape[0], max_seqlen_q)
+            checks.boundaries("cu_seqlens_k", cu_seqlens_k, k.shape[0], max_seqlen_k)
+        options = known.options._replace(cu_seqlens_q=cu_seqlens_q, cu_seqlens_k=cu_seqlens_k)
+        return _run_known(known, q, k, v, request, options)
+    prepared = canonical.varlen(q, k, v, *packing, request)
+    as_it_came = prepared.as_it_came(q, k, v, request) and prepared.options.cu_seqlens_q is cu_seqlens_q
+    return _run(prepared, request, key if as_it_came and prepared.options.cu_seqlens_k is cu_seqlens_k else None)
+
+
+def _run_known(
+    known: operators.PreparedCall, q: Tensor, k: Tensor, v: Tensor, request: Request, options: Options
+) -> Tensor | tuple[Tensor, Tensor]:
+    n = request.sm_n if request.sinks is None else request.sinks
+    if not isinstance(n, Tensor):
+        n = None
+    elif n.is_cpu:
+        checks.values_of_n(n, request.sinks is not None, q)
+    mask = request.attn_mask
+    if mask is not None:
+        options = options._replace(mask=canonical.with_dimensions(mask, 4))
+    out, lse = operators.attend_eagerly(q, k, v, n, options, known)
+    return (out, lse) if request.return_lse else out
 
 
 def _run_jagged(q: Tensor, k: Tensor, v: Tensor, request: Request) -> Tensor | tuple[Tensor, Tensor]:
@@ -44,7 +68,7 @@ def _run_jagged(q: Tensor, k: Tensor, v: Tensor, request: Request) -> Tensor | t
 
 
 def _run(
-    prepared: canonical.Canonical, request: Request, key: plans.Key | None = None
+    prepared: canonical.Canonical, request: Request, key: call_cache.Key | None = None
 ) -> Tensor | tuple[Tensor, Tensor]:
     q, k, v, n, n_is_logit, options, call, out_shape = prepared
     name, backend = choose.choose(call, request.backend)
@@ -58,11 +82,12 @@ def _run(
         # With dropout the backward has to run where the forward ran, which an open choice does not promise.
         if torch.compiler.is_exporting() and forced.forced(request.backend)[0] is None and not options.dropout_p:
             name = operators.ANY_BACKEND
-        how = operators.How(name, n_is_logit, log_n, numbers, call.return_lse, operators.watched(q))
+        bare = options.replaced(mask=None, alibi_slopes=None, cu_seqlens_q=None, cu_seqlens_k=None)
+        known = operators.PreparedCall(name, bare, n_is_logit, log_n, numbers, call.return_lse, call.needs_grad)
         with autocast.suspended(q.device.type):
-            out, lse = operators.attend(q, k, v, tensor_n, options, how, call.needs_grad)
+            out, lse = operators.attend(q, k, v, tensor_n, options, known)
         if key is not None:
-            plans.keep(key, plans.Plan(options, how, call.needs_grad))
+            call_cache.put(key, known)
     if out.dim() != len(out_shape) + 1:
         out = out.reshape(*out_shape, out.shape[-1])
         lse = None if lse is None else lse.reshape(out_shape)
@@ -70,7 +95,7 @@ def _run(
 
 
 def _numbers(n: float | Tensor | None, options: Options) -> tuple[float | None, Tensor | None, Options]:
-    """log n of a number n, the `numbers` of `operators.How`, and the options without what these stand for."""
+    """log n of a number n, the `numbers` of a `PreparedCall`, and the options without what these stand for."""
     number = None if isinstance(n, Tensor) else n
     if torch.compiler.is_compiling():
         from torch.fx.experimental.symbolic_shapes import has_static_value  # which imports SymPy

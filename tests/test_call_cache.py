@@ -12,7 +12,7 @@ from torch import Tensor
 import attn_n
 from attn_n import flash_attention_n
 from attn_n.backends import registry
-from attn_n.dispatch import plans
+from attn_n.dispatch import call_cache
 from tests.oracle import attention_n
 
 
@@ -29,7 +29,7 @@ def test_the_second_call_is_planned_and_right(ran: list[str]) -> None:
                 "n" if name == "sm_n" else "scale" if name == "sm_scale" else name: x for name, x in options.items()
             }
             assert torch.allclose(flash_attention_n(q, k, v, **options), attention_n(q, k, v, **keywords)[0], atol=1e-5)
-    assert len(plans._plans) == 5
+    assert len(call_cache._calls) == 5
     assert ran == ["forward sdpa:cpu"] * 10
 
 
@@ -150,10 +150,10 @@ def test_a_returned_lse_is_another_call() -> None:
 
 
 def test_plans_are_forgotten_before_they_pile_up(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(plans, "_MOST", 3)
+    monkeypatch.setattr(call_cache, "_MOST", 3)
     for length in range(2, 10):
         flash_attention_n(*inputs(length), sm_n=1.0)
-        assert len(plans._plans) <= 3
+        assert len(call_cache._calls) <= 3
 
 
 @pytest.mark.gpu
@@ -170,7 +170,7 @@ def test_a_learned_n_is_planned_on_a_gpu(ran: list[str]) -> None:
             (dn,) = torch.autograd.grad(out.sum(), n)
             (expected_dn,) = torch.autograd.grad(expected.sum(), exact)
             assert torch.allclose(dn.double(), expected_dn, rtol=1e-2, atol=1e-2)
-    assert len(plans._plans) == 4
+    assert len(call_cache._calls) == 4
     assert len(ran) == 12
     with pytest.raises(ValueError, match="sinks: expected None together with sm_n"):
         flash_attention_n(q, k, v, sm_n=1.0, sinks=n)
