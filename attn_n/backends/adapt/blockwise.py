@@ -1,15 +1,14 @@
-"""Attention put together from rectangles of queries and keys, for kernels that know little.
+"""Attention put together from blocks, for kernels limited to top-left causal masks and a dense bias.
 
-Such a kernel knows a causal mask that joins the first query to the first key, and a dense bias. Everything else is
-made of rectangles that it can do: their outputs are merged by their lse, and their gradients add up, because each is
-given the out and the lse of the whole row. Memory beyond the inputs stays linear in L, and the cost of a window
-proportional to the window.
+Everything else is made of rectangles of queries and keys that such a kernel can do: their outputs are merged by their
+lse, and their gradients add up, because each is given the out and the lse of the whole row. Memory beyond the inputs
+stays linear in L, and the cost of a window proportional to the window.
 """
 
 from __future__ import annotations
 
+import functools
 import math
-from collections.abc import Iterator
 from typing import NamedTuple
 
 import torch
@@ -22,18 +21,20 @@ from attn_n.backends.base import Backend, empty_in_order, memory_order
 from attn_n.call import Gradients, Grads, Options, Saved
 
 
-class RectangleBackend(Backend):
-    """A backend by a kernel for rectangles: `widths`, `kernel_forward` and `kernel_backward` say what it does.
+class BlockwiseBackend(Backend):
+    """A backend by a kernel for blocks: `widths`, `kernel_forward` and `kernel_backward` say what it does.
 
     Attributes:
         bias_elements: how many elements a bias that is built here may have: small beside the inputs of a long call.
-        most_rows: how many rows a rectangle with such a bias may have.
+        most_rows: how many rows a block with such a bias may have.
+        key_head_each: the backward gives dk and dv for each query head.
         base_2: the kernel multiplies logits by log2(e), their bias with them, so that `finfo.min` becomes -inf.
     """
 
     bias_elements: int
     most_rows: int
     base_2: bool = False
+    key_head_each: bool = False
 
     def widths(self, size: int, size_v: int) -> tuple[int, int]:
         """The head sizes that the kernel runs at, for E and for Ev."""
@@ -65,27 +66,34 @@ class RectangleBackend(Backend):
         size_v = v.shape[3]
         width, width_v = self.widths(q.shape[3], size_v)
         q, k, v = of_width(q, width), of_width(k, width), of_width(v, width_v)
-        out = lse = None
-        for piece in self._pieces(q, k, options):
-            some = (q, k, v) if piece.whole else (q[:, :, piece.rows], k[:, :, piece.keys], v[:, :, piece.keys])
-            bias, top = piece.bias, None
-            if bias is not None and self.base_2 and _adds_large(options):
-                bias, top = large_bias.alone(bias)
-            part, part_lse = self.kernel_forward(*some, piece.causal, bias, options.scale)
-            if top is not None:
-                part_lse = torch.where(top.isnan(), part_lse, top)
-            if piece.bias is not None:
-                hidden = (piece.bias == -math.inf).all(-1)
-                part = part.masked_fill(hidden[..., None], 0.0)
-                part_lse = part_lse.masked_fill(hidden, -math.inf)
-            if piece.whole:
-                return narrowed(part, size_v), part_lse
-            if out is None or lse is None:
-                out, lse = _nothing(q, width_v)
-            _merge_(out[:, :, piece.rows], lse[:, :, piece.rows], part, part_lse)
-        if out is None or lse is None:
-            out, lse = _nothing(q, width_v)
+        blocks = self._blocks(q.shape[2], k.shape[2], options)
+        if len(blocks) == 1 and blocks[0].rows is None:
+            out, lse = self._forward_of(blocks[0], q, k, v, options)
+            return narrowed(out, size_v), lse
+        out, lse = _nothing(q, width_v)
+        for block in blocks:
+            part, part_lse = self._forward_of(block, q, k, v, options)
+            some_out, some_lse = _some(out, block.rows), _some(lse, block.rows)
+            if block.alone:
+                some_out.copy_(part)
+                some_lse.copy_(part_lse)
+            else:
+                _merge_(some_out, some_lse, part, part_lse)
         return narrowed(out, size_v).to(q.dtype), lse
+
+    def _forward_of(self, block: Block, q: Tensor, k: Tensor, v: Tensor, options: Options) -> tuple[Tensor, Tensor]:
+        bias = _bias(block, q, k, options)
+        q, k, v = _some(q, block.rows), _some(k, block.keys), _some(v, block.keys)
+        if bias is None:
+            return self.kernel_forward(q, k, v, block.causal, None, options.scale)
+        given, top = large_bias.alone(bias) if self.base_2 and _adds_large(options) else (bias, None)
+        out, lse = self.kernel_forward(q, k, v, False, given, options.scale)
+        if top is not None:
+            lse = torch.where(top.isnan(), lse, top)
+        hidden = (bias == -math.inf).all(-1)
+        if hidden.is_cpu and not hidden.any():  # a GPU would have to be waited for
+            return out, lse
+        return out.masked_fill(hidden[..., None], 0.0), lse.masked_fill(hidden, -math.inf)
 
     def _backward(self, grads: Grads, saved: Saved, options: Options) -> Gradients:
         (dout, dlse, *_), (q, k, v, out, lse, *_) = grads, saved
@@ -93,88 +101,120 @@ class RectangleBackend(Backend):
         width, width_v = self.widths(size, size_v if dlse is None else size_v + 1)
         if dlse is not None:
             dout, v, out = lse_as_value_column(dout, dlse, v, out, width_v)
-        q, k = of_width(q, width), of_width(k, width)
-        dout, v, out = (of_width(x, width_v) for x in (dout, v, out))
-        gradients: list[Tensor] | None = None
-        for piece in self._pieces(q, k, options):
-            rows, keys, bias = piece.rows, piece.keys, piece.bias
-            some_dout, some_q, some_k, some_lse = dout[:, :, rows], q[:, :, rows], k[:, :, keys], lse[:, :, rows]
-            if bias is not None and _adds(options):
-                sums: Tensor | None = None
-                if self.base_2 and _adds_large(options):
-                    bias, top = large_bias.alone(bias)
-                    some_lse, sums = large_bias.backward_of_alone(bias, top, some_lse, some_k.shape[2])
-                elif not self.base_2:
-                    sums = large_bias.sums_of_weights(some_q, some_k, bias, some_lse, options.scale)
-                some_dout = some_dout if sums is None else (some_dout / sums[..., None]).to(dout.dtype)
-            some = Saved(some_q, some_k, v[:, :, keys], out[:, :, rows], some_lse)
-            parts = self.kernel_backward(some_dout, some, piece.causal, bias, options.scale)[:3]
-            if piece.whole:
-                gradients = list(parts)
-                break
-            if gradients is None:
-                shapes = ((*part.shape[:2], *x.shape[2:]) for x, part in zip((q, k, v), parts, strict=True))
-                gradients = [q.new_zeros(shape, dtype=_accumulator(q)) for shape in shapes]
-            for gradient, part, span in zip(gradients, parts, (rows, keys, keys), strict=True):
-                gradient[:, :, span] += part
-        if gradients is None:
-            gradients = [torch.zeros_like(x) for x in (q, k, v)]
+        wide = Saved(of_width(q, width), of_width(k, width), of_width(v, width_v), of_width(out, width_v), lse)
+        dout = of_width(dout, width_v)
+        blocks = self._blocks(q.shape[2], k.shape[2], options)
+        if len(blocks) == 1 and blocks[0].rows is blocks[0].keys is None:
+            gradients = list(self._backward_of(blocks[0], dout, wide, options))
+        else:
+            heads = q.shape[1], *((q if self.key_head_each else k).shape[1],) * 2
+            shapes = ((x.shape[0], of_x, *x.shape[2:]) for x, of_x in zip(wide[:3], heads, strict=True))
+            gradients = [q.new_zeros(shape, dtype=_accumulator(q)) for shape in shapes]
+            for block in blocks:
+                parts = self._backward_of(block, dout, wide, options)
+                for gradient, part, span in zip(gradients, parts, (block.rows, block.keys, block.keys), strict=True):
+                    _some(gradient, span).add_(part)
         dq, dk, dv = (gradient.to(q.dtype) for gradient in gradients)
         return Gradients(narrowed(dq, size), narrowed(dk, size), narrowed(dv, size_v))
 
-    def _pieces(self, q: Tensor, k: Tensor, options: Options) -> Iterator[_Piece]:
-        len_q, len_k = q.shape[2], k.shape[2]
-        left, right = options.window_left, options.window_right
-        if options.alibi_slopes is None and left is None and right is None:
-            bias = None
-            if options.mask is not None:
-                bias = dense_bias(options, len_q, len_k, (0, len_q), (0, len_k), _accumulator(q), q.device)
-            yield _Piece(_ALL, _ALL, bias=bias, whole=True)
-        elif options.alibi_slopes is None and options.mask is None and left is None and right is not None:
-            # Keys that every query sees, or if negative queries that see none.
-            before = min(len_k, len_k - len_q + right)
-            row, key = max(0, -before), max(0, before)
-            side = min(len_q - row, len_k - key)  # of the square on the diagonal; the rows below it see all its keys
-            if before == 0 and side == len_q == len_k:
-                yield _Piece(_ALL, _ALL, causal=True, whole=True)
-                return
-            if key > 0:
-                yield _Piece(slice(0, len_q), slice(0, key))
-            if side > 0:
-                yield _Piece(slice(row, row + side), slice(key, key + side), causal=True)
-                if row + side < len_q:
-                    yield _Piece(slice(row + side, len_q), slice(key, key + side))
-        else:
-            step = self._rows_a_piece(options, len_k)
-            for start in range(0, len_q, step):
-                stop = min(start + step, len_q)
-                first = 0 if left is None else max(0, start + len_k - len_q - left)
-                last = len_k if right is None else min(len_k, stop + len_k - len_q + right)
-                if first < last:
-                    bias = dense_bias(options, len_q, len_k, (start, stop), (first, last), _accumulator(q), q.device)
-                    whole = (start, stop, first, last) == (0, len_q, 0, len_k)
-                    yield _Piece(slice(start, stop), slice(first, last), bias=bias, whole=whole)
+    def _backward_of(self, block: Block, dout: Tensor, saved: Saved, options: Options) -> tuple[Tensor, ...]:
+        q, k, v, out, lse, *_ = saved
+        bias = _bias(block, q, k, options)
+        q, dout, out, lse = (_some(x, block.rows) for x in (q, dout, out, lse))
+        k, v = _some(k, block.keys), _some(v, block.keys)
+        if bias is not None and _adds(options):
+            sums: Tensor | None = None
+            if self.base_2 and _adds_large(options):
+                bias, top = large_bias.alone(bias)
+                lse, sums = large_bias.backward_of_alone(bias, top, lse, k.shape[2])
+            elif not self.base_2:
+                sums = large_bias.sums_of_weights(q, k, bias, lse, options.scale)
+            dout = dout if sums is None else (dout / sums[..., None]).to(dout.dtype)
+        return self.kernel_backward(dout, Saved(q, k, v, out, lse), block.causal, bias, options.scale)[:3]
 
-    def _rows_a_piece(self, options: Options, len_k: int) -> int:
-        copies = 1  # of the bias, for batches and heads
-        if options.alibi_slopes is not None:
-            copies = options.alibi_slopes.numel()
-        elif options.mask is not None:
-            copies = options.mask.shape[0] * options.mask.shape[1]
-        return max(32, min(self.most_rows, self.bias_elements // (copies * len_k)))
+    def _blocks(self, len_q: int, len_k: int, options: Options) -> tuple[Block, ...]:
+        mask, slopes = options.mask, options.alibi_slopes
+        copies = 1  # of a bias, for batches and heads
+        if slopes is not None:
+            copies = slopes.numel()
+        elif mask is not None:
+            copies = mask.shape[0] * mask.shape[1]
+        step = max(32, min(self.most_rows, self.bias_elements // (copies * len_k)))
+        return _blocks(
+            len_q, len_k, options.window_left, options.window_right, mask is not None, slopes is not None, step
+        )
 
 
-_ALL = slice(None)
+class Block(NamedTuple):
+    """Queries and keys of a rectangle: all of its keys are seen, or it is causal from its corner on, or has a bias.
 
+    Attributes:
+        rows, keys: the first one and the one behind the last; None is all there are.
+        alone: no other block has its rows.
+    """
 
-class _Piece(NamedTuple):
-    """A rectangle: full, or causal with its first query at its first key, or with a bias."""
-
-    rows: slice
-    keys: slice
+    rows: tuple[int, int] | None
+    keys: tuple[int, int] | None
     causal: bool = False
-    bias: Tensor | None = None
-    whole: bool = False  # it is all there is
+    biased: bool = False
+    alone: bool = True
+
+
+@functools.lru_cache(1024)
+def _blocks(
+    len_q: int, len_k: int, left: int | None, right: int | None, masked: bool, alibi: bool, step: int
+) -> tuple[Block, ...]:
+    """The blocks of a call, those with a bias of up to `step` rows."""
+    if left is None and right is None and not alibi:
+        return (Block(None, None, biased=masked),)
+    if left is None and right is not None and not masked and not alibi:
+        return _causal_blocks(len_q, len_k, right)
+    found = []
+    for start in range(0, len_q, step):
+        stop = min(start + step, len_q)
+        # Of the first and of the last row of the block: the keys that it sees begin, and end.
+        of_first, of_last = start + len_k - len_q, stop - 1 + len_k - len_q
+        begin = 0 if left is None else max(0, of_first - left)
+        end = len_k if right is None else min(len_k, of_last + right + 1)
+        if begin < end:
+            all_see_all = (left is None or of_last - left <= begin) and (right is None or end <= of_first + right + 1)
+            rows = None if (start, stop) == (0, len_q) else (start, stop)
+            keys = None if (begin, end) == (0, len_k) else (begin, end)
+            found.append(Block(rows, keys, biased=masked or alibi or not all_see_all))
+    return tuple(found)
+
+
+def _causal_blocks(len_q: int, len_k: int, right: int) -> tuple[Block, ...]:
+    # Keys that every query sees, or if negative queries that see none.
+    before = min(len_k, len_k - len_q + right)
+    row, key = max(0, -before), max(0, before)
+    side = min(len_q - row, len_k - key)  # of the square on the diagonal; the rows below it see all its keys
+    if before == 0 and side == len_q == len_k:
+        return (Block(None, None, causal=True),)
+    found = []
+    if key > 0:
+        found.append(Block(None, None if key == len_k else (0, key), alone=side <= 0))
+    if side > 0:
+        of_keys = None if (key, side) == (0, len_k) else (key, key + side)
+        # One query sees all keys of its square, which has one.
+        found.append(Block((row, row + side), of_keys, causal=side > 1, alone=key == 0))
+        if row + side < len_q:
+            found.append(Block((row + side, len_q), of_keys, alone=key == 0))
+    return tuple(found)
+
+
+def _some(x: Tensor, span: tuple[int, int] | None) -> Tensor:
+    """Those rows of a tensor of batches and heads."""
+    return x if span is None else x[:, :, span[0] : span[1]]
+
+
+def _bias(block: Block, q: Tensor, k: Tensor, options: Options) -> Tensor | None:
+    if not block.biased:
+        return None
+    len_q, len_k = q.shape[2], k.shape[2]
+    return dense_bias(
+        options, len_q, len_k, block.rows or (0, len_q), block.keys or (0, len_k), _accumulator(q), q.device
+    )
 
 
 def _adds(options: Options) -> bool:

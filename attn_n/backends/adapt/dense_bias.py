@@ -27,11 +27,7 @@ def dense_bias(
     bias: Tensor | None = None
     if options.mask is not None:
         mask = _narrow(_narrow(options.mask, 2, rows), 3, keys)
-        if mask.dtype == torch.bool:
-            # Not in place, here and below: under torch.vmap a mask may have a dimension that a new tensor has not.
-            bias = torch.zeros(mask.shape, dtype=dtype, device=device).masked_fill(~mask, -math.inf)
-        else:
-            bias = mask.to(dtype)
+        bias = (torch.where(mask, 0.0, -math.inf) if mask.dtype == torch.bool else mask).to(dtype)
     if slopes is None and left is None and right is None:
         return bias
     position = torch.arange(rows[0], rows[1], device=device)[:, None] + (len_k - len_q)

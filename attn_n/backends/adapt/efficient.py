@@ -5,12 +5,12 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from attn_n.backends.adapt.blockwise import RectangleBackend
+from attn_n.backends.adapt.blockwise import BlockwiseBackend
 from attn_n.backends.adapt.layout import key_head_each
 from attn_n.backends.base import HALF
 
 
-class MemoryEfficientBackend(RectangleBackend):
+class MemoryEfficientBackend(BlockwiseBackend):
     """A backend by that kernel, which adds a bias in the dtype of q."""
 
     honours = frozenset(("causal", "window", "negative window", "mask", "alibi", "varlen", "lse gradient"))
@@ -20,6 +20,7 @@ class MemoryEfficientBackend(RectangleBackend):
     bias_elements = 1 << 25
     most_rows = 2048
     base_2 = True
+    key_head_each = True
 
     def out_order(self, q: Tensor) -> tuple[int, ...]:
         """Token by token: the backward kernel reads out so, whatever strides it is given."""

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 from torch.torch_version import TorchVersion
 
-from attn_n.backends.adapt.blockwise import RectangleBackend
+from attn_n.backends.adapt.blockwise import BlockwiseBackend
 from attn_n.backends.adapt.layout import key_head_each
 from attn_n.backends.adapt.signatures import changed_operator
 from attn_n.call import AttentionCall, Gradients, Saved
@@ -21,13 +21,14 @@ _SIGNATURES = (
 _KNOWS_GQA = TorchVersion(torch.__version__) >= "2.11"
 
 
-class CpuFlash(RectangleBackend):
+class CpuFlash(BlockwiseBackend):
     name = "sdpa:cpu"
     summary = "PyTorch's flash attention for CPU"
     honours = ("causal", "window", "negative window", "mask", "alibi", "varlen", "lse gradient")
     devices = ("cpu",)
     bias_elements = 1 << 22
     most_rows = 256
+    key_head_each = not _KNOWS_GQA
 
     def why_not(self, call: AttentionCall) -> str | None:
         return changed_operator(*_SIGNATURES)
