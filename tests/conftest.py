@@ -58,24 +58,24 @@ def ran(monkeypatch: pytest.MonkeyPatch) -> list[str]:
         if backend is None:
             continue
         for kernel in backend.members.values() if isinstance(backend, Family) else (backend,):
-            if type(kernel).prepare is Backend.prepare:
-                for method in ("attend",) if kernel.differentiates else ("forward", "backward"):
-                    monkeypatch.setattr(
-                        kernel, method, _spied(getattr(kernel, method), f"{method} {kernel.name}", entered)
-                    )
-            else:
-                monkeypatch.setattr(
-                    kernel, "prepare", functools.partial(_prepare, kernel.name, kernel.prepare, entered)
-                )
+            ours = kernel.name.startswith("triton:")  # their forward is `prepare` and the forward of what that returns
+            for method in ("attend",) if kernel.differentiates else () if ours else ("forward", "backward"):
+                spied = _spied(getattr(kernel, method), f"{method} {kernel.name}", entered)
+                monkeypatch.setattr(kernel, method, spied)
+            prepare = functools.partial(_prepare, kernel, kernel.prepare, entered, ours)
+            monkeypatch.setattr(kernel, "prepare", prepare)
     return entered
 
 
-def _prepare(name: str, prepare: Callable[..., Prepared], entered: list[str], *arguments: object) -> Prepared:
+def _prepare(
+    kernel: Backend, prepare: Callable[..., Prepared], entered: list[str], ours: bool, *arguments: object
+) -> Prepared:
     passes = prepare(*arguments)
-    methods = {
-        method: _spied(getattr(passes, method), f"{method} {name}", entered) for method in ("forward", "backward")
-    }
-    return SimpleNamespace(**methods)  # type: ignore[return-value]
+    if passes is kernel:
+        return passes
+    forward = _spied(passes.forward, f"forward {kernel.name}", entered)
+    backward = _spied(passes.backward, f"backward {kernel.name}", entered) if ours else passes.backward
+    return SimpleNamespace(forward=forward, backward=backward)  # type: ignore[return-value]
 
 
 def _spied(original: Callable[..., object], what: str, entered: list[str]) -> Callable[..., object]:

@@ -411,14 +411,13 @@ def test_leading_dimensions_broadcast(
 def test_what_is_broadcast_is_not_copied(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     backend, _ = registry.find(name)
     assert backend is not None
-    method, seen = "prepare" if name.startswith("triton") else "forward", []
-    original = getattr(backend, method)
+    original, seen = backend.prepare, []
 
     def spied(q: Tensor, k: Tensor, v: Tensor, *rest: Any) -> Any:
         seen.extend([k, v])
         return original(q, k, v, *rest)
 
-    monkeypatch.setattr(backend, method, spied)
+    monkeypatch.setattr(backend, "prepare", spied)
     q, k, v = torch.randn(2, 4, 5, 8), torch.randn(1, 2, 6, 8), torch.randn(1, 2, 6, 8)
     flash_attention_n(q, k, v, backend=name)
     flash_attention_n(q[:, None], k[:, None], v[:, None], backend=name)

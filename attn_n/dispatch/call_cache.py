@@ -6,7 +6,6 @@ call, which is the case for a tensor of n and for `cu_seqlens` on a CPU.
 
 from __future__ import annotations
 
-from types import NoneType
 from typing import Any
 
 import torch
@@ -18,7 +17,6 @@ from attn_n.call import Request
 from attn_n.call.checks import PLAIN
 from attn_n.dispatch import forced
 
-_VALUES = frozenset((NoneType, bool, int, float, str, *PLAIN))
 _MOST = 4096  # then all are dropped: lengths may never come again
 
 Key = tuple[Any, ...]
@@ -27,31 +25,36 @@ _calls: dict[Key, PreparedCall] = {}
 
 
 def key(q: Tensor, k: Tensor, v: Tensor, request: Request, packing: tuple[Any, ...] = ()) -> Key | None:
-    """None if the call cannot be kept: somebody watches it, an argument is of a type of its own, or it has ALiBi.
+    """None if the call is not kept: somebody watches it, an argument is of a type of its own, or it has ALiBi.
 
     `packing` are `cu_seqlens_q` and `cu_seqlens_k`, and the longest of their sequences.
     """
     if needs_dispatcher(q) or type(k) not in PLAIN or type(v) not in PLAIN or q.is_neg() or k.is_neg() or v.is_neg():
         return None
-    device = q.device
-    kind = device.type
-    if (kind != "cpu" and kind != "cuda") or torch.is_autocast_enabled(kind) or request.alibi_slopes is not None:
+    if not (q.is_cpu or q.is_cuda) or torch.is_autocast_enabled("cpu" if q.is_cpu else "cuda"):
+        return None
+    causal, sm_scale, sm_n, sinks, mask, window, softcap, slopes, dropout_p, return_lse, backend = request
+    # True equals 1, and must not be taken for it.
+    if causal.__class__ is not bool or return_lse.__class__ is not bool or slopes is not None:
+        return None
+    if bool in (sm_scale.__class__, sm_n.__class__, softcap.__class__, dropout_p.__class__):
+        return None
+    if window is not None and (window.__class__ is not tuple or bool in [side.__class__ for side in window]):
         return None
     try:
-        # The types come first: True equals 1, and must not be taken for it.
-        types: tuple[type, ...] = tuple([type(x) for x in request])
         values: tuple[Any, ...] = request
-        if request.window.__class__ is tuple:
-            types = (*types, *[type(side) for side in request.window])
         if packing:
-            types, values = (*types, *[type(x) for x in packing]), (*request, *packing, packing[0] is packing[1])
-        if packing or request.sinks is not None or request.attn_mask is not None or request.sm_n.__class__ in PLAIN:
-            values = tuple([_metadata(x) if x.__class__ in PLAIN else x for x in values])
-        gradients = torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad)
+            if bool in [x.__class__ for x in packing]:
+                return None
+            values = (*request, *packing, packing[0] is packing[1])
+        if packing or sinks is not None or mask is not None or sm_n.__class__ in PLAIN:
+            values = tuple([_metadata(x) if isinstance(x, Tensor) else x for x in values])
+        enabled = torch.is_grad_enabled()
+        needed = enabled and (q.requires_grad or k.requires_grad or v.requires_grad)
         return (
-            types, values, q.shape, k.shape, v.shape, q.stride(), k.stride(), v.stride(), q.dtype, k.dtype, v.dtype,
-            device, k.device, v.device, gradients, torch.is_grad_enabled(), forced.forced(request.backend),
-            registry.generation(), torch.are_deterministic_algorithms_enabled(),
+            values, q.shape, k.shape, v.shape, q.stride(), k.stride(), v.stride(), q.dtype, k.dtype, v.dtype,
+            q.device, k.device, v.device, enabled, needed,
+            forced.forced(backend), registry.generation(), torch.are_deterministic_algorithms_enabled(),
             q.dtype is torch.float32 and torch.get_float32_matmul_precision(),
         )  # fmt: skip
     except (RuntimeError, _NoMetadata):  # sparse and nested tensors have no strides
@@ -63,7 +66,7 @@ class _NoMetadata(Exception):
 
 
 def _metadata(x: Tensor) -> tuple[Any, ...]:
-    if x.is_neg():
+    if x.__class__ not in PLAIN or x.is_neg():
         raise _NoMetadata
     return x.shape, x.stride(), x.dtype, x.device, x.requires_grad
 
@@ -76,9 +79,7 @@ def get(key: Key | None) -> PreparedCall | None:
 
 
 def put(key: Key, call: PreparedCall) -> None:
-    types, *_, generation, _, _ = key
-    if not _VALUES.issuperset([x for x in types if x is not tuple]):
-        return
+    *_, generation, _, _ = key
     # Backends were loaded or registered since: the call may be of those before, and its key will not be asked for.
     if generation != registry.generation():
         return

@@ -17,7 +17,7 @@ from torch import Tensor
 from attn_n.backends.adapt import large_bias, one_by_one
 from attn_n.backends.adapt.dense_bias import dense_bias
 from attn_n.backends.adapt.layout import lse_as_value_column, narrowed, of_width
-from attn_n.backends.base import Backend, empty_in_order, memory_order
+from attn_n.backends.base import Backend, Prepared, empty_in_order, memory_order
 from attn_n.call import Gradients, Grads, Options, Saved
 
 
@@ -50,6 +50,16 @@ class BlockwiseBackend(Backend):
         """dq, dk, dv; dk and dv may have as many heads as q."""
         raise NotImplementedError
 
+    def prepare(self, q: Tensor, k: Tensor, v: Tensor, log_n: float | Tensor | None, options: Options) -> Prepared:
+        if options.varlen or self.widths(q.shape[3], v.shape[3]) != (q.shape[3], v.shape[3]):
+            return self
+        # On CUDA an address decides whether a tensor is read as it is.
+        if q.is_cpu and all(of_width(x, x.shape[3]) is x for x in (q, k, v)):
+            blocks = self._blocks(q.shape[2], k.shape[2], options)
+            if len(blocks) == 1 and blocks[0].rows is None:
+                return OneBlock(self, blocks[0])
+        return self
+
     def forward(
         self, q: Tensor, k: Tensor, v: Tensor, log_n: float | Tensor | None, options: Options
     ) -> tuple[Tensor, Tensor, Tensor | None]:
@@ -68,11 +78,11 @@ class BlockwiseBackend(Backend):
         q, k, v = of_width(q, width), of_width(k, width), of_width(v, width_v)
         blocks = self._blocks(q.shape[2], k.shape[2], options)
         if len(blocks) == 1 and blocks[0].rows is None:
-            out, lse = self._forward_of(blocks[0], q, k, v, options)
+            out, lse = self.forward_of(blocks[0], q, k, v, options)
             return narrowed(out, size_v), lse
         out, lse = _nothing(q, width_v)
         for block in blocks:
-            part, part_lse = self._forward_of(block, q, k, v, options)
+            part, part_lse = self.forward_of(block, q, k, v, options)
             some_out, some_lse = _some(out, block.rows), _some(lse, block.rows)
             if block.alone:
                 some_out.copy_(part)
@@ -81,7 +91,7 @@ class BlockwiseBackend(Backend):
                 _merge_(some_out, some_lse, part, part_lse)
         return narrowed(out, size_v).to(q.dtype), lse
 
-    def _forward_of(self, block: Block, q: Tensor, k: Tensor, v: Tensor, options: Options) -> tuple[Tensor, Tensor]:
+    def forward_of(self, block: Block, q: Tensor, k: Tensor, v: Tensor, options: Options) -> tuple[Tensor, Tensor]:
         bias = _bias(block, q, k, options)
         q, k, v = _some(q, block.rows), _some(k, block.keys), _some(v, block.keys)
         if bias is None:
@@ -90,9 +100,10 @@ class BlockwiseBackend(Backend):
         out, lse = self.kernel_forward(q, k, v, False, given, options.scale)
         if top is not None:
             lse = torch.where(top.isnan(), lse, top)
-        hidden = (bias == -math.inf).all(-1)
-        if hidden.is_cpu and not hidden.any():  # a GPU would have to be waited for
+        largest = bias.amax(-1)
+        if largest.is_cpu and largest.min().item() > -math.inf:  # a GPU would have to be waited for
             return out, lse
+        hidden = largest == -math.inf
         return out.masked_fill(hidden[..., None], 0.0), lse.masked_fill(hidden, -math.inf)
 
     def _backward(self, grads: Grads, saved: Saved, options: Options) -> Gradients:
@@ -143,6 +154,19 @@ class BlockwiseBackend(Backend):
         return _blocks(
             len_q, len_k, options.window_left, options.window_right, mask is not None, slopes is not None, step
         )
+
+
+class OneBlock:
+    """A call whose tensors the kernel takes as they are, and at once."""
+
+    def __init__(self, backend: BlockwiseBackend, block: Block) -> None:
+        self._backend, self._block, self.backward = backend, block, backend.backward
+
+    def forward(
+        self, q: Tensor, k: Tensor, v: Tensor, log_n: float | Tensor | None, options: Options
+    ) -> tuple[Tensor, Tensor, Tensor | None]:
+        out, lse = self._backend.forward_of(self._block, q, k, v, options)
+        return out, lse, None
 
 
 class Block(NamedTuple):

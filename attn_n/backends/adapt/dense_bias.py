@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 
 import torch
@@ -27,7 +28,7 @@ def dense_bias(
     bias: Tensor | None = None
     if options.mask is not None:
         mask = _narrow(_narrow(options.mask, 2, rows), 3, keys)
-        bias = (torch.where(mask, 0.0, -math.inf) if mask.dtype == torch.bool else mask).to(dtype)
+        bias = torch.where(mask, *_seen_and_hidden(dtype)) if mask.dtype == torch.bool else mask.to(dtype)
     if slopes is None and left is None and right is None:
         return bias
     position = torch.arange(rows[0], rows[1], device=device)[:, None] + (len_k - len_q)
@@ -49,4 +50,17 @@ def dense_bias(
 
 
 def _narrow(mask: Tensor, dim: int, span: tuple[int, int]) -> Tensor:
-    return mask if mask.shape[dim] == 1 else mask.narrow(dim, span[0], span[1] - span[0])
+    size = mask.shape[dim]
+    return mask if size == 1 or span == (0, size) else mask.narrow(dim, span[0], span[1] - span[0])
+
+
+def _seen_and_hidden(dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """What is added to the logits of keys that are seen, and of those that are hidden: numbers on any device."""
+    if torch.compiler.is_compiling():
+        return torch.zeros((), dtype=dtype), torch.full((), -math.inf, dtype=dtype)
+    return _constants(dtype)
+
+
+@functools.cache
+def _constants(dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    return torch.zeros((), dtype=dtype), torch.full((), -math.inf, dtype=dtype)
