@@ -142,7 +142,7 @@ def consume(
             tma.store_wait(0)
             dq_buffers.index(CONSUMER).store(dq)
             fence_async_shared()
-            flat = reinterpret(dq_buffers.index(CONSUMER), gl.float32, sum_desc.block_type.shape, sum_desc.layout)
+            flat = reinterpret(dq_buffers.index(CONSUMER), gl.float32, sum_desc.block_shape, sum_desc.layout)
             async_reduce_add(sum_desc, [sum_row + row + CONSUMER * HALF, 0], flat)
             # (7) The next S^T begins, and dP^T; dK is complete, and the tile of queries is released.
             turn = (turn + 1) & 3
@@ -210,7 +210,8 @@ def backward_kernel(
 ):  # fmt: skip
     """As many programs as fit the GPU at once; `SPEC` is a `configs.BackwardSpec`."""
     dtype: gl.constexpr = q.dtype.element_ty
-    # As an accumulator lies in registers: by four numbers of a thread, then by threads. `round_kernel` reads them so.
+    # As an accumulator lies in registers, and as `postprocess_kernel` reads it: by four numbers of a thread, then by
+    # threads.
     IN_ORDER: gl.constexpr = gl.SharedLinearLayout(
         [[0, 1], [8, 0], [0, 2], [0, 4], [1, 0], [2, 0], [4, 0], [16, 0], [32, 0], [0, 8], [0, 16], [0, 32]]
     )

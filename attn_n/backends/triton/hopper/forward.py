@@ -116,7 +116,7 @@ class Results(NamedTuple):
 def produce(smem, q_desc, k_desc, v_desc, sizes, varlen, SPEC: gl.constexpr):
     """The producer warp: tells the consumers their next tile of queries, and loads what it needs."""
     TILE_Q: gl.constexpr = SPEC.tiles.consumers * STRIP
-    heads, tiles = sizes.heads, gl.cdiv(sizes.len_q, TILE_Q)
+    heads, tiles = sizes.heads, gl.cdiv(sizes.len_q, TILE_Q)  # `query_tiles` counts those of varlen sequences itself
     state, turn = State(0, 1), 0  # turn counts the tiles of queries, modulo 4
     item, items = gl.program_id(0), sizes.items
     if varlen.starts_q is not None:
@@ -214,14 +214,14 @@ def attend(CONSUMER: gl.constexpr, smem, tile, results, factor, state, q_phase, 
     Q_IN_REGISTERS: gl.constexpr = SPEC.tiles.q_in_registers
     OUT_APART: gl.constexpr = SPEC.tiles.out_apart
     LAZY: gl.constexpr = SPEC.tiles.lazy
-    out_desc, lse, sinks, stride_n, log_n, scale, softcap = results
+    out_desc, scale, softcap = results.out_desc, results.scale, results.softcap
     len_q, len_k = tile.sizes.len_q, tile.sizes.len_k
     dtype: gl.constexpr = out_desc.dtype
     S: gl.constexpr = gl.NVMMADistributedLayout(version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, TILE_K, 16])
     OUT: gl.constexpr = gl.NVMMADistributedLayout(version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, E, 16])
     P: gl.constexpr = gl.DotOperandLayout(operand_index=0, parent=OUT, k_width=2)
     ROWS: gl.constexpr = gl.SliceLayout(1, S)
-    # Of the sums that each thread makes of its own numbers.
+    # [64, 4]: of the sums that each thread makes of its own numbers.
     PARTS: gl.constexpr = gl.DistributedLinearLayout(
         reg_bases=[[8, 0]], lane_bases=[[0, 1], [0, 2], [1, 0], [2, 0], [4, 0]], warp_bases=[[16, 0], [32, 0]],
         block_bases=[], shape=[STRIP, 4],
@@ -309,22 +309,7 @@ def attend(CONSUMER: gl.constexpr, smem, tile, results, factor, state, q_phase, 
     consumer_wait(smem.v, state)
     acc = warpgroup_mma(p_operand, smem.v.buffers.index(state.stage), acc, is_async=True)
     row_sum = gl.convert_layout(gl.sum(sums, axis=1), ROWS, assert_trivial=True)  # [64]
-    rescale = gl.full([STRIP], 1.0, gl.float32, layout=ROWS)
-    if sinks is not None or log_n is not None:  # n is one more key, of logit log n and value zero
-        sink = (log_n if sinks is None else gl.load(sinks + tile.head * stride_n)) * LOG2E
-        new_max = gl.maximum(row_max, sink)
-        shift = finite(new_max, True)
-        rescale = gl.exp2(row_max - shift)
-        row_sum = row_sum * rescale + gl.exp2(sink - shift)
-        row_max = new_max
-    empty = row_sum == 0.0
-    rescale = rescale / gl.where(empty, 1.0, row_sum)
-    row_lse = gl.where(empty, float("-inf"), (row_max + gl.log2(row_sum)) * LN2)
-    if tile.batch_head is not None:
-        gl.store(lse + tile.batch_head.to(gl.int64) * len_q + rows, row_lse, mask=rows < len_q)
-    else:
-        of_lse = lse + (tile.rows_q.end - len_q + rows).to(gl.int64) * tile.sizes.heads + tile.head
-        gl.store(of_lse, row_lse, mask=rows < len_q)
+    rescale = finish_softmax(row_max, row_sum, rows, tile, results)
     acc, p_operand = warpgroup_mma_wait(0, deps=[acc, p_operand])
     consumer_release(smem.v, state.stage)
     state = advance(state, smem.k)
@@ -345,6 +330,30 @@ def attend(CONSUMER: gl.constexpr, smem, tile, results, factor, state, q_phase, 
         tma.store_wait(0)
         consumer_release(smem.q, CONSUMER)
     return state
+
+
+@gluon.jit
+def finish_softmax(row_max, row_sum, rows, tile, results):
+    """Store lse; the factor `[64]` that O takes: one over the denominator, in which n is."""
+    _out_desc, lse, sinks, stride_n, log_n, _scale, _softcap = results
+    len_q = tile.sizes.len_q
+    rescale = gl.full([STRIP], 1.0, gl.float32, layout=rows.type.layout)
+    if sinks is not None or log_n is not None:
+        sink = (log_n if sinks is None else gl.load(sinks + tile.head * stride_n)) * LOG2E
+        new_max = gl.maximum(row_max, sink)
+        shift = finite(new_max, True)
+        rescale = gl.exp2(row_max - shift)
+        row_sum = row_sum * rescale + gl.exp2(sink - shift)
+        row_max = new_max
+    empty = row_sum == 0.0
+    rescale = rescale / gl.where(empty, 1.0, row_sum)
+    row_lse = gl.where(empty, float("-inf"), (row_max + gl.log2(row_sum)) * LN2)
+    if tile.batch_head is not None:
+        gl.store(lse + tile.batch_head.to(gl.int64) * len_q + rows, row_lse, mask=rows < len_q)
+    else:
+        of_lse = lse + (tile.rows_q.end - len_q + rows).to(gl.int64) * tile.sizes.heads + tile.head
+        gl.store(of_lse, row_lse, mask=rows < len_q)
+    return rescale
 
 
 @gluon.jit

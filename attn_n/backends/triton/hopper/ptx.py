@@ -91,9 +91,10 @@ def await_p():
 
 @gluon.jit
 def add_accumulator(x, tile, LAYOUT: gl.constexpr):
-    """Add an accumulator to a float32 sum in global memory, by tiles of 64 x 64 in the order that `round_kernel` reads.
+    """Add an accumulator to a float32 sum in global memory, by tiles of 64 x 64.
 
-    That is the order of the registers: four numbers of a thread, of all threads, then the next four.
+    In these the order is that of the registers, as `postprocess_kernel` reads them: four numbers of a thread, of all
+    threads, then the next four.
     """
     rows = gl.expand_dims(gl.arange(0, tile.shape[0], gl.SliceLayout(1, LAYOUT)), 1)
     columns = gl.expand_dims(gl.arange(0, tile.shape[1], gl.SliceLayout(0, LAYOUT)), 0)

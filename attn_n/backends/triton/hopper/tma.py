@@ -52,7 +52,7 @@ def tile_descriptor(
 @gluon.jit
 def boxed(buffer, descriptor):
     """A buffer `[rows, E]` in the shape of the descriptor's tiles, which has dimensions of length 1 in front."""
-    return reinterpret(buffer, descriptor.dtype, descriptor.block_type.shape, descriptor.layout)
+    return reinterpret(buffer, descriptor.dtype, descriptor.block_shape, descriptor.layout)
 
 
 @gluon.jit
