@@ -16,13 +16,13 @@ RUN_TIME = ("sequences", "stride_n", "heads", "len_q", "length")
 
 @triton.jit
 def counter_of(stats, rows):
-    """The counter of the tiles of keys that have been taken, behind lse and delta of the `rows` of all heads."""
+    """Return the counter of the tiles of keys that are taken: it is behind lse and delta of the rows of all heads."""
     return (stats + 2 * rows).to(tl.pointer_type(tl.int32), bitcast=True)
 
 
 @triton.jit
 def rows_of_tile(starts, sequences, tile, TILE_Q: tl.constexpr):
-    """The first row of a tile in its sequence, where that sequence begins, and its length.
+    """Return the first row of a tile in its sequence, where that sequence begins, and its length.
 
     The sequence of a tile is the last one that begins at it or before; the tile may lie beyond the sequence's end.
     """
