@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import re
+from pathlib import Path
+
 import pytest
 import torch
 
@@ -98,3 +101,11 @@ def test_another_triton(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(hopper.triton, "__version__", "3.9.0")
     assert HopperKernels().refusal(gpu_call()) == "was tested on Triton 3.6, found 3.9.0"
     assert BACKEND.serving(gpu_call()) == "portable"
+
+
+def test_private_names_of_gluon_are_in_one_file() -> None:
+    """Those that another release of Triton may call otherwise: an attribute with an underscore, a renamed function."""
+    for path in Path(configs.__file__).parent.glob("*.py"):
+        found = re.findall(r"libtriton|_core\b|_semantic|\w\._[a-z]\w*|\.async_\w+|block_type", path.read_text())
+        found = [name for name in found if not name.startswith("f._")]  # self._launch and the like
+        assert bool(found) == (path.name == "gluon_compat.py"), (path.name, found)

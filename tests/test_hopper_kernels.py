@@ -22,7 +22,7 @@ TILES = sorted({(width, tile) for width, tiles in BACKWARD.items() for tile in t
 @pytest.mark.parametrize(("width", "tile_q"), TILES)
 def test_the_passes_around_the_backward(width: int, tile_q: int, device: str) -> None:
     """150 queries in each head: what they leave in whole tiles of rows, and dq out of those."""
-    from attn_n.backends.triton.hopper.backward_passes import prepare_kernel, round_kernel
+    from attn_n.backends.triton.hopper.backward_passes import postprocess_kernel, preprocess_kernel
 
     batch, heads, length, tiles = 2, 3, 150, -(-150 // tile_q)
     out, dout = (torch.randn(batch, heads, length, width, device=device).half() for _ in "od")
@@ -30,7 +30,7 @@ def test_the_passes_around_the_backward(width: int, tile_q: int, device: str) ->
     log_n, programs = torch.randn(heads, device=device), batch * heads * tiles
     stats = torch.full((2 * programs * tile_q + 1,), math.nan, device=device)
     dq_sum, shares = stats.new_full((programs * tile_q, width), math.nan), stats.new_full((programs,), math.nan)
-    prepare_kernel[(programs,)](
+    preprocess_kernel[(programs,)](
         out, dout, lse, dlse, stats, dq_sum, log_n, shares, None, out.stride(), dout.stride(), None, 1, heads, length,
         width, tile_q,
     )  # fmt: skip
@@ -47,11 +47,13 @@ def test_the_passes_around_the_backward(width: int, tile_q: int, device: str) ->
 
     exact = torch.randn(programs, tile_q, width, device=device)
     dq = torch.full_like(out, math.nan)
-    round_kernel[(programs,)](as_products_lie(exact), dq, None, dq.stride(), None, heads, length, 0.5, width, tile_q)
+    postprocess_kernel[(programs,)](
+        as_accumulators_lie(exact), dq, None, dq.stride(), None, heads, length, 0.5, width, tile_q
+    )
     assert torch.equal(dq, (exact.view(batch, heads, -1, width)[:, :, :length] * 0.5).half())
 
 
-def as_products_lie(tiles: torch.Tensor) -> torch.Tensor:
+def as_accumulators_lie(tiles: torch.Tensor) -> torch.Tensor:
     """Rows of `(tiles, rows, width)` in the order of the accumulators of wgmma, 64 x 64 numbers at a time."""
     # Where each bit of a place leads, rows and columns.
     bits = [(0, 1), (8, 0), (0, 2), (0, 4), (1, 0), (2, 0), (4, 0), (16, 0), (32, 0), (0, 8), (0, 16), (0, 32)]
@@ -66,7 +68,7 @@ def as_products_lie(tiles: torch.Tensor) -> torch.Tensor:
 @pytest.mark.parametrize(("width", "tile_q"), TILES)
 def test_the_passes_of_packed_sequences(width: int, tile_q: int, device: str) -> None:
     """Each sequence begins with a tile, and what lies in the others reaches none of its rows, be it NaN."""
-    from attn_n.backends.triton.hopper.backward_passes import prepare_kernel, round_kernel
+    from attn_n.backends.triton.hopper.backward_passes import postprocess_kernel, preprocess_kernel
 
     lengths, heads = [5, 0, 150, 64, 1, 0, 128, 70, 0], 3
     starts = boundaries(lengths, device)
@@ -77,14 +79,14 @@ def test_the_passes_of_packed_sequences(width: int, tile_q: int, device: str) ->
     out[5:155] = math.nan
     stats = torch.full((2 * heads * tiles * tile_q + 1,), math.nan, device=device)
     dq_sum, shares = stats.new_full((heads * tiles * tile_q, width), math.nan), stats.new_full((heads * tiles,), 7.0)
-    prepare_kernel[(heads * tiles,)](
+    preprocess_kernel[(heads * tiles,)](
         out, dout, lse, dlse, stats, dq_sum, None, shares, starts, strides, strides, batch, None, heads,
         tiles * tile_q, width, tile_q,
     )  # fmt: skip
     exact = torch.randn(heads * tiles, tile_q, width, device=device)
     dq = torch.full_like(out, math.nan)
-    round_kernel[(heads * tiles,)](
-        as_products_lie(exact), dq, starts, strides, batch, heads, tiles * tile_q, 0.5, width, tile_q
+    postprocess_kernel[(heads * tiles,)](
+        as_accumulators_lie(exact), dq, starts, strides, batch, heads, tiles * tile_q, 0.5, width, tile_q
     )
     delta = (out.double() * dout.double()).sum(-1) - dlse
     lse_log2, minus_delta = stats[:-1].view(2, heads, tiles * tile_q).double()

@@ -289,8 +289,10 @@ def n_number(name: str, n: object) -> float:
 def n_values(name: str, n: Tensor) -> None:
     """A tensor of n: floating, finite and >= 0."""
     floating(name, n)
-    if readable(n) and n.numel() and not (n.min().item() >= 0 and n.max().item() < math.inf):
-        raise ValueError(f"{name}: expected finite numbers >= 0, got {n.detach()}")
+    if readable(n) and n.numel():
+        values = n.detach()
+        if not (values.min().item() >= 0 and values.max().item() < math.inf):
+            raise ValueError(f"{name}: expected finite numbers >= 0, got {values}")
 
 
 def n_tensor(sm_n: object, sinks: object, q: Tensor, heads: int) -> Tensor:
@@ -317,7 +319,7 @@ _LARGEST_SINK = torch.finfo(torch.float32).max / 2
 def sink_values(sinks: Tensor, q: Tensor) -> None:
     """Logits that do not overflow in base 2, in which kernels compute: there they are 1.44 times as large."""
     largest = _LARGEST_SINK if q.dtype is not torch.float64 else torch.finfo(torch.float64).max / 2
-    if sinks.numel() and not sinks.max().item() < largest:
+    if sinks.numel() and not sinks.detach().max().item() < largest:
         raise ValueError(f"sinks: expected logits below {largest:.1e} and no NaN (-inf is n = 0), got {sinks.detach()}")
 
 

@@ -61,7 +61,7 @@ def consume(
     CONSUMER: gl.constexpr, rings, ds_buffers, dq_buffers, sizes, dq_sum, dk, dv, strides_dk, strides_dv, scale,
     softcap, SPEC: gl.constexpr,
 ):  # fmt: skip
-    """A consumer warpgroup: dK and dV of its 64 keys of each tile, and half of what these add to dQ."""
+    """A consumer warpgroup computes dK and dV of its 64 keys of each tile, and half of what the tile adds to dQ."""
     batches, heads, len_q, len_k, _sum_rows, left, right, _swizzle, varlen = sizes
     E: gl.constexpr = SPEC.width
     TILE_Q: gl.constexpr = SPEC.tile_q
@@ -142,7 +142,7 @@ def consume(
             tma.store_wait(0)
             dq_buffers.index(CONSUMER).store(dq)
             fence_async_shared()
-            flat = reinterpret(dq_buffers.index(CONSUMER), gl.float32, sum_desc.block_type.shape, sum_desc.layout)
+            flat = reinterpret(dq_buffers.index(CONSUMER), gl.float32, sum_desc.block_shape, sum_desc.layout)
             async_reduce_add(sum_desc, [sum_row + row + CONSUMER * HALF, 0], flat)
             # (7) The next S^T begins, and dP^T; dK is complete, and the tile of queries is released.
             turn = (turn + 1) & 3
@@ -182,14 +182,14 @@ def consume(
 
 @gluon.jit
 def begin_matmul(of_keys, of_queries, TILE_Q: gl.constexpr, S: gl.constexpr):
-    """Begin `of_keys @ of_queries^T`, [64, TILE_Q]."""
+    """Begin `of_keys @ of_queries^T`, `[64, TILE_Q]`."""
     zeros = gl.zeros([64, TILE_Q], gl.float32, S)
     return warpgroup_mma(of_keys, of_queries.permute((1, 0)), zeros, use_acc=False, is_async=True)
 
 
 @gluon.jit
 def begin_dq(k_buffers, ds_buffers, stage, CONSUMER: gl.constexpr, E: gl.constexpr):
-    """Begin 64 x 64 of dS K: of wide heads a half of the columns, of narrow ones a half of the rows."""
+    """Begin a consumer's 64 x 64 of dS K: half of its columns at E = 128, half of its rows at E = 64."""
     DQ: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, 64, 16])
     dq = gl.zeros([64, 64], gl.float32, DQ)
     for c in gl.static_range(2):
@@ -208,9 +208,10 @@ def backward_kernel(
     strides_q, strides_k, strides_v, strides_dout, strides_dk, strides_dv,
     batches, heads, len_q, len_k, sum_rows, left, right, scale, softcap, swizzle, SPEC: gl.constexpr,
 ):  # fmt: skip
-    """As many programs as fit the GPU at once; `SPEC` is a `configs.BackwardSpec`."""
+    """At most as many programs as fit the GPU at once go through all tiles; `SPEC` is a `configs.BackwardSpec`."""
     dtype: gl.constexpr = q.dtype.element_ty
-    # As an accumulator lies in registers: by four numbers of a thread, then by threads. `round_kernel` reads them so.
+    # As an accumulator lies in registers, and as `postprocess_kernel` reads it: by four numbers of a thread, then by
+    # threads.
     IN_ORDER: gl.constexpr = gl.SharedLinearLayout(
         [[0, 1], [8, 0], [0, 2], [0, 4], [1, 0], [2, 0], [4, 0], [16, 0], [32, 0], [0, 8], [0, 16], [0, 32]]
     )

@@ -1,9 +1,9 @@
-"""The two small passes over the queries, before and after the backward kernel.
+"""The two small kernels before and after the backward kernel: they preprocess its rows and convert its sums.
 
-They and the kernel share `stats`, lse in base 2 and -delta of all rows and a counter, and `dq_sum`, the sum for dQ in
-float32. In these each head has a whole number of tiles of rows, so that tiles are read and added without a mask. Packed
-sequences lie one behind the other, as if of a batch of one, and each begins with a tile: sequence b with that of number
-`starts[b] // TILE_Q + b`, which leaves room enough and needs no sum over the others.
+All three share `stats`, which has lse in base 2 and -delta of all rows and a counter, and `dq_sum`, the float32 sum for
+dQ. Both have a whole number of tiles of rows for each head, so that tiles are loaded and added without a mask. Varlen
+sequences lie one behind the other, as if of a batch of one, and each begins with a tile of its own: sequence b with the
+tile of number `starts[b] // TILE_Q + b`, which leaves room enough and needs no sum over the other sequences.
 """
 
 import triton
@@ -16,15 +16,15 @@ RUN_TIME = ("sequences", "stride_n", "heads", "len_q", "length")
 
 @triton.jit
 def counter_of(stats, rows):
-    """Where the tiles of keys are counted that have been taken; `rows` are those of all heads."""
+    """Return the counter of the tiles of keys that are taken: it is behind lse and delta of the rows of all heads."""
     return (stats + 2 * rows).to(tl.pointer_type(tl.int32), bitcast=True)
 
 
 @triton.jit
 def rows_of_tile(starts, sequences, tile, TILE_Q: tl.constexpr):
-    """The first row of a tile in its sequence, where that sequence begins, and its length.
+    """Return the first row of a tile in its sequence, where that sequence begins, and its length.
 
-    It is the last one that begins at this tile or before; a tile may lie beyond its end.
+    The sequence of a tile is the last one that begins at it or before; the tile may lie beyond the sequence's end.
     """
     sequence, end = 0, sequences
     while end - sequence > 1:
@@ -42,22 +42,22 @@ def rows_of_tile(starts, sequences, tile, TILE_Q: tl.constexpr):
 
 
 @triton.jit(do_not_specialize=RUN_TIME)
-def prepare_kernel(
+def preprocess_kernel(
     out, dout, lse, dlse, stats, dq_sum, sinks, dn, starts,
     strides_out, strides_dout, sequences, stride_n, heads, len_q,
     E: tl.constexpr, TILE_Q: tl.constexpr,
 ):  # fmt: skip
-    """For a tile of rows: lse in base 2, `delta = rowsum(dout * out) - dlse`, a sum of zeros for dQ, a share of dn.
+    """Write lse in base 2, `-delta = dlse - rowsum(dout * out)`, zeros in dq_sum, and this tile's share of dn.
 
-    lse is infinite and delta 0 beyond the end.
+    lse is infinite and delta 0 beyond the end of a sequence.
     """
     tile, head, batch, first_q, _, _, _ = place(None, None, heads, len_q, len_q, tl.cdiv(len_q, TILE_Q))
     first_row = tile * TILE_Q
     if starts is not None:
         first_row, first_q, len_q = rows_of_tile(starts, sequences, tile, TILE_Q)
-    rows = first_row + tl.arange(0, TILE_Q)
+    rows = first_row + tl.arange(0, TILE_Q)  # [TILE_Q], as are row_lse and row_delta
     of_out, of_dout = matrix(out, strides_out, batch, head, first_q), matrix(dout, strides_dout, batch, head, first_q)
-    out_tile = load(of_out, 0, first_row, len_q, strides_out, E, TILE_Q, E, False)
+    out_tile = load(of_out, 0, first_row, len_q, strides_out, E, TILE_Q, E, False)  # [TILE_Q, E]
     dout_tile = load(of_dout, 0, first_row, len_q, strides_dout, E, TILE_Q, E, False)
     of_lse = rows_of(lse, batch, head, heads, first_q, rows, len_q, starts is not None)
     row_lse = tl.load(of_lse, mask=rows < len_q, other=float("inf")) * LOG2E
@@ -73,22 +73,23 @@ def prepare_kernel(
     if tl.program_id(0) == 0:
         tl.store(counter_of(stats, all_rows), 0)
     if dn is not None:
-        # exp(log n - lse) * delta, or without sinks exp(-lse) * delta, which is the gradient of n itself
+        # The gradient of log n is the sum of -exp(log n - lse) * delta; without sinks this is that of n itself, which
+        # is the sum of -exp(-lse) * delta.
         sink = tl.load(sinks + head * stride_n) * LOG2E if sinks is not None else 0.0
-        # A large number instead of infinity, so that the shares of two rows are not infinite and opposite.
+        # A large number in place of infinity, since the shares of two rows could be infinite and of opposite sign.
         power = sink - row_lse
         share = tl.where(power > 127.9, 7.9e28, tl.exp2(tl.minimum(power, 127.9)))  # 2**96
         tl.store(dn + tl.program_id(0), -tl.sum(share * row_delta))
 
 
 @triton.jit(do_not_specialize=RUN_TIME)
-def round_kernel(
+def postprocess_kernel(
     x_sum, x, starts, strides, sequences, heads, length, scale, E: tl.constexpr, TILE: tl.constexpr,
 ):  # fmt: skip
-    """dQ, or dK or dV where several add to them, in its own dtype from the sum in float32.
+    """Convert a float32 sum to dQ, or to dK or dV where several programs add to these.
 
-    That consists of tiles of 64 x 64 in the order in which a product lies in registers: 8 columns by 8; then 4 warps of
-    16 rows, of each 8 x 4 threads, of each 2 x 2 numbers, which are 8 rows apart.
+    The sum consists of tiles of 64 x 64 in the order in which a wgmma's accumulator lies in registers: 8 columns by 8;
+    then 4 warps of 16 rows, of each 8 x 4 threads, of each 2 x 2 numbers, which are 8 rows apart.
     """
     tile, head, batch, first, _, _, _ = place(None, None, heads, length, length, tl.cdiv(length, TILE))
     at = tl.program_id(0).to(tl.int64) * TILE * E

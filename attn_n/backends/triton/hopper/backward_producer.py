@@ -21,7 +21,9 @@ RUN_TIME = (
 
 
 class Sizes(NamedTuple):
-    """The backward's numbers; varlen sequences are one of a batch, with whole tiles of queries for each, and no len_k.
+    """These are the numbers of a backward.
+
+    Varlen sequences are one of a batch, with whole tiles of queries for each, and no len_k.
 
     A team is `SPEC.team_heads` query heads that one program processes in sequence for a tile of keys. A KV head has
     `SPEC.teams` of them: if it has one, that writes dK and dV, else the teams add to sums for them.
@@ -42,6 +44,7 @@ class Sizes(NamedTuple):
 def produce(
     rings, sizes, q, k, v, dout, stats, strides_q, strides_k, strides_v, strides_dout, SPEC: gl.constexpr,
 ):  # fmt: skip
+    """The producer warp tells the consumers their next tile of keys, and loads it and the queries that see it."""
     batches, heads, len_q, len_k, sum_rows, left, right, _swizzle, varlen = sizes
     TEAM_HEADS: gl.constexpr = SPEC.team_heads
     TILE_Q: gl.constexpr = SPEC.tile_q

@@ -13,14 +13,14 @@ from attn_n.backends.triton.hopper.tma import Rows, tma_store
 
 
 class KvBuffers(NamedTuple):
-    """A tile of keys and values, in parts of 64."""
+    """These hold a tile of keys and values, in parts of 64."""
 
     k: gl.shared_memory_descriptor  # [PARTS, 64, E]
     v: gl.shared_memory_descriptor  # [PARTS, 64, E]
 
 
 class QueryBuffers(NamedTuple):
-    """Two tiles of queries, and what belongs to them."""
+    """These hold two tiles of queries, and what belongs to them."""
 
     q: gl.shared_memory_descriptor  # [2, TILE_Q, E]
     dout: gl.shared_memory_descriptor  # [2, TILE_Q, E]
@@ -29,6 +29,8 @@ class QueryBuffers(NamedTuple):
 
 
 class Rings(NamedTuple):
+    """The roles share these, beside what only consumers use."""
+
     kv: Ring  # of one stage
     queries: Ring  # of two stages
     mailbox: gl.shared_memory_descriptor  # of this tile of keys and of the last one; kv.full publishes it
@@ -75,7 +77,7 @@ def allocate_rings(dtype: gl.constexpr, PARTS: gl.constexpr, SPEC: gl.constexpr)
 
 @gluon.jit
 def row_vector(buffer, LAYOUT: gl.constexpr):
-    """Numbers in shared memory as `[1, length]` in registers."""
+    """Load numbers from shared memory as `[1, length]`."""
     flat = reinterpret(buffer, buffer.dtype, [buffer.shape[1]], gl.SwizzledSharedLayout(1, 1, 1, [0]))
     return gl.expand_dims(flat.load(gl.SliceLayout(0, LAYOUT)), 0)
 
@@ -84,7 +86,10 @@ def row_vector(buffer, LAYOUT: gl.constexpr):
 def visible(
     rings, slot, row, len_k, left, right, PART: gl.constexpr, TILE_Q: gl.constexpr, LAYOUT: gl.constexpr,
 ):  # fmt: skip
-    """`[64, TILE_Q]`, for the keys of a part and the queries from `row` on, both counted from the tile's first key."""
+    """Return which keys of a part the queries from `row` on see, `[64, TILE_Q]`.
+
+    Both are counted from the first key of the tile.
+    """
     keys = gl.expand_dims(64 * PART + gl.arange(0, 64, gl.SliceLayout(1, LAYOUT)), 1)
     first_row = row - mailbox_read(rings.mailbox, slot, FIELDS, "diagonal")
     rows = gl.expand_dims(first_row + gl.arange(0, TILE_Q, gl.SliceLayout(0, LAYOUT)), 0)

@@ -60,7 +60,10 @@ def consume(
     CONSUMER: gl.constexpr, rings, p_buffer, ds_buffer, sizes, dq_sum, dx, strides_dx, scale, softcap,
     SPEC: gl.constexpr,
 ):  # fmt: skip
-    """dx is dV or dK, which lies in two halves of its columns, or where teams share it the sum for it."""
+    """A consumer warpgroup computes dX, which is dV or dK, in two halves of its columns, and half of dQ.
+
+    Where several teams share a KV head, dx is the sum for it.
+    """
     batches, heads, len_q, len_k, _sum_rows, left, right, _swizzle, varlen = sizes
     E: gl.constexpr = SPEC.width
     TILE_Q: gl.constexpr = SPEC.tile_q
@@ -140,7 +143,7 @@ def weights(
     rings, p_buffer, slot, stage, row, len_k, left, right, scale, softcap,
     TILE_Q: gl.constexpr, S: gl.constexpr, OPERAND: gl.constexpr,
 ):  # fmt: skip
-    """P^T `[64, TILE_Q]`, handed to the other consumer too: with softcap that gets P times the derivative of it."""
+    """Return P^T `[64, TILE_Q]`, and hand it to the other consumer: with softcap times the derivative of that."""
     kv, queries = rings.kv.buffers, rings.queries.buffers
     dtype: gl.constexpr = kv.k.dtype
     factor = (scale if softcap is None else softcap) * LOG2E
@@ -170,7 +173,7 @@ def weights(
 
 @gluon.jit
 def dscores(rings, p_buffer, ds, stage, TILE_Q: gl.constexpr, S: gl.constexpr, OPERAND: gl.constexpr):
-    """dS^T `[64, TILE_Q]`, stored to shared memory too."""
+    """Return dS^T `[64, TILE_Q]`, and store it to shared memory."""
     kv, queries = rings.kv.buffers, rings.queries.buffers
     zeros = gl.zeros([64, TILE_Q], gl.float32, S)
     dp = pin_here(gl.broadcast(row_vector(queries.delta.index(stage), S), zeros)[0])
@@ -186,7 +189,7 @@ def dscores(rings, p_buffer, ds, stage, TILE_Q: gl.constexpr, S: gl.constexpr, O
 
 @gluon.jit
 def by_threads(buffer, TILE_Q: gl.constexpr):
-    """Where a thread leaves its part of P for that of the other consumer with the same part of dP, by 16 bytes."""
+    """View a buffer so that a thread finds in it, by 16 bytes, the P for its dP, as the other consumer left it."""
     LAYOUT: gl.constexpr = gl.SharedLinearLayout(
         [[0, 1], [8, 0], [0, 8], [0, 2], [0, 4], [1, 0], [2, 0], [4, 0], [16, 0], [32, 0], [0, 16], [0, 32]]
     )
@@ -199,7 +202,7 @@ def wide_kernel(
     strides_q, strides_k, strides_v, strides_dout, strides_dk, strides_dv,
     batches, heads, len_q, len_k, sum_rows, left, right, scale, softcap, swizzle, SPEC: gl.constexpr,
 ):  # fmt: skip
-    """As many programs as fit the GPU at once; `SPEC` is a `configs.BackwardSpec`."""
+    """At most as many programs as fit the GPU at once go through all tiles; `SPEC` is a `configs.BackwardSpec`."""
     gl.static_assert(SPEC.width == 256 and SPEC.tile_q == 64)
     dtype: gl.constexpr = q.dtype.element_ty
     TILED: gl.constexpr = gl.NVMMASharedLayout(128, 16)

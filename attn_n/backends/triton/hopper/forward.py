@@ -67,7 +67,7 @@ RUN_TIME = (
 
 
 class Shared(NamedTuple):
-    """What the roles share: memory, and the barriers on it."""
+    """The roles share this memory, and the barriers on it."""
 
     q: Ring  # [CONSUMERS, 64, E]: each consumer has a buffer of its own
     k: Ring  # [STAGES, TILE_K, E]
@@ -90,7 +90,7 @@ FIELDS = gl.constexpr(
 
 
 class Tile(NamedTuple):
-    """The tile of queries that a role is at, and the rows of its sequence."""
+    """A role is at this tile of queries, and its sequence has these rows."""
 
     batch_head: gl.tensor  # batch * heads + head; None of varlen sequences
     head: gl.tensor
@@ -101,7 +101,7 @@ class Tile(NamedTuple):
 
 
 class Results(NamedTuple):
-    """Where out and lse go, and what the logits and n are."""
+    """These say where out and lse go, and what the logits and n are."""
 
     out_desc: gl.tensor
     lse: gl.tensor  # (B, H, L) or varlen (T, H), float32
@@ -114,9 +114,9 @@ class Results(NamedTuple):
 
 @gluon.jit
 def produce(smem, q_desc, k_desc, v_desc, sizes, varlen, SPEC: gl.constexpr):
-    """The producer warp: tells the consumers their next tile of queries, and loads what it needs."""
+    """The producer warp tells the consumers their next tile of queries, and loads what that needs."""
     TILE_Q: gl.constexpr = SPEC.tiles.consumers * STRIP
-    heads, tiles = sizes.heads, gl.cdiv(sizes.len_q, TILE_Q)
+    heads, tiles = sizes.heads, gl.cdiv(sizes.len_q, TILE_Q)  # `query_tiles` counts those of varlen sequences itself
     state, turn = State(0, 1), 0  # turn counts the tiles of queries, modulo 4
     item, items = gl.program_id(0), sizes.items
     if varlen.starts_q is not None:
@@ -174,13 +174,14 @@ def load_tile(smem, q_desc, k_desc, v_desc, tile, state, q_phase, SPEC: gl.const
 
 @gluon.jit
 def load_block(descriptor, rows, head, row, ring, state):
+    """Load a block of rows into a buffer of a ring, when that is empty."""
     producer_acquire(ring, state, tile_bytes(descriptor))
     tma_load(descriptor, rows, head, row, ring.full.index(state.stage), ring.buffers.index(state.stage))
 
 
 @gluon.jit
 def consume(CONSUMER: gl.constexpr, smem, sizes, results, SPEC: gl.constexpr, VARLEN: gl.constexpr):
-    """A consumer warpgroup: goes through the tiles that the producer names, 64 queries of each."""
+    """A consumer warpgroup attends with 64 queries of each tile that the producer names."""
     factor = results.scale * LOG2E if results.softcap is None else 1.0
     heads = sizes.heads
     state, turn = State(0, 0), 0
@@ -207,21 +208,21 @@ def consume(CONSUMER: gl.constexpr, smem, sizes, results, SPEC: gl.constexpr, VA
 
 @gluon.jit
 def attend(CONSUMER: gl.constexpr, smem, tile, results, factor, state, q_phase, SPEC: gl.constexpr):
-    """The attention of the 64 queries of a consumer; returns the state of the rings of K and V behind it."""
+    """Compute out and lse of the 64 queries of a consumer, and return how far it has gone in the rings of K and V."""
     TILE_K: gl.constexpr = SPEC.tiles.tile_k
     TILE_Q: gl.constexpr = SPEC.tiles.consumers * STRIP
     E: gl.constexpr = SPEC.width
     Q_IN_REGISTERS: gl.constexpr = SPEC.tiles.q_in_registers
     OUT_APART: gl.constexpr = SPEC.tiles.out_apart
     LAZY: gl.constexpr = SPEC.tiles.lazy
-    out_desc, lse, sinks, stride_n, log_n, scale, softcap = results
+    out_desc, scale, softcap = results.out_desc, results.scale, results.softcap
     len_q, len_k = tile.sizes.len_q, tile.sizes.len_k
     dtype: gl.constexpr = out_desc.dtype
     S: gl.constexpr = gl.NVMMADistributedLayout(version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, TILE_K, 16])
     OUT: gl.constexpr = gl.NVMMADistributedLayout(version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, E, 16])
     P: gl.constexpr = gl.DotOperandLayout(operand_index=0, parent=OUT, k_width=2)
     ROWS: gl.constexpr = gl.SliceLayout(1, S)
-    # Of the sums that each thread makes of its own numbers.
+    # [64, 4]: of the sums that each thread makes of its own numbers.
     PARTS: gl.constexpr = gl.DistributedLinearLayout(
         reg_bases=[[8, 0]], lane_bases=[[0, 1], [0, 2], [1, 0], [2, 0], [4, 0]], warp_bases=[[16, 0], [32, 0]],
         block_bases=[], shape=[STRIP, 4],
@@ -309,22 +310,7 @@ def attend(CONSUMER: gl.constexpr, smem, tile, results, factor, state, q_phase, 
     consumer_wait(smem.v, state)
     acc = warpgroup_mma(p_operand, smem.v.buffers.index(state.stage), acc, is_async=True)
     row_sum = gl.convert_layout(gl.sum(sums, axis=1), ROWS, assert_trivial=True)  # [64]
-    rescale = gl.full([STRIP], 1.0, gl.float32, layout=ROWS)
-    if sinks is not None or log_n is not None:  # n is one more key, of logit log n and value zero
-        sink = (log_n if sinks is None else gl.load(sinks + tile.head * stride_n)) * LOG2E
-        new_max = gl.maximum(row_max, sink)
-        shift = finite(new_max, True)
-        rescale = gl.exp2(row_max - shift)
-        row_sum = row_sum * rescale + gl.exp2(sink - shift)
-        row_max = new_max
-    empty = row_sum == 0.0
-    rescale = rescale / gl.where(empty, 1.0, row_sum)
-    row_lse = gl.where(empty, float("-inf"), (row_max + gl.log2(row_sum)) * LN2)
-    if tile.batch_head is not None:
-        gl.store(lse + tile.batch_head.to(gl.int64) * len_q + rows, row_lse, mask=rows < len_q)
-    else:
-        of_lse = lse + (tile.rows_q.end - len_q + rows).to(gl.int64) * tile.sizes.heads + tile.head
-        gl.store(of_lse, row_lse, mask=rows < len_q)
+    rescale = finish_softmax(row_max, row_sum, rows, tile, results)
     acc, p_operand = warpgroup_mma_wait(0, deps=[acc, p_operand])
     consumer_release(smem.v, state.stage)
     state = advance(state, smem.k)
@@ -348,8 +334,32 @@ def attend(CONSUMER: gl.constexpr, smem, tile, results, factor, state, q_phase, 
 
 
 @gluon.jit
+def finish_softmax(row_max, row_sum, rows, tile, results):
+    """Store lse, and return what O is to be multiplied by, `[64]`: one over the denominator, with n in it."""
+    _out_desc, lse, sinks, stride_n, log_n, _scale, _softcap = results
+    len_q = tile.sizes.len_q
+    rescale = gl.full([STRIP], 1.0, gl.float32, layout=rows.type.layout)
+    if sinks is not None or log_n is not None:
+        sink = (log_n if sinks is None else gl.load(sinks + tile.head * stride_n)) * LOG2E
+        new_max = gl.maximum(row_max, sink)
+        shift = finite(new_max, True)
+        rescale = gl.exp2(row_max - shift)
+        row_sum = row_sum * rescale + gl.exp2(sink - shift)
+        row_max = new_max
+    empty = row_sum == 0.0
+    rescale = rescale / gl.where(empty, 1.0, row_sum)
+    row_lse = gl.where(empty, float("-inf"), (row_max + gl.log2(row_sum)) * LN2)
+    if tile.batch_head is not None:
+        gl.store(lse + tile.batch_head.to(gl.int64) * len_q + rows, row_lse, mask=rows < len_q)
+    else:
+        of_lse = lse + (tile.rows_q.end - len_q + rows).to(gl.int64) * tile.sizes.heads + tile.head
+        gl.store(of_lse, row_lse, mask=rows < len_q)
+    return rescale
+
+
+@gluon.jit
 def skip_blocks(smem, blocks, state):
-    """Release blocks of K and V unread, which only other consumers read."""
+    """Release blocks of K and V unread, since only other consumers read them."""
     for _ in range(blocks):
         consumer_wait(smem.k, state)
         consumer_release(smem.k, state.stage)
@@ -361,14 +371,14 @@ def skip_blocks(smem, blocks, state):
 
 @gluon.jit
 def sums_of_threads(p, TILE_K: gl.constexpr, LAYOUT: gl.constexpr):
-    """Row sums `[64, 4]` that each thread makes of its own numbers: they are added up once, at the end (up to +5 %)."""
+    """Sum up the numbers of each thread by rows, `[64, 4]`: threads are added up once, at the end (up to +5 %)."""
     parts = gl.sum(gl.sum(gl.reshape(p, [STRIP, TILE_K // 8, 4, 2]), axis=3), axis=1)
     return gl.convert_layout(parts, LAYOUT, assert_trivial=True)
 
 
 @gluon.jit
 def capped(s, scale, softcap):
-    """Logits in base 2 with softcap, and without one s as it is, which `factor` scales."""
+    """Return logits in base 2 if there is a softcap; else s as it is, which `factor` scales."""
     if softcap is not None:
         s = tanh(s * (scale / softcap)) * (softcap * LOG2E)
     return s
@@ -376,13 +386,13 @@ def capped(s, scale, softcap):
 
 @gluon.jit
 def as_column(x, LAYOUT: gl.constexpr):
-    """One number a row, `[rows, 1]`, beside a matrix of that layout."""
+    """Return x `[rows]` as `[rows, 1]`, beside a matrix of that layout."""
     return gl.expand_dims(gl.convert_layout(x, gl.SliceLayout(1, LAYOUT), assert_trivial=True), 1)
 
 
 @gluon.jit
 def finite(row_max, MAYBE_EMPTY: gl.constexpr):
-    """What to subtract from the logits of a row: one that has seen no key yet has no maximum."""
+    """Return what to subtract from the logits of a row: one that has seen no key yet has no maximum."""
     return gl.where(row_max == float("-inf"), 0.0, row_max) if MAYBE_EMPTY else row_max
 
 
@@ -391,7 +401,7 @@ def forward_kernel(
     q, k, v, out, lse, sinks, log_n, starts_q, starts_k, table, strides_q, strides_k, strides_v, strides_out, stride_n,
     batch, heads, len_q, len_k, left, right, scale, softcap, items, swizzle, SPEC: gl.constexpr,
 ):  # fmt: skip
-    """Programs are persistent; `SPEC` is a `configs.ForwardSpec`."""
+    """At most as many programs as fit the GPU at once go through all tiles; `SPEC` is a `configs.ForwardSpec`."""
     CONSUMERS: gl.constexpr = SPEC.tiles.consumers
     TILE_K: gl.constexpr = SPEC.tiles.tile_k
     STAGES: gl.constexpr = SPEC.tiles.stages

@@ -27,11 +27,11 @@ def async_reduce_add(descriptor, coordinates, buffer, _semantic=None):
 
 @builtin
 def tile_bytes(descriptor, _semantic=None):
-    """How many bytes a load of one tile brings."""
+    """Return how many bytes a load of one tile brings."""
     return descriptor.block_type.nbytes
 
 
 @builtin
 def reinterpret(buffer, dtype, shape, layout, _semantic=None):
-    """The same shared memory as another dtype, shape or layout."""
+    """View the same shared memory as another dtype, shape or layout."""
     return buffer._reinterpret(dtype, shape, layout, _semantic=_semantic)

@@ -13,7 +13,7 @@ from triton.experimental.gluon import language as gl
 
 @gluon.jit
 def new_mailbox(FIELDS: gl.constexpr):
-    """`[2 * fields, 1]`"""
+    """Allocate int32 `[2 * fields, 1]`."""
     return gl.allocate_shared_memory(gl.int32, [2 * len(FIELDS), 1], gl.SwizzledSharedLayout(1, 1, 1, [0]))
 
 

@@ -6,7 +6,7 @@ from triton.experimental.gluon import language as gl
 
 @gluon.jit
 def kv_blocks_seen(first, last, sizes, TILE_K: gl.constexpr):
-    """`begin, full_begin, full_end, end`: the blocks of keys that the queries `first ... last` see, at least one.
+    """Return `begin, full_begin, full_end, end` of the blocks of keys, at least one, that queries `first ... last` see.
 
     All of these queries see all keys of the blocks from `full_begin` to before `full_end`.
     """
@@ -25,7 +25,7 @@ def kv_blocks_seen(first, last, sizes, TILE_K: gl.constexpr):
 
 @gluon.jit
 def split_columns(COUNT: gl.constexpr, LAYOUT: gl.constexpr):
-    """`8 * i` and `j` of the columns `8 * i + j` of an accumulator, each `[1, COUNT]`.
+    """Return `8 * i` and `j` of the columns `8 * i + j` of an accumulator, each `[1, COUNT]`.
 
     In each eight columns a thread has the same two j, and i are constants: so `8 * i <= x - j` is one instruction and
     takes no registers for the columns (+1 to 6 % up to 2,048 keys under a causal mask, +3 to 6 % with a window).
@@ -36,7 +36,7 @@ def split_columns(COUNT: gl.constexpr, LAYOUT: gl.constexpr):
 
 @gluon.jit
 def masked_logits(s, rows, first_key, sizes, TILE_K: gl.constexpr, LAYOUT: gl.constexpr):
-    """s `[64, TILE_K]` with -inf where a query does not see a key."""
+    """Return s `[64, TILE_K]` with -inf where a query does not see a key."""
     diagonal = gl.expand_dims(rows, 1) + (sizes.len_k - sizes.len_q - first_key)
     last = sizes.len_k - 1 - first_key
     if sizes.right is not None:

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from attn_n.backends.triton.hopper import configs
 from attn_n.backends.triton.hopper.backward import backward_kernel
-from attn_n.backends.triton.hopper.backward_passes import prepare_kernel, round_kernel
+from attn_n.backends.triton.hopper.backward_passes import postprocess_kernel, preprocess_kernel
 from attn_n.backends.triton.hopper.backward_wide import wide_kernel
 from attn_n.backends.triton.hopper.configs import BackwardSpec, Config, ForwardSpec
 from attn_n.backends.triton.hopper.forward import STRIP, forward_kernel
@@ -128,14 +128,16 @@ def backward(problem: Problem, dq: Strides, dk: Strides, dv: Strides) -> Backwar
 
     def rounding(strides: Strides, heads: int, length: int, scale: float, programs: int, tile: int) -> Launch:
         of_sum = (strides, sequences, heads, length, scale)
-        return Launch(round_kernel, programs, p.device, of_sum, constants | {"TILE": tile}, small, descriptors=False)
+        return Launch(
+            postprocess_kernel, programs, p.device, of_sum, constants | {"TILE": tile}, small, descriptors=False
+        )
 
     def rounding_of_keys(strides: Strides, scale: float) -> Launch:
         return rounding(strides, p.heads_kv, sum_rows if p.packed else len_k, scale, key_tiles, tile_k)
 
     return Backward(
         _order(p, tile_k) if p.packed else None,
-        Launch(prepare_kernel, tiles, p.device, before, constants, small, descriptors=False),
+        Launch(preprocess_kernel, tiles, p.device, before, constants, small, descriptors=False),
         Launch(
             kernel, min(key_tiles * shares, processors), p.device, numbers, constants, small | {"maxnreg": 168},
             descriptors=True,

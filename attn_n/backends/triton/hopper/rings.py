@@ -8,7 +8,7 @@ from triton.experimental.gluon.language.nvidia.hopper import mbarrier
 
 
 class Ring(NamedTuple):
-    """Buffers with two barriers each.
+    """A ring has buffers, and two barriers for each of them.
 
     `full` completes a phase when the bytes that TMA was asked for have arrived, `empty` when every consumer has
     released the buffer.
@@ -20,7 +20,7 @@ class Ring(NamedTuple):
 
 
 class State(NamedTuple):
-    """The buffer of a ring that a role is at, and the parity of the phase that it waits for.
+    """A role is at a buffer of a ring, and waits for a phase of this parity.
 
     Each role counts for itself. A producer begins with parity 1: a wait for the phase before the first one returns at
     once, since all buffers are empty.
@@ -32,7 +32,7 @@ class State(NamedTuple):
 
 @gluon.jit
 def barriers(COUNT: gl.constexpr, ARRIVALS: gl.constexpr):
-    """`COUNT` barriers whose phase completes after `ARRIVALS` arrivals, and after the bytes that are expected."""
+    """Make `COUNT` barriers, whose phase completes after `ARRIVALS` arrivals and the bytes that are expected."""
     found = gl.allocate_shared_memory(gl.int64, [COUNT, 1], mbarrier.MBarrierLayout())
     for i in gl.static_range(COUNT):
         mbarrier.init(found.index(i), count=ARRIVALS)
@@ -41,6 +41,7 @@ def barriers(COUNT: gl.constexpr, ARRIVALS: gl.constexpr):
 
 @gluon.jit
 def advance(state, ring):
+    """Go on to the next buffer; the parity flips when the ring has gone around."""
     stage, phase = state
     stage += 1
     if stage == ring.full.shape[0]:
@@ -58,15 +59,17 @@ def producer_acquire(ring, state, BYTES: gl.constexpr):
 
 @gluon.jit
 def consumer_wait(ring, state):
+    """Wait until the buffer is full."""
     mbarrier.wait(ring.full.index(state.stage), state.phase)
 
 
 @gluon.jit
 def consumer_release(ring, stage):
+    """Arrive at `empty`: this consumer has read the buffer."""
     mbarrier.arrive(ring.empty.index(stage), count=1)
 
 
 @gluon.jit
 def wait_turn(barriers, turn):
-    """Wait at one of two barriers: `turn` counts modulo 4, so that it is 2 * phase + stage."""
+    """Wait at one of two barriers: `turn` counts modulo 4, so that it is 2 * parity + stage."""
     mbarrier.wait(barriers.index(turn & 1), turn >> 1)

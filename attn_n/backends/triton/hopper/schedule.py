@@ -52,14 +52,14 @@ def schedule_kernel(table, starts, others, batch, TILE: tl.constexpr):
 
 @triton.jit
 def sequence_of(table, item, heads):
-    """The sequence of a work item, which is a tile of one head, and the item's place among those of the sequence."""
+    """Return the sequence of a work item, which is a tile of one head, and the item's place among its sequence's."""
     of_tile = table + HEADER + 2 * (item // heads)
     return tl.load(of_tile), item - tl.load(of_tile + 1) * heads
 
 
 @triton.jit
 def tile_and_head(item, tiles, heads, swizzle):
-    """The tile and the head of a work item of a sequence.
+    """Return the tile and the head of a work item of a sequence.
 
     `swizzle` heads take turns, tile by tile, so that L2 holds what they read; then come the next heads.
     """
@@ -71,6 +71,6 @@ def tile_and_head(item, tiles, heads, swizzle):
 
 @triton.jit
 def rows_of_sequence(starts, sequence):
-    """Its first row, and how many it has."""
+    """Return the first row of a sequence, and how many it has."""
     start = tl.load(starts + sequence)
     return start, tl.load(starts + sequence + 1) - start

@@ -13,9 +13,9 @@ from attn_n.backends.triton.hopper.schedule import rows_of_sequence, sequence_of
 
 
 class Varlen(NamedTuple):
-    """Where the sequences of varlen tensors begin, and the table that `schedule_kernel` makes of their tiles.
+    """These are where the sequences of varlen tensors begin, and the table that `schedule_kernel` makes of their tiles.
 
-    All are None for batches, but for a `table` of one number where the forward counts the tiles that are taken.
+    All are None for batches, but for a table of one number where the forward takes its tiles by a counter.
     """
 
     starts_q: gl.tensor
@@ -24,7 +24,7 @@ class Varlen(NamedTuple):
 
 
 class Sizes(NamedTuple):
-    """The forward's numbers; of one sequence only `heads`, the lengths and the window are there."""
+    """These are the numbers of a forward; those of one sequence are only heads, lengths and window."""
 
     items: gl.tensor
     heads: gl.tensor
@@ -36,7 +36,7 @@ class Sizes(NamedTuple):
 
 
 class QueryTiles(NamedTuple):
-    """A work item of the forward: one or two tiles of queries of a head."""
+    """A work item of the forward is one or two tiles of queries of a head."""
 
     count: gl.tensor
     first: gl.tensor  # the first query of the first tile
@@ -50,7 +50,7 @@ class QueryTiles(NamedTuple):
 
 @gluon.jit
 def query_tiles(item, tiles, sizes, varlen, TILE_Q: gl.constexpr, SPEC: gl.constexpr):
-    """The work item of that number; `tiles` are those of a head in a batch.
+    """Return the work item of that number; `tiles` are those of a head, unless it is varlen.
 
     Under a causal mask the last queries see the most keys. Where tiles are taken by a counter, heavy ones come first;
     else a heavy and a light one make a pair.
@@ -82,7 +82,7 @@ def query_tiles(item, tiles, sizes, varlen, TILE_Q: gl.constexpr, SPEC: gl.const
 
 @gluon.jit
 def next_item(item, counter):
-    """The next work item of this program: in turn, or by a counter the next one that nobody has taken."""
+    """Return the next work item of this program: in turn, or by a counter the next one that nobody has taken."""
     if counter is None:
         following = item + gl.num_programs(0)
     else:
@@ -91,7 +91,7 @@ def next_item(item, counter):
 
 
 class KvWork(NamedTuple):
-    """A work item of the backward: a tile of keys, for a team of query heads."""
+    """A work item of the backward is a tile of keys, for a team of query heads."""
 
     first_key: gl.tensor
     team: gl.tensor
@@ -106,7 +106,7 @@ class KvWork(NamedTuple):
 
 @gluon.jit
 def kv_tile(item, tiles, teams, sizes, TILE_K: gl.constexpr, SPEC: gl.constexpr):
-    """The work item of that number; `tiles` are those of a KV head in a batch.
+    """Return the work item of that number; `tiles` are those of a KV head, unless it is varlen.
 
     Under a causal mask the first keys are seen by the most queries, and come first.
     """

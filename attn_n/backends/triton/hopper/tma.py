@@ -10,7 +10,7 @@ from attn_n.backends.triton.hopper.gluon_compat import async_load, async_store, 
 
 
 class Rows(NamedTuple):
-    """The rows of one sequence: of `batch`, or of a varlen tensor those of `length` rows before `end`."""
+    """These are the rows of one sequence: those of a batch, or in a varlen tensor the `length` rows before `end`."""
 
     batch: gl.tensor  # None of varlen tensors
     end: gl.tensor  # None of batched ones, as is `length`
@@ -30,9 +30,9 @@ UNBOUNDED = gl.constexpr(0x7FFF0000)
 def tile_descriptor(
     x, batch, heads, rows, strides, ROWS: gl.constexpr, E: gl.constexpr, COLUMNS: gl.constexpr = None,
 ):  # fmt: skip
-    """A descriptor for tiles `[ROWS, COLUMNS or E]` of `(B, H, L, E)`, or without `batch` of varlen `(T, H, E)`.
+    """Make a descriptor of tiles `[ROWS, COLUMNS or E]` of `(B, H, L, E)`, or if batch is None of varlen `(T, H, E)`.
 
-    The kernel makes it, because the host takes longer for one than a short kernel runs.
+    The kernel does so, because the host takes longer for one than a short kernel runs.
     """
     WIDTH: gl.constexpr = E if COLUMNS is None else COLUMNS
     if batch is not None:
@@ -51,8 +51,8 @@ def tile_descriptor(
 
 @gluon.jit
 def boxed(buffer, descriptor):
-    """A buffer `[rows, E]` in the shape of the descriptor's tiles, which has dimensions of length 1 in front."""
-    return reinterpret(buffer, descriptor.dtype, descriptor.block_type.shape, descriptor.layout)
+    """View a buffer `[rows, E]` in the shape of the descriptor's tiles, which has dimensions of length 1 in front."""
+    return reinterpret(buffer, descriptor.dtype, descriptor.block_shape, descriptor.layout)
 
 
 @gluon.jit
