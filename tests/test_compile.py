@@ -17,6 +17,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from attn_n import UnsupportedError, flash_attention_n, flash_attention_n_varlen, register_backend, use_backend
 from attn_n.backends import registry
+from attn_n.call import Gradients, Grads, Saved
 from tests.cases import INTERPRETED
 from tests.oracle import attention_n
 
@@ -147,9 +148,9 @@ def dlses(name: str, monkeypatch: pytest.MonkeyPatch) -> list[Tensor | None]:
     kernel, seen = registry.loaded(name), []
     original = kernel.backward
 
-    def recorded(dout: Tensor, dlse: Tensor | None, *rest: Any) -> Any:
-        seen.append(dlse)
-        return original(dout, dlse, *rest)
+    def recorded(grads: Grads, saved: Saved, options: Options) -> Gradients:
+        seen.append(grads.dlse)
+        return original(grads, saved, options)
 
     monkeypatch.setattr(kernel, "backward", recorded)
     return seen
