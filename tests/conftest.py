@@ -21,7 +21,7 @@ from attn_n.backends.base import Backend, Family, Prepared
 from attn_n.call import canonical
 from attn_n.dispatch import call_cache, forced
 
-LONGEST = ("ahead_of_time", "test_random_calls", "inductor")
+LONGEST = ("ahead_of_time", "random_calls", "inductor")
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:

@@ -13,9 +13,9 @@ import pytest
 pytest.importorskip("triton")
 
 from attn_n.backends.triton import hopper
-from attn_n.backends.triton.hopper.configs import BACKWARD
+from attn_n.backends.triton.hopper.configs import BACKWARD, FORWARD
+from tests.places import slow
 
-WIDTHS = (64, 128, 256)
 on_tested_triton = pytest.mark.skipif(
     not hopper.tested(), reason="Gluon changes between releases of Triton, and this one is not tested"
 )
@@ -30,7 +30,7 @@ def compiling(module: str, *arguments: object) -> str:
     ).stdout  # fmt: skip
 
 
-@pytest.mark.parametrize("target", ["sm_80", "sm_89", "sm_90", "sm_100", "gfx942"])
+@pytest.mark.parametrize("target", ["sm_89", "sm_90", "gfx942", *slow("sm_80", "sm_100")])
 def test_ahead_of_time(target: str) -> None:
     """Every shipped configuration compiles, fits the shared memory, and spills next to nothing."""
     from bench.kernels.ahead_of_time import TARGETS
@@ -52,14 +52,14 @@ def test_numbers_compile_nothing() -> None:
 
 
 @on_tested_triton
-@pytest.mark.parametrize("width", WIDTHS)
+@pytest.mark.parametrize("width", [128, *slow(*(width for width in FORWARD if width != 128))])
 def test_variants_of_the_packed_forward_ahead_of_time(width: int) -> None:
     """The same for windows, softcap, and keys with boundaries of their own; numbers compile nothing."""
     compiling("tests.compiled", "packed_forward", width)
 
 
 @on_tested_triton
-@pytest.mark.parametrize("width", BACKWARD)
+@pytest.mark.parametrize("width", [128, *slow(*(width for width in BACKWARD if width != 128))])
 def test_variants_of_the_backward_ahead_of_time(width: int) -> None:
     """Windows, softcap and float16 spill little, no product waits for another, and numbers compile nothing.
 

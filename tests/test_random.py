@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
@@ -41,11 +42,26 @@ def cases(draw: st.DrawFn) -> Case:
     return Case(**case)
 
 
-@settings(max_examples=120, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
-@given(case=cases(), dtype=st.sampled_from([torch.float32, torch.float64]), lse_grad=st.booleans())
-def test_random_calls(case: Case, dtype: torch.dtype, lse_grad: bool) -> None:
+def check(case: Case, dtype: torch.dtype, lse_grad: bool) -> None:
     inputs = make(case, dtype, "cpu")
     for backend in ("reference", "sdpa:cpu", "triton:portable"):
         if must_serve(backend, "cpu", dtype, case, lse_grad):
             excess = compare.excess(inputs, compare.library(inputs, backend, lse_grad), lse_grad)
             assert max(excess.values()) <= 1, (backend, excess)
+
+
+EACH = settings(deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
+CALLS = given(case=cases(), dtype=st.sampled_from([torch.float32, torch.float64]), lse_grad=st.booleans())
+
+
+@settings(EACH, max_examples=25)
+@CALLS
+def test_random_calls(case: Case, dtype: torch.dtype, lse_grad: bool) -> None:
+    check(case, dtype, lse_grad)
+
+
+@pytest.mark.slow
+@settings(EACH, max_examples=120)
+@CALLS
+def test_many_random_calls(case: Case, dtype: torch.dtype, lse_grad: bool) -> None:
+    check(case, dtype, lse_grad)
