@@ -17,7 +17,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from attn_n import UnsupportedError, flash_attention_n, flash_attention_n_varlen, register_backend, use_backend
 from attn_n.backends import registry
-from attn_n.call import Gradients, Grads, Saved
+from attn_n.call import Gradients, Grads, Options, Saved
 from tests.cases import INTERPRETED
 from tests.oracle import attention_n
 
