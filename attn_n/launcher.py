@@ -38,11 +38,12 @@ class Launch:
         self._constants = {name: constants[name] for name in kernel.arg_names if name in constants}
         self._rest = (*numbers, *self._constants.values())
         self._found: dict[tuple[type, ...], Any] = {}
+        self._one_of_several = device.type == "cuda" and torch.cuda.device_count() > 1
 
     def __call__(self, *arguments: Tensor | float | None) -> None:
         if self._descriptors:
             triton.set_allocator(_workspace)  # of this thread, and backward has another than forward
-        if self._device.type == "cuda" and self._device.index != torch.cuda.current_device():
+        if self._one_of_several and self._device.index != torch.cuda.current_device():
             with torch.cuda.device(self._device):  # Triton launches on the current device
                 self._launch(arguments)
         else:

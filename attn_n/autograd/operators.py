@@ -114,19 +114,23 @@ class PreparedCall:
             return self.forward(q, k, v, n, options, lse_wanted)
         return _forward(options, lse_wanted, q, k, v, n, self.n_is_logit, self.log_n, None, self.backend)
 
+    @property
+    def has_run(self) -> bool:
+        return self._passes is not None
+
+    def watched(self, q: Tensor, dout: Tensor | None, dlse: Tensor | None) -> bool:
+        """Whether a backward is more than this call's: somebody looks at operators, autocasts, or batches gradients."""
+        return needs_dispatcher(q) or _is_batched(dout) or _is_batched(dlse) or autocast.enabled(q.device.type)
+
     def backward(
-        self, dout: Tensor | None, dlse: Tensor | None, saved: Saved, n: Tensor | None, needs_n_grad: bool,
-        options: Options,
-    ) -> tuple[Tensor, Tensor, Tensor, Tensor] | None:  # fmt: skip
-        """`_backward`, with what the forward has found out; None if it did not run here."""
-        if self._passes is None:
-            return None
-        if dout is None:
-            dout = torch.zeros_like(saved.out)
+        self, dout: Tensor, dlse: Tensor | None, saved: Saved, n: Tensor | None, needs_n_grad: bool, options: Options
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+        """`_backward`, with what the forward has found out."""
+        assert self._passes is not None
+        rows_may_be_empty = self.log_n is None and self._rows_may_be_empty
         return _backward_by(
-            self._passes, dout, dlse, saved, n, self.n_is_logit, self.log_n is None and self._rows_may_be_empty,
-            needs_n_grad, options,
-        )  # fmt: skip
+            self._passes, dout, dlse, saved, n, self.n_is_logit, rows_may_be_empty, needs_n_grad, options
+        )
 
 
 def attend(
@@ -194,13 +198,30 @@ class _Attention(torch.autograd.Function):
         # The lse always has n here. Under a checkpoint the backward gets what is saved from a second forward, which can
         # run in another way than the first: nothing may be known of it but what it returned.
         out, lse, rng_state = call.forward(q, k, v, n, options, True)
-        _save(ctx, 6, (q, k, v, n, call.n_is_logit, call.log_n, None, call.backend), options, out, lse, rng_state)
+        if options is call.options and rng_state is None:
+            ctx.save_for_backward(q, k, v, out, lse, None, n)
+            ctx.options = options
+            ctx.set_materialize_grads(False)
+        else:
+            arguments = q, k, v, n, call.n_is_logit, call.log_n, None, call.backend
+            _save(ctx, 6, arguments, options, out, lse, rng_state)
         ctx.call = call
         return out, lse
 
     @staticmethod
     def backward(ctx: Any, dout: Tensor | None, dlse: Tensor | None) -> Any:
-        return _gradients(ctx, dout, dlse, ctx.call)
+        call = ctx.call
+        if dout is None and dlse is None:
+            return None, None, None, None, None, None
+        q, k, v, out, lse, _, n, *_ = saved = ctx.saved_tensors
+        if torch.is_grad_enabled() or call.watched(q, dout, dlse) or len(saved) > 7 or not call.has_run:
+            ctx.rest = call.n_is_logit, call.log_n, call.backend, 6
+            return _gradients(ctx, saved, dout, dlse, call)
+        if dout is None:
+            dout = torch.zeros_like(out)
+        needs_n = n is not None and ctx.needs_input_grad[3]
+        dq, dk, dv, dn = call.backward(dout, dlse, Saved(q, k, v, out, lse), n, needs_n, ctx.options)
+        return dq, dk, dv, dn if needs_n else None, None, None
 
 
 class _Operator(torch.autograd.Function):
@@ -218,7 +239,7 @@ class _Operator(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, dout: Tensor | None, dlse: Tensor | None, _: Any) -> Any:
-        return _gradients(ctx, dout, dlse)
+        return _gradients(ctx, ctx.saved_tensors, dout, dlse)
 
 
 def _save(
@@ -241,12 +262,12 @@ def _save(
 
 
 def _gradients(
-    ctx: Any, dout: Tensor | None, dlse: Tensor | None, call: PreparedCall | None = None
+    ctx: Any, saved: Sequence[Any], dout: Tensor | None, dlse: Tensor | None, call: PreparedCall | None = None
 ) -> tuple[Tensor | None, ...]:
     n_is_logit, log_n, backend, inputs = ctx.rest
     if dout is None and dlse is None:
         return _only_needed((), (), inputs)
-    q, k, v, out, lse, rng_state, n, *tensors = ctx.saved_tensors
+    q, k, v, out, lse, rng_state, n, *tensors = saved
     options, numbers = ctx.options, None
     if tensors:
         mask, slopes, starts_q, starts_k, numbers, checksum = tensors
@@ -272,11 +293,13 @@ def _gradients(
                 log_n, options = _numbers(numbers, log_n, options)
             found = _by_autograd(chosen, dout, dlse, q, k, v, n, n_is_logit, log_n, options)
             return _only_needed(found, needed, inputs)
-    if call is not None and not (batched or torch.is_grad_enabled() or needs_dispatcher(q)):
+    if call is not None and call.has_run and not (batched or torch.is_grad_enabled() or needs_dispatcher(q)):
+        if dout is None:
+            dout = torch.zeros_like(out)
         with autocast.suspended(q.device.type):
-            prepared = call.backward(dout, dlse, Saved(q, k, v, out, lse, None, rng_state), n, needed[3], options)
-        if prepared is not None:
-            return _only_needed(prepared, needed, inputs)
+            of_forward = Saved(q, k, v, out, lse, None, rng_state)
+            found = call.backward(dout, dlse, of_forward, n, needed[3], options)
+        return _only_needed(found, needed, inputs)
     arguments = (
         torch.zeros_like(out) if dout is None else dout, dlse, q, k, v, out, lse, rng_state, n, n_is_logit,
         log_n is None and _rows_may_be_empty(q, k, options), needed[3], numbers, backend,
@@ -420,13 +443,16 @@ def _backward(
             "To do: name a backend that has a backward, by use_backend or ATTN_N_BACKEND."
         )
     saved = Saved(q, k, v, out, lse, None, rng_state)
-    return _backward_by(chosen, dout, dlse, saved, n, n_is_logit, rows_may_be_empty, needs_n_grad, options)
+    dq, dk, dv, dn_found = _backward_by(
+        chosen, dout, dlse, saved, n, n_is_logit, rows_may_be_empty, needs_n_grad, options
+    )
+    return dq, dk, dv, lse.new_empty(0) if dn_found is None else dn_found
 
 
 def _backward_by(
     passes: Prepared, dout: Tensor, dlse: Tensor | None, saved: Saved, n: Tensor | None, n_is_logit: bool,
     rows_may_be_empty: bool, needs_n_grad: bool, options: Options,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:  # fmt: skip
     # The gradient of a complex loss may have its sign in a flag, which kernels do not see.
     if dout.is_neg() or (dlse is not None and dlse.is_neg()):
         dout, dlse = dout.resolve_neg(), None if dlse is None else dlse.resolve_neg()
@@ -436,10 +462,13 @@ def _backward_by(
         lse, dlse = rescale.lse_for_backward(lse, dlse)
     of_n: Any = None if not needs_n_grad else "n" if log_n is None else "log n"
     found = passes.backward(Grads(dout, dlse, of_n), Saved(q, k, v, out, lse, log_n, rng_state), options)
-    dq, dk, dv, dn = found.dq, found.dk, found.dv, found.dn
-    if dn is None:
-        dn = rescale.gradient_of_n(dout, dlse, out, lse, log_n, options.varlen) if needs_n_grad else lse.new_empty(0)
-    return dq, _sum_groups(dk, k.shape[1]), _sum_groups(dv, k.shape[1]), _shaped_as(dn, n)
+    dn = found.dn
+    if needs_n_grad:
+        if dn is None:
+            dn = rescale.gradient_of_n(dout, dlse, out, lse, log_n, options.varlen)
+        dn = _shaped_as(dn, n)
+    heads_kv = k.shape[1]
+    return found.dq, _sum_groups(found.dk, heads_kv), _sum_groups(found.dv, heads_kv), dn
 
 
 def _chosen(name: str, q: Tensor, k: Tensor, v: Tensor, n: Tensor | None, options: Options) -> Backend:

@@ -27,11 +27,20 @@ def scale_(out: Tensor, lse: Tensor, log_n: float | Tensor, packed: bool) -> Ten
     lse_n = torch.empty_like(lse)
     sinks, number = (log_n, None) if isinstance(log_n, Tensor) else (None, float(log_n))
     stride_n = 0 if sinks is None else sinks.stride(0)
-    views = [_by_batch(x, packed) for x in (out, lse, lse_n)]
-    of_out, *of_rows = (x.stride() for x in views)
-    launch = prepared("scale", out.device, out.dtype, views[0].shape, (of_out,), tuple(of_rows), stride_n)
-    launch(*views, sinks, number)
+    key = out.device, out.dtype, out.shape, out.stride(), lse.stride(), lse_n.stride(), stride_n
+    launch = _scales.get(key)
+    if launch is None:
+        views = [_by_batch(x, packed) for x in (out, lse, lse_n)]
+        of_out, *of_rows = (x.stride() for x in views)
+        launch = prepared("scale", out.device, out.dtype, views[0].shape, (of_out,), tuple(of_rows), stride_n)
+        if len(_scales) >= 1024:
+            _scales.clear()
+        _scales[key] = launch
+    launch(out, lse, lse_n, sinks, number)  # a kernel gets addresses: of views they are the same
     return lse_n
+
+
+_scales: dict[tuple[Any, ...], Launch] = {}
 
 
 def gradient_of_n(

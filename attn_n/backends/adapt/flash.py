@@ -7,7 +7,7 @@ from typing import NamedTuple
 from torch import Tensor
 
 from attn_n.backends.adapt.layout import common_width, lse_as_value_column, narrowed, of_width
-from attn_n.backends.base import HALF, Backend
+from attn_n.backends.base import HALF, Backend, Prepared
 from attn_n.call import AttentionCall, Gradients, Grads, Options, Saved
 
 
@@ -42,6 +42,11 @@ class FlashBackend(Backend):
             return f"takes head sizes up to {widest}, got {width}{of}"
         return None
 
+    def prepare(self, q: Tensor, k: Tensor, v: Tensor, log_n: float | Tensor | None, options: Options) -> Prepared:
+        if not options.varlen and all(of_width(x, q.shape[-1]) is x for x in (q, k, v)) and q.shape[-1] % 8 == 0:
+            return FlashBatch(self)
+        return self
+
     def forward(
         self, q: Tensor, k: Tensor, v: Tensor, log_n: float | Tensor | None, options: Options
     ) -> tuple[Tensor, Tensor, Tensor | None]:
@@ -70,6 +75,23 @@ class FlashBackend(Backend):
         gradients = self.kernel_backward(Grads(dout, dlse), Saved(q, k, v, out, lse, log_n, rng_state), options)
         dq, dk, dv = gradients[:3] if options.varlen else (x.transpose(1, 2) for x in gradients[:3])
         return Gradients(narrowed(dq, size), narrowed(dk, size), narrowed(dv, size_v))
+
+
+class FlashBatch:
+    """Batches whose q, k and v the library takes as they are, if they are aligned."""
+
+    def __init__(self, backend: FlashBackend) -> None:
+        self._backend, self.backward = backend, backend.backward
+
+    def forward(
+        self, q: Tensor, k: Tensor, v: Tensor, log_n: float | Tensor | None, options: Options
+    ) -> tuple[Tensor, Tensor, Tensor | None]:
+        if (q.data_ptr() | k.data_ptr() | v.data_ptr()) & 15:
+            return self._backend.forward(q, k, v, log_n, options)
+        out, lse, rng_state = self._backend.kernel_forward(
+            q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), options
+        )
+        return out.transpose(1, 2), lse, rng_state
 
 
 class Sequences(NamedTuple):

@@ -46,7 +46,7 @@ class FlashAttention(FlashBackend):
     def kernel_forward(self, q: Tensor, k: Tensor, v: Tensor, options: Options) -> tuple[Tensor, Tensor, Tensor | None]:
         lengths = sequences(options, q, k)
         causal, left, right, max_k = flash2.visible(options, lengths)
-        out, lse, rng_state, _, _ = torch.ops.aten._flash_attention_forward(
+        out, lse, rng_state, _, _ = torch.ops.aten._flash_attention_forward.default(
             q, k, v, *lengths[:3], max_k, options.dropout_p, causal, False,
             scale=options.scale, window_size_left=left, window_size_right=right,
         )  # fmt: skip
@@ -58,7 +58,7 @@ class FlashAttention(FlashBackend):
         lengths = sequences(options, q, k)
         causal, left, right, max_k = flash2.visible(options, lengths)
         state = q.new_empty(2, dtype=torch.uint64) if rng_state is None else rng_state.view(torch.uint64)
-        dq, dk, dv = torch.ops.aten._flash_attention_backward(
+        dq, dk, dv = torch.ops.aten._flash_attention_backward.default(
             grads.dout, q, k, v, out, lse, *lengths[:3], max_k, options.dropout_p, causal,
             state, q.new_empty(0, dtype=torch.uint64), scale=options.scale,
             window_size_left=left, window_size_right=right,
@@ -142,7 +142,7 @@ class EfficientAttention(MemoryEfficientBackend):
         self, q: Tensor, k: Tensor, v: Tensor, causal: bool, bias: Tensor | None, scale: float
     ) -> tuple[Tensor, Tensor]:
         tensors = self.tensors(q, k, v)
-        out, lse, *_ = torch.ops.aten._efficient_attention_forward(
+        out, lse, *_ = torch.ops.aten._efficient_attention_forward.default(
             *tensors, aligned_bias(q, k, bias), None, None, None, None, 0.0, int(causal), True, scale=scale
         )
         return out.transpose(1, 2), lse[:, :, : q.shape[2]]
@@ -153,7 +153,7 @@ class EfficientAttention(MemoryEfficientBackend):
         dout, out, lse = self.results(dout, out, lse)
         lse = F.pad(lse, (0, -q.shape[2] % 32), value=math.inf)  # it is read in blocks of 32 rows
         no_dropout = torch.zeros((), dtype=torch.int64)
-        dq, dk, dv, _ = torch.ops.aten._efficient_attention_backward(
+        dq, dk, dv, _ = torch.ops.aten._efficient_attention_backward.default(
             dout, *tensors, aligned_bias(q, k, bias), out, None, None, q.shape[2], k.shape[2], lse, 0.0,
             no_dropout, no_dropout, int(causal), False, scale=scale,
         )  # fmt: skip
