@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass
 
 import torch
@@ -65,28 +66,42 @@ class AttentionCall:
     cache: bool = False
     block_table: bool = False
 
-    @property
+    @functools.cached_property
     def features(self) -> frozenset[str]:
         """Those of `FEATURES` that the call has."""
-        asked = {
-            "causal": self.causal,
-            "window": self.windowed,
-            "negative window": self.window_right is not None and self.window_right < 0,
-            "softcap": self.softcap is not None,
-            "dropout": bool(self.dropout_p),
-            "mask": self.mask_shape is not None,
-            "mask gradient": self.mask_needs_grad,
-            "alibi": self.alibi,
-            "alibi gradient": self.alibi_needs_grad,
-            "varlen": self.varlen,
-            "lse gradient": self.return_lse and self.needs_grad,
-            "n a row": self.n_kind == "per row",
-            "seqused": self.seqused,
-            "leftpad": self.leftpad,
-            "cache": self.cache,
-            "block table": self.block_table,
-        }
-        return frozenset([feature for feature, is_so in asked.items() if is_so])
+        found = set()
+        left, right = self.window_left, self.window_right
+        if left is not None or right is not None:
+            found.add("causal" if left is None and right == 0 else "window")
+            if right is not None and right < 0:
+                found.add("negative window")
+        if self.softcap is not None:
+            found.add("softcap")
+        if self.dropout_p:
+            found.add("dropout")
+        if self.mask_shape is not None:
+            found.add("mask")
+        if self.mask_needs_grad:
+            found.add("mask gradient")
+        if self.alibi:
+            found.add("alibi")
+        if self.alibi_needs_grad:
+            found.add("alibi gradient")
+        if self.sequences is not None:
+            found.add("varlen")
+        if self.return_lse and self.needs_grad:
+            found.add("lse gradient")
+        if self.n_kind == "per row":
+            found.add("n a row")
+        if self.seqused:
+            found.add("seqused")
+        if self.leftpad:
+            found.add("leftpad")
+        if self.cache:
+            found.add("cache")
+        if self.block_table:
+            found.add("block table")
+        return frozenset(found)
 
     @property
     def varlen(self) -> bool:

@@ -32,6 +32,8 @@ class Layout(NamedTuple):
 
 def layout(x: Tensor, width: int | None = None) -> Layout:
     """That of a result which lies in memory as x does, with another number of columns if `width` is given."""
+    if (width is None or width == x.shape[-1]) and x.is_contiguous():
+        return Layout(tuple(x.shape), x.stride(), True)
     shape = (*x.shape[:-1], x.shape[-1] if width is None else width)
     strides = dense_strides(shape, memory_order(x))
     return Layout(shape, strides, shape == tuple(x.shape) and strides == x.stride())

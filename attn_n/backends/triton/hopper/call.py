@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from attn_n.backends.base import Prepared
-from attn_n.backends.triton.allocation import layout, template
+from attn_n.backends.triton.allocation import Layout, layout, template
 from attn_n.backends.triton.hopper import prepare
 from attn_n.backends.triton.hopper.prepare import list_of_tiles
 from attn_n.backends.triton.portable import prepare as portable
@@ -22,7 +22,6 @@ class HopperCall:
         self._out = layout(q)
         self._lse = template(q.shape[:-1], torch.float32, q.device)
         self._launches = prepare.forward(problem, self._out.of_kernel)
-        self._gradients = layout(q), layout(k), layout(v)
         self._backwards: dict[tuple[Strides, ...], BackwardCall] = {}
 
     def forward(
@@ -46,7 +45,7 @@ class HopperCall:
         lse, dlse = lse.contiguous(), None if dlse is None else dlse.contiguous()
         ready = self._backward((q, k, v, out, dout), log_n, options)
         launches = ready.launches
-        of_q, of_k, of_v = self._gradients
+        of_q, of_k, of_v = ready.layouts
         dq, dk, dv = of_q.empty(q), of_k.empty(k), of_v.empty(v)
         stats, dq_sum = torch.empty_like(ready.stats), torch.empty_like(ready.dq_sum)
         shares = None if grads.of_n is None else torch.empty_like(ready.shares)
@@ -68,15 +67,16 @@ class HopperCall:
         ready = self._backwards.get(key)
         if ready is None:
             problem = describe(tensors, log_n, options)
-            ready = self._backwards[key] = BackwardCall(problem, *[x.of_kernel for x in self._gradients])
+            ready = self._backwards[key] = BackwardCall(problem, *[layout(x) for x in tensors[:3]])
         return ready
 
 
 class BackwardCall:
     """The launches of a backward, and templates of the memory that they share."""
 
-    def __init__(self, problem: Problem, dq: Strides, dk: Strides, dv: Strides) -> None:
-        p, self.launches = problem, prepare.backward(problem, dq, dk, dv)
+    def __init__(self, problem: Problem, dq: Layout, dk: Layout, dv: Layout) -> None:
+        p, self.layouts = problem, (dq, dk, dv)
+        self.launches = prepare.backward(p, dq.of_kernel, dk.of_kernel, dv.of_kernel)
         self.stats = template((self.launches.stats,), torch.float32, p.device)
         self.dq_sum = template((self.launches.dq_sum,), torch.float32, p.device)
         batch = 1 if p.packed else p.batch

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from attn_n.backends.triton.allocation import layout, template
+from attn_n.backends.triton.allocation import Layout, layout, template
 from attn_n.backends.triton.portable import configs
 from attn_n.backends.triton.portable.backward import dkdv_kernel, dq_kernel
 from attn_n.backends.triton.portable.configs import Config
@@ -27,7 +27,6 @@ class PortableCall:
         self._out = layout(q, v.shape[-1])
         self._lse = template(q.shape[:-1], torch.float32, q.device)
         self._launch = launch("forward", problem, (self._out.of_kernel,))
-        self._gradients = layout(q), layout(k), layout(v)
         self._backwards: dict[tuple[Strides, ...], Backward] = {}
 
     def forward(
@@ -50,7 +49,7 @@ class PortableCall:
             dout = dout.contiguous()
         lse, dlse = lse.contiguous(), None if dlse is None else dlse.contiguous()
         ready = self._backward((q, k, v, out, dout), log_n, options)
-        of_q, of_k, of_v = self._gradients
+        of_q, of_k, of_v = ready.layouts
         dq, dk, dv = of_q.empty(q), of_k.empty(k), of_v.empty(v)
         lse_log2, delta = torch.empty_like(ready.rows), torch.empty_like(ready.rows)
         lost = torch.empty_like(ready.rows) if self.problem.float_mask else None
@@ -70,13 +69,15 @@ class PortableCall:
         ready = self._backwards.get(key)
         if ready is None:
             problem = describe(tensors, log_n, options)
-            ready = self._backwards[key] = backward(problem, *[x.of_kernel for x in self._gradients])
+            q, k, v, *_ = tensors
+            ready = self._backwards[key] = backward(problem, (layout(q), layout(k), layout(v)))
         return ready
 
 
 class Backward(NamedTuple):
     """The launches of a backward, in their order, and what they share."""
 
+    layouts: tuple[Layout, Layout, Layout]
     dq: Launch
     of_keys: tuple[Launch, ...]
     rows: Tensor  # templates: of a number for each row, and of the share of each program in the gradient of n
@@ -97,11 +98,12 @@ MOST = 1024  # kinds of calls that are kept: lengths may never come again
 _calls: dict[Problem, PortableCall] = {}
 
 
-def backward(problem: Problem, *strides: Strides) -> Backward:
-    """`strides` are those of dq, dk and dv."""
-    p = problem
+def backward(problem: Problem, layouts: tuple[Layout, Layout, Layout]) -> Backward:
+    """`layouts` are those of dq, dk and dv."""
+    p, strides = problem, [x.of_kernel for x in layouts]
     dq = launch("dq", p, strides)
     return Backward(
+        layouts,
         dq,
         tuple([launch(kernel, p, strides) for kernel in configs.kernels_of_keys(p)]),
         template((p.heads, padded_rows(p)), torch.float32, p.device),
