@@ -4,13 +4,52 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable
-from typing import Any, NoReturn
+from typing import TYPE_CHECKING, Any, Literal, NoReturn, TypedDict, overload
 
 from torch import Tensor
 
 from attn_n.backends import registry
 from attn_n.call import Request, canonical, checks, jagged
 from attn_n.dispatch import explanation, run
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack  # in typing from Python 3.11 on
+
+
+class _Keywords(TypedDict, total=False):
+    """The keyword arguments of both functions, without `return_lse`, on which the type of their result depends."""
+
+    sinks: Tensor | None
+    attn_mask: Tensor | None
+    window: tuple[int | None, int | None] | None
+    softcap: float | None
+    alibi_slopes: Tensor | None
+    dropout_p: float
+    backend: str | None
+
+
+@overload
+def flash_attention_n(
+    q: Tensor, k: Tensor, v: Tensor,
+    causal: bool = ..., sm_scale: float | None = ..., sm_n: float | Tensor | None = ...,
+    *, return_lse: Literal[False] = ..., **keywords: Unpack[_Keywords],
+) -> Tensor: ...  # fmt: skip
+
+
+@overload
+def flash_attention_n(
+    q: Tensor, k: Tensor, v: Tensor,
+    causal: bool = ..., sm_scale: float | None = ..., sm_n: float | Tensor | None = ...,
+    *, return_lse: Literal[True], **keywords: Unpack[_Keywords],
+) -> tuple[Tensor, Tensor]: ...  # fmt: skip
+
+
+@overload
+def flash_attention_n(
+    q: Tensor, k: Tensor, v: Tensor,
+    causal: bool = ..., sm_scale: float | None = ..., sm_n: float | Tensor | None = ...,
+    *, return_lse: bool, **keywords: Unpack[_Keywords],
+) -> Tensor | tuple[Tensor, Tensor]: ...  # fmt: skip
 
 
 def flash_attention_n(
@@ -75,6 +114,30 @@ def flash_attention_n(
         causal, sm_scale, sm_n, sinks, attn_mask, window, softcap, alibi_slopes, dropout_p, return_lse, backend
     )
     return run.batch(q, k, v, request)
+
+
+@overload
+def flash_attention_n_varlen(
+    q: Tensor, k: Tensor, v: Tensor, cu_seqlens_q: Tensor, cu_seqlens_k: Tensor, max_seqlen_q: int, max_seqlen_k: int,
+    causal: bool = ..., sm_scale: float | None = ..., sm_n: float | Tensor | None = ...,
+    *, return_lse: Literal[False] = ..., **keywords: Unpack[_Keywords],
+) -> Tensor: ...  # fmt: skip
+
+
+@overload
+def flash_attention_n_varlen(
+    q: Tensor, k: Tensor, v: Tensor, cu_seqlens_q: Tensor, cu_seqlens_k: Tensor, max_seqlen_q: int, max_seqlen_k: int,
+    causal: bool = ..., sm_scale: float | None = ..., sm_n: float | Tensor | None = ...,
+    *, return_lse: Literal[True], **keywords: Unpack[_Keywords],
+) -> tuple[Tensor, Tensor]: ...  # fmt: skip
+
+
+@overload
+def flash_attention_n_varlen(
+    q: Tensor, k: Tensor, v: Tensor, cu_seqlens_q: Tensor, cu_seqlens_k: Tensor, max_seqlen_q: int, max_seqlen_k: int,
+    causal: bool = ..., sm_scale: float | None = ..., sm_n: float | Tensor | None = ...,
+    *, return_lse: bool, **keywords: Unpack[_Keywords],
+) -> Tensor | tuple[Tensor, Tensor]: ...  # fmt: skip
 
 
 def flash_attention_n_varlen(

@@ -255,7 +255,6 @@ def test_deterministic_when_asked_for(backend: str) -> None:
     try:
         for _ in range(5):
             out = flash_attention_n(*inputs, True, sm_n=1.0, backend=backend)
-            assert isinstance(out, Tensor)
             results.append([out, *torch.autograd.grad(out.float().square().sum(), inputs)])
     finally:
         torch.use_deterministic_algorithms(False)

@@ -82,22 +82,18 @@ def _attend(backend: str | None, n: str) -> Callable[[Inputs], Attend]:
 
         def attend(q: Tensor, k: Tensor, v: Tensor, sinks: Tensor | None) -> Tensor:
             learned = sinks if n == "per head" else None
-            out = attn_n.flash_attention_n(
+            return attn_n.flash_attention_n(
                 q, k, v, workload.causal, None, number,
                 sinks=learned, attn_mask=mask, window=window, backend=backend,
             )  # fmt: skip
-            assert isinstance(out, Tensor)
-            return out
 
         def attend_packed(q: Tensor, k: Tensor, v: Tensor, sinks: Tensor | None) -> Tensor:
             assert starts is not None
             longest, learned = max(workload.sequences), sinks if n == "per head" else None
-            out = attn_n.flash_attention_n_varlen(
+            return attn_n.flash_attention_n_varlen(
                 q, k, v, starts, starts, longest, longest, workload.causal, None, number,
                 sinks=learned, window=window, backend=backend,
             )  # fmt: skip
-            assert isinstance(out, Tensor)
-            return out
 
         return attend if starts is None else attend_packed
 
