@@ -78,7 +78,7 @@ def _that_share_keys(width: int) -> Iterator[Any]:
     from attn_n.backends.triton.hopper import configs
 
     usual = configs.heads_of_item
-    configs.heads_of_item = lambda problem, processors: min(2, problem.heads // problem.heads_kv)
+    configs.heads_of_item = lambda key, processors: min(2, key.heads // key.heads_kv)
     try:
         for options in (Options(0.1), packed(Options(0.1, window_right=0, softcap=3.0))):
             yield compiled("sm_90", "hopper backward main", width, None, torch.bfloat16, options, groups=8)

@@ -16,7 +16,7 @@ pytest.importorskip("triton")
 
 from attn_n import flash_attention_n_varlen
 from attn_n.backends.triton import portable
-from attn_n.backends.triton.problem import describe
+from attn_n.backends.triton.kernel_key import describe
 from attn_n.call import Options, Request, canonical
 from attn_n.sink import fused, rescale
 from tests import compare
@@ -98,8 +98,8 @@ def test_the_longest_sequence_is_overstated() -> None:
     """By numbers of which nobody could count the tiles, nor the programs."""
     q, starts, most = torch.randn(9, 2, 16, requires_grad=True), torch.tensor([0, 4, 9], dtype=torch.int32), 2**31 - 1
     options = Options(0.25, most, most, cu_seqlens_q=starts, cu_seqlens_k=starts, max_seqlen_q=most, max_seqlen_k=most)
-    problem = describe((q, q, q), None, options)
-    assert (problem.len_q, problem.len_k, problem.window) == (9, 9, (9, 9))
+    key = describe((q, q, q), None, options)
+    assert (key.len_q, key.len_k, key.window) == (9, 9, (9, 9))
     if INTERPRETED:
         results = []
         for backend, longest in (("triton:portable", most), ("reference", 5)):

@@ -78,7 +78,7 @@ def fresh_launches() -> Iterator[None]:
 @pytest.mark.parametrize(("width", "row"), [(width, row) for width, rows in FORWARD.items() for row in rows], ids=str)
 def test_every_row(width: int, row: Config, monkeypatch: pytest.MonkeyPatch) -> None:
     """Each configuration of the forward, on short calls and on more work than runs at once."""
-    monkeypatch.setattr(configs, "find", lambda problem: row)
+    monkeypatch.setattr(configs, "find", lambda key: row)
     cases = (
         Case("", batch=1, heads_q=4, heads_kv=2, len_q=150, len_k=170, window=(90, 10), n="per head"),
         Case("", batch=2, heads_q=40, heads_kv=40, len_q=700, len_k=700, causal=True),
@@ -110,7 +110,7 @@ def test_growing_maxima(causal: bool, width: int, dtype: torch.dtype) -> None:
 @pytest.mark.parametrize("heads", [1, 2, 4])
 def test_parts_of_a_key_head(heads: int, width: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """dK and dV as sums over programs that take 1, 2 or 4 of 8 query heads each."""
-    monkeypatch.setattr(configs, "heads_of_item", lambda problem, processors: heads)
+    monkeypatch.setattr(configs, "heads_of_item", lambda key, processors: heads)
     usual = Case("", batch=2, heads_q=16, heads_kv=2, len_q=333, len_k=420, n="per head")
     lengths = {"lengths_q": (0, 70, 0, 200, 9, 0), "lengths_k": (50, 0, 0, 333, 9, 0)}
     cases = (

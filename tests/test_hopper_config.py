@@ -12,7 +12,7 @@ pytest.importorskip("triton")
 
 from attn_n.backends.triton import BACKEND, hopper
 from attn_n.backends.triton.hopper import HopperKernels, configs
-from attn_n.backends.triton.problem import describe
+from attn_n.backends.triton.kernel_key import describe
 from attn_n.call import Options
 from tests.calls import gpu_call, packed
 
@@ -46,9 +46,9 @@ WIDTHS = (64, 128, 256)
 def test_query_heads_of_a_program(changes: dict[str, object], groups: int, heads: int) -> None:
     q = torch.empty(1, 2, 16384, 128, device="meta", dtype=torch.bfloat16)
     usual = describe((q,) * 5, None, Options(0.1))._replace(heads_kv=2)
-    problem = usual._replace(**changes)
-    problem = problem._replace(heads=groups * problem.heads_kv)
-    assert configs.heads_of_item(problem, 132) == heads
+    key = usual._replace(**changes)
+    key = key._replace(heads=groups * key.heads_kv)
+    assert configs.heads_of_item(key, 132) == heads
 
 
 @pytest.mark.skipif(not hopper.tested(), reason="Gluon changes between releases of Triton, and this one is not tested")
@@ -68,9 +68,9 @@ def test_who_takes_tiles_by_a_counter(width: int, changes: dict[str, object], co
     from attn_n.backends.triton.hopper.prepare import forward
 
     q = torch.empty(1, 16, 16384, width, device="meta", dtype=torch.bfloat16)
-    problem = describe((q,) * 3, None, Options(0.1))._replace(**changes)
-    assert configs.find(problem).counted == counted
-    assert forward(problem, q.stride()).table == counted
+    key = describe((q,) * 3, None, Options(0.1))._replace(**changes)
+    assert configs.find(key).counted == counted
+    assert forward(key, q.stride()).table == counted
 
 
 @pytest.mark.parametrize(

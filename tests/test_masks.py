@@ -191,15 +191,15 @@ def test_how_many_keys_a_negative_side_leaves(left: int | None, right: int, seen
     assert call.keys_seen == seen
     pytest.importorskip("triton")
     from attn_n.backends.triton.hopper import configs as of_hopper
+    from attn_n.backends.triton.kernel_key import describe
     from attn_n.backends.triton.portable import configs
-    from attn_n.backends.triton.problem import describe
 
     q = torch.empty(1, 2, 256, 64, device="meta", dtype=torch.bfloat16)
-    problem = describe((q,) * 5, None, Options(0.1, left, right))
-    assert 0 <= problem.keys_on_average <= seen
+    key = describe((q,) * 5, None, Options(0.1, left, right))
+    assert 0 <= key.keys_on_average <= seen
     for kernel in ("forward", "dq", "dk and dv"):
-        assert configs.find(kernel, problem)
-    assert of_hopper.find(problem)
+        assert configs.find(kernel, key)
+    assert of_hopper.find(key)
 
 
 class Bare(Tensor):

@@ -23,9 +23,9 @@ from triton.backends.compiler import GPUTarget
 
 from attn_n.backends.triton import hopper
 from attn_n.backends.triton.hopper.configs import BACKWARD, FORWARD
+from attn_n.backends.triton.kernel_key import describe, kernel_strides
 from attn_n.backends.triton.portable import configs
 from attn_n.backends.triton.portable.prepare import launch, padded_rows
-from attn_n.backends.triton.problem import describe, kernel_strides
 from attn_n.call import Options
 from attn_n.sink import fused
 

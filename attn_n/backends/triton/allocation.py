@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from attn_n.backends.base import dense_strides, memory_order
-from attn_n.backends.triton.problem import Strides, kernel_strides
+from attn_n.backends.triton.kernel_key import Strides, kernel_strides
 
 
 class Layout(NamedTuple):

@@ -11,8 +11,8 @@ import triton
 from torch import Tensor
 
 from attn_n.backends.base import HALF, Prepared
+from attn_n.backends.triton.kernel_key import fits_descriptors
 from attn_n.backends.triton.portable import PortableKernels
-from attn_n.backends.triton.problem import fits_descriptors
 from attn_n.call import AttentionCall, Options
 
 # Gluon changes from release to release: these are those that the tests have run on, on a GPU.

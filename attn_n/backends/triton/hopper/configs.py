@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
-from attn_n.backends.triton.problem import Problem
+from attn_n.backends.triton.kernel_key import KernelKey
 
 
 class Tiles(NamedTuple):
@@ -20,7 +20,7 @@ class Tiles(NamedTuple):
 
 
 class Config(NamedTuple):
-    """A row of the table, and what decides whether a problem gets it."""
+    """A row of the table, and what decides which keys get it."""
 
     tiles: Tiles
     counted: bool = False  # programs take tiles by a counter, heavy ones first: only where the last keys are masked
@@ -75,13 +75,13 @@ BACKWARD = {64: (128, 128), 128: (64, 128), 256: (64, 64)}
 UNEVEN = {64: (8, 4), 128: (4, 2), 256: (2, 2)}
 
 
-def find(problem: Problem) -> Config:
+def find(key: KernelKey) -> Config:
     """The tiles of the forward."""
-    keys, masked = problem.keys_on_average, problem.right is not None
-    return next(row for row in FORWARD[problem.width] if keys >= row.at_least and (masked or not row.counted))
+    keys, masked = key.keys_on_average, key.right is not None
+    return next(row for row in FORWARD[key.width] if keys >= row.at_least and (masked or not row.counted))
 
 
-def heads_of_item(problem: Problem, processors: int) -> int:
+def heads_of_item(key: KernelKey, processors: int) -> int:
     """How many of the query heads of a key head a program of the backward takes through a tile of keys.
 
     Having taken all of them it writes dK and dV; else it adds its part to sums in float32, which cost a twentieth. That
@@ -89,7 +89,7 @@ def heads_of_item(problem: Problem, processors: int) -> int:
     different heads, and a cache no longer holds what they read and add. (8 query heads a key head, E = 128, causal:
     0.96 to 0.98 of the rate with as many key heads, in place of 0.70 to 0.96.)
     """
-    p, groups = problem, problem.heads // problem.heads_kv
+    p, groups = key, key.heads // key.heads_kv
     seen = p.queries_on_average
     if groups * seen < (2_000 if None in p.window else 16_000):  # the sums would take more than they bring
         return groups

@@ -15,7 +15,7 @@ from attn_n.backends.triton.hopper.backward_wide import wide_kernel
 from attn_n.backends.triton.hopper.configs import BackwardSpec, Config, ForwardSpec
 from attn_n.backends.triton.hopper.forward import STRIP, forward_kernel
 from attn_n.backends.triton.hopper.schedule import BLOCK, HEADER, schedule_kernel
-from attn_n.backends.triton.problem import Problem, Strides
+from attn_n.backends.triton.kernel_key import KernelKey, Strides
 from attn_n.launcher import Launch
 
 
@@ -27,7 +27,7 @@ class Forward(NamedTuple):
     table: int  # numbers of the table that they share, see `packed`; of batches 1, the counter, or 0
 
 
-def forward(problem: Problem, out: Strides, config: Config | None = None) -> Forward:
+def forward(problem: KernelKey, out: Strides, config: Config | None = None) -> Forward:
     """The launches of the forward; `config` in place of that of the table."""
     p, config = problem, config or configs.find(problem)
     left, right = p.window
@@ -61,7 +61,7 @@ def forward(problem: Problem, out: Strides, config: Config | None = None) -> For
     )
 
 
-def most_tiles(problem: Problem, rows: int, tile: int) -> int:
+def most_tiles(problem: KernelKey, rows: int, tile: int) -> int:
     """As many tiles may the rows of packed sequences have, none of which spans two of them."""
     return rows // tile + problem.batch
 
@@ -82,7 +82,7 @@ def list_of_tiles(
     return table
 
 
-def _order(problem: Problem, tile: int) -> Launch:
+def _order(problem: KernelKey, tile: int) -> Launch:
     programs = _cdiv(problem.batch, BLOCK.value)
     return Launch(schedule_kernel, programs, problem.device, (problem.batch,), {"TILE": tile}, {"num_warps": 4}, False)
 
@@ -101,7 +101,7 @@ class Backward(NamedTuple):
     dkv_sum: int  # of each of the two
 
 
-def backward(problem: Problem, dq: Strides, dk: Strides, dv: Strides) -> Backward:
+def backward(problem: KernelKey, dq: Strides, dk: Strides, dv: Strides) -> Backward:
     """The launches of the backward; the strides are those of the gradients."""
     p, (tile_q, tile_k) = problem, configs.BACKWARD[problem.width]
     q, k, v, out, dout = p.strides

@@ -9,7 +9,7 @@ from typing import NamedTuple
 
 import torch
 
-from attn_n.backends.triton.problem import Problem
+from attn_n.backends.triton.kernel_key import KernelKey
 
 
 class Config(NamedTuple):
@@ -76,15 +76,15 @@ FLOAT32: Table = {
 _LARGE = ((8, 0), (8, 7), (10, 0), (10, 3))
 
 
-def find(kernel: str, problem: Problem) -> Config:
-    """The tiles of a kernel for a problem on the GPU that it is on."""
+def find(kernel: str, key: KernelKey) -> Config:
+    """Return the tiles of a kernel on the GPU of the key."""
     capability = None  # of ROCm and of the interpreter
-    if problem.device.type == "cuda" and torch.version.hip is None:
-        capability = torch.cuda.get_device_capability(problem.device)
-    descriptors = capability is not None and capability >= (9, 0) and problem.fits_descriptors
+    if key.device.type == "cuda" and torch.version.hip is None:
+        capability = torch.cuda.get_device_capability(key.device)
+    descriptors = capability is not None and capability >= (9, 0) and key.fits_descriptors
     of_keys = kernel in ("dk", "dv", "dk and dv")
-    length = problem.queries_on_average if of_keys else problem.keys_on_average
-    rows = table(capability, problem.dtype)[kernel][max(64, widest(problem))]
+    length = key.queries_on_average if of_keys else key.keys_on_average
+    rows = table(capability, key.dtype)[kernel][max(64, widest(key))]
     return next(row for row in rows if length >= row.at_least and (descriptors or not row.descriptors))
 
 
@@ -95,18 +95,18 @@ def table(capability: tuple[int, int] | None, dtype: torch.dtype) -> Table:
     return SM_90 if capability == (9, 0) else LARGE if capability in _LARGE else SMALL
 
 
-def kernels_of_keys(problem: Problem) -> tuple[str, ...]:
+def kernels_of_keys(key: KernelKey) -> tuple[str, ...]:
     """One kernel gives dK and dV, unless the registers hold but one of them."""
-    return ("dk and dv",) if widest(problem) <= 128 else ("dk", "dv")
+    return ("dk and dv",) if widest(key) <= 128 else ("dk", "dv")
 
 
-def widest(problem: Problem) -> int:
-    return max(tiles_of_widths(problem))
+def widest(key: KernelKey) -> int:
+    return max(tiles_of_widths(key))
 
 
-def tiles_of_widths(problem: Problem) -> tuple[int, int]:
+def tiles_of_widths(key: KernelKey) -> tuple[int, int]:
     """Columns of the tiles of q and k, and of v."""
-    of_e, of_ev = (max(16, 1 << (width - 1).bit_length()) for width in (problem.width, problem.width_v))
+    of_e, of_ev = (max(16, 1 << (width - 1).bit_length()) for width in (key.width, key.width_v))
     # Where v's tile is the narrower one and narrower than 64, ptxas (12.8, sm_90) compiles a forward that is wrong, and
     # without its optimisations one that is right. tests/test_triton.py has such widths.
     return of_e, max(of_ev, min(of_e, 64))

@@ -11,7 +11,7 @@ so are the products of batch and heads. Only these stay within 32 bits:
 
 - Programs, and the tiles and items that they count: a grid has fewer than 2^31 programs.
 - Rows and keys within their sequence, and their distances: `why_not` refuses a length within a tile of 2^31, and
-  a longer one has 64 bits by its value. `Problem` bounds the window, and the longest packed sequence, by what there is.
+  a longer one has 64 bits by its value. `KernelKey` bounds the window and the longest sequence by what there is.
 - `head * stride_n`: the stride of log n is 0 or 1, see `ops`.
 - The columns of the tensors that we allocate ourselves, whose last stride is 1.
 - In the kernels for Hopper, whose heads have 64 columns or more: the rows of all heads, also as coordinates of a

@@ -12,7 +12,7 @@ from attn_n.call import Options
 Strides = tuple[int, ...]
 
 
-class Problem(NamedTuple):
+class KernelKey(NamedTuple):
     """Two calls with equal ones run the same kernels with the same numbers: hence it is the key of what is prepared."""
 
     device: torch.device
@@ -102,7 +102,7 @@ def aligned(*tensors: Tensor) -> bool:
     return not any([x.data_ptr() & 15 for x in tensors])
 
 
-def describe(tensors: tuple[Tensor, ...], log_n: float | Tensor | None, options: Options) -> Problem:
+def describe(tensors: tuple[Tensor, ...], log_n: float | Tensor | None, options: Options) -> KernelKey:
     """`tensors` are q, k, v, and in a backward out and dout."""
     q, k, v, *_ = tensors
     mask, slopes, starts = options.mask, options.alibi_slopes, options.cu_seqlens_q
@@ -116,7 +116,7 @@ def describe(tensors: tuple[Tensor, ...], log_n: float | Tensor | None, options:
         len_q, len_k = min(options.max_seqlen_q, rows), min(options.max_seqlen_k, keys)
         assert options.cu_seqlens_k is not None
         more_keys = 0 if starts.data_ptr() == options.cu_seqlens_k.data_ptr() else None
-    return Problem(
+    return KernelKey(
         q.device, q.dtype, batch, q.shape[1], k.shape[1], len_q, len_k, more_keys, starts is not None, rows,
         keys, q.shape[-1], v.shape[-1], tuple([kernel_strides(x.stride()) for x in tensors]),
         None if mask is None else _broadcast_strides(mask), None if slopes is None else slopes.stride(),
