@@ -341,14 +341,14 @@ def _in_one_storage(q: Tensor, k: Tensor, v: Tensor) -> list[Tensor]:
     return views
 
 
-def absent(backend: str) -> str | None:
+def why_not_usable(backend: str) -> str | None:
     """Why the library of `backend` cannot be used here; None if it can."""
     problems = {
-        "flash_attn:2": version_2.problem,
-        "flash_attn:3": version_3.problem,
-        "flash_attn:4": version_4.problem,
-        "xformers:flash": lambda: xformers.problem("flash"),
-        "xformers:cutlass": lambda: xformers.problem("cutlass"),
+        "flash_attn:2": version_2.why_not_usable,
+        "flash_attn:3": version_3.why_not_usable,
+        "flash_attn:4": version_4.why_not_usable,
+        "xformers:flash": lambda: xformers.why_not_usable("flash"),
+        "xformers:cutlass": lambda: xformers.why_not_usable("cutlass"),
     }
     return problems[backend]() if backend in problems else None
 

@@ -21,7 +21,7 @@ from attn_n.call import Options, Request, canonical
 from attn_n.sink import fused, rescale
 from tests import compare
 from tests.calls import gpu_call
-from tests.cases import INTERPRETED, Case, absent, make
+from tests.cases import INTERPRETED, Case, make, why_not_usable
 from tests.places import PLACES, on_gpu
 
 FAR = 2**30  # a stride of 32 bits, of which twice is more
@@ -133,8 +133,8 @@ WIDE = [
 @pytest.mark.parametrize("window", [(2**32, 2**33), (2**32 + 2, None), (None, 2**31)], ids=str)
 def test_a_window_of_packed_sequences(device: str, backend: str, window: tuple[int | None, int | None]) -> None:
     """Libraries take it in 32 bits, of which 2^32 leaves a window of nothing."""
-    if absent(backend):
-        pytest.skip(f"{backend}: {absent(backend)}")
+    if why_not_usable(backend):
+        pytest.skip(f"{backend}: {why_not_usable(backend)}")
     starts = torch.tensor([0, 40, 90], dtype=torch.int32, device=device)
     q, k, v = (torch.randn(90, 2, 64, device=device, dtype=torch.bfloat16) for _ in range(3))
     packing = q, k, v, starts, starts, 50, 50

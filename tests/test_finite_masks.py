@@ -17,7 +17,7 @@ from torch import Tensor
 from attn_n import Gradients, Saved, flash_attention_n, flash_attention_n_varlen
 from attn_n.backends import registry
 from attn_n.backends.sdpa.cpu import CpuFlash
-from tests.cases import INTERPRETED, absent
+from tests.cases import INTERPRETED, why_not_usable
 
 LOWEST = torch.finfo(torch.float32).min
 NUMBERS = {
@@ -259,8 +259,8 @@ def test_a_kernel_in_base_2(backend: str, case: Case, number: str, monkeypatch: 
     ],
 )
 def test_on_a_gpu(backend: str, case: Case, number: str, dtype: torch.dtype, ran: list[str]) -> None:
-    if absent(backend):
-        pytest.skip(f"{backend}: {absent(backend)}")
+    if why_not_usable(backend):
+        pytest.skip(f"{backend}: {why_not_usable(backend)}")
     if backend in IN_BASE_2 and dtype != torch.float32 and case.alibi:
         pytest.skip("rounds ALiBi to half precision, and refuses")
     check(case, NUMBERS[number], backend, dtype, "cuda")

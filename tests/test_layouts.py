@@ -15,7 +15,7 @@ from attn_n import UnsupportedError, flash_attention_n
 from attn_n.backends.adapt.layout import of_width
 from attn_n.call import Options
 from tests import compare
-from tests.cases import LAYOUTS, Case, absent, laid_out, make, must_serve
+from tests.cases import LAYOUTS, Case, laid_out, make, must_serve, why_not_usable
 from tests.places import on_gpu
 
 ON_GPU = {
@@ -66,8 +66,8 @@ def test_the_table(
     device: str, backend: str | None, dtype: torch.dtype, case: Case, lse_grad: bool, ran: list[str]
 ) -> None:
     """Whoever says that it serves a call serves it in every layout; `None` is the automatic choice."""
-    if backend is not None and absent(backend):
-        pytest.skip(f"{backend}: {absent(backend)}")
+    if backend is not None and why_not_usable(backend):
+        pytest.skip(f"{backend}: {why_not_usable(backend)}")
     inputs = make(case, dtype, device)
     if backend is not None and not must_serve(backend, device, dtype, case, lse_grad):
         with pytest.raises(UnsupportedError, match=backend):
@@ -147,8 +147,8 @@ MASKED = [
 @pytest.mark.parametrize("keys", [16, 13])
 def test_masks(device: str, backend: str, dtype: torch.dtype, layout: str, keys: int, ran: list[str]) -> None:
     """A bias by relative position has heads innermost, as an embedding gives it."""
-    if absent(backend):
-        pytest.skip(f"{backend}: {absent(backend)}")
+    if why_not_usable(backend):
+        pytest.skip(f"{backend}: {why_not_usable(backend)}")
     case = Case("", batch=2, heads_q=3, heads_kv=3, len_q=9, len_k=keys)
     inputs = make(case, dtype, device)
     inputs.mask = laid_out(torch.randn(2, 3, 9, keys, device=device, dtype=dtype), layout)

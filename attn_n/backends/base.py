@@ -140,12 +140,12 @@ class Backend:
 class Family(Backend):
     """A backend of several kernels, each a backend of its own that can be forced by the name `"family:member"`.
 
-    It serves a call if a member does, and the first one in `order` that serves it runs.
+    It serves a call if a member does, and the first one in `priority` that serves it runs.
     """
 
     members: Mapping[str, Backend]
 
-    def order(self, call: AttentionCall) -> Sequence[str]:
+    def priority(self, call: AttentionCall) -> Sequence[str]:
         """The members to try for `call`, the fastest first; those that are for other devices left out."""
         return tuple(self.members)
 
@@ -155,14 +155,14 @@ class Family(Backend):
 
     def serving(self, call: AttentionCall) -> str | None:
         """The member that serves `call`."""
-        for name in self.order(call):
+        for name in self.priority(call):
             if self.members[name].refusal(call) is None:
                 return name
         return None
 
     def refusal(self, call: AttentionCall) -> str | None:
         reasons = []
-        for name in self.order(call):
+        for name in self.priority(call):
             reason = self.members[name].refusal(call)
             if reason is None:
                 return None

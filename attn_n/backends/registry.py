@@ -28,7 +28,7 @@ BUILT_IN = {
 
 
 class _Entry:
-    """A backend that is loaded when first asked for; `problem` says why it could not be.
+    """A backend that is loaded when first asked for; `import_error` says why it could not be.
 
     Loading runs foreign code: it imports modules, each under a lock of Python's own, and a module may call attn_n while
     it is imported. A lock of ours held meanwhile could therefore wait for a thread that waits for it. So none is held:
@@ -43,7 +43,7 @@ class _Entry:
         self._loading = threading.local()
 
     def load(self) -> None:
-        """Returns once the backend or its problem is known, but within its own import."""
+        """Returns once the backend or its import error is known, but within its own import."""
         if self._found is not None or getattr(self._loading, "here", False):
             return
         self._loading.here = True
@@ -135,9 +135,9 @@ def find(name: str) -> tuple[Backend | None, str | None]:
     _load(base)
     if base not in _entries:
         raise ValueError(_unknown(name, [one for known in names() for one in _with_members(known)]))
-    backend, problem = _entries[base].get()
+    backend, import_error = _entries[base].get()
     if backend is None or not colon:
-        return backend, problem
+        return backend, import_error
     members = backend.members if isinstance(backend, Family) else {}
     if member not in members:
         raise ValueError(_unknown(name, _with_members(base)))
@@ -173,9 +173,9 @@ def loaded(name: str) -> Backend:
 @functools.lru_cache(256)  # a call asks for its backend in a few places
 def _loaded(name: str, generation: int) -> Backend:
     """With the generation, so that what was found before a change, and is kept only after it, is never found again."""
-    backend, problem = find(name)
+    backend, import_error = find(name)
     if backend is None:
-        raise UnsupportedError(f"backend {name}: {problem}")
+        raise UnsupportedError(f"backend {name}: {import_error}")
     return backend
 
 

@@ -47,9 +47,9 @@ LIBRARY = Library("xformers", "xformers.ops", "pip install xformers", ("xformers
 
 
 @constant_when_compiled
-def problem(kernel: str) -> str | None:
+def why_not_usable(kernel: str) -> str | None:
     """Why the operators of `kernel`, "flash" or "cutlass", cannot be used."""
-    reason = LIBRARY.problem()
+    reason = LIBRARY.why_not()
     if reason is not None:
         return reason
     if not importlib.import_module("xformers._cpp_lib")._built_with_cuda:
@@ -71,7 +71,7 @@ def _fmha() -> Any:
     return importlib.import_module("xformers.ops.fmha")
 
 
-def _unserved(call: AttentionCall) -> str | None:
+def _why_not_capability(call: AttentionCall) -> str | None:
     if call.capability is None or not (8, 0) <= call.capability <= (9, 0):
         return f"is used here for compute capability 8.0 to 9.0, got {call.capability}"
     return None
@@ -83,14 +83,14 @@ class Flash(FlashBackend):
     honours = ("causal", "window", "varlen", "lse gradient")
 
     def why_not(self, call: AttentionCall) -> str | None:
-        unserved = _unserved(call) or self.too_wide(call)
-        if unserved is not None:
-            return unserved
+        reason = _why_not_capability(call) or self.too_wide(call)
+        if reason is not None:
+            return reason
         if call.varlen and call.windowed and call.window_right != 0:
             return "has masks of packed sequences for full and for causal attention and causal windows alone"
         if call.needs_grad and torch.are_deterministic_algorithms_enabled():
             return "is not deterministic"
-        return flash2.unserved(call) or problem("flash")
+        return flash2.why_not_window(call) or why_not_usable("flash")
 
     def kernel_forward(self, q: Tensor, k: Tensor, v: Tensor, options: Options) -> tuple[Tensor, Tensor, Tensor | None]:
         fmha, lengths = _fmha(), sequences(options, q, k)
@@ -115,7 +115,7 @@ class Cutlass(MemoryEfficientBackend):
     summary = "xFormers' memory-efficient kernel"
 
     def why_not(self, call: AttentionCall) -> str | None:
-        return _unserved(call) or rounds_bias(call) or problem("cutlass")
+        return _why_not_capability(call) or rounds_bias(call) or why_not_usable("cutlass")
 
     def kernel_forward(
         self, q: Tensor, k: Tensor, v: Tensor, causal: bool, bias: Tensor | None, scale: float
@@ -146,7 +146,7 @@ class Xformers(Family):
         kernels: tuple[Backend, ...] = (Flash(), Cutlass())
         self.members = {kernel.name.partition(":")[2]: kernel for kernel in kernels}
 
-    def order(self, call: AttentionCall) -> Sequence[str]:
+    def priority(self, call: AttentionCall) -> Sequence[str]:
         return tuple(self.members) if call.device == "cuda" else ()
 
 

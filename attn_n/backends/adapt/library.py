@@ -49,7 +49,7 @@ class Library:
         return None
 
     @functools.cache  # noqa: B019  (there are four of them, as long as the process)
-    def problem(self) -> str | None:
+    def why_not(self) -> str | None:
         """Why the library cannot be used here; None if it can."""
         found = self.version()
         try:

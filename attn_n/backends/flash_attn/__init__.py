@@ -19,7 +19,7 @@ class FlashAttn(Family):
         versions: tuple[Backend, ...] = (FlashAttention4(), FlashAttention3(), FlashAttention2())
         self.members = {version.name.partition(":")[2]: version for version in versions}
 
-    def order(self, call: AttentionCall) -> Sequence[str]:
+    def priority(self, call: AttentionCall) -> Sequence[str]:
         return tuple(self.members) if call.device == "cuda" else ()
 
 

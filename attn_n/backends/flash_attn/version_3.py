@@ -28,8 +28,8 @@ _OPTIONS = (
 
 
 @constant_when_compiled
-def problem() -> str | None:
-    return LIBRARY.problem() or changed_operator(
+def why_not_usable() -> str | None:
+    return LIBRARY.why_not() or changed_operator(
         f"flash_attn_3::fwd(q, k, v, *, {_OPTIONS}, num_splits) -> 4",
         f"flash_attn_3::bwd(dout, q, k, v, out, softmax_lse, dq, dk, dv, *, {_OPTIONS}, deterministic)",
     )
@@ -58,7 +58,7 @@ class FlashAttention3(FlashBackend):
     def why_not(self, call: AttentionCall) -> str | None:
         if call.capability != (9, 0):
             return f"is for compute capability 9.0, got {call.capability}"
-        return self.too_wide(call) or problem() or _why_not_built(call)
+        return self.too_wide(call) or why_not_usable() or _why_not_built(call)
 
     def out_order(self, q: Tensor) -> tuple[int, ...]:
         """Token by token, whatever the order of q."""

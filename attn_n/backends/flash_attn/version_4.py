@@ -23,8 +23,8 @@ _OPTIONS = (
 
 
 @constant_when_compiled
-def problem() -> str | None:
-    reason = LIBRARY.problem()
+def why_not_usable() -> str | None:
+    reason = LIBRARY.why_not()
     if reason is not None:
         return reason
     module = _module()
@@ -50,7 +50,7 @@ class FlashAttention4(FlashBackend):
     def why_not(self, call: AttentionCall) -> str | None:
         if call.capability is None or call.capability[0] not in (9, 10, 11):
             return f"is used here for compute capability 9.0 to 11.0, got {call.capability}"
-        return self.too_wide(call, 256 if call.capability[0] == 9 else 128) or problem()
+        return self.too_wide(call, 256 if call.capability[0] == 9 else 128) or why_not_usable()
 
     def out_order(self, q: Tensor) -> tuple[int, ...]:
         """Token by token, whatever the order of q."""

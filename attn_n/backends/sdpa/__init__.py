@@ -18,7 +18,7 @@ class Sdpa(Family):
         kernels: tuple[Backend, ...] = (CpuFlash(), FlashAttention(), CudnnAttention(), EfficientAttention())
         self.members = {kernel.name.partition(":")[2]: kernel for kernel in kernels}
 
-    def order(self, call: AttentionCall) -> Sequence[str]:
+    def priority(self, call: AttentionCall) -> Sequence[str]:
         if call.device == "cpu":
             return ("cpu",)
         return ("flash", "efficient") if call.device == "cuda" else ()
