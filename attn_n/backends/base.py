@@ -124,15 +124,15 @@ class Backend:
         """`forward` by differentiable torch operations; `n` is n itself, or `log n` if `n_is_logit`."""
         raise NotImplementedError
 
-    def out_order(self, q: Tensor) -> tuple[int, ...]:
+    def out_dim_order(self, q: Tensor) -> tuple[int, ...]:
         """The dimensions of `out` from the outermost to the innermost in memory: by default those of q."""
         return memory_order(q)
 
-    def lse_order(self, q: Tensor) -> tuple[int, ...]:
+    def lse_dim_order(self, q: Tensor) -> tuple[int, ...]:
         """The same for `lse`: by default contiguous."""
         return tuple(range(q.dim() - 1))
 
-    def gradient_order(self, x: Tensor) -> tuple[int, ...]:
+    def gradient_dim_order(self, x: Tensor) -> tuple[int, ...]:
         """The same for the gradient of x, one of q, k and v."""
         return memory_order(x)
 

@@ -14,7 +14,7 @@ from torch import Tensor
 from attn_n.backends.adapt import flash2
 from attn_n.backends.adapt.efficient import MemoryEfficientBackend
 from attn_n.backends.adapt.flash import FlashBackend, sequences
-from attn_n.backends.adapt.layout import aligned_bias, key_head_each, rounds_bias
+from attn_n.backends.adapt.layout import aligned_bias, repeat_kv, rounds_bias
 from attn_n.backends.adapt.library import IMPORTING, Library
 from attn_n.backends.adapt.signatures import changed_function
 from attn_n.backends.base import Backend, Family
@@ -152,7 +152,7 @@ class Xformers(Family):
 
 def _tensors(options: Options, q: Tensor, k: Tensor, v: Tensor) -> list[Tensor]:
     """A key head for each query head, of tensors whose tokens come first."""
-    return _as_batch(options, q, *key_head_each(q, k, v, q.dim() - 2))
+    return _as_batch(options, q, *repeat_kv(q, k, v, q.dim() - 2))
 
 
 def _as_batch(options: Options, *tensors: Tensor) -> list[Tensor]:

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from attn_n.backends.adapt.blockwise import BlockwiseBackend
-from attn_n.backends.adapt.layout import key_head_each
+from attn_n.backends.adapt.layout import repeat_kv
 from attn_n.backends.base import HALF
 
 
@@ -20,21 +20,21 @@ class MemoryEfficientBackend(BlockwiseBackend):
     bias_elements = 1 << 25
     most_rows = 2048
     base_2 = True
-    key_head_each = True
+    repeats_kv = True
 
-    def out_order(self, q: Tensor) -> tuple[int, ...]:
+    def out_dim_order(self, q: Tensor) -> tuple[int, ...]:
         """Token by token: the backward kernel reads out so, whatever strides it is given."""
         return (0, 2, 1, 3) if q.dim() == 4 else (0, 1, 2)
 
-    def gradient_order(self, x: Tensor) -> tuple[int, ...]:
-        return self.out_order(x)
+    def gradient_dim_order(self, x: Tensor) -> tuple[int, ...]:
+        return self.out_dim_order(x)
 
     def widths(self, size: int, size_v: int) -> tuple[int, int]:
         return -(-size // 8) * 8, -(-size_v // 8) * 8
 
     def tensors(self, q: Tensor, k: Tensor, v: Tensor) -> list[Tensor]:
         """Tokens first, and a key head for each query head."""
-        return [x.transpose(1, 2) for x in (q, *key_head_each(q, k, v))]
+        return [x.transpose(1, 2) for x in (q, *repeat_kv(q, k, v))]
 
     def results(self, dout: Tensor, out: Tensor, lse: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """dout and out tokens first, and lse head by head: of packed tokens the rows of a head lie apart."""

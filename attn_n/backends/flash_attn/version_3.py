@@ -60,7 +60,7 @@ class FlashAttention3(FlashBackend):
             return f"is for compute capability 9.0, got {call.capability}"
         return self.too_wide(call) or why_not_usable() or _why_not_built(call)
 
-    def out_order(self, q: Tensor) -> tuple[int, ...]:
+    def out_dim_order(self, q: Tensor) -> tuple[int, ...]:
         """Token by token, whatever the order of q."""
         return (0, 2, 1, 3) if q.dim() == 4 else (0, 1, 2)
 

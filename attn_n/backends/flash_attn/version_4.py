@@ -52,7 +52,7 @@ class FlashAttention4(FlashBackend):
             return f"is used here for compute capability 9.0 to 11.0, got {call.capability}"
         return self.too_wide(call, 256 if call.capability[0] == 9 else 128) or why_not_usable()
 
-    def out_order(self, q: Tensor) -> tuple[int, ...]:
+    def out_dim_order(self, q: Tensor) -> tuple[int, ...]:
         """Token by token, whatever the order of q."""
         return (0, 2, 1, 3) if q.dim() == 4 else (0, 1, 2)
 
