@@ -131,7 +131,7 @@ WIDE = [
 
 @pytest.mark.parametrize(("device", "backend"), WIDE)
 @pytest.mark.parametrize("window", [(2**32, 2**33), (2**32 + 2, None), (None, 2**31)], ids=str)
-def test_a_window_of_packed_sequences(device: str, backend: str, window: tuple[int | None, int | None]) -> None:
+def test_a_window_of_varlen_sequences(device: str, backend: str, window: tuple[int | None, int | None]) -> None:
     """Libraries take it in 32 bits, of which 2^32 leaves a window of nothing."""
     if why_not_usable(backend):
         pytest.skip(f"{backend}: {why_not_usable(backend)}")

@@ -20,7 +20,7 @@ COMBINATIONS = [
     for case in CASES
     if abs(case.shift) < 40 or dtype in (torch.float64, torch.float32)
 ]
-REPRESENTATIVES = ("causal", "GQA", "float mask", "packed, causal, n=0")
+REPRESENTATIVES = ("causal", "GQA", "float mask", "varlen, causal, n=0")
 PLACES = [
     pytest.param("cpu", "reference"),
     pytest.param("cpu", "sdpa:cpu"),

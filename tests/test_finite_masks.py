@@ -134,7 +134,7 @@ def grids(*shape: int) -> Tensor:
     return torch.randint(-1, 2, shape).double()
 
 
-def check(case: Case, number: float, backend: str, dtype: torch.dtype, device: str, packed: bool = False) -> None:
+def check(case: Case, number: float, backend: str, dtype: torch.dtype, device: str, varlen: bool = False) -> None:
     q, k = grids(BATCH, 2, ROWS, SIZE), grids(BATCH, case.heads_kv, KEYS, SIZE)
     q[..., 0] = 2.0
     v = torch.randn(BATCH, case.heads_kv, KEYS, SIZE, dtype=torch.float64)
@@ -149,7 +149,7 @@ def check(case: Case, number: float, backend: str, dtype: torch.dtype, device: s
         "causal": case.causal, "window": case.window, "attn_mask": mask, "alibi_slopes": slopes, "sinks": sinks,
         "softcap": case.softcap, "sm_n": case.n, "sm_scale": 0.25, "return_lse": case.lse_grad, "backend": backend,
     }  # fmt: skip
-    if packed:
+    if varlen:
         starts_q, starts_k = (torch.arange(0, BATCH * x + 1, x, dtype=torch.int32, device=device) for x in (ROWS, KEYS))
         tokens = [x.transpose(1, 2).flatten(0, 1) for x in tensors]
         result = flash_attention_n_varlen(*tokens, starts_q, starts_k, ROWS, KEYS, **keywords)
@@ -208,9 +208,9 @@ def test_on_a_cpu(backend: str, case: Case, number: str, ran: list[str]) -> None
 
 @pytest.mark.parametrize("backend", ["reference", "sdpa:cpu", *(["triton:portable"] if INTERPRETED else [])])
 @pytest.mark.parametrize("number", ["bfloat16's lowest", "-1e4"])
-@pytest.mark.parametrize("packed", [False, True])
-def test_in_half_precision_and_packed(backend: str, number: str, packed: bool) -> None:
-    check(CASES[0], NUMBERS[number], backend, torch.bfloat16, "cpu", packed)
+@pytest.mark.parametrize("varlen", [False, True])
+def test_in_half_precision_and_varlen(backend: str, number: str, varlen: bool) -> None:
+    check(CASES[0], NUMBERS[number], backend, torch.bfloat16, "cpu", varlen)
 
 
 class InBase2(CpuFlash):

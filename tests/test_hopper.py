@@ -193,7 +193,7 @@ def test_neighbours_see_nothing_of_each_other(width: int, causal: bool) -> None:
 
 
 @pytest.mark.parametrize("width", WIDTHS)
-def test_packed_slices(width: int) -> None:
+def test_varlen_slices(width: int) -> None:
     """q, k and v side by side in one tensor, where rows are far apart; boundaries that are no array of their own."""
     lengths = [300, 17, 0, 129]
     starts = boundaries(lengths, "cuda")
@@ -207,12 +207,12 @@ def test_packed_slices(width: int) -> None:
     assert torch.allclose(found[0][1], found[1][1], rtol=2e-2, atol=1e-2)
 
 
-def packed_at_random(pick: random.Random, case: Case, most: int, longest: int) -> Case:
+def varlen_at_random(pick: random.Random, case: Case, most: int, longest: int) -> Case:
     """So many sequences at most, some of them empty, and one of the lengths of the case."""
     count = pick.randint(1, most)
     lengths_q, lengths_k = (tuple(pick.choice([0, 1, pick.randint(1, longest)]) for _ in range(count)) for _ in "qk")
-    packed = {"lengths_q": (*lengths_q, case.len_q), "lengths_k": (*lengths_k, case.len_k), "layout": "heads first"}
-    return dataclasses.replace(case, **packed)
+    varlen = {"lengths_q": (*lengths_q, case.len_q), "lengths_k": (*lengths_k, case.len_k), "layout": "heads first"}
+    return dataclasses.replace(case, **varlen)
 
 
 @pytest.mark.parametrize("seed", range(20))
@@ -232,7 +232,7 @@ def test_random_shapes(seed: int) -> None:
             layout=pick.choice(["heads first", "tokens first", "expanded over the batch"]),
         )  # fmt: skip
         if pick.random() < 0.3:
-            case = packed_at_random(pick, case, 12, 500)
+            case = varlen_at_random(pick, case, 12, 500)
         inputs = make(case, pick.choice(HALF), "cuda", seed)
         excess = compare.excess(inputs, compare.library(inputs, "triton:hopper"))
         assert max(excess.values()) <= 1, (case, excess)
@@ -243,15 +243,15 @@ def test_a_thousand_shapes(part: int) -> None:
     """Of few kinds of calls, so that little is compiled."""
     for seed in range(100 * part, 100 * part + 100):
         pick = random.Random(10_000 + seed)
-        kind = pick.choice(["full", "causal", "window", "packed"])
+        kind = pick.choice(["full", "causal", "window", "varlen"])
         heads_kv, width = pick.randint(1, 4), pick.choice(WIDTHS)
         case = Case(
             "", batch=pick.randint(1, 4), heads_q=2 * heads_kv, heads_kv=heads_kv, len_q=pick.randint(1, 1800),
-            len_k=pick.randint(1, 2200), size=width, size_v=width, n="per head", causal=kind in ("causal", "packed"),
+            len_k=pick.randint(1, 2200), size=width, size_v=width, n="per head", causal=kind in ("causal", "varlen"),
             window=(90, 20) if kind == "window" else None,
         )  # fmt: skip
-        if kind == "packed":
-            case = packed_at_random(pick, case, 14, 600)
+        if kind == "varlen":
+            case = varlen_at_random(pick, case, 14, 600)
         inputs = make(case, torch.bfloat16, "cuda", seed)
         excess = compare.excess(inputs, compare.library(inputs, "triton:hopper"))
         assert max(excess.values()) <= 1, (case, excess)

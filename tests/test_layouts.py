@@ -43,8 +43,8 @@ def _rows() -> Iterator[Case]:
         yield Case(f"dout {layout}", layout_of_dout=layout, len_q=9, len_k=12, size=size, size_v=size_v)
     for layout in ("sliced", "heads innermost", "offset by one", "one storage"):
         for size, size_v in SIZES[1:]:
-            packed = Case(f"packed {layout}", layout=layout, lengths_q=(5, 1, 8), lengths_k=(5, 3, 9), causal=True)
-            yield dataclasses.replace(packed, size=size, size_v=size_v, layout_of_dout="transposed")
+            varlen = Case(f"varlen {layout}", layout=layout, lengths_q=(5, 1, 8), lengths_k=(5, 3, 9), causal=True)
+            yield dataclasses.replace(varlen, size=size, size_v=size_v, layout_of_dout="transposed")
 
 
 def _table() -> Iterator[object]:
@@ -85,7 +85,7 @@ def test_the_table(
 @pytest.mark.parametrize("reverse", [False, True])
 def test_layouts_one_after_the_other_on_cudnn(reverse: bool) -> None:
     """PyTorch keeps a plan of cuDNN's backward by the strides of q, k and v alone; `reverse` has other shapes."""
-    cases = [case for case in _rows() if not case.packed and (case.size, case.size_v) == (64, 64)]
+    cases = [case for case in _rows() if not case.varlen and (case.size, case.size_v) == (64, 64)]
     for case in reversed(cases) if reverse else cases:
         case = dataclasses.replace(case, len_q=21, len_k=21) if reverse else case
         inputs = make(case, torch.bfloat16, "cuda")
@@ -120,7 +120,7 @@ def test_opcheck(case: Case) -> None:
     """The strides that the fakes promise are those that come out."""
     inputs = make(case, torch.float32, "cpu")
     q, k, v = (x.detach() for x in (inputs.q, inputs.k, inputs.v))
-    packing: tuple[Any, ...] = inputs.packing() if case.packed else (None, None, 0, 0)
+    packing: tuple[Any, ...] = inputs.packing() if case.varlen else (None, None, 0, 0)
     options = Options(0.25, None, 0, None, 0.0, None, None, *packing)
     log_n, checks = torch.linspace(-1, 1, case.heads_q), ("test_schema", "test_faketensor")
     arguments: tuple[Any, ...] = (q, k, v, log_n, True, None, None, "sdpa:cpu", *options)

@@ -142,7 +142,7 @@ def test_how_a_library_is_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
 
 
 def test_what_the_memory_efficient_backward_reads() -> None:
-    """lse of one of several packed sequences, as many tokens as need no padding."""
+    """lse of one of several varlen sequences, as many tokens as need no padding."""
     out, lse = torch.randn(1, 3, 64, 8), torch.randn(100, 3)[:64].T[None]
     dout, tokens_first, head_by_head = MemoryEfficientBackend().results(out, out, lse)
     assert dout.stride() == tokens_first.stride() == (64 * 3 * 8, 3 * 8, 8, 1)
@@ -187,13 +187,13 @@ KINDS_OF_N = (0.0, 1e-3, 1.0, 3.7, 1e4, "per head")
 @pytest.mark.parametrize("size", [64, 128])
 @pytest.mark.parametrize("n", KINDS_OF_N)
 def test_every_n(backend: str, dtype: torch.dtype, size: int, n: float | str, ran: list[str]) -> None:
-    """Both passes, causal or not, GQA, packed, many keys; n weighs as much as the keys; with the gradient of n."""
+    """Both passes, causal or not, GQA, varlen, many keys; n weighs as much as the keys; with the gradient of n."""
     shift = math.log(n) if isinstance(n, float) and n else -1.0
     common: dict[str, Any] = {"size": size, "size_v": size, "n": n, "shift": shift, "heads_q": 4, "heads_kv": 2}
     for case in (
         Case("full", len_q=130, len_k=7, **common),
         Case("causal", len_q=150, len_k=150, causal=True, **common),
-        Case("packed", lengths_q=(5, 140, 9), lengths_k=(7, 160, 3), causal=True, **common),
+        Case("varlen", lengths_q=(5, 140, 9), lengths_k=(7, 160, 3), causal=True, **common),
         Case("few queries, many keys", len_q=5, len_k=3000, **{**common, "shift": shift - math.log(3000)}),
     ):
         inputs = make(case, dtype, "cuda")

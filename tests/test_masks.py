@@ -366,7 +366,7 @@ def test_jagged_refused() -> None:
     x, dense = jagged((3, 7), 2, 8), torch.randn(2, 2, 5, 8)
     q, other = x.transpose(1, 2), jagged((3, 7), 2, 8).transpose(1, 2)
     fewer = jagged((3,), 2, 8).transpose(1, 2)
-    assert "packed q (10, 2, 8)" in str(explain(q, q, q, True))
+    assert "varlen q (10, 2, 8)" in str(explain(q, q, q, True))
     for call, error, text in (
         ((x, x, x), ValueError, r"q: expected .*\(N, heads, length, E\).*got shape \(2, j\d+, 2, 8\): .*transpose"),
         ((q, dense, dense), TypeError, "k: expected a jagged NestedTensor as the others are, got Tensor"),
@@ -456,9 +456,9 @@ def test_what_is_not_broadcast() -> None:
 
 
 @pytest.mark.parametrize(("device", "backend"), [p for p in PLACES if p.values[1] in (*ON_CPU, "triton:portable")])
-@pytest.mark.parametrize("packed", [False, True])
+@pytest.mark.parametrize("varlen", [False, True])
 @pytest.mark.parametrize("lowest", [-1e300, torch.finfo(torch.float64).min], ids=str)
-def test_a_float64_mask_beyond_float32(lowest: float, packed: bool, device: str, backend: str, ran: list[str]) -> None:
+def test_a_float64_mask_beyond_float32(lowest: float, varlen: bool, device: str, backend: str, ran: list[str]) -> None:
     """Only -inf hides: a whole row of a number that float32 cannot hold gives the mean."""
     skip_unless_usable(backend)
     dtype = torch.float32 if device == "cpu" else torch.bfloat16
@@ -469,7 +469,7 @@ def test_a_float64_mask_beyond_float32(lowest: float, packed: bool, device: str,
     mask[2] = -torch.inf
     mask[3, ::2] = -torch.inf
     mask.requires_grad_(backend == "reference")
-    if packed:
+    if varlen:
         starts = [torch.tensor([0, length], dtype=torch.int32, device=device) for length in (4, 6)]
         tokens = [x[0].transpose(0, 1) for x in (q, k, v)]
         out = flash_attention_n_varlen(*tokens, *starts, 4, 6, attn_mask=mask, backend=backend)

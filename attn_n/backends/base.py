@@ -84,7 +84,7 @@ class Backend:
     def forward(
         self, q: Tensor, k: Tensor, v: Tensor, log_n: float | Tensor | None, options: Options
     ) -> tuple[Tensor, Tensor, Tensor | None]:
-        """Attention of q `(B, Hq, L, E)`, k `(B, Hkv, S, E)` and v `(B, Hkv, S, Ev)`, or of packed `(T, H, E)`.
+        """Attention of q `(B, Hq, L, E)`, k `(B, Hkv, S, E)` and v `(B, Hkv, S, Ev)`, or of varlen `(T, H, E)`.
 
         No dimension is empty. `log_n` is None for n = 0, a number, or `(Hq,)`; only a backend that `applies_n`
         is given anything but None.

@@ -47,7 +47,7 @@ class Reference(Backend):
         if options.cu_seqlens_q is None:
             out, lse = _attend(q, k, v, n, n_is_logit, options, return_lse)
         else:
-            out, lse = _attend_packed(q, k, v, n, n_is_logit, options, return_lse)
+            out, lse = _attend_varlen(q, k, v, n, n_is_logit, options, return_lse)
         return out.to(dtype), lse
 
 
@@ -82,10 +82,10 @@ def _attend(
     return out, (top + total.log()).masked_fill(nothing, -math.inf).squeeze(-1) if return_lse else None
 
 
-def _attend_packed(
+def _attend_varlen(
     q: Tensor, k: Tensor, v: Tensor, n: float | Tensor | None, n_is_logit: bool, options: Options, return_lse: bool
 ) -> tuple[Tensor, Tensor | None]:
-    """Each sequence of packed (T, H, E) tensors as a batch of one."""
+    """Each sequence of varlen (T, H, E) tensors as a batch of one."""
     outs, lses = [q.new_zeros((0, q.shape[1], v.shape[2]))], [q.new_zeros((0, q.shape[1]))]
     for queries, keys, alone in one_by_one.sequences(options, q.shape[0], k.shape[0]):
         one_q, one_k, one_v = (

@@ -87,7 +87,7 @@ class Flash(FlashBackend):
         if reason is not None:
             return reason
         if call.varlen and call.windowed and call.window_right != 0:
-            return "has masks of packed sequences for full and for causal attention and causal windows alone"
+            return "has masks of varlen sequences for full and for causal attention and causal windows alone"
         if call.needs_grad and torch.are_deterministic_algorithms_enabled():
             return "is not deterministic"
         return flash2.why_not_window(call) or why_not_usable("flash")

@@ -37,5 +37,5 @@ class MemoryEfficientBackend(BlockwiseBackend):
         return [x.transpose(1, 2) for x in (q, *repeat_kv(q, k, v))]
 
     def results(self, dout: Tensor, out: Tensor, lse: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """dout and out tokens first, and lse head by head: of packed tokens the rows of a head lie apart."""
+        """dout and out tokens first, and lse head by head: of varlen tokens the rows of a head lie apart."""
         return dout.transpose(1, 2).contiguous(), out.transpose(1, 2).contiguous(), lse.contiguous()

@@ -1,4 +1,4 @@
-"""Packed (varlen) sequences taken one by one, for backends whose kernels know only batches."""
+"""Varlen sequences taken one by one, for backends whose kernels know only batches."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def sequences(options: Options, tokens_q: int, tokens_k: int) -> Iterator[tuple[
 
 
 def batch_of_one(x: Tensor, tokens: slice) -> Tensor:
-    """Those tokens of a packed (T, H, E) tensor as a view (1, H, tokens, E)."""
+    """Those tokens of a varlen (T, H, E) tensor as a view (1, H, tokens, E)."""
     return x[tokens].transpose(0, 1)[None]
 
 
@@ -61,7 +61,7 @@ def forward_one_by_one(
 def backward_one_by_one(
     backward: Callable[[Grads, Saved, Options], Gradients], grads: Grads, saved: Saved, options: Options
 ) -> Gradients:
-    """dq, dk, dv of packed tensors by a `backward` of batches."""
+    """dq, dk, dv of varlen tensors by a `backward` of batches."""
     (dout, dlse, *_), (q, k, v, out, lse, *_) = grads, saved
     # As many heads as q has: a kernel that repeats the keys of a group returns a gradient for each repetition.
     dq, dk, dv = (x.new_zeros((x.shape[0], q.shape[1], x.shape[2])) for x in (q, k, v))

@@ -16,7 +16,7 @@ from attn_n.compilation import constant_when_compiled
 LIBRARY = Library(
     "flash-attn 2", "flash_attn.flash_attn_interface", "pip install flash-attn", ("flash-attn",), oldest="2.7"
 )
-_PACKED = "cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, "
+_VARLEN = "cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, "
 _OPTIONS = "dropout_p, softmax_scale, causal, window_size_left, window_size_right, softcap, alibi_slopes"
 _GRADIENTS = "dout, q, k, v, out, softmax_lse, dq, dk, dv, "
 
@@ -25,9 +25,9 @@ _GRADIENTS = "dout, q, k, v, out, softmax_lse, dq, dk, dv, "
 def why_not_usable() -> str | None:
     return LIBRARY.why_not() or changed_operator(
         f"flash_attn::_flash_attn_forward(q, k, v, {_OPTIONS}, return_softmax) -> 4",
-        f"flash_attn::_flash_attn_varlen_forward(q, k, v, {_PACKED}{_OPTIONS}) -> 4",
+        f"flash_attn::_flash_attn_varlen_forward(q, k, v, {_VARLEN}{_OPTIONS}) -> 4",
         f"flash_attn::_flash_attn_backward({_GRADIENTS}{_OPTIONS}, deterministic, rng_state) -> 1",
-        f"flash_attn::_flash_attn_varlen_backward({_GRADIENTS}{_PACKED}{_OPTIONS}, deterministic, rng_state) -> 1",
+        f"flash_attn::_flash_attn_varlen_backward({_GRADIENTS}{_VARLEN}{_OPTIONS}, deterministic, rng_state) -> 1",
     )
 
 

@@ -96,9 +96,9 @@ def _why_not_built(call: AttentionCall) -> str | None:
 def _keywords(options: Options, q: Tensor, k: Tensor) -> dict[str, Any]:
     starts_q, starts_k, max_q, max_k = sequences(options, q, k)
     left, right = options.window_left, options.window_right
-    packed: dict[str, Any] = {}
+    varlen: dict[str, Any] = {}
     if starts_q is not None:
-        packed = {
+        varlen = {
             "cu_seqlens_q": starts_q, "cu_seqlens_k": starts_k, "max_seqlen_q": max_q, "max_seqlen_k": max_k,
         }  # fmt: skip
     return {
@@ -107,5 +107,5 @@ def _keywords(options: Options, q: Tensor, k: Tensor) -> dict[str, Any]:
         "window_size_left": -1 if left is None else left,
         "window_size_right": -1 if right is None else right,
         "softcap": options.softcap or 0.0,
-        **packed,
+        **varlen,
     }

@@ -20,15 +20,15 @@ class KernelKey(NamedTuple):
     batch: int
     heads: int
     heads_kv: int
-    len_q: int  # the longest, of packed sequences
+    len_q: int  # the longest, of varlen sequences
     len_k: int
-    more_keys: int | None  # S - L; None if packed sequences may differ in it
-    packed: bool
+    more_keys: int | None  # S - L; None if varlen sequences may differ in it
+    varlen: bool
     rows: int  # queries of all sequences together
     keys: int
     width: int
     width_v: int
-    # Of batch (0 if packed), head, row and column: of q, k, v, and in a backward of out and dout.
+    # Of batch (0 if varlen), head, row and column: of q, k, v, and in a backward of out and dout.
     strides: tuple[Strides, ...]
     strides_mask: Strides | None
     strides_slopes: Strides | None
@@ -87,7 +87,7 @@ class KernelKey(NamedTuple):
 
 def fits_descriptors(strides: Strides, itemsize: int) -> bool:
     """Whether a tensor descriptor can step so: by multiples of 16 bytes, nothing expanded over heads or rows."""
-    *outer, column = strides  # (batch, head, row), or of packed tensors (row, head)
+    *outer, column = strides  # (batch, head, row), or of varlen tensors (row, head)
     if column != 1 or outer[-1] <= 0 or outer[-2] <= 0:
         return False
     step = 16 // itemsize

@@ -79,7 +79,7 @@ class BackwardCall:
         p, self.launches = problem, prepare.backward(problem, dq, dk, dv)
         self.stats = template((self.launches.stats,), torch.float32, p.device)
         self.dq_sum = template((self.launches.dq_sum,), torch.float32, p.device)
-        batch = 1 if p.packed else p.batch
+        batch = 1 if p.varlen else p.batch
         tiles = self.launches.prepare.programs // (batch * p.heads)
         self.shares = template((batch, p.heads, tiles), torch.float32, p.device)
 

@@ -93,7 +93,7 @@ def heads_of_item(key: KernelKey, processors: int) -> int:
     seen = p.queries_on_average
     if groups * seen < (2_000 if None in p.window else 16_000):  # the sums would take more than they bring
         return groups
-    uneven = p.packed or p.window != (None, None)
+    uneven = p.varlen or p.window != (None, None)
     together, apart = UNEVEN[p.width] if uneven else (groups, groups)
     rounds = 2 if p.causal else 1  # a heavy tile and a light one
     items = p.heads_kv * p.keys / BACKWARD[p.width][1]

@@ -44,7 +44,7 @@ def place(starts_q, starts_k, heads, len_q, len_k, tiles):
     program = tl.program_id(0)
     tile, head, batch = program % tiles, (program // tiles) % heads, (program // tiles // heads).to(tl.int64)
     first_q, first_k = batch * 0, batch * 0
-    if starts_q is not None:  # packed sequences
+    if starts_q is not None:  # varlen sequences
         first_q, first_k = tl.load(starts_q + batch).to(tl.int64), tl.load(starts_k + batch).to(tl.int64)
         len_q = (tl.load(starts_q + batch + 1) - first_q).to(tl.int32)
         len_k = (tl.load(starts_k + batch + 1) - first_k).to(tl.int32)
@@ -59,7 +59,7 @@ def of_head(x, strides, batch, head):
 
 @triton.jit
 def matrix(x, strides, batch, head, first_row):
-    """Pointer to the first row of a head. (The batch stride of packed tensors is zero.)"""
+    """Pointer to the first row of a head. (The batch stride of varlen tensors is zero.)"""
     return x + (batch * strides[0] + head.to(tl.int64) * strides[1] + first_row * strides[2])
 
 
@@ -105,21 +105,21 @@ def store(
 
 
 @triton.jit
-def rows_of(x, batch, head, heads, first_q, rows, len_q, PACKED: tl.constexpr):
-    """Pointers to rows of a head in a tensor of one number a row, `(B, H, L)` or packed `(T, H)`."""
-    if PACKED:
+def rows_of(x, batch, head, heads, first_q, rows, len_q, VARLEN: tl.constexpr):
+    """Pointers to rows of a head in a tensor of one number a row, `(B, H, L)` or varlen `(T, H)`."""
+    if VARLEN:
         return x + (first_q + rows) * heads + head
     else:
         return x + (batch * heads + head) * len_q + rows
 
 
 @triton.jit
-def padded_rows_of(x, batch, head, padded, first_q, len_q, PACKED: tl.constexpr):
+def padded_rows_of(x, batch, head, padded, first_q, len_q, VARLEN: tl.constexpr):
     """The same in the backward's own tensors `(H, padded)`, where ROW_PADDING rows follow each sequence.
 
     Hence a tile of rows is read there without a mask, which a pipelined load would keep in registers.
     """
-    return x + (head.to(tl.int64) * padded + (first_q if PACKED else batch * len_q) + batch * ROW_PADDING)
+    return x + (head.to(tl.int64) * padded + (first_q if VARLEN else batch * len_q) + batch * ROW_PADDING)
 
 
 @triton.jit
