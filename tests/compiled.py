@@ -74,11 +74,11 @@ def backward(width: int) -> None:
 
 
 def _that_share_keys(width: int) -> Iterator[Any]:
-    """Backwards in which a program takes two of the eight query heads of a key head."""
+    """Backwards in which a program takes two of the eight query heads of a KV head."""
     from attn_n.backends.triton.hopper import configs
 
     usual = configs.heads_of_item
-    configs.heads_of_item = lambda key, processors: min(2, key.heads // key.heads_kv)
+    configs.heads_of_item = lambda key, sm_count: min(2, key.heads // key.heads_kv)
     try:
         for options in (Options(0.1), varlen(Options(0.1, window_right=0, softcap=3.0))):
             yield compiled("sm_90", "hopper backward main", width, None, torch.bfloat16, options, groups=8)

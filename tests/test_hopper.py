@@ -110,7 +110,7 @@ def test_growing_maxima(causal: bool, width: int, dtype: torch.dtype) -> None:
 @pytest.mark.parametrize("heads", [1, 2, 4])
 def test_parts_of_a_key_head(heads: int, width: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """dK and dV as sums over programs that take 1, 2 or 4 of 8 query heads each."""
-    monkeypatch.setattr(configs, "heads_of_item", lambda key, processors: heads)
+    monkeypatch.setattr(configs, "heads_of_item", lambda key, sm_count: heads)
     usual = Case("", batch=2, heads_q=16, heads_kv=2, len_q=333, len_k=420, n="per head")
     lengths = {"lengths_q": (0, 70, 0, 200, 9, 0), "lengths_k": (50, 0, 0, 333, 9, 0)}
     cases = (

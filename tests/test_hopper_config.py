@@ -19,7 +19,7 @@ from tests.calls import gpu_call, varlen
 WIDTHS = (64, 128, 256)
 
 
-# Of one sequence of 16,384 tokens with two key heads, on 132 processors.
+# Of one sequence of 16,384 tokens with two KV heads, on 132 SMs.
 @pytest.mark.parametrize(
     ("changes", "groups", "heads"),
     [
