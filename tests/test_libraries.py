@@ -65,7 +65,7 @@ FEW_KEYS = {"k_shape": (2, 8, 9, 64), "v_shape": (2, 8, 9, 64)}
         (BACKENDS[4:], {"alibi": True}, "rounds what is added to the logits to bfloat16"),
         (BACKENDS[:1] + BACKENDS[3:4], WINDOW | FEW_KEYS, "open to the right only for L <= S + 1"),
         (("sdpa:flash",), WINDOW | FEW_KEYS, "open to the right only for L <= S + 1"),
-        (BACKENDS[3:4], WINDOW | {"sequences": 2}, "full and for causal attention and causal windows alone"),
+        (BACKENDS[3:4], WINDOW | {"sequences": 2}, "full attention, causal attention and causal windows alone"),
     ],
     ids=str,
 )  # fmt: skip

@@ -1,4 +1,4 @@
-"""xFormers, by the explicit forward and backward of memory_efficient_attention; `attn_n.sink.rescale` applies n."""
+"""xFormers, called by the explicit forward and backward of memory_efficient_attention; `attn_n.sink` applies n."""
 
 from __future__ import annotations
 
@@ -23,8 +23,11 @@ from attn_n.compilation import constant_when_compiled
 
 
 def load(module: str) -> Any:
-    """xFormers takes any `flash_attn` for FlashAttention 2, and fails where FlashAttention 4 has made a namespace of
-    it: then it is imported as if there were none, and runs PyTorch's kernels."""
+    """Import a module of xFormers, with `flash_attn` hidden where only FlashAttention 4 is installed.
+
+    xFormers takes any `flash_attn` for FlashAttention 2, and fails on the namespace package of FlashAttention 4.
+    Without `flash_attn` it runs PyTorch's kernels.
+    """
     only_4 = "xformers.ops" not in sys.modules and _has("flash_attn") and not _has("flash_attn.flash_attn_interface")
     if not only_4:
         return importlib.import_module(module)
@@ -48,7 +51,7 @@ LIBRARY = Library("xformers", "xformers.ops", "pip install xformers", ("xformers
 
 @constant_when_compiled
 def why_not_usable(kernel: str) -> str | None:
-    """Why the operators of `kernel`, "flash" or "cutlass", cannot be used."""
+    """Return the reason why the operators of `kernel`, "flash" or "cutlass", cannot be used; None if they can."""
     reason = LIBRARY.why_not()
     if reason is not None:
         return reason
@@ -87,7 +90,7 @@ class Flash(FlashBackend):
         if reason is not None:
             return reason
         if call.varlen and call.windowed and call.window_right != 0:
-            return "has masks of varlen sequences for full and for causal attention and causal windows alone"
+            return "has varlen masks for full attention, causal attention and causal windows alone"
         if call.needs_grad and torch.are_deterministic_algorithms_enabled():
             return "is not deterministic"
         return flash2.why_not_window(call) or why_not_usable("flash")
@@ -151,7 +154,7 @@ class Xformers(Family):
 
 
 def _tensors(options: Options, q: Tensor, k: Tensor, v: Tensor) -> list[Tensor]:
-    """A key head for each query head, of tensors whose tokens come first."""
+    """Return q, k, v as xFormers takes them, with a KV head for each query head; their tokens come before heads."""
     return _as_batch(options, q, *repeat_kv(q, k, v, q.dim() - 2))
 
 
@@ -160,11 +163,11 @@ def _as_batch(options: Options, *tensors: Tensor) -> list[Tensor]:
 
 
 def _mask(options: Options, q: Tensor, k: Tensor) -> Any:
-    """The mask of a call, its last query at its last key: xFormers' plain causal masks begin at the first ones."""
+    """Return the mask of a call, aligned bottom-right: xFormers' plain causal masks are aligned top-left."""
     masks, lengths = _fmha().attn_bias, sequences(options, q, k)
     left, right = options.window_left, options.window_right
     if lengths.starts_q is not None:
-        # The lists of starts are for its helpers on the host; filling them would wait for the GPU.
+        # seqstart_py is for helpers of xFormers on the host; filling it would synchronize with the GPU.
         blocks = [
             masks._SeqLenInfo(seqstart=starts, max_seqlen=longest, min_seqlen=0, seqstart_py=[])
             for starts, longest in ((lengths.starts_q, lengths.max_q), (lengths.starts_k, lengths.max_k))
@@ -178,7 +181,7 @@ def _mask(options: Options, q: Tensor, k: Tensor) -> Any:
         return None
     if left is None and right == 0:
         return masks.LowerTriangularFromBottomRightMask()
-    # A bound from S on counts as none.
+    # A side of S or more bounds nothing.
     return masks.LocalAttentionFromBottomRightMask(
         lengths.max_k if left is None else left, lengths.max_k if right is None else right
     )

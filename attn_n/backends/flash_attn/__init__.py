@@ -1,4 +1,4 @@
-"""FlashAttention 2, 3 and 4 as they are installed, by their explicit forward and backward; `attn_n.sink` applies n."""
+"""The installed FlashAttention 2, 3 and 4, called by their explicit forward and backward; `attn_n.sink` applies n."""
 
 from __future__ import annotations
 

@@ -37,7 +37,7 @@ def why_not_usable() -> str | None:
 
 @constant_when_compiled
 def left_out(what: str) -> str | None:
-    """The reason if the build lacks `what`, as its own list of flags says; without such a list it lacks nothing."""
+    """Return the reason if the build lacks `what` by its own list of flags; without such a list it lacks nothing."""
     try:
         flags: dict[str, bool] = importlib.import_module("flash_attn_config").CONFIG["build_flags"]
     except ModuleNotFoundError:
@@ -61,11 +61,11 @@ class FlashAttention3(FlashBackend):
         return self.too_wide(call) or why_not_usable() or _why_not_built(call)
 
     def out_dim_order(self, q: Tensor) -> tuple[int, ...]:
-        """Token by token, whatever the order of q."""
+        """Tokens come before heads, whatever the dimension order of q."""
         return (0, 2, 1, 3) if q.dim() == 4 else (0, 1, 2)
 
     def kernel_forward(self, q: Tensor, k: Tensor, v: Tensor, options: Options) -> tuple[Tensor, Tensor, Tensor | None]:
-        # 0: it shares the keys of a few queries out among programs, where that is faster.
+        # 0 lets it choose split-KV, which is faster for a few queries.
         splits = 0 if options.cu_seqlens_q is None else 1
         out, lse, *_ = torch.ops.flash_attn_3.fwd(q, k, v, num_splits=splits, **_keywords(options, q, k))
         return out, lse, None
