@@ -212,7 +212,7 @@ def explain(q: Tensor, k: Tensor, v: Tensor, *args: Any, **kwargs: Any) -> expla
     checks.no_others(function.__name__, bound.arguments.pop("unknown"), Request._fields)
     request = Request(*(bound.arguments.pop(name) for name in Request._fields))
     if jagged.is_jagged(q):
-        prepared = canonical.varlen(*jagged.packed(q, k, v), request)
+        prepared = canonical.varlen(*jagged.to_varlen(q, k, v), request)
     else:
         prepare = canonical.varlen if varlen else canonical.batch
         prepared = prepare(**bound.arguments, request=request)

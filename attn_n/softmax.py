@@ -1,4 +1,4 @@
-"""softmax_n for itself, without attention around it."""
+"""softmax_n by itself, without attention."""
 
 from __future__ import annotations
 
@@ -48,10 +48,10 @@ def softmax_n(
         n = n.to(device=x.device, dtype=torch.promote_types(n.dtype, compute.dtype))
     else:
         n = as_tensor(checks.n_number("n", n), x.device)
-    top = compute.detach().amax(dim, keepdim=True) if x.numel() else compute.detach().sum(dim, keepdim=True)
-    top = torch.maximum(top, n.detach().log().to(top.dtype))
-    top = top.masked_fill(top == -math.inf, 0.0)
-    weights = (compute - top).exp()
-    denominator = weights.sum(dim, keepdim=True) + weight_of_n(n, top)
-    # Only where nothing is visible and n = 0 is the denominator zero, and there every weight is zero too.
+    row_max = compute.detach().amax(dim, keepdim=True) if x.numel() else compute.detach().sum(dim, keepdim=True)
+    row_max = torch.maximum(row_max, n.detach().log().to(row_max.dtype))
+    row_max = row_max.masked_fill(row_max == -math.inf, 0.0)
+    weights = (compute - row_max).exp()
+    denominator = weights.sum(dim, keepdim=True) + weight_of_n(n, row_max)
+    # The denominator is zero only where all of x is -inf and n = 0, and there every weight is zero too.
     return (weights / denominator.masked_fill(denominator == 0, 1.0)).to(x.dtype)

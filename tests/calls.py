@@ -18,7 +18,7 @@ def gpu_call(**changes: object) -> AttentionCall:
     return AttentionCall(**{**fields, **changes})  # type: ignore[arg-type]
 
 
-packed: dict[str, object] = {"sequences": 2} | {
+varlen: dict[str, object] = {"sequences": 2} | {
     f"{x}_{what}": value for x in "qkv" for what, value in (("shape", (500, 8, 64)), ("stride", (512, 64, 1)))
 }
 

@@ -42,11 +42,11 @@ class Case:
     alibi: str = ""  # "per head" or "per batch"
     layout: str = "heads first"  # of q, k and v, see LAYOUTS
     layout_of_dout: str = "heads first"
-    lengths_q: tuple[int, ...] = ()  # packed sequences, in place of batch and len_q
+    lengths_q: tuple[int, ...] = ()  # varlen sequences, in place of batch and len_q
     lengths_k: tuple[int, ...] = ()
 
     @property
-    def packed(self) -> bool:
+    def varlen(self) -> bool:
         return bool(self.lengths_q)
 
     @property
@@ -57,9 +57,9 @@ class Case:
             "mask": bool(self.mask),
             "alibi": bool(self.alibi),
             "window": self.window is not None,
-            "causal, L != S": self.causal and (self.packed or self.len_q != self.len_k) and self.len_q > 1,
-            "packed": self.packed,
-            "packed, window": self.packed and self.window is not None and not self.causal,
+            "causal, L != S": self.causal and (self.varlen or self.len_q != self.len_k) and self.len_q > 1,
+            "varlen": self.varlen,
+            "varlen, window": self.varlen and self.window is not None and not self.causal,
             "window, open far before the keys": self._open_far_before_the_keys,
             "one query, one key": self.len_q == self.len_k == 1,
             "E != Ev": self.size != self.size_v,
@@ -72,7 +72,7 @@ class Case:
     @property
     def _open_far_before_the_keys(self) -> bool:
         """FlashAttention 2 takes S for the bound of a right side without one."""
-        if self.window is None or self.causal or self.packed or self.len_q <= self.len_k + 1:
+        if self.window is None or self.causal or self.varlen or self.len_q <= self.len_k + 1:
             return False
         return self.window[1] is None or self.window[1] >= self.len_k
 
@@ -150,21 +150,21 @@ def _cases() -> list[Case]:
         Case("negative scale", scale=-0.4, shift=0.0, **few),
         Case("zero scale", scale=0.0, shift=0.0, **few),
         Case("many blocks", batch=1, heads_q=1, heads_kv=1, len_q=many, len_k=many, causal=True, shift=-6.0),
-        Case("packed", lengths_q=(5, 17, 1), lengths_k=(7, 17, 30)),
-        Case("packed, causal", lengths_q=(5, 17, 9), lengths_k=(5, 30, 4), causal=True),
-        Case("packed, causal, n=0", lengths_q=(5, 17, 9), lengths_k=(5, 30, 4), causal=True, n=0.0),
-        Case("packed, whole blocks", lengths_q=(64, 32), lengths_k=(64, 40), causal=True),
-        Case("packed, an empty sequence", lengths_q=(5, 0, 7, 6), lengths_k=(5, 4, 0, 6), n="per head"),
+        Case("varlen", lengths_q=(5, 17, 1), lengths_k=(7, 17, 30)),
+        Case("varlen, causal", lengths_q=(5, 17, 9), lengths_k=(5, 30, 4), causal=True),
+        Case("varlen, causal, n=0", lengths_q=(5, 17, 9), lengths_k=(5, 30, 4), causal=True, n=0.0),
+        Case("varlen, whole blocks", lengths_q=(64, 32), lengths_k=(64, 40), causal=True),
+        Case("varlen, an empty sequence", lengths_q=(5, 0, 7, 6), lengths_k=(5, 4, 0, 6), n="per head"),
         Case(
-            "packed, GQA, sinks", lengths_q=(9, 8), lengths_k=(3, 8), heads_q=4, n="sinks", sinks=(0.0, 1.0, 2.0, -1.0)
+            "varlen, GQA, sinks", lengths_q=(9, 8), lengths_k=(3, 8), heads_q=4, n="sinks", sinks=(0.0, 1.0, 2.0, -1.0)
         ),
-        Case("packed, ALiBi, causal", lengths_q=(9, 18), lengths_k=(12, 18), alibi="per batch", causal=True),
-        Case("packed, causal window", lengths_q=(9, 18), lengths_k=(12, 18), causal=True, window=(4, None)),
-        Case("packed, window to the left", lengths_q=(40, 5), lengths_k=(9, 12), window=(3, None)),
-        Case("packed, window, ALiBi", lengths_q=(9, 18), lengths_k=(9, 18), window=(4, 2), alibi="per batch"),
-        Case("packed, mask", lengths_q=(9, 18), lengths_k=(3, 18), mask="per head"),
-        Case("packed, mask per sequence", lengths_q=(9, 18), lengths_k=(3, 18), mask="bool"),
-        Case("packed, softcap", lengths_q=(9, 8), lengths_k=(3, 8), softcap=2.0),
+        Case("varlen, ALiBi, causal", lengths_q=(9, 18), lengths_k=(12, 18), alibi="per batch", causal=True),
+        Case("varlen, causal window", lengths_q=(9, 18), lengths_k=(12, 18), causal=True, window=(4, None)),
+        Case("varlen, window to the left", lengths_q=(40, 5), lengths_k=(9, 12), window=(3, None)),
+        Case("varlen, window, ALiBi", lengths_q=(9, 18), lengths_k=(9, 18), window=(4, 2), alibi="per batch"),
+        Case("varlen, mask", lengths_q=(9, 18), lengths_k=(3, 18), mask="per head"),
+        Case("varlen, mask per sequence", lengths_q=(9, 18), lengths_k=(3, 18), mask="bool"),
+        Case("varlen, softcap", lengths_q=(9, 8), lengths_k=(3, 8), softcap=2.0),
     ]
 
 
@@ -225,7 +225,7 @@ def make(case: Case, dtype: torch.dtype, device: str, seed: int = 0) -> Inputs:
     def normal(*shape: int) -> Tensor:
         return torch.randn(shape, generator=generator, dtype=torch.float64)
 
-    if case.packed:
+    if case.varlen:
         tokens_q, tokens_k, batch = sum(case.lengths_q), sum(case.lengths_k), len(case.lengths_q)
         rows, columns = max(case.lengths_q), max(case.lengths_k)
         shapes = [(tokens_q, case.heads_q), (tokens_k, case.heads_kv)]
@@ -285,7 +285,7 @@ def make(case: Case, dtype: torch.dtype, device: str, seed: int = 0) -> Inputs:
     return inputs
 
 
-# From the outermost dimension to the innermost one, of (B, H, L, E), of packed (T, H, E), and of the lse (B, H, L).
+# From the outermost dimension to the innermost one, of (B, H, L, E), of varlen (T, H, E), and of the lse (B, H, L).
 ORDERS = {
     "heads first": ((0, 1, 2, 3), (0, 1, 2)),
     "tokens first": ((0, 2, 1, 3), (0, 1, 2)),
@@ -329,26 +329,26 @@ def laid_out(x: Tensor, layout: str) -> Tensor:
 
 def _in_one_storage(q: Tensor, k: Tensor, v: Tensor) -> list[Tensor]:
     """As the projection of each token gives them: its queries, its keys and its values, one behind the other."""
-    packed = q.dim() == 3
-    tokens_first = [x if packed else x.transpose(1, 2) for x in (q, k, v)]
+    varlen = q.dim() == 3
+    tokens_first = [x if varlen else x.transpose(1, 2) for x in (q, k, v)]
     widths = [x.shape[-2] * x.shape[-1] for x in tokens_first]
     tokens = max(x.shape[-3] for x in tokens_first)
     together = q.new_full((*tokens_first[0].shape[:-3], tokens, sum(widths)), math.nan)
     views = []
     for part, x in zip(together.split(widths, -1), tokens_first, strict=True):
         view = part.unflatten(-1, x.shape[-2:]).narrow(-3, 0, x.shape[-3]).copy_(x)
-        views.append(view if packed else view.transpose(1, 2))
+        views.append(view if varlen else view.transpose(1, 2))
     return views
 
 
-def absent(backend: str) -> str | None:
+def why_not_usable(backend: str) -> str | None:
     """Why the library of `backend` cannot be used here; None if it can."""
     problems = {
-        "flash_attn:2": version_2.problem,
-        "flash_attn:3": version_3.problem,
-        "flash_attn:4": version_4.problem,
-        "xformers:flash": lambda: xformers.problem("flash"),
-        "xformers:cutlass": lambda: xformers.problem("cutlass"),
+        "flash_attn:2": version_2.why_not_usable,
+        "flash_attn:3": version_3.why_not_usable,
+        "flash_attn:4": version_4.why_not_usable,
+        "xformers:flash": lambda: xformers.why_not_usable("flash"),
+        "xformers:cutlass": lambda: xformers.why_not_usable("cutlass"),
     }
     return problems[backend]() if backend in problems else None
 
@@ -363,7 +363,7 @@ def must_serve(backend: str, device: str, dtype: torch.dtype, case: Case, lse_gr
     flash = {"mask", "E > 256"}
     flash_2 = flash | {"window, open far before the keys"} | ({"E + 1 > 256"} if lse_grad and grad else set())
     cudnn_features = {
-        "softcap", "mask", "alibi", "window", "causal, L != S", "packed", "one query, one key", "E != Ev", "E % 8",
+        "softcap", "mask", "alibi", "window", "causal, L != S", "varlen", "one query, one key", "E != Ev", "E % 8",
         "E > 256",
     }  # fmt: skip
     efficient = on_gpu and dtype != torch.float64 and not features & ({"softcap", "alibi"} if half else {"softcap"})
@@ -385,7 +385,7 @@ def must_serve(backend: str, device: str, dtype: torch.dtype, case: Case, lse_gr
         and not features & (flash | softcap_3 | {"alibi"})
         and not (grad and version_3.left_out("BACKWARD")),
         "flash_attn:4": half_on_gpu and not features & (flash | {"alibi"}),
-        "xformers:flash": half_on_gpu and not features & (flash_2 | {"softcap", "alibi", "packed, window"}),
+        "xformers:flash": half_on_gpu and not features & (flash_2 | {"softcap", "alibi", "varlen, window"}),
         "xformers:cutlass": efficient,
     }
     for family in ("sdpa", "triton"):

@@ -30,8 +30,8 @@ def forward_of_library(inputs: Inputs, backend: str | None) -> Results:
 
 
 def _forward(inputs: Inputs, backend: str | None, return_lse: bool) -> tuple[Tensor, Tensor | None]:
-    arguments = (*inputs.packing(),) if inputs.case.packed else ()
-    function = attn_n.flash_attention_n_varlen if inputs.case.packed else attn_n.flash_attention_n
+    arguments = (*inputs.packing(),) if inputs.case.varlen else ()
+    function = attn_n.flash_attention_n_varlen if inputs.case.varlen else attn_n.flash_attention_n
     keywords = {**inputs.keywords, "return_lse": return_lse, "backend": backend}
     result = function(inputs.q, inputs.k, inputs.v, *arguments, **keywords)
     return result if isinstance(result, tuple) else (result, None)
@@ -64,11 +64,11 @@ def oracle(inputs: Inputs, dtype: torch.dtype, lse_grad: bool = True, ignore_n: 
             slopes,
         )
 
-    out, lse = _packed(cast, attend) if case.packed else attend(cast.q, cast.k, cast.v, cast.mask, cast.alibi_slopes)
+    out, lse = _varlen(cast, attend) if case.varlen else attend(cast.q, cast.k, cast.v, cast.mask, cast.alibi_slopes)
     return with_gradients(cast, out, lse if lse_grad else None)
 
 
-def _packed(inputs: Inputs, attend: Callable[..., tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
+def _varlen(inputs: Inputs, attend: Callable[..., tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
     case, outs, lses, q_start, k_start = inputs.case, [], [], 0, 0
     for b, (len_q, len_k) in enumerate(zip(case.lengths_q, case.lengths_k, strict=True)):
         q = inputs.q[q_start : q_start + len_q].transpose(0, 1)[None]
@@ -139,7 +139,7 @@ def cancellation(name: str, inputs: Inputs, truth: Results) -> float:
         terms = (inputs.dout * truth["out"]).abs().sum(-1) + (inputs.dlse.abs() if "lse" in truth else 0.0)
         log_n = 0.0
         if inputs.sinks is not None:
-            log_n = inputs.sinks.detach() if inputs.case.packed else inputs.sinks.detach()[:, None]
+            log_n = inputs.sinks.detach() if inputs.case.varlen else inputs.sinks.detach()[:, None]
         shares = (log_n - lse).exp().masked_fill(lse == -math.inf, 0.0)
         return 4 * float((shares * terms).sum())
     if name not in ("dq", "dk"):

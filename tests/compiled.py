@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from attn_n.call import Options
-from bench.kernels.ahead_of_time import compiled, packed, resources
+from bench.kernels.ahead_of_time import compiled, resources, varlen
 
 
 def numbers_compile_nothing() -> None:
@@ -31,9 +31,9 @@ def numbers_compile_nothing() -> None:
     assert all(kernel is kernels[0] for kernel in kernels)
 
 
-def packed_forward(width: int) -> None:
+def varlen_forward(width: int) -> None:
     def kernel(same: bool, **options: Any) -> Any:
-        return compiled("sm_90", "hopper forward", width, None, torch.bfloat16, packed(Options(**options), same))
+        return compiled("sm_90", "hopper forward", width, None, torch.bfloat16, varlen(Options(**options), same))
 
     for found in (
         kernel(True, scale=0.1),
@@ -51,15 +51,15 @@ def backward(width: int) -> None:
     def kernel(length: int, dtype: torch.dtype = torch.bfloat16, **options: Any) -> Any:
         return compiled("sm_90", "hopper backward main", width, None, dtype, Options(**options), length)
 
-    def of_packed(name: str, **options: Any) -> Any:
+    def of_varlen(name: str, **options: Any) -> Any:
         return compiled(
-            "sm_90", f"hopper backward {name}", width, None, torch.bfloat16, packed(Options(0.1, **options))
+            "sm_90", f"hopper backward {name}", width, None, torch.bfloat16, varlen(Options(0.1, **options))
         )
 
     for found in (
-        of_packed("order"),
-        of_packed("main"),
-        of_packed("main", window_left=9, window_right=5, softcap=3.0),
+        of_varlen("order"),
+        of_varlen("main"),
+        of_varlen("main", window_left=9, window_right=5, softcap=3.0),
         kernel(256, scale=0.1),
         kernel(256, torch.float16, scale=0.1),
         kernel(256, scale=0.1, softcap=3.0),
@@ -74,13 +74,13 @@ def backward(width: int) -> None:
 
 
 def _that_share_keys(width: int) -> Iterator[Any]:
-    """Backwards in which a program takes two of the eight query heads of a key head."""
+    """Backwards in which a program takes two of the eight query heads of a KV head."""
     from attn_n.backends.triton.hopper import configs
 
     usual = configs.heads_of_item
-    configs.heads_of_item = lambda problem, processors: min(2, problem.heads // problem.heads_kv)
+    configs.heads_of_item = lambda key, sm_count: min(2, key.heads // key.heads_kv)
     try:
-        for options in (Options(0.1), packed(Options(0.1, window_right=0, softcap=3.0))):
+        for options in (Options(0.1), varlen(Options(0.1, window_right=0, softcap=3.0))):
             yield compiled("sm_90", "hopper backward main", width, None, torch.bfloat16, options, groups=8)
     finally:
         configs.heads_of_item = usual

@@ -16,12 +16,12 @@ pytest.importorskip("triton")
 
 from attn_n import flash_attention_n_varlen
 from attn_n.backends.triton import portable
-from attn_n.backends.triton.problem import describe
+from attn_n.backends.triton.kernel_key import describe
 from attn_n.call import Options, Request, canonical
 from attn_n.sink import fused, rescale
 from tests import compare
 from tests.calls import gpu_call
-from tests.cases import INTERPRETED, Case, absent, make
+from tests.cases import INTERPRETED, Case, make, why_not_usable
 from tests.places import PLACES, on_gpu
 
 FAR = 2**30  # a stride of 32 bits, of which twice is more
@@ -98,8 +98,8 @@ def test_the_longest_sequence_is_overstated() -> None:
     """By numbers of which nobody could count the tiles, nor the programs."""
     q, starts, most = torch.randn(9, 2, 16, requires_grad=True), torch.tensor([0, 4, 9], dtype=torch.int32), 2**31 - 1
     options = Options(0.25, most, most, cu_seqlens_q=starts, cu_seqlens_k=starts, max_seqlen_q=most, max_seqlen_k=most)
-    problem = describe((q, q, q), None, options)
-    assert (problem.len_q, problem.len_k, problem.window) == (9, 9, (9, 9))
+    key = describe((q, q, q), None, options)
+    assert (key.len_q, key.len_k, key.window) == (9, 9, (9, 9))
     if INTERPRETED:
         results = []
         for backend, longest in (("triton:portable", most), ("reference", 5)):
@@ -130,10 +130,10 @@ WIDE = [
 
 @pytest.mark.parametrize(("device", "backend"), WIDE)
 @pytest.mark.parametrize("window", [(2**32, 2**33), (2**32 + 2, None), (None, 2**31)], ids=str)
-def test_a_window_of_packed_sequences(device: str, backend: str, window: tuple[int | None, int | None]) -> None:
+def test_a_window_of_varlen_sequences(device: str, backend: str, window: tuple[int | None, int | None]) -> None:
     """Libraries take it in 32 bits, of which 2^32 leaves a window of nothing."""
-    if absent(backend):
-        pytest.skip(f"{backend}: {absent(backend)}")
+    if why_not_usable(backend):
+        pytest.skip(f"{backend}: {why_not_usable(backend)}")
     starts = torch.tensor([0, 40, 90], dtype=torch.int32, device=device)
     q, k, v = (torch.randn(90, 2, 64, device=device, dtype=torch.bfloat16) for _ in range(3))
     packing = q, k, v, starts, starts, 50, 50

@@ -58,9 +58,9 @@ def test_numbers_compile_nothing() -> None:
 
 @on_tested_triton
 @pytest.mark.parametrize("width", [128, *slow(*(width for width in FORWARD if width != 128))])
-def test_variants_of_the_packed_forward_ahead_of_time(width: int) -> None:
+def test_variants_of_the_varlen_forward_ahead_of_time(width: int) -> None:
     """The same for windows, softcap, and keys with boundaries of their own; numbers compile nothing."""
-    compiling("tests.compiled", "packed_forward", width)
+    compiling("tests.compiled", "varlen_forward", width)
 
 
 @on_tested_triton

@@ -10,7 +10,7 @@ import torch
 
 import attn_n
 from tests import compare
-from tests.cases import CASES, DTYPES, Case, absent, make, must_serve
+from tests.cases import CASES, DTYPES, Case, make, must_serve, why_not_usable
 from tests.places import on_gpu
 
 # With logits around 46 a half-precision baseline has no digits left, and its error would allow anything.
@@ -20,7 +20,7 @@ COMBINATIONS = [
     for case in CASES
     if abs(case.shift) < 40 or dtype in (torch.float64, torch.float32)
 ]
-REPRESENTATIVES = ("causal", "GQA", "float mask", "packed, causal, n=0")
+REPRESENTATIVES = ("causal", "GQA", "float mask", "varlen, causal, n=0")
 PLACES = [
     pytest.param("cpu", "reference"),
     pytest.param("cpu", "sdpa:cpu"),
@@ -57,8 +57,8 @@ def _interpreted_again(lse_grad: bool, device: str, backend: str, dtype: torch.d
 def test_against_float64(
     lse_grad: bool, device: str, backend: str, dtype: torch.dtype, case: Case, ran: list[str]
 ) -> None:
-    if absent(backend):
-        pytest.skip(f"{backend}: {absent(backend)}")
+    if why_not_usable(backend):
+        pytest.skip(f"{backend}: {why_not_usable(backend)}")
     inputs = make(case, dtype, device)
     if not must_serve(backend, device, dtype, case, lse_grad):
         with pytest.raises(attn_n.UnsupportedError, match=backend):
@@ -78,8 +78,8 @@ def test_against_float64(
 def test_the_forward_alone(dtype: torch.dtype, case: Case, ran: list[str]) -> None:
     """FlashAttention 3 is mostly built without a backward."""
     backend = "flash_attn:3"
-    if absent(backend):
-        pytest.skip(f"{backend}: {absent(backend)}")
+    if why_not_usable(backend):
+        pytest.skip(f"{backend}: {why_not_usable(backend)}")
     inputs = make(case, dtype, "cuda")
     if not must_serve(backend, "cuda", dtype, case, lse_grad=True, grad=False):
         with pytest.raises(attn_n.UnsupportedError, match=backend):

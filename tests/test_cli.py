@@ -160,22 +160,22 @@ def test_other_peoples_backends_are_listed_with_their_own_errors(monkeypatch: py
     collected = small_report()
     assert not collected.passed
 
-    problem = "is installed but cannot be imported: ImportError: undefined symbol: fmha_fwd"
+    import_error = "is installed but cannot be imported: ImportError: undefined symbol: fmha_fwd"
     reasons = {row.backend: row.reasons for row in collected.support}
-    assert all(refusals == [problem] for refusals in reasons["unloadable"].values())
+    assert all(refusals == [import_error] for refusals in reasons["unloadable"].values())
 
     checks = {check.backend: check for check in collected.checks if check.backend in odd}
     assert {check.dtype for check in checks.values()} == {"float32"}
     assert not any(check.passed for check in checks.values())
-    assert checks["raises"].problem == "n = 0: RuntimeError: no kernel image\nand more about it"
-    assert checks["nan"].problem == "not finite: out (n = 0)"
-    assert checks["wrong"].problem is None
+    assert checks["raises"].failure == "n = 0: RuntimeError: no kernel image\nand more about it"
+    assert checks["nan"].failure == "not finite: out (n = 0)"
+    assert checks["wrong"].failure is None
     assert checks["wrong"].error == pytest.approx(1e-3, rel=0.1)
     assert {row.backend for row in collected.timings}.isdisjoint(odd)
     json.dumps([check.error for check in checks.values()], allow_nan=False)
 
     said = text.text(collected)
-    assert problem in said
+    assert import_error in said
     assert "no kernel image" in said
     assert "and more about it" not in said
 
@@ -186,6 +186,6 @@ def test_a_backend_that_fails_only_when_timed_keeps_its_row(monkeypatch: pytest.
     timed = timing.measure("raises", CPU, SMALL["cpu"], 16, seconds=0.0)
     assert timed is not None
     assert timed.forward_ms is None
-    assert timed.problem == "RuntimeError: no kernel image\nand more about it"
+    assert timed.failure == "RuntimeError: no kernel image\nand more about it"
     refused = timing.Workload(torch.float64, 1, 1, 8, (16,))
     assert timing.measure("raises", CPU, refused, 16, seconds=0.0) is None

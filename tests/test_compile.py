@@ -287,7 +287,7 @@ def test_flops(backend: str) -> None:
     assert counter.get_total_flops() == backward
 
 
-def test_flops_of_packed_sequences() -> None:
+def test_flops_of_varlen_sequences() -> None:
     q = torch.randn(10, 2, 16, requires_grad=True)
     pairs = 3 * 3 + 7 * 7
     with FlopCounterMode(display=False) as counter:

@@ -7,14 +7,14 @@ import torch
 from torch import Tensor
 
 from attn_n import flash_attention_n
-from tests.cases import INTERPRETED, absent
+from tests.cases import INTERPRETED, why_not_usable
 from tests.oracle import attention_n
 from tests.places import on_gpu
 
 PLACES = ["cpu", *on_gpu(("cuda",))]
 BACKENDS = {
     "cpu": ["reference", *(["triton"] if INTERPRETED else [])],
-    "cuda": ["reference", "sdpa:flash", "triton", *([] if absent("flash_attn:2") else ["flash_attn:2"])],
+    "cuda": ["reference", "sdpa:flash", "triton", *([] if why_not_usable("flash_attn:2") else ["flash_attn:2"])],
 }
 P, LENGTH = 0.4, 64
 

@@ -25,7 +25,7 @@ def tensors(**changes: Any) -> dict[str, Any]:
     return call | changes
 
 
-def packed(**changes: Any) -> dict[str, Any]:
+def varlen(**changes: Any) -> dict[str, Any]:
     call: dict[str, Any] = {
         "q": torch.randn(9, 4, 8), "k": torch.randn(7, 2, 8), "v": torch.randn(7, 2, 8),
         "cu_seqlens_q": boundaries(0, 4, 9), "cu_seqlens_k": boundaries(0, 2, 7), "max_seqlen_q": 5, "max_seqlen_k": 5,
@@ -247,7 +247,7 @@ BAD = [
     ("backend is no name", {"backend": 3}, TypeError, r"backend: expected None or a name, got int"),
 ]
 
-BAD_PACKED = [
+BAD_VARLEN = [
     ("4 dimensions", {"q": torch.randn(1, 9, 4, 8)}, ValueError, r"q: expected 3 dimensions \(T, H, E\)"),
     (
         "heads",
@@ -265,8 +265,8 @@ BAD_PACKED = [
         ValueError,
         r"cu_seqlens_k: .* never decrease, got \[0, 8, 7\]",
     ),
-    ("overrun", {"cu_seqlens_k": boundaries(0, 2, 8)}, ValueError, r"cu_seqlens_k: .* the 7 packed tokens, got 8"),
-    ("underrun", {"cu_seqlens_k": boundaries(0, 2, 6)}, ValueError, r"cu_seqlens_k: .* the 7 packed tokens, got 6"),
+    ("overrun", {"cu_seqlens_k": boundaries(0, 2, 8)}, ValueError, r"cu_seqlens_k: .* the 7 tokens, got 8"),
+    ("underrun", {"cu_seqlens_k": boundaries(0, 2, 6)}, ValueError, r"cu_seqlens_k: .* the 7 tokens, got 6"),
     (
         "empty",
         {"cu_seqlens_q": boundaries()},
@@ -301,11 +301,11 @@ def test_bad_input(changes: dict[str, Any], error: type[Exception], text: str, r
 
 
 @pytest.mark.parametrize(
-    ("changes", "error", "text"), [case[1:] for case in BAD_PACKED], ids=[case[0] for case in BAD_PACKED]
+    ("changes", "error", "text"), [case[1:] for case in BAD_VARLEN], ids=[case[0] for case in BAD_VARLEN]
 )
-def test_bad_packed_input(changes: dict[str, Any], error: type[Exception], text: str, ran: list[str]) -> None:
+def test_bad_varlen_input(changes: dict[str, Any], error: type[Exception], text: str, ran: list[str]) -> None:
     with pytest.raises(error, match=text):
-        flash_attention_n_varlen(**packed(**changes))
+        flash_attention_n_varlen(**varlen(**changes))
     assert ran == []
 
 
@@ -329,8 +329,8 @@ def test_the_names_of_other_libraries(name: str, text: str, ran: list[str]) -> N
     with pytest.raises(TypeError, match=rf"flash_attention_n\(\) {said}"):
         flash_attention_n(**tensors(**{name: None}))
     with pytest.raises(TypeError, match=rf"flash_attention_n_varlen\(\) {said}"):
-        flash_attention_n_varlen(**packed(**{name: None}))
-    for call in (tensors, packed):
+        flash_attention_n_varlen(**varlen(**{name: None}))
+    for call in (tensors, varlen):
         with pytest.raises(TypeError, match=said):
             attn_n.explain(**call(**{name: None}))
     with pytest.raises(TypeError, match="causal: expected True or False, got Tensor"):
@@ -350,7 +350,7 @@ def test_flags_of_other_kinds() -> None:
 def test_numbers_of_other_kinds() -> None:
     """NumPy's, and what else is a number."""
     expected = flash_attention_n(**tensors(window=(2, 1), sm_n=2, sm_scale=0.5, softcap=3))
-    sequences = packed()
+    sequences = varlen()
     expected_of_sequences = flash_attention_n_varlen(**sequences | {"window": (1, None)})
     for integer, number in ((np.int64, np.float16), (np.uint8, np.array), (np.uint64, Fraction), (int, np.longdouble)):
         options = {"window": (integer(2), integer(1)), "sm_n": number(2.0), "sm_scale": number(0.5)}
@@ -415,7 +415,7 @@ def test_most_rows_without_keys(monkeypatch: pytest.MonkeyPatch, recwarn: pytest
 
 def test_the_calls_that_are_changed_are_good() -> None:
     flash_attention_n(**tensors())
-    flash_attention_n_varlen(**packed())
+    flash_attention_n_varlen(**varlen())
 
 
 def test_explain_checks_the_call_too() -> None:
@@ -425,9 +425,9 @@ def test_explain_checks_the_call_too() -> None:
         attn_n.explain(**tensors(sm_m=1.0))
 
 
-def test_packed_boundaries_are_checked_by_the_reader_too() -> None:
+def test_varlen_boundaries_are_checked_by_the_reader_too() -> None:
     """A compiled call skips the check of values at its front door; who reads them to the host checks them there."""
-    q, k, v, cu_q, cu_k, max_q, max_k = packed().values()
+    q, k, v, cu_q, cu_k, max_q, max_k = varlen().values()
     cu_q[-1] = 8
     arguments = (
         q,
@@ -451,5 +451,5 @@ def test_packed_boundaries_are_checked_by_the_reader_too() -> None:
         max_k,
         *[None] * 3,
     )
-    with pytest.raises(ValueError, match="cu_seqlens_q: expected to end at the 9 packed tokens, got 8"):
+    with pytest.raises(ValueError, match="cu_seqlens_q: expected to end at the 9 tokens, got 8"):
         torch.ops.attn_n.forward(*arguments)

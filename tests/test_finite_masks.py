@@ -17,7 +17,7 @@ from torch import Tensor
 from attn_n import Gradients, Saved, flash_attention_n, flash_attention_n_varlen
 from attn_n.backends import registry
 from attn_n.backends.sdpa.cpu import CpuFlash
-from tests.cases import INTERPRETED, absent
+from tests.cases import INTERPRETED, why_not_usable
 
 LOWEST = torch.finfo(torch.float32).min
 NUMBERS = {
@@ -134,7 +134,7 @@ def grids(*shape: int) -> Tensor:
     return torch.randint(-1, 2, shape).double()
 
 
-def check(case: Case, number: float, backend: str, dtype: torch.dtype, device: str, packed: bool = False) -> None:
+def check(case: Case, number: float, backend: str, dtype: torch.dtype, device: str, varlen: bool = False) -> None:
     q, k = grids(BATCH, 2, ROWS, SIZE), grids(BATCH, case.heads_kv, KEYS, SIZE)
     q[..., 0] = 2.0
     v = torch.randn(BATCH, case.heads_kv, KEYS, SIZE, dtype=torch.float64)
@@ -149,7 +149,7 @@ def check(case: Case, number: float, backend: str, dtype: torch.dtype, device: s
         "causal": case.causal, "window": case.window, "attn_mask": mask, "alibi_slopes": slopes, "sinks": sinks,
         "softcap": case.softcap, "sm_n": case.n, "sm_scale": 0.25, "return_lse": case.lse_grad, "backend": backend,
     }  # fmt: skip
-    if packed:
+    if varlen:
         starts_q, starts_k = (torch.arange(0, BATCH * x + 1, x, dtype=torch.int32, device=device) for x in (ROWS, KEYS))
         tokens = [x.transpose(1, 2).flatten(0, 1) for x in tensors]
         result = flash_attention_n_varlen(*tokens, starts_q, starts_k, ROWS, KEYS, **keywords)
@@ -208,9 +208,9 @@ def test_on_a_cpu(backend: str, case: Case, number: str, ran: list[str]) -> None
 
 @pytest.mark.parametrize("backend", ["reference", "sdpa:cpu", *(["triton:portable"] if INTERPRETED else [])])
 @pytest.mark.parametrize("number", ["bfloat16's lowest", "-1e4"])
-@pytest.mark.parametrize("packed", [False, True])
-def test_in_half_precision_and_packed(backend: str, number: str, packed: bool) -> None:
-    check(CASES[0], NUMBERS[number], backend, torch.bfloat16, "cpu", packed)
+@pytest.mark.parametrize("varlen", [False, True])
+def test_in_half_precision_and_varlen(backend: str, number: str, varlen: bool) -> None:
+    check(CASES[0], NUMBERS[number], backend, torch.bfloat16, "cpu", varlen)
 
 
 class InBase2(CpuFlash):
@@ -259,8 +259,8 @@ def test_a_kernel_in_base_2(backend: str, case: Case, number: str, monkeypatch: 
     ],
 )
 def test_on_a_gpu(backend: str, case: Case, number: str, dtype: torch.dtype, ran: list[str]) -> None:
-    if absent(backend):
-        pytest.skip(f"{backend}: {absent(backend)}")
+    if why_not_usable(backend):
+        pytest.skip(f"{backend}: {why_not_usable(backend)}")
     if backend in IN_BASE_2 and dtype != torch.float32 and case.alibi:
         pytest.skip("rounds ALiBi to half precision, and refuses")
     check(case, NUMBERS[number], backend, dtype, "cuda")

@@ -78,7 +78,7 @@ def fresh_launches() -> Iterator[None]:
 @pytest.mark.parametrize(("width", "row"), [(width, row) for width, rows in FORWARD.items() for row in rows], ids=str)
 def test_every_row(width: int, row: Config, monkeypatch: pytest.MonkeyPatch) -> None:
     """Each configuration of the forward, on short calls and on more work than runs at once."""
-    monkeypatch.setattr(configs, "find", lambda problem: row)
+    monkeypatch.setattr(configs, "find", lambda key: row)
     cases = (
         Case("", batch=1, heads_q=4, heads_kv=2, len_q=150, len_k=170, window=(90, 10), n="per head"),
         Case("", batch=2, heads_q=40, heads_kv=40, len_q=700, len_k=700, causal=True),
@@ -110,7 +110,7 @@ def test_growing_maxima(causal: bool, width: int, dtype: torch.dtype) -> None:
 @pytest.mark.parametrize("heads", [1, 2, 4])
 def test_parts_of_a_key_head(heads: int, width: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """dK and dV as sums over programs that take 1, 2 or 4 of 8 query heads each."""
-    monkeypatch.setattr(configs, "heads_of_item", lambda problem, processors: heads)
+    monkeypatch.setattr(configs, "heads_of_item", lambda key, sm_count: heads)
     usual = Case("", batch=2, heads_q=16, heads_kv=2, len_q=333, len_k=420, n="per head")
     lengths = {"lengths_q": (0, 70, 0, 200, 9, 0), "lengths_k": (50, 0, 0, 333, 9, 0)}
     cases = (
@@ -193,7 +193,7 @@ def test_neighbours_see_nothing_of_each_other(width: int, causal: bool) -> None:
 
 
 @pytest.mark.parametrize("width", WIDTHS)
-def test_packed_slices(width: int) -> None:
+def test_varlen_slices(width: int) -> None:
     """q, k and v side by side in one tensor, where rows are far apart; boundaries that are no array of their own."""
     lengths = [300, 17, 0, 129]
     starts = boundaries(lengths, "cuda")
@@ -207,12 +207,12 @@ def test_packed_slices(width: int) -> None:
     assert torch.allclose(found[0][1], found[1][1], rtol=2e-2, atol=1e-2)
 
 
-def packed_at_random(pick: random.Random, case: Case, most: int, longest: int) -> Case:
+def varlen_at_random(pick: random.Random, case: Case, most: int, longest: int) -> Case:
     """So many sequences at most, some of them empty, and one of the lengths of the case."""
     count = pick.randint(1, most)
     lengths_q, lengths_k = (tuple(pick.choice([0, 1, pick.randint(1, longest)]) for _ in range(count)) for _ in "qk")
-    packed = {"lengths_q": (*lengths_q, case.len_q), "lengths_k": (*lengths_k, case.len_k), "layout": "heads first"}
-    return dataclasses.replace(case, **packed)
+    varlen = {"lengths_q": (*lengths_q, case.len_q), "lengths_k": (*lengths_k, case.len_k), "layout": "heads first"}
+    return dataclasses.replace(case, **varlen)
 
 
 @pytest.mark.parametrize("seed", range(20))
@@ -232,7 +232,7 @@ def test_random_shapes(seed: int) -> None:
             layout=pick.choice(["heads first", "tokens first", "expanded over the batch"]),
         )  # fmt: skip
         if pick.random() < 0.3:
-            case = packed_at_random(pick, case, 12, 500)
+            case = varlen_at_random(pick, case, 12, 500)
         inputs = make(case, pick.choice(HALF), "cuda", seed)
         excess = compare.excess(inputs, compare.library(inputs, "triton:hopper"))
         assert max(excess.values()) <= 1, (case, excess)
@@ -243,15 +243,15 @@ def test_a_thousand_shapes(part: int) -> None:
     """Of few kinds of calls, so that little is compiled."""
     for seed in range(100 * part, 100 * part + 100):
         pick = random.Random(10_000 + seed)
-        kind = pick.choice(["full", "causal", "window", "packed"])
+        kind = pick.choice(["full", "causal", "window", "varlen"])
         heads_kv, width = pick.randint(1, 4), pick.choice(WIDTHS)
         case = Case(
             "", batch=pick.randint(1, 4), heads_q=2 * heads_kv, heads_kv=heads_kv, len_q=pick.randint(1, 1800),
-            len_k=pick.randint(1, 2200), size=width, size_v=width, n="per head", causal=kind in ("causal", "packed"),
+            len_k=pick.randint(1, 2200), size=width, size_v=width, n="per head", causal=kind in ("causal", "varlen"),
             window=(90, 20) if kind == "window" else None,
         )  # fmt: skip
-        if kind == "packed":
-            case = packed_at_random(pick, case, 14, 600)
+        if kind == "varlen":
+            case = varlen_at_random(pick, case, 14, 600)
         inputs = make(case, torch.bfloat16, "cuda", seed)
         excess = compare.excess(inputs, compare.library(inputs, "triton:hopper"))
         assert max(excess.values()) <= 1, (case, excess)

@@ -12,14 +12,14 @@ pytest.importorskip("triton")
 
 from attn_n.backends.triton import BACKEND, hopper
 from attn_n.backends.triton.hopper import HopperKernels, configs
-from attn_n.backends.triton.problem import describe
+from attn_n.backends.triton.kernel_key import describe
 from attn_n.call import Options
-from tests.calls import gpu_call, packed
+from tests.calls import gpu_call, varlen
 
 WIDTHS = (64, 128, 256)
 
 
-# Of one sequence of 16,384 tokens with two key heads, on 132 processors.
+# Of one sequence of 16,384 tokens with two KV heads, on 132 SMs.
 @pytest.mark.parametrize(
     ("changes", "groups", "heads"),
     [
@@ -34,8 +34,8 @@ WIDTHS = (64, 128, 256)
         ({"right": 0, "width": 256}, 4, 2),
         ({"right": 0, "left": 500}, 8, 8),
         ({"right": 0, "left": 4000}, 8, 2),
-        ({"right": 0, "packed": True, "batch": 64, "len_q": 300}, 8, 8),
-        ({"right": 0, "packed": True, "batch": 64, "len_q": 3000}, 8, 2),
+        ({"right": 0, "varlen": True, "batch": 64, "len_q": 300}, 8, 8),
+        ({"right": 0, "varlen": True, "batch": 64, "len_q": 3000}, 8, 2),
         ({"heads_kv": 1, "keys": 4096}, 8, 2),
         ({"heads_kv": 2, "keys": 4096}, 8, 4),
         ({"heads_kv": 2, "keys": 4096, "right": 0}, 8, 2),
@@ -46,9 +46,9 @@ WIDTHS = (64, 128, 256)
 def test_query_heads_of_a_program(changes: dict[str, object], groups: int, heads: int) -> None:
     q = torch.empty(1, 2, 16384, 128, device="meta", dtype=torch.bfloat16)
     usual = describe((q,) * 5, None, Options(0.1))._replace(heads_kv=2)
-    problem = usual._replace(**changes)
-    problem = problem._replace(heads=groups * problem.heads_kv)
-    assert configs.heads_of_item(problem, 132) == heads
+    key = usual._replace(**changes)
+    key = key._replace(heads=groups * key.heads_kv)
+    assert configs.heads_of_item(key, 132) == heads
 
 
 @pytest.mark.skipif(not hopper.tested(), reason="Gluon changes between releases of Triton, and this one is not tested")
@@ -68,9 +68,9 @@ def test_who_takes_tiles_by_a_counter(width: int, changes: dict[str, object], co
     from attn_n.backends.triton.hopper.prepare import forward
 
     q = torch.empty(1, 16, 16384, width, device="meta", dtype=torch.bfloat16)
-    problem = describe((q,) * 3, None, Options(0.1))._replace(**changes)
-    assert configs.find(problem).counted == counted
-    assert forward(problem, q.stride()).table == counted
+    key = describe((q,) * 3, None, Options(0.1))._replace(**changes)
+    assert configs.find(key).counted == counted
+    assert forward(key, q.stride()).table == counted
 
 
 @pytest.mark.parametrize(
@@ -82,10 +82,10 @@ def test_who_takes_tiles_by_a_counter(width: int, changes: dict[str, object], co
         ({"capability": (8, 0)}, "runs on compute capability 9.0"),
         ({"capability": (10, 0)}, "runs on compute capability 9.0"),
         ({"v_shape": (2, 8, 256, 128)}, "takes heads of 64, 128, 256 with E = Ev, got 64, 128"),
-        (packed, None),
-        (packed | {"k_stride": (512, 0, 1)}, "reads strides that are multiples of 16 bytes, and nothing expanded"),
-        (packed | {"v_stride": (516, 64, 1)}, "reads strides that are multiples of 16 bytes, and nothing expanded"),
-        (packed | {"alibi": True}, "has no alibi_slopes"),
+        (varlen, None),
+        (varlen | {"k_stride": (512, 0, 1)}, "reads strides that are multiples of 16 bytes, and nothing expanded"),
+        (varlen | {"v_stride": (516, 64, 1)}, "reads strides that are multiples of 16 bytes, and nothing expanded"),
+        (varlen | {"alibi": True}, "has no alibi_slopes"),
         ({"alibi": True, "dropout_p": 0.1}, "has no dropout, no alibi_slopes"),
         ({"k_stride": (0, 0, 64, 1)}, "reads strides that are multiples of 16 bytes, and nothing expanded"),
     ],

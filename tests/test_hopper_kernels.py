@@ -1,4 +1,4 @@
-"""The kernels beside the Hopper attention: the passes around the backward and the order of packed tiles."""
+"""The kernels beside the Hopper attention: the passes around the backward and the order of varlen tiles."""
 
 from __future__ import annotations
 
@@ -66,7 +66,7 @@ def as_accumulators_lie(tiles: torch.Tensor) -> torch.Tensor:
 
 @pytest.mark.parametrize("device", PLACES)
 @pytest.mark.parametrize(("width", "tile_q"), TILES)
-def test_the_passes_of_packed_sequences(width: int, tile_q: int, device: str) -> None:
+def test_the_passes_of_varlen_sequences(width: int, tile_q: int, device: str) -> None:
     """Each sequence begins with a tile, and what lies in the others reaches none of its rows, be it NaN."""
     from attn_n.backends.triton.hopper.backward_passes import postprocess_kernel, preprocess_kernel
 
@@ -111,7 +111,7 @@ def test_the_passes_of_packed_sequences(width: int, tile_q: int, device: str) ->
 
 @pytest.mark.parametrize("device", PLACES)
 @pytest.mark.parametrize("batch", [1, 5, 130, 1100])
-def test_the_order_of_packed_tiles(batch: int, device: str) -> None:
+def test_the_order_of_varlen_tiles(batch: int, device: str) -> None:
     """Each tile once, those of sequences with many keys first; of more than 1,024 sequences so in each 1,024."""
     from attn_n.backends.triton.hopper.schedule import HEADER, schedule_kernel
 

@@ -15,7 +15,7 @@ from attn_n import UnsupportedError, flash_attention_n
 from attn_n.backends.adapt.layout import of_width
 from attn_n.call import Options
 from tests import compare
-from tests.cases import LAYOUTS, Case, absent, laid_out, make, must_serve
+from tests.cases import LAYOUTS, Case, laid_out, make, must_serve, why_not_usable
 from tests.places import on_gpu
 
 ON_GPU = {
@@ -43,8 +43,8 @@ def _rows() -> Iterator[Case]:
         yield Case(f"dout {layout}", layout_of_dout=layout, len_q=9, len_k=12, size=size, size_v=size_v)
     for layout in ("sliced", "heads innermost", "offset by one", "one storage"):
         for size, size_v in SIZES[1:]:
-            packed = Case(f"packed {layout}", layout=layout, lengths_q=(5, 1, 8), lengths_k=(5, 3, 9), causal=True)
-            yield dataclasses.replace(packed, size=size, size_v=size_v, layout_of_dout="transposed")
+            varlen = Case(f"varlen {layout}", layout=layout, lengths_q=(5, 1, 8), lengths_k=(5, 3, 9), causal=True)
+            yield dataclasses.replace(varlen, size=size, size_v=size_v, layout_of_dout="transposed")
 
 
 def _table() -> Iterator[object]:
@@ -66,8 +66,8 @@ def test_the_table(
     device: str, backend: str | None, dtype: torch.dtype, case: Case, lse_grad: bool, ran: list[str]
 ) -> None:
     """Whoever says that it serves a call serves it in every layout; `None` is the automatic choice."""
-    if backend is not None and absent(backend):
-        pytest.skip(f"{backend}: {absent(backend)}")
+    if backend is not None and why_not_usable(backend):
+        pytest.skip(f"{backend}: {why_not_usable(backend)}")
     inputs = make(case, dtype, device)
     if backend is not None and not must_serve(backend, device, dtype, case, lse_grad):
         with pytest.raises(UnsupportedError, match=backend):
@@ -85,7 +85,7 @@ def test_the_table(
 @pytest.mark.parametrize("reverse", [False, True])
 def test_layouts_one_after_the_other_on_cudnn(reverse: bool) -> None:
     """PyTorch keeps a plan of cuDNN's backward by the strides of q, k and v alone; `reverse` has other shapes."""
-    cases = [case for case in _rows() if not case.packed and (case.size, case.size_v) == (64, 64)]
+    cases = [case for case in _rows() if not case.varlen and (case.size, case.size_v) == (64, 64)]
     for case in reversed(cases) if reverse else cases:
         case = dataclasses.replace(case, len_q=21, len_k=21) if reverse else case
         inputs = make(case, torch.bfloat16, "cuda")
@@ -120,7 +120,7 @@ def test_opcheck(case: Case) -> None:
     """The strides that the fakes promise are those that come out."""
     inputs = make(case, torch.float32, "cpu")
     q, k, v = (x.detach() for x in (inputs.q, inputs.k, inputs.v))
-    packing: tuple[Any, ...] = inputs.packing() if case.packed else (None, None, 0, 0)
+    packing: tuple[Any, ...] = inputs.packing() if case.varlen else (None, None, 0, 0)
     options = Options(0.25, None, 0, None, 0.0, None, None, *packing)
     log_n, checks = torch.linspace(-1, 1, case.heads_q), ("test_schema", "test_faketensor")
     arguments: tuple[Any, ...] = (q, k, v, log_n, True, None, None, "sdpa:cpu", *options)
@@ -147,8 +147,8 @@ MASKED = [
 @pytest.mark.parametrize("keys", [16, 13])
 def test_masks(device: str, backend: str, dtype: torch.dtype, layout: str, keys: int, ran: list[str]) -> None:
     """A bias by relative position has heads innermost, as an embedding gives it."""
-    if absent(backend):
-        pytest.skip(f"{backend}: {absent(backend)}")
+    if why_not_usable(backend):
+        pytest.skip(f"{backend}: {why_not_usable(backend)}")
     case = Case("", batch=2, heads_q=3, heads_kv=3, len_q=9, len_k=keys)
     inputs = make(case, dtype, device)
     inputs.mask = laid_out(torch.randn(2, 3, 9, keys, device=device, dtype=dtype), layout)

@@ -22,11 +22,14 @@ from attn_n.call import Options
 from attn_n.dispatch import serving
 from tests import compare
 from tests.calls import gpu_call
-from tests.cases import Case, absent, make
+from tests.cases import Case, make, why_not_usable
 
 BACKENDS = ("flash_attn:2", "flash_attn:3", "flash_attn:4", "xformers:flash", "xformers:cutlass")
 INSTALLED = [
-    pytest.param(name, marks=[pytest.mark.gpu, pytest.mark.skipif(absent(name) is not None, reason=f"{absent(name)}")])
+    pytest.param(
+        name,
+        marks=[pytest.mark.gpu, pytest.mark.skipif(why_not_usable(name) is not None, reason=f"{why_not_usable(name)}")],
+    )
     for name in BACKENDS
 ]
 
@@ -62,7 +65,7 @@ FEW_KEYS = {"k_shape": (2, 8, 9, 64), "v_shape": (2, 8, 9, 64)}
         (BACKENDS[4:], {"alibi": True}, "rounds what is added to the logits to bfloat16"),
         (BACKENDS[:1] + BACKENDS[3:4], WINDOW | FEW_KEYS, "open to the right only for L <= S + 1"),
         (("sdpa:flash",), WINDOW | FEW_KEYS, "open to the right only for L <= S + 1"),
-        (BACKENDS[3:4], WINDOW | {"sequences": 2}, "full and for causal attention and causal windows alone"),
+        (BACKENDS[3:4], WINDOW | {"sequences": 2}, "full attention, causal attention and causal windows alone"),
     ],
     ids=str,
 )  # fmt: skip
@@ -76,12 +79,12 @@ def test_nothing_refuses_what_the_libraries_can_do() -> None:
     for backend in BACKENDS:
         for changes in ({"return_lse": True}, {"window_right": 0}, {"sequences": 2, "window_right": 0}):
             reason = why_not(backend, **changes)
-            assert reason == absent(backend) or "made without" in str(reason)
+            assert reason == why_not_usable(backend) or "made without" in str(reason)
     for changes in ({"alibi": True}, {"dropout_p": 0.2}, {"softcap": 3.0}, {"window_left": 4, "window_right": 9}):
-        assert why_not("flash_attn:2", **changes) == absent("flash_attn:2")
+        assert why_not("flash_attn:2", **changes) == why_not_usable("flash_attn:2")
     assert why_not("xformers", dtype=torch.float32) == (
-        None if absent("xformers:cutlass") is None else
-        f"flash: takes float16 and bfloat16, not float32; cutlass: {absent('xformers:cutlass')}"
+        None if why_not_usable("xformers:cutlass") is None else
+        f"flash: takes float16 and bfloat16, not float32; cutlass: {why_not_usable('xformers:cutlass')}"
     )  # fmt: skip
 
 
@@ -101,7 +104,7 @@ MISSING = {
 def test_a_library_that_is_not_installed(backend: str, ran: list[str]) -> None:
     library, said = MISSING[backend]
     name = library.packages[0] if library is not None else "xformers"
-    if library.version() if library is not None else absent("xformers:flash") is None:
+    if library.version() if library is not None else why_not_usable("xformers:flash") is None:
         pytest.skip(f"{name} is installed")
     assert said in str(why_not(backend))
     q, k, v = (torch.randn(1, 1, 4, 8) for _ in range(3))
@@ -122,24 +125,24 @@ def test_how_a_library_is_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     importlib.invalidate_caches()
     found = torch.__version__
     not_installed = "needs some library (pip install some), which is not installed"
-    assert library("some_missing").problem() == not_installed
-    assert library("some_namespace.kernels").problem() == not_installed
+    assert library("some_missing").why_not() == not_installed
+    assert library("some_namespace.kernels").why_not() == not_installed
     broken = (
         f"some library {found} is installed but cannot be imported:"
         " OSError: libcudart.so.12: cannot open shared object file"
     )
     with pytest.warns(RuntimeWarning, match=re.escape(f"attn_n: {broken}")):  # what it costs is not lost silently
-        assert library("some_broken").problem() == broken
-    assert library("some_incomplete").problem() == (
+        assert library("some_broken").why_not() == broken
+    assert library("some_incomplete").why_not() == (
         f"some library {found} is installed but needs a_part_that_is_missing, which is not"
     )
-    assert library("torch", oldest="99.1").problem() == f"needs some library 99.1 or later, found {found}"
-    assert library("torch", oldest="2.0").problem() is None
+    assert library("torch", oldest="99.1").why_not() == f"needs some library 99.1 or later, found {found}"
+    assert library("torch", oldest="2.0").why_not() is None
     assert Library("some", "torch", "", ("some-library",), oldest="2.0").version() is None
 
 
 def test_what_the_memory_efficient_backward_reads() -> None:
-    """lse of one of several packed sequences, as many tokens as need no padding."""
+    """lse of one of several varlen sequences, as many tokens as need no padding."""
     out, lse = torch.randn(1, 3, 64, 8), torch.randn(100, 3)[:64].T[None]
     dout, tokens_first, head_by_head = MemoryEfficientBackend().results(out, out, lse)
     assert dout.stride() == tokens_first.stride() == (64 * 3 * 8, 3 * 8, 8, 1)
@@ -184,13 +187,13 @@ KINDS_OF_N = (0.0, 1e-3, 1.0, 3.7, 1e4, "per head")
 @pytest.mark.parametrize("size", [64, 128])
 @pytest.mark.parametrize("n", KINDS_OF_N)
 def test_every_n(backend: str, dtype: torch.dtype, size: int, n: float | str, ran: list[str]) -> None:
-    """Both passes, causal or not, GQA, packed, many keys; n weighs as much as the keys; with the gradient of n."""
+    """Both passes, causal or not, GQA, varlen, many keys; n weighs as much as the keys; with the gradient of n."""
     shift = math.log(n) if isinstance(n, float) and n else -1.0
     common: dict[str, Any] = {"size": size, "size_v": size, "n": n, "shift": shift, "heads_q": 4, "heads_kv": 2}
     for case in (
         Case("full", len_q=130, len_k=7, **common),
         Case("causal", len_q=150, len_k=150, causal=True, **common),
-        Case("packed", lengths_q=(5, 140, 9), lengths_k=(7, 160, 3), causal=True, **common),
+        Case("varlen", lengths_q=(5, 140, 9), lengths_k=(7, 160, 3), causal=True, **common),
         Case("few queries, many keys", len_q=5, len_k=3000, **{**common, "shift": shift - math.log(3000)}),
     ):
         inputs = make(case, dtype, "cuda")

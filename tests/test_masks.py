@@ -19,7 +19,7 @@ from attn_n.call import AttentionCall, Options
 from attn_n.dispatch import serving
 from tests import compare
 from tests.calls import gpu_call
-from tests.cases import HOPPER, INTERPRETED, Case, absent, make
+from tests.cases import HOPPER, INTERPRETED, Case, make, why_not_usable
 from tests.oracle import attention_n
 from tests.places import on_gpu
 
@@ -53,9 +53,9 @@ def served(device: str, backend: str, case: Case, corner: str, ran: list[str]) -
     assert set(ran) == expected
 
 
-def skip_if_absent(backend: str) -> None:
-    if absent(backend):
-        pytest.skip(f"{backend}: {absent(backend)}")
+def skip_unless_usable(backend: str) -> None:
+    if why_not_usable(backend):
+        pytest.skip(f"{backend}: {why_not_usable(backend)}")
     if backend == "triton:hopper" and not HOPPER:
         pytest.skip("no GPU of compute capability 9.0")
 
@@ -66,7 +66,7 @@ def skip_if_absent(backend: str) -> None:
     ("len_q", "len_k"), [(33, 33), (20, 150), (150, 20), (1, 9), (130, 300), (300, 130)], ids=str
 )  # fmt: skip
 def test_causal_bias(len_q: int, len_k: int, corner: str, device: str, backend: str, ran: list[str]) -> None:
-    skip_if_absent(backend)
+    skip_unless_usable(backend)
     if backend in FLASH and corner == "upper left" and len_q < len_k:
         pytest.skip("refused: test_flash_attention_has_no_negative_side")
     if backend in FLASH_2 and corner == "upper left" and len_q >= 2 * len_k:
@@ -94,7 +94,7 @@ def test_causal_bias(len_q: int, len_k: int, corner: str, device: str, backend: 
     ids=str,
 )
 def test_causal_bias_beside_others(changes: dict[str, Any], device: str, backend: str, ran: list[str]) -> None:
-    skip_if_absent(backend)
+    skip_unless_usable(backend)
     case = Case("", **{"batch": 1, "len_q": 66, "len_k": 130, "size": 64, "size_v": 64} | changes)
     inputs = make(case, torch.float32 if device == "cpu" else torch.bfloat16, device)
     bias = causal_upper_left(case.len_q, case.len_k)
@@ -191,15 +191,15 @@ def test_how_many_keys_a_negative_side_leaves(left: int | None, right: int, seen
     assert call.keys_seen == seen
     pytest.importorskip("triton")
     from attn_n.backends.triton.hopper import configs as of_hopper
+    from attn_n.backends.triton.kernel_key import describe
     from attn_n.backends.triton.portable import configs
-    from attn_n.backends.triton.problem import describe
 
     q = torch.empty(1, 2, 256, 64, device="meta", dtype=torch.bfloat16)
-    problem = describe((q,) * 5, None, Options(0.1, left, right))
-    assert 0 <= problem.keys_on_average <= seen
+    key = describe((q,) * 5, None, Options(0.1, left, right))
+    assert 0 <= key.keys_on_average <= seen
     for kernel in ("forward", "dq", "dk and dv"):
-        assert configs.find(kernel, problem)
-    assert of_hopper.find(problem)
+        assert configs.find(kernel, key)
+    assert of_hopper.find(key)
 
 
 class Bare(Tensor):
@@ -366,7 +366,7 @@ def test_jagged_refused() -> None:
     x, dense = jagged((3, 7), 2, 8), torch.randn(2, 2, 5, 8)
     q, other = x.transpose(1, 2), jagged((3, 7), 2, 8).transpose(1, 2)
     fewer = jagged((3,), 2, 8).transpose(1, 2)
-    assert "packed q (10, 2, 8)" in str(explain(q, q, q, True))
+    assert "varlen q (10, 2, 8)" in str(explain(q, q, q, True))
     for call, error, text in (
         ((x, x, x), ValueError, r"q: expected .*\(N, heads, length, E\).*got shape \(2, j\d+, 2, 8\): .*transpose"),
         ((q, dense, dense), TypeError, "k: expected a jagged NestedTensor as the others are, got Tensor"),
@@ -429,7 +429,7 @@ def test_what_is_broadcast_is_not_copied(name: str, monkeypatch: pytest.MonkeyPa
 @pytest.mark.parametrize("backend", [*ON_GPU, *FLASH, "sdpa:cudnn"])
 def test_what_is_broadcast_on_a_gpu(backend: str, ran: list[str]) -> None:
     """Right, and without a copy of k and v in memory."""
-    skip_if_absent(backend)
+    skip_unless_usable(backend)
     q = torch.randn(32, 4, 128, 64, device="cuda", dtype=torch.bfloat16)
     k, v = (torch.randn(1, 4, 4096, 64, device="cuda", dtype=torch.bfloat16) for _ in range(2))
     out = flash_attention_n(q, k, v, sm_n=1.0, backend=backend)
@@ -456,11 +456,11 @@ def test_what_is_not_broadcast() -> None:
 
 
 @pytest.mark.parametrize(("device", "backend"), [p for p in PLACES if p.values[1] in (*ON_CPU, "triton:portable")])
-@pytest.mark.parametrize("packed", [False, True])
+@pytest.mark.parametrize("varlen", [False, True])
 @pytest.mark.parametrize("lowest", [-1e300, torch.finfo(torch.float64).min], ids=str)
-def test_a_float64_mask_beyond_float32(lowest: float, packed: bool, device: str, backend: str, ran: list[str]) -> None:
+def test_a_float64_mask_beyond_float32(lowest: float, varlen: bool, device: str, backend: str, ran: list[str]) -> None:
     """Only -inf hides: a whole row of a number that float32 cannot hold gives the mean."""
-    skip_if_absent(backend)
+    skip_unless_usable(backend)
     dtype = torch.float32 if device == "cpu" else torch.bfloat16
     q, k, v = (torch.randn(1, 2, length, 64, device=device, dtype=dtype) for length in (4, 6, 6))
     mask = torch.zeros(4, 6, dtype=torch.float64, device=device)
@@ -469,7 +469,7 @@ def test_a_float64_mask_beyond_float32(lowest: float, packed: bool, device: str,
     mask[2] = -torch.inf
     mask[3, ::2] = -torch.inf
     mask.requires_grad_(backend == "reference")
-    if packed:
+    if varlen:
         starts = [torch.tensor([0, length], dtype=torch.int32, device=device) for length in (4, 6)]
         tokens = [x[0].transpose(0, 1) for x in (q, k, v)]
         out = flash_attention_n_varlen(*tokens, *starts, 4, 6, attn_mask=mask, backend=backend)

@@ -31,7 +31,7 @@ def test_opcheck(case: Case) -> None:
     """Schemas, and fakes that promise the very shapes, strides and dtypes that the kernels return."""
     inputs = make(case, torch.float32, "cpu")
     q, k, v = (x.detach() for x in (inputs.q, inputs.k, inputs.v))
-    packing: tuple[Any, ...] = inputs.packing() if case.packed else (None, None, 0, 0)
+    packing: tuple[Any, ...] = inputs.packing() if case.varlen else (None, None, 0, 0)
     batch = len(case.lengths_q) or case.batch
     slopes = None if inputs.alibi_slopes is None else inputs.alibi_slopes.expand(batch, -1)
     mask = None if inputs.mask is None else inputs.mask[(None,) * (4 - inputs.mask.dim())]
@@ -51,7 +51,7 @@ def test_opcheck(case: Case) -> None:
         (*arguments, True, True, True, None, "sdpa:cpu", *options),
         test_utils=checks[:2],
     )
-    if case.name in ("causal", "GQA", "packed"):
+    if case.name in ("causal", "GQA", "varlen"):
         torch.library.opcheck(
             torch.ops.attn_n.forward.default,
             (q, k, v, log_n, True, None, None, "sdpa:cpu", *options),
@@ -102,7 +102,7 @@ def test_compile_with_dynamic_shapes(
     assert counters["stats"]["unique_graphs"] == 1, "one graph for all lengths"
 
 
-def test_compile_packed() -> None:
+def test_compile_varlen() -> None:
     torch.compiler.reset()
     starts = torch.tensor([0, 3, 10], dtype=torch.int32)
     q, k, v = (torch.randn(10, 2, 8, requires_grad=True) for _ in range(3))
@@ -228,8 +228,8 @@ def test_autocast(backend: str) -> None:
 
 
 @pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
-@pytest.mark.parametrize(("compiled", "packed"), [(False, False), (False, True), (True, False)])
-def test_the_reference_under_autocast(compiled: bool, packed: bool, device: str) -> None:
+@pytest.mark.parametrize(("compiled", "varlen"), [(False, False), (False, True), (True, False)])
+def test_the_reference_under_autocast(compiled: bool, varlen: bool, device: str) -> None:
     """Only the inputs and the output are rounded: log n, the bias and all products are float32."""
     q, k, v = (torch.randn(2, 2, 33, 16, device=device).bfloat16().float().requires_grad_() for _ in range(3))
     sinks, mask = torch.tensor([0.3, 1.7], device=device, requires_grad=True), torch.randn(33, 33, device=device) * 3
@@ -240,7 +240,7 @@ def test_the_reference_under_autocast(compiled: bool, packed: bool, device: str)
 
     def attend(q: Tensor, k: Tensor, v: Tensor, sinks: Tensor) -> tuple[Tensor, Tensor]:
         keywords: dict[str, Any] = {"sinks": sinks, "attn_mask": mask, "return_lse": True, "backend": "reference"}
-        if not packed:
+        if not varlen:
             return flash_attention_n(q, k, v, **keywords)
         starts = torch.tensor([0, 33, 66], dtype=torch.int32, device=device)
         tokens = (x.transpose(1, 2).flatten(0, 1) for x in (q, k, v))

@@ -19,7 +19,7 @@ import attn_n
 from attn_n import AttentionCall, Backend, UnsupportedError, flash_attention_n, use_backend
 from attn_n.backends import registry
 from attn_n.dispatch import choose, explanation, order
-from tests.calls import Eager, gpu_call, inputs, packed
+from tests.calls import Eager, gpu_call, inputs, varlen
 
 
 @pytest.fixture(autouse=True)
@@ -165,10 +165,10 @@ def test_explain(capsys: pytest.CaptureFixture[str], ran: list[str]) -> None:
     assert attn_n.explain(*inputs(), backend="sdpa:flash").chosen is None
     with use_backend("reference"):
         assert attn_n.explain(*inputs()).chosen == "reference"
-    packed = torch.randn(5, 2, 8), torch.randn(5, 2, 8), torch.randn(5, 2, 8)
+    varlen = torch.randn(5, 2, 8), torch.randn(5, 2, 8), torch.randn(5, 2, 8)
     starts = torch.tensor([0, 2, 5], dtype=torch.int32)
-    said = str(attn_n.explain(*packed, starts, starts, 3, 3))
-    assert "packed q (5, 2, 8)" in said
+    said = str(attn_n.explain(*varlen, starts, starts, 3, 3))
+    assert "varlen q (5, 2, 8)" in said
     assert "read as sequences = 2, Hq = 2, Hkv = 2, Tq = 5, Tk = 5, E = 8, Ev = 8" in said
     assert ran == []
 
@@ -274,8 +274,8 @@ wide = {
         ({"window_left": 10, "window_right": 5}, 16),
         ({"window_left": 0, "window_right": 5}, 6),
         ({"window_left": 200, "window_right": 100}, 256),
-        (packed, 250),
-        (packed | {"window_left": 10, "window_right": 5}, 16),
+        (varlen, 250),
+        (varlen | {"window_left": 10, "window_right": 5}, 16),
     ],
     ids=str,
 )
@@ -294,9 +294,9 @@ def test_how_many_keys_a_query_sees(changes: dict[str, object], keys: int) -> No
         (odd, "triton:portable"),
         ({"k_shape": (2, 8, 300, 64), "v_shape": (2, 8, 300, 64), "softcap": 30.0} | odd, "triton:portable"),
         ({"dropout_p": 0.1}, "sdpa:flash"),
-        (packed, "triton:hopper"),
-        (packed | {"sequences": 8}, "triton:portable"),
-        (packed | {"sequences": 8, "needs_grad": False}, "triton:hopper"),
+        (varlen, "triton:hopper"),
+        (varlen | {"sequences": 8}, "triton:portable"),
+        (varlen | {"sequences": 8, "needs_grad": False}, "triton:hopper"),
         (long | {"q_shape": (2, 8, 1, 64), "n_kind": "float", "needs_grad": False}, "triton:hopper"),
         (longer | {"q_shape": (2, 8, 1, 64), "n_kind": "per head", "needs_grad": False}, "sdpa:flash"),
         (long | {"q_shape": (2, 8, 1, 64), "needs_grad": False}, "sdpa:flash"),
@@ -306,7 +306,7 @@ def test_how_many_keys_a_query_sees(changes: dict[str, object], keys: int) -> No
         (long | {"q_shape": (2, 8, 4, 64), "needs_grad": False}, "triton:hopper"),
         ({"capability": (10, 0)}, "sdpa:flash"),
         ({"capability": (12, 0), "window_right": 0, "needs_grad": False}, "sdpa:flash"),
-        (packed | {"capability": (8, 0)}, "sdpa:flash"),
+        (varlen | {"capability": (8, 0)}, "sdpa:flash"),
         ({"return_lse": True}, "triton:hopper"),
         ({"return_lse": True} | odd, "triton:portable"),
         ({"dtype": torch.float32}, "sdpa:efficient"),
@@ -386,10 +386,10 @@ def test_the_choice_beside_flash_attention(
     [
         *(((9, 0), changes) for changes in (
             {}, {"n_kind": "float"}, {"n_kind": "per head", "window_right": 0, "needs_grad": False}, {"alibi": True},
-            {"window_left": 255, "window_right": 0, "needs_grad": False}, packed, packed | {"n_kind": "float"},
+            {"window_left": 255, "window_right": 0, "needs_grad": False}, varlen, varlen | {"n_kind": "float"},
         )),
         *((capability, changes) for capability in ((8, 0), (10, 0), (12, 0)) for changes in (
-            {"n_kind": "per head", "window_right": 0, "needs_grad": False}, packed,
+            {"n_kind": "per head", "window_right": 0, "needs_grad": False}, varlen,
         )),
     ],
     ids=str,

@@ -213,9 +213,9 @@ def test_a_library_that_xformers_hides_is_not_missing(
     monkeypatch.syspath_prepend(tmp_path)
     importlib.invalidate_caches()
     try:
-        first = pool.submit(Library("xformers", "xformers.ops", "", ("xformers",), load=xformers.load).problem)
+        first = pool.submit(Library("xformers", "xformers.ops", "", ("xformers",), load=xformers.load).why_not)
         gate.wait()
-        second = pool.submit(Library("flash-attn 4", "flash_attn.cute.interface", "", ("flash-attn-4",)).problem)
+        second = pool.submit(Library("flash-attn 4", "flash_attn.cute.interface", "", ("flash-attn-4",)).why_not)
         assert waits(second)
         gate.open()
         assert first.result(SECONDS) is second.result(SECONDS) is None

@@ -97,7 +97,7 @@ def test_vmap(backend: str | None, in_dims: tuple[int | None, ...], ran: list[st
 
 
 def test_vmap_joins_the_batch(ran: list[str]) -> None:
-    """One kernel for all samples, unless n, a mask or packed sequences keep them apart."""
+    """One kernel for all samples, unless n, a mask or varlen sequences keep them apart."""
     x = inputs(3, 2)
     torch.vmap(ours, (0, 0, 0, None))(*x)
     assert ran == ["forward sdpa:cpu"]
@@ -107,7 +107,7 @@ def test_vmap_joins_the_batch(ran: list[str]) -> None:
     assert ran == ["forward sdpa:cpu"] * 4
 
 
-def test_vmap_of_packed_sequences_and_masks() -> None:
+def test_vmap_of_varlen_sequences_and_masks() -> None:
     q, k, v = (torch.randn(3, 7, 2, 8, dtype=torch.float64) for _ in range(3))
     mask = torch.randn(3, 5, 5, dtype=torch.float64)
 

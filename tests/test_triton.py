@@ -73,7 +73,7 @@ def test_every_row(
     case = Case(
         "", batch=1, heads_q=2, heads_kv=1, len_q=150, len_k=170, size=width - 16, size_v=width - 16, window=(90, 10)
     )
-    monkeypatch.setattr(configs, "find", lambda kernel, problem: row_of[kernel])
+    monkeypatch.setattr(configs, "find", lambda kernel, key: row_of[kernel])
     inputs = make(case, torch.float32 if name == "float32" else torch.bfloat16, device)
     excess = compare.excess(inputs, compare.library(inputs, "triton:portable"))
     assert max(excess.values()) <= 1, excess
@@ -154,7 +154,7 @@ def test_a_cuda_graph_of_both_passes(inputs: list[Tensor], options: dict[str, fl
 @pytest.mark.gpu
 @pytest.mark.parametrize("dropout_p", [0.0, 0.3])
 def test_what_changes_between_calls_that_look_the_same(inputs: list[Tensor], dropout_p: float) -> None:
-    """The launch is prepared once; n, a gradient of lse and the alignment of a tensor are not part of the problem."""
+    """The launch is prepared once; n, a gradient of lse and the alignment of a tensor are not part of its key."""
     q, k, v = (x.detach()[:, :, :24].contiguous().requires_grad_() for x in inputs)
     per_head = torch.tensor([0.0, 0.5, 1.0, 9.0], device="cuda", requires_grad=True)
     odd = torch.cat([q.detach().new_zeros(1), k.detach().flatten()])[1:].view(k.shape).requires_grad_()

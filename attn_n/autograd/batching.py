@@ -20,7 +20,7 @@ def rule(operator: Callable[..., Results]) -> Callable[..., tuple[Results, tuple
     """The rule for `torch.library.register_vmap` of an operator.
 
     The new dimension joins the batch where only tensors with a batch dimension have it. Otherwise (n or a mask has it,
-    the gradient of n is wanted, sequences are packed) the operator runs once for each slice.
+    the gradient of n is wanted, sequences are varlen) the operator runs once for each slice.
     """
     names = [argument.name for argument in operator.default._schema.arguments]  # type: ignore[attr-defined]
 

@@ -1,6 +1,6 @@
 """The formulas for torch.utils.flop_counter: matmuls over whole rectangles of queries and keys, as PyTorch counts SDPA.
 
-A causal mask or a window leaves the count as it is. Packed sequences count by their lengths where these can be read,
+A causal mask or a window leaves the count as it is. Varlen sequences count by their lengths where these can be read,
 otherwise by the longest ones.
 """
 

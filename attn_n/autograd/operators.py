@@ -521,20 +521,20 @@ def _forward_operator(*arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
     if rng_state is None:
         rng_state = torch.empty(2 if options.dropout_p else 0, dtype=torch.int64, device=q.device)
     promised = _promises(backend)
-    return _in_order(out, promised.out_order(q)), _in_order(lse, promised.lse_order(q)), rng_state
+    return _in_order(out, promised.out_dim_order(q)), _in_order(lse, promised.lse_dim_order(q)), rng_state
 
 
 def _backward_operator(*arguments: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     q, k, v, backend = *arguments[2:5], arguments[13]
     dq, dk, dv, dn = _backward(Options(*arguments[14:]), *arguments[:14])
-    order = _promises(backend).gradient_order
+    order = _promises(backend).gradient_dim_order
     return _in_order(dq, order(q)), _in_order(dk, order(k)), _in_order(dv, order(v)), dn
 
 
 def _fake_forward(*arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
     q, v, promised, options = arguments[0], arguments[2], _promises(arguments[7]), _options_of(arguments)
-    out = empty_in_order(q, (*q.shape[:-1], v.shape[-1]), promised.out_order(q))
-    lse = empty_in_order(q, q.shape[:-1], promised.lse_order(q)).to(_lse_dtype(q))
+    out = empty_in_order(q, (*q.shape[:-1], v.shape[-1]), promised.out_dim_order(q))
+    lse = empty_in_order(q, q.shape[:-1], promised.lse_dim_order(q)).to(_lse_dtype(q))
     return out, lse, q.new_empty(2 if options.dropout_p else 0, dtype=torch.int64)
 
 
@@ -542,7 +542,7 @@ def _fake_backward(*arguments: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     q, k, v, lse, n, needs_n_grad, promised = (
         *arguments[2:5], arguments[6], arguments[8], arguments[11], _promises(arguments[13]),
     )  # fmt: skip
-    dq, dk, dv = (empty_in_order(x, x.shape, promised.gradient_order(x)) for x in (q, k, v))
+    dq, dk, dv = (empty_in_order(x, x.shape, promised.gradient_dim_order(x)) for x in (q, k, v))
     return dq, dk, dv, lse.new_empty(n.shape if needs_n_grad else 0)
 
 

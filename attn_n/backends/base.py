@@ -1,4 +1,4 @@
-"""What a backend is."""
+"""The base class of backends, of families of them, and the memory layouts that they promise."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ _DEVICES = {"cpu": "CPU", "cuda": "CUDA"}
 
 
 class Prepared(Protocol):
-    """The two passes of a backend, see `Backend`."""
+    """The two passes of a backend for one kind of call; `Backend` documents them."""
 
     def forward(
         self, q: Tensor, k: Tensor, v: Tensor, log_n: float | Tensor | None, options: Options
@@ -27,21 +27,21 @@ class Prepared(Protocol):
 class Backend:
     """One implementation of attention; subclass it and hand an instance to `attn_n.register_backend`.
 
-    The attributes say what it serves, and a call that asks for more is refused before `why_not` is asked: an argument
-    that a backend does not know of can therefore not be ignored by it.
+    The attributes declare what it serves. A call that asks for more is refused before `why_not` is asked, so that a
+    backend cannot ignore an argument that it does not know.
 
     Attributes:
-        name: what `backend=` and `ATTN_N_BACKEND` call it.
-        summary: one line on what it is.
-        honours: what it takes beyond plain attention, by the names in `attn_n.FEATURES`.
-        devices: the types of the devices that it runs on; None is any.
+        name: the name in `backend=` and `ATTN_N_BACKEND`.
+        summary: one line about the backend.
+        honours: the arguments that it takes beyond plain attention, by their names in `attn_n.FEATURES`.
+        devices: the device types that it runs on; None is any.
         dtypes: the dtypes of q, k and v that it takes; None is any.
         capability: the least compute capability of a CUDA device; None is any.
         rocm: it has been tested on ROCm, whose devices are of the type "cuda" too.
-        applies_n: forward returns `out` and `lse` with n inside. Otherwise it gets no n and returns plain softmax
-            attention, and `attn_n.sink` applies n for it.
-        differentiates: the backend implements `attend` out of differentiable torch operations, in place of the pair
-            `forward` and `backward`.
+        applies_n: forward returns `out` and `lse` with n inside. Otherwise forward gets no n and returns plain softmax
+            attention, to which `attn_n.sink` applies n.
+        differentiates: the backend implements `attend` by differentiable torch operations, in place of `forward` and
+            `backward`.
     """
 
     name: str
@@ -55,7 +55,7 @@ class Backend:
     differentiates: bool = False
 
     def refusal(self, call: AttentionCall) -> str | None:
-        """The reason why this backend does not serve `call`, with the remedy if there is one; None if it does."""
+        """Return the reason why it does not serve `call`, with the remedy if there is one; None if it does."""
         if self.devices is not None and call.device not in self.devices:
             return f"runs on {' and '.join(_DEVICES[device] for device in self.devices)}, not on {call.device}"
         if call.device == "cuda":
@@ -75,16 +75,16 @@ class Backend:
         return self.why_not(call)
 
     def why_not(self, call: AttentionCall) -> str | None:
-        """The reason why it does not serve a call that its attributes allow; None if it does.
+        """Return the reason why it does not serve a call that its attributes allow; None if it does.
 
-        Pure and cheap: it sees metadata alone.
+        It is pure and cheap, and sees metadata alone.
         """
         return None
 
     def forward(
         self, q: Tensor, k: Tensor, v: Tensor, log_n: float | Tensor | None, options: Options
     ) -> tuple[Tensor, Tensor, Tensor | None]:
-        """Attention of q `(B, Hq, L, E)`, k `(B, Hkv, S, E)` and v `(B, Hkv, S, Ev)`, or of packed `(T, H, E)`.
+        """Compute attention of q `(B, Hq, L, E)`, k `(B, Hkv, S, E)` and v `(B, Hkv, S, Ev)`, or of varlen `(T, H, E)`.
 
         No dimension is empty. `log_n` is None for n = 0, a number, or `(Hq,)`; only a backend that `applies_n`
         is given anything but None.
@@ -96,15 +96,15 @@ class Backend:
         raise NotImplementedError
 
     def prepare(self, q: Tensor, k: Tensor, v: Tensor, log_n: float | Tensor | None, options: Options) -> Prepared:
-        """What runs this call, and all others that differ from it in the contents of tensors alone.
+        """Return an object that runs this call, and every other one that differs in the contents of tensors alone.
 
-        A backend that finds something out before it can run (a variant, a grid, strides, sizes) returns an object that
-        has found it out; by default it is the backend itself.
+        A backend that has to find a variant, a grid, strides or sizes before it runs keeps them in this object. By
+        default the backend itself is returned.
         """
         return self
 
     def backward(self, grads: Grads, saved: Saved, options: Options) -> Gradients:
-        """The gradients of q, k and v, given the output and the lse with n inside.
+        """Compute the gradients of q, k and v, given the output and the lse with n inside.
 
         With `P = exp(S - lse)` and `delta = rowsum(dout * out) - dlse`: `dS = P * (dout V^T - delta)`. n appears
         nowhere else, so that the backward of plain attention is the backward of softmax_n.
@@ -121,48 +121,48 @@ class Backend:
         options: Options,
         return_lse: bool,
     ) -> tuple[Tensor, Tensor | None]:
-        """`forward` by differentiable torch operations; `n` is n itself, or `log n` if `n_is_logit`."""
+        """Compute attention by differentiable torch operations; `n` is n itself, or `log n` if `n_is_logit`."""
         raise NotImplementedError
 
-    def out_order(self, q: Tensor) -> tuple[int, ...]:
-        """The dimensions of `out` from the outermost to the innermost in memory: by default those of q."""
+    def out_dim_order(self, q: Tensor) -> tuple[int, ...]:
+        """Return the dimensions of `out` from the outermost to the innermost in memory: by default those of q."""
         return memory_order(q)
 
-    def lse_order(self, q: Tensor) -> tuple[int, ...]:
-        """The same for `lse`: by default contiguous."""
+    def lse_dim_order(self, q: Tensor) -> tuple[int, ...]:
+        """Return the dimension order of `lse` in memory: by default it is contiguous."""
         return tuple(range(q.dim() - 1))
 
-    def gradient_order(self, x: Tensor) -> tuple[int, ...]:
-        """The same for the gradient of x, one of q, k and v."""
+    def gradient_dim_order(self, x: Tensor) -> tuple[int, ...]:
+        """Return the dimension order of the gradient of x, which is q, k or v: by default that of x."""
         return memory_order(x)
 
 
 class Family(Backend):
-    """A backend of several kernels, each a backend of its own that can be forced by the name `"family:member"`.
+    """A backend of several kernels, each a backend itself, which can be forced by the name `"family:member"`.
 
-    It serves a call if a member does, and the first one in `order` that serves it runs.
+    It serves a call if a member in `priority` does; the first of those runs.
     """
 
     members: Mapping[str, Backend]
 
-    def order(self, call: AttentionCall) -> Sequence[str]:
-        """The members to try for `call`, the fastest first; those that are for other devices left out."""
+    def priority(self, call: AttentionCall) -> Sequence[str]:
+        """Return the members to try for `call`, the fastest first, without those for other devices."""
         return tuple(self.members)
 
     def by_name(self, call: AttentionCall) -> Mapping[str, str]:
-        """The members for the device of `call` that run only when asked for by their full name, and why."""
+        """Return the members for the device of `call` that run only if named in full, each with the reason."""
         return {}
 
     def serving(self, call: AttentionCall) -> str | None:
-        """The member that serves `call`."""
-        for name in self.order(call):
+        """Return the first member that serves `call`."""
+        for name in self.priority(call):
             if self.members[name].refusal(call) is None:
                 return name
         return None
 
     def refusal(self, call: AttentionCall) -> str | None:
         reasons = []
-        for name in self.order(call):
+        for name in self.priority(call):
             reason = self.members[name].refusal(call)
             if reason is None:
                 return None
@@ -171,12 +171,12 @@ class Family(Backend):
 
 
 def memory_order(x: Tensor) -> tuple[int, ...]:
-    """The dimensions of x by decreasing stride; the last dimension always comes last."""
+    """Return the dimensions of x by decreasing stride; the last dimension always comes last."""
     return (*sorted(range(x.dim() - 1), key=x.stride, reverse=True), x.dim() - 1)
 
 
 def dense_strides(shape: Sequence[int], order: Sequence[int]) -> tuple[int, ...]:
-    """Those of a dense tensor whose dimensions lie in memory in `order`."""
+    """Return the strides of a dense tensor whose dimensions lie in memory in `order`."""
     strides, step = [0] * len(shape), 1
     for dim in reversed(order):
         strides[dim] = step
@@ -185,7 +185,7 @@ def dense_strides(shape: Sequence[int], order: Sequence[int]) -> tuple[int, ...]
 
 
 def empty_in_order(like: Tensor, shape: Sequence[int], order: tuple[int, ...]) -> Tensor:
-    """An uninitialised dense tensor of `shape` whose dimensions lie in memory in `order`."""
+    """Return an uninitialised dense tensor of `shape` whose dimensions lie in memory in `order`."""
     if order == tuple(range(len(order))):
         return like.new_empty(shape)
     inverse = sorted(range(len(order)), key=lambda place: order[place])
@@ -193,12 +193,12 @@ def empty_in_order(like: Tensor, shape: Sequence[int], order: tuple[int, ...]) -
 
 
 def gradients_like(*tensors: Tensor) -> list[Tensor]:
-    """Uninitialised dense tensors that lie in memory as their inputs do, but with the last dimension innermost."""
+    """Return uninitialised dense tensors with the dimension order of their inputs, but the last dimension innermost."""
     return [empty_in_order(x, x.shape, memory_order(x)) for x in tensors]
 
 
 def lies_in_order(x: Tensor, order: tuple[int, ...]) -> bool:
-    """Whether x is dense with its dimensions in memory in `order` (dimensions of size 1 lie anywhere)."""
+    """Return True if x is dense with its dimensions in memory in `order` (dimensions of size 1 may lie anywhere)."""
     expected = 1
     for dim in reversed(order):
         if x.shape[dim] != 1:

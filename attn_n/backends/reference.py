@@ -42,19 +42,19 @@ class Reference(Backend):
         dtype = q.dtype
         # Half precision is computed in float32 and rounded once: log n in bfloat16 would be off by up to 10 %.
         compute = torch.promote_types(dtype, torch.float32)
-        # The scale as a factor of a tensor, and below n alike: there torch.compile takes a number as an input.
+        # The scale, and n below, multiply a tensor: torch.compile makes such numbers inputs of the graph.
         q, k, v, options = q.to(compute) * options.scale, k.to(compute), v.to(compute), options.replaced(scale=1.0)
         if options.cu_seqlens_q is None:
             out, lse = _attend(q, k, v, n, n_is_logit, options, return_lse)
         else:
-            out, lse = _attend_packed(q, k, v, n, n_is_logit, options, return_lse)
+            out, lse = _attend_varlen(q, k, v, n, n_is_logit, options, return_lse)
         return out.to(dtype), lse
 
 
 def _attend(
     q: Tensor, k: Tensor, v: Tensor, n: float | Tensor | None, n_is_logit: bool, options: Options, return_lse: bool
 ) -> tuple[Tensor, Tensor | None]:
-    """One batch, in the dtype it is computed in: q (B, Hq, L, E), k (B, Hkv, S, E), v (B, Hkv, S, Ev)."""
+    """Compute one batch in the dtype of q (B, Hq, L, E), k (B, Hkv, S, E) and v (B, Hkv, S, Ev)."""
     groups = q.shape[1] // k.shape[1] if k.shape[1] else 1  # there may be no heads at all
     if groups > 1:
         k, v = k.repeat_interleave(groups, 1), v.repeat_interleave(groups, 1)
@@ -64,28 +64,28 @@ def _attend(
     bias = dense_bias(options, q.shape[2], k.shape[2], (0, q.shape[2]), (0, k.shape[2]), q.dtype, q.device)
     if bias is not None:
         logits = logits + bias
-    # Nothing depends on what is subtracted, but for overflow: hence it needs no gradient.
+    # The result does not depend on what is subtracted, except by overflow: hence that needs no gradient.
     log_n = _log_n(q, n, n_is_logit)
-    top = log_n.detach()[:, None, None].expand(*logits.shape[:-1], 1)
+    row_max = log_n.detach()[:, None, None].expand(*logits.shape[:-1], 1)
     if logits.shape[-1]:
-        top = torch.maximum(top, logits.detach().amax(-1, keepdim=True))
-    top = top.masked_fill(top == -math.inf, 0.0)  # of a row without anything
-    weights = (logits - top).exp()
+        row_max = torch.maximum(row_max, logits.detach().amax(-1, keepdim=True))
+    row_max = row_max.masked_fill(row_max == -math.inf, 0.0)  # in a row without visible keys at n = 0
+    weights = (logits - row_max).exp()
     if n is not None and not n_is_logit:
-        of_n = weight_of_n(n[:, None, None] if isinstance(n, Tensor) and n.dim() else n, top)
+        of_n = weight_of_n(n[:, None, None] if isinstance(n, Tensor) and n.dim() else n, row_max)
     else:
-        of_n = (log_n[:, None, None] - top).exp()
-    total = weights.sum(-1, keepdim=True) + of_n
-    nothing = total == 0
-    total = total.masked_fill(nothing, 1.0)
-    out = F.dropout(weights / total, options.dropout_p) @ v if options.dropout_p else weights / total @ v
-    return out, (top + total.log()).masked_fill(nothing, -math.inf).squeeze(-1) if return_lse else None
+        of_n = (log_n[:, None, None] - row_max).exp()
+    row_sum = weights.sum(-1, keepdim=True) + of_n
+    empty = row_sum == 0
+    row_sum = row_sum.masked_fill(empty, 1.0)
+    out = F.dropout(weights / row_sum, options.dropout_p) @ v if options.dropout_p else weights / row_sum @ v
+    return out, (row_max + row_sum.log()).masked_fill(empty, -math.inf).squeeze(-1) if return_lse else None
 
 
-def _attend_packed(
+def _attend_varlen(
     q: Tensor, k: Tensor, v: Tensor, n: float | Tensor | None, n_is_logit: bool, options: Options, return_lse: bool
 ) -> tuple[Tensor, Tensor | None]:
-    """Each sequence of packed (T, H, E) tensors as a batch of one."""
+    """Compute each sequence of varlen (T, H, E) tensors as a batch of one."""
     outs, lses = [q.new_zeros((0, q.shape[1], v.shape[2]))], [q.new_zeros((0, q.shape[1]))]
     for queries, keys, alone in one_by_one.sequences(options, q.shape[0], k.shape[0]):
         one_q, one_k, one_v = (
@@ -101,7 +101,7 @@ def _attend_packed(
 
 
 def _log_n(q: Tensor, n: float | Tensor | None, n_is_logit: bool) -> Tensor:
-    """log n as (Hq,) or (1,); of n itself, without its gradient."""
+    """Return log n, (Hq,) or (1,); if n is not a logit, without its gradient."""
     if n is None:
         return q.new_full((1,), -math.inf)
     if not isinstance(n, Tensor):

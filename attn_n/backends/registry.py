@@ -1,4 +1,4 @@
-"""The known backends: the built-in ones, those of entry points, and those that were registered."""
+"""The registry of backends: built-in ones, those of entry points, and those that were registered."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from attn_n.compilation import constant_when_compiled
 
 ENTRY_POINT_GROUP = "attn_n.backends"
 
-# Where each built-in backend lives. A module may import its library at its top: it is imported when first asked for.
+# The modules of the built-in backends. Each is imported when first asked for, so it may import its library at its top.
 BUILT_IN = {
     "triton": "attn_n.backends.triton",
     "sdpa": "attn_n.backends.sdpa",
@@ -28,22 +28,21 @@ BUILT_IN = {
 
 
 class _Entry:
-    """A backend that is loaded when first asked for; `problem` says why it could not be.
+    """A backend that is loaded when first asked for, or the error of its import.
 
-    Loading runs foreign code: it imports modules, each under a lock of Python's own, and a module may call attn_n while
-    it is imported. A lock of ours held meanwhile could therefore wait for a thread that waits for it. So none is held:
-    threads that ask at the same time all load, which the locks of the imports turn into waiting, and what the first of
-    them found is kept for all. Only then is the backend there.
+    Loading runs foreign code: it imports modules under Python's import locks, and a module may call attn_n while it is
+    imported. A lock of ours held meanwhile could deadlock, so none is held. Threads that ask at the same time all load,
+    which Python's import locks turn into waiting, and the result of the first one is kept for all.
     """
 
     def __init__(self, load: Callable[[], Backend], module: str | None = None) -> None:
-        """`module` is what `load` imports."""
+        """`module` is the name of the module that `load` imports."""
         self._load, self._module = load, module
         self._found: tuple[Backend | None, str | None] | None = None
         self._loading = threading.local()
 
     def load(self) -> None:
-        """Returns once the backend or its problem is known, but within its own import."""
+        """Load the backend; return once it or its import error is known, or at once within its own import."""
         if self._found is not None or getattr(self._loading, "here", False):
             return
         self._loading.here = True
@@ -53,7 +52,7 @@ class _Entry:
             found = self._load(), None
         except ModuleNotFoundError as error:
             found = None, f"needs {error.name}, which is not installed"
-        except Exception as error:  # a broken install can raise anything; its own words are the explanation
+        except Exception as error:  # a broken install can raise anything; its message is the explanation
             if self._is_being_imported():
                 return
             found = None, f"is installed but cannot be imported: {type(error).__name__}: {error}"
@@ -65,17 +64,18 @@ class _Entry:
             if first:
                 self._found = found
                 _changed()
-        # Of others a call or `explain` names the backend, and is told.
+        # The automatic choice would skip a broken built-in backend silently. Others run only if named, and the error
+        # of that call tells.
         if first and broken and self._module in BUILT_IN.values():
             said = f"attn_n: {self._module} {found[1]}; the automatic choice passes over it"
             warnings.warn(said, RuntimeWarning, stacklevel=2)
 
     def get(self) -> tuple[Backend | None, str | None]:
-        """The backend, or the reason why there is none."""
+        """Return the backend, or the reason why there is none."""
         return (None, "is being imported, and is there when that is done") if self._found is None else self._found
 
     def _is_being_imported(self) -> bool:
-        """Whether this thread, or one that waits for it, is importing the module: then it has not its last word yet."""
+        """Return True while this thread, or one that waits for it, imports the module: its error is not final then."""
         spec = getattr(sys.modules.get(self._module or ""), "__spec__", None)
         return bool(getattr(spec, "_initializing", False))
 
@@ -87,10 +87,10 @@ _lock = threading.RLock()  # held for a few assignments, and never while foreign
 
 
 def register_backend(backend: Backend) -> None:
-    """Make `backend` known by its name, in place of an earlier one of that name.
+    """Register `backend` by its name, in place of an earlier one of that name.
 
-    It is used when named (`backend=`, `use_backend`, `ATTN_N_BACKEND`); the automatic order stays as it is. A package
-    can register without being imported, by an entry point of the group `attn_n.backends` that loads to a `Backend`.
+    It runs when named (`backend=`, `use_backend`, `ATTN_N_BACKEND`); the automatic order stays as it is. A package can
+    register a backend without being imported, by an entry point of the group `attn_n.backends` that loads a `Backend`.
 
     Raises:
         TypeError: `backend` is not an instance of `attn_n.Backend`, or has no name.
@@ -109,24 +109,24 @@ def register_backend(backend: Backend) -> None:
 
 
 def generation() -> int:
-    """Grows when a backend is registered, and when one has been loaded: what was chosen before may no longer hold."""
+    """Return a number that grows when a backend is registered or loaded: earlier choices may no longer hold then."""
     return _generation
 
 
 def _changed() -> None:
-    """To be called after the change: who reads the new number must find what it stands for."""
+    """Increase the generation. Call it after the change, so that a reader of the new number also finds the change."""
     global _generation
     _generation += 1
 
 
 def names() -> list[str]:
-    """The known backends, the built-in ones first."""
+    """Return the names of the known backends, the built-in ones first."""
     _read_entry_points()
     return list(_entries)
 
 
 def find(name: str) -> tuple[Backend | None, str | None]:
-    """The backend called `name`, or the reason why it cannot be loaded.
+    """Return the backend called `name`, or the reason why it cannot be loaded.
 
     Raises:
         ValueError: nobody has registered that name.
@@ -135,9 +135,9 @@ def find(name: str) -> tuple[Backend | None, str | None]:
     _load(base)
     if base not in _entries:
         raise ValueError(_unknown(name, [one for known in names() for one in _with_members(known)]))
-    backend, problem = _entries[base].get()
+    backend, import_error = _entries[base].get()
     if backend is None or not colon:
-        return backend, problem
+        return backend, import_error
     members = backend.members if isinstance(backend, Family) else {}
     if member not in members:
         raise ValueError(_unknown(name, _with_members(base)))
@@ -145,7 +145,7 @@ def find(name: str) -> tuple[Backend | None, str | None]:
 
 
 def _with_members(name: str) -> list[str]:
-    """A known backend, and the members of it if it is a family that can be loaded."""
+    """Return the name of a known backend, and the names of its members if it is a family that can be loaded."""
     backend, _ = find(name)
     return [name, *(f"{name}:{member}" for member in (backend.members if isinstance(backend, Family) else ()))]
 
@@ -166,20 +166,20 @@ def _load(name: str) -> None:
 
 
 def loaded(name: str) -> Backend:
-    """The backend called `name`, which has been chosen before and is therefore there."""
+    """Return the backend called `name`, which has been chosen before and is therefore loaded."""
     return _loaded(name, _generation)
 
 
 @functools.lru_cache(256)  # a call asks for its backend in a few places
 def _loaded(name: str, generation: int) -> Backend:
-    """With the generation, so that what was found before a change, and is kept only after it, is never found again."""
-    backend, problem = find(name)
+    """`generation` is part of the cache's key, so that a result from before a change is never found after it."""
+    backend, import_error = find(name)
     if backend is None:
-        raise UnsupportedError(f"backend {name}: {problem}")
+        raise UnsupportedError(f"backend {name}: {import_error}")
     return backend
 
 
-@constant_when_compiled  # which cannot trace what reads them
+@constant_when_compiled  # torch.compile cannot trace importlib.metadata
 def _read_entry_points() -> None:
     global _entry_points_read
     if _entry_points_read:

@@ -1,4 +1,4 @@
-"""xFormers, by the explicit forward and backward of memory_efficient_attention; `attn_n.sink.rescale` applies n."""
+"""xFormers, called by the explicit forward and backward of memory_efficient_attention; `attn_n.sink` applies n."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from torch import Tensor
 from attn_n.backends.adapt import flash2
 from attn_n.backends.adapt.efficient import MemoryEfficientBackend
 from attn_n.backends.adapt.flash import FlashBackend, sequences
-from attn_n.backends.adapt.layout import aligned_bias, key_head_each, rounds_bias
+from attn_n.backends.adapt.layout import aligned_bias, repeat_kv, rounds_bias
 from attn_n.backends.adapt.library import IMPORTING, Library
 from attn_n.backends.adapt.signatures import changed_function
 from attn_n.backends.base import Backend, Family
@@ -23,8 +23,11 @@ from attn_n.compilation import constant_when_compiled
 
 
 def load(module: str) -> Any:
-    """xFormers takes any `flash_attn` for FlashAttention 2, and fails where FlashAttention 4 has made a namespace of
-    it: then it is imported as if there were none, and runs PyTorch's kernels."""
+    """Import a module of xFormers, with `flash_attn` hidden where only FlashAttention 4 is installed.
+
+    xFormers takes any `flash_attn` for FlashAttention 2, and fails on the namespace package of FlashAttention 4.
+    Without `flash_attn` it runs PyTorch's kernels.
+    """
     only_4 = "xformers.ops" not in sys.modules and _has("flash_attn") and not _has("flash_attn.flash_attn_interface")
     if not only_4:
         return importlib.import_module(module)
@@ -47,9 +50,9 @@ LIBRARY = Library("xformers", "xformers.ops", "pip install xformers", ("xformers
 
 
 @constant_when_compiled
-def problem(kernel: str) -> str | None:
-    """Why the operators of `kernel`, "flash" or "cutlass", cannot be used."""
-    reason = LIBRARY.problem()
+def why_not_usable(kernel: str) -> str | None:
+    """Return the reason why the operators of `kernel`, "flash" or "cutlass", cannot be used; None if they can."""
+    reason = LIBRARY.why_not()
     if reason is not None:
         return reason
     if not importlib.import_module("xformers._cpp_lib")._built_with_cuda:
@@ -71,7 +74,7 @@ def _fmha() -> Any:
     return importlib.import_module("xformers.ops.fmha")
 
 
-def _unserved(call: AttentionCall) -> str | None:
+def _why_not_capability(call: AttentionCall) -> str | None:
     if call.capability is None or not (8, 0) <= call.capability <= (9, 0):
         return f"is used here for compute capability 8.0 to 9.0, got {call.capability}"
     return None
@@ -83,14 +86,14 @@ class Flash(FlashBackend):
     honours = ("causal", "window", "varlen", "lse gradient")
 
     def why_not(self, call: AttentionCall) -> str | None:
-        unserved = _unserved(call) or self.too_wide(call)
-        if unserved is not None:
-            return unserved
+        reason = _why_not_capability(call) or self.too_wide(call)
+        if reason is not None:
+            return reason
         if call.varlen and call.windowed and call.window_right != 0:
-            return "has masks of packed sequences for full and for causal attention and causal windows alone"
+            return "has varlen masks for full attention, causal attention and causal windows alone"
         if call.needs_grad and torch.are_deterministic_algorithms_enabled():
             return "is not deterministic"
-        return flash2.unserved(call) or problem("flash")
+        return flash2.why_not_window(call) or why_not_usable("flash")
 
     def kernel_forward(self, q: Tensor, k: Tensor, v: Tensor, options: Options) -> tuple[Tensor, Tensor, Tensor | None]:
         fmha, lengths = _fmha(), sequences(options, q, k)
@@ -115,7 +118,7 @@ class Cutlass(MemoryEfficientBackend):
     summary = "xFormers' memory-efficient kernel"
 
     def why_not(self, call: AttentionCall) -> str | None:
-        return _unserved(call) or rounds_bias(call) or problem("cutlass")
+        return _why_not_capability(call) or rounds_bias(call) or why_not_usable("cutlass")
 
     def kernel_forward(
         self, q: Tensor, k: Tensor, v: Tensor, causal: bool, bias: Tensor | None, scale: float
@@ -146,13 +149,13 @@ class Xformers(Family):
         kernels: tuple[Backend, ...] = (Flash(), Cutlass())
         self.members = {kernel.name.partition(":")[2]: kernel for kernel in kernels}
 
-    def order(self, call: AttentionCall) -> Sequence[str]:
+    def priority(self, call: AttentionCall) -> Sequence[str]:
         return tuple(self.members) if call.device == "cuda" else ()
 
 
 def _tensors(options: Options, q: Tensor, k: Tensor, v: Tensor) -> list[Tensor]:
-    """A key head for each query head, of tensors whose tokens come first."""
-    return _as_batch(options, q, *key_head_each(q, k, v, q.dim() - 2))
+    """Return q, k, v as xFormers takes them, with a KV head for each query head; their tokens come before heads."""
+    return _as_batch(options, q, *repeat_kv(q, k, v, q.dim() - 2))
 
 
 def _as_batch(options: Options, *tensors: Tensor) -> list[Tensor]:
@@ -160,11 +163,11 @@ def _as_batch(options: Options, *tensors: Tensor) -> list[Tensor]:
 
 
 def _mask(options: Options, q: Tensor, k: Tensor) -> Any:
-    """The mask of a call, its last query at its last key: xFormers' plain causal masks begin at the first ones."""
+    """Return the mask of a call, aligned bottom-right: xFormers' plain causal masks are aligned top-left."""
     masks, lengths = _fmha().attn_bias, sequences(options, q, k)
     left, right = options.window_left, options.window_right
     if lengths.starts_q is not None:
-        # The lists of starts are for its helpers on the host; filling them would wait for the GPU.
+        # seqstart_py is for helpers of xFormers on the host; filling it would synchronize with the GPU.
         blocks = [
             masks._SeqLenInfo(seqstart=starts, max_seqlen=longest, min_seqlen=0, seqstart_py=[])
             for starts, longest in ((lengths.starts_q, lengths.max_q), (lengths.starts_k, lengths.max_k))
@@ -178,7 +181,7 @@ def _mask(options: Options, q: Tensor, k: Tensor) -> Any:
         return None
     if left is None and right == 0:
         return masks.LowerTriangularFromBottomRightMask()
-    # A bound from S on counts as none.
+    # A side of S or more bounds nothing.
     return masks.LocalAttentionFromBottomRightMask(
         lengths.max_k if left is None else left, lengths.max_k if right is None else right
     )

@@ -1,4 +1,4 @@
-"""The canonical form of a call: checked, `(B, H, L, E)` or packed `(T, H, E)`, with one window and one n."""
+"""The canonical form of a call: checked, `(B, H, L, E)` or varlen `(T, H, E)`, with one window and one n."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def batch(q: Tensor, k: Tensor, v: Tensor, request: Request, plain: bool = False
     if not plain:
         checks.not_traced()
         q, k, v = _autocast(q, k, v)
-    checks.qkv(q, k, v, packed=False)
+    checks.qkv(q, k, v, varlen=False)
     if not plain:
         q, k, v = _neg_resolved(q), _neg_resolved(k), _neg_resolved(v)
     if not q.shape[:-3] == k.shape[:-3] == v.shape[:-3]:
@@ -73,7 +73,7 @@ def varlen(
 ) -> Canonical:
     checks.not_traced()
     q, k, v = _autocast(q, k, v)
-    checks.qkv(q, k, v, packed=True)
+    checks.qkv(q, k, v, varlen=True)
     q, k, v = _neg_resolved(q), _neg_resolved(k), _neg_resolved(v)
     checks.no_causal_bias(request.attn_mask)
     checks.cu_seqlens("cu_seqlens_q", cu_seqlens_q, q)
@@ -111,7 +111,7 @@ def _describe(
     q: Tensor, k: Tensor, v: Tensor, batch: int, request: Request, options: Options, out_shape: Sequence[int],
     plain: bool = False,
 ) -> Canonical:  # fmt: skip
-    """The checks and the canonical form that batches and packed sequences share."""
+    """The checks and the canonical form that batches and varlen sequences share."""
     heads = q.shape[1]
     sm_n, sinks, slopes = request.sm_n, request.sinks, request.alibi_slopes
     if sinks is not None and sm_n is not None:

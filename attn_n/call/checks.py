@@ -142,7 +142,7 @@ def causal_bias(attn_mask: object, len_q: int, len_k: int) -> int | None:
 def no_causal_bias(attn_mask: object) -> None:
     if _is_causal_bias(attn_mask):
         raise TypeError(
-            "attn_mask: a CausalBias has one pair of lengths, and packed sequences have many: causal=True is"
+            "attn_mask: a CausalBias has one pair of lengths, and varlen sequences have many: causal=True is"
             " causal_lower_right of each; for causal_upper_left pass"
             " torch.ones(max_seqlen_q, max_seqlen_k, dtype=torch.bool).tril()"
         )
@@ -201,14 +201,14 @@ def readable(x: Tensor) -> bool:
     return x.device.type == "cpu" and type(x) in PLAIN
 
 
-def qkv(q: Tensor, k: Tensor, v: Tensor, packed: bool) -> None:
+def qkv(q: Tensor, k: Tensor, v: Tensor, varlen: bool) -> None:
     """Types, dtypes, devices and shapes of the three tensors."""
-    if not packed and _usual(q, k, v):
+    if not varlen and _usual(q, k, v):
         return
     for name, x in (("q", q), ("k", k), ("v", v)):
         floating(name, tensor(name, x))
-        if packed and x.dim() != 3:
-            raise ValueError(f"{name}: expected 3 dimensions (T, H, E) of packed sequences, got shape {_shape(x)}")
+        if varlen and x.dim() != 3:
+            raise ValueError(f"{name}: expected 3 dimensions (T, H, E) of varlen sequences, got shape {_shape(x)}")
         if not 2 <= x.dim() <= 6:
             raise ValueError(f"{name}: expected 2 to 6 dimensions (N, ..., heads, length, E), got shape {_shape(x)}")
     for name, x in (("k", k), ("v", v)):
@@ -228,12 +228,12 @@ def qkv(q: Tensor, k: Tensor, v: Tensor, packed: bool) -> None:
         raise ValueError(
             f"k: expected the head size of q, {q.shape[-1]}, got {k.shape[-1]} (q {_shape(q)}, k {_shape(k)})"
         )
-    length, heads = (0, 1) if packed else (-2, -3)
+    length, heads = (0, 1) if varlen else (-2, -3)
     if v.shape[length] != k.shape[length]:
         raise ValueError(
             f"v: expected as many keys as k, {k.shape[length]}, got {v.shape[length]} (k {_shape(k)}, v {_shape(v)})"
         )
-    if packed or q.dim() > 2:
+    if varlen or q.dim() > 2:
         if v.shape[heads] != k.shape[heads]:
             raise ValueError(
                 f"v: expected as many heads as k, {k.shape[heads]}, got {v.shape[heads]} (k {_shape(k)}, v {_shape(v)})"
@@ -243,7 +243,7 @@ def qkv(q: Tensor, k: Tensor, v: Tensor, packed: bool) -> None:
                 f"k: expected a number of heads that divides the {q.shape[heads]} heads of q, got {k.shape[heads]}"
                 f" (q {_shape(q)}, k {_shape(k)})"
             )
-    if not packed:
+    if not varlen:
         for name, x in (("k", k), ("v", v)):
             if not (_agree(x.shape[:-3], q.shape[:-3]) and _agree(x.shape[:-3], k.shape[:-3])):
                 raise ValueError(
@@ -410,7 +410,7 @@ def cu_seqlens(name: str, cu: object, q: Tensor) -> None:
 
 
 def boundaries(name: str, cu: Tensor, tokens: int, longest: int) -> list[int]:
-    """The values of cu_seqlens, read to the host and checked against the packed tokens and `max_seqlen`."""
+    """The values of cu_seqlens, read to the host and checked against the number of tokens and `max_seqlen`."""
     values: list[int] = cu.tolist()
     if values[0] != 0:
         raise ValueError(f"{name}: expected to start at 0, got {values[0]}")
@@ -418,7 +418,7 @@ def boundaries(name: str, cu: Tensor, tokens: int, longest: int) -> list[int]:
     if any(length < 0 for length in lengths):
         raise ValueError(f"{name}: expected values that never decrease, got {values}")
     if values[-1] != tokens:
-        raise ValueError(f"{name}: expected to end at the {tokens} packed tokens, got {values[-1]}")
+        raise ValueError(f"{name}: expected to end at the {tokens} tokens, got {values[-1]}")
     if max(lengths, default=0) > longest:
         side = name.removeprefix("cu_seqlens_")
         raise ValueError(f"max_seqlen_{side}: expected at least the longest sequence, {max(lengths)}, got {longest}")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 from dataclasses import dataclass
 
 import torch
@@ -21,7 +20,7 @@ FEATURES = {
     "mask gradient": "gradient of attn_mask",
     "alibi": "alibi_slopes",
     "alibi gradient": "gradient of alibi_slopes",
-    "varlen": "packed sequences",
+    "varlen": "varlen sequences",
     "lse gradient": "gradient of lse",
     "n a row": "n or sinks of more than one dimension",
     "seqused": "seqused_q or seqused_k",
@@ -35,7 +34,7 @@ FEATURES = {
 class AttentionCall:
     """One call described by metadata alone, so that the choice of a backend can be tested on any machine.
 
-    Shapes and strides are those of the canonical tensors: `(B, H, L, E)`, or packed `(T, H, E)`.
+    Shapes and strides are those of the canonical tensors: `(B, H, L, E)`, or varlen `(T, H, E)`.
     """
 
     device: str
@@ -55,7 +54,7 @@ class AttentionCall:
     mask_dtype: torch.dtype | None = None
     alibi: bool = False
     n_kind: str = "none"  # "none" (n = 0), "float", "scalar tensor", "per head" or "per row"
-    sequences: int | None = None  # how many are packed
+    sequences: int | None = None  # how many are varlen
     return_lse: bool = False
     needs_grad: bool = False
     mask_needs_grad: bool = False
@@ -66,7 +65,7 @@ class AttentionCall:
     cache: bool = False
     block_table: bool = False
 
-    @functools.cached_property
+    @property
     def features(self) -> frozenset[str]:
         """Those of `FEATURES` that the call has."""
         found = set()
@@ -109,7 +108,7 @@ class AttentionCall:
 
     @property
     def keys_seen(self) -> int:
-        """How many keys a query sees at most: of its sequence (of packed ones on the average), or of its window."""
+        """How many keys a query sees at most: of its sequence (of varlen ones on the average), or of its window."""
         keys = self.k_shape[-2] if self.sequences is None else self.k_shape[0] // max(self.sequences, 1)
         left, right = self.window_left, self.window_right
         if right is not None and right < 0:
@@ -155,7 +154,7 @@ class AttentionCall:
     def __str__(self) -> str:
         device = self.device if self.capability is None else f"{self.device} sm_{''.join(map(str, self.capability))}"
         parts = [
-            f"{'packed ' if self.varlen else ''}q {self.q_shape}, k {self.k_shape}, v {self.v_shape}",
+            f"{'varlen ' if self.varlen else ''}q {self.q_shape}, k {self.k_shape}, v {self.v_shape}",
             self._sizes(),
             f"{str(self.dtype).removeprefix('torch.')} on {device}",
         ]

@@ -1,4 +1,4 @@
-"""Jagged NestedTensors, PyTorch's own form of sequences of different lengths, as packed ones and back."""
+"""Jagged NestedTensors, PyTorch's own form of sequences of different lengths, as varlen ones and back."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 
-class Packed(NamedTuple):
+class VarlenArguments(NamedTuple):
     """The first arguments of `flash_attention_n_varlen`."""
 
     q: Tensor
@@ -24,7 +24,7 @@ def is_jagged(x: object) -> bool:
     return isinstance(x, Tensor) and x.layout is torch.jagged
 
 
-def packed(q: Any, k: Any, v: Any) -> Packed:
+def to_varlen(q: Any, k: Any, v: Any) -> VarlenArguments:
     """`(N, H, j, E)`, each a transposed `(N, j, H, E)`, as views `(T, H, E)`."""
     for name, x in (("q", q), ("k", k), ("v", v)):
         if not is_jagged(x):
@@ -46,7 +46,7 @@ def packed(q: Any, k: Any, v: Any) -> Packed:
     of_q, of_k, of_v = (x.values().transpose(0, 1) for x in (q, k, v))
     starts_q = q.offsets().to(torch.int32)
     starts_k = starts_q if k.offsets() is q.offsets() else k.offsets().to(torch.int32)
-    return Packed(of_q, of_k, of_v, starts_q, starts_k, q._get_max_seqlen(), k._get_max_seqlen())
+    return VarlenArguments(of_q, of_k, of_v, starts_q, starts_k, q._get_max_seqlen(), k._get_max_seqlen())
 
 
 def nested(x: Tensor, like: Any) -> Tensor:

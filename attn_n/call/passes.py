@@ -12,7 +12,7 @@ class Options(NamedTuple):
 
     Query i of a sequence stands at position `p = i + S - L`, so that the last query meets the last key; it sees
     the keys `p - window_left ... p + window_right`. None is unlimited, and `window_right = 0` is causal attention.
-    The right side may be negative, but not of packed sequences: `L - S` is a causal mask from the first query and the
+    The right side may be negative, but not of varlen sequences: `L - S` is a causal mask from the first query and the
     first key on, where there are more keys.
     """
 
@@ -25,7 +25,7 @@ class Options(NamedTuple):
     mask: Tensor | None = None
     # (B, Hq), float32 (float64 for float64 inputs); adds -slope * |p - j|
     alibi_slopes: Tensor | None = None
-    # (B + 1,), int32: packed sequences; q, k and v are then (T, H, E)
+    # (B + 1,), int32: varlen sequences; q, k and v are then (T, H, E)
     cu_seqlens_q: Tensor | None = None
     cu_seqlens_k: Tensor | None = None
     max_seqlen_q: int = 0

@@ -30,7 +30,7 @@ class Row(NamedTuple):
     widest: int  # heads up to this
     keys: int  # from so many on that a query sees
     first: tuple[str, ...]
-    packed: bool = False
+    varlen: bool = False
     causal: bool = False  # only these
     queries: str = MANY
 
@@ -38,7 +38,7 @@ class Row(NamedTuple):
         passes = {None: "", True: "training, ", False: "inference, "}[self.training]
         n = {None: "", True: "with n, ", False: "n = 0, "}[self.with_n]
         keys = f"from {self.keys} keys on"
-        kinds = {"packed": self.packed, self.queries: self.queries != MANY, "causal": self.causal}
+        kinds = {"varlen": self.varlen, self.queries: self.queries != MANY, "causal": self.causal}
         kind = "".join(f"{name}, " for name, is_so in kinds.items() if is_so)
         return f"{passes}{n}{kind}heads up to {self.widest}, {keys}"
 
@@ -46,7 +46,7 @@ class Row(NamedTuple):
 # An H100, bfloat16, 2026-11-26: PyTorch 2.11, Triton 3.6, FlashAttention 2 (2.8.3.post2), 3 (tokenspeed-fa3
 # 3.0.0.post20260810, without a backward) and 4 (4.0.0b36), xFormers 0.0.35; h100-2026-11-26-grid.json in
 # bench/results. By these rows the choice has 0.97 of the speed of the fastest that is installed, or more, for E = 64,
-# 128, 256, S = 512 to 16,384, causal and not. Packed sequences and windows: h100-2026-11-26-varlen-window.json, where
+# 128, 256, S = 512 to 16,384, causal and not. Varlen sequences and windows: h100-2026-11-26-varlen-window.json, where
 # at E = 128 sequences of 64 keys train 1.12 times as fast on the portable kernels, those of 512 1.33 times as fast on
 # those of Hopper, and windows of 256 and 1,024 keys with n 1.08 and 1.01 times as fast there as on FlashAttention 4.
 # Few queries: h100-2026-11-26-decode.json, where FlashAttention 3 and 4 take half the time of all else, and for one
@@ -70,15 +70,15 @@ SM_90 = (
     Row(True, None, 64, 700, ("triton",), causal=True),
     Row(True, None, 64, 0, ("triton:portable",), causal=True),
     Row(None, None, 256, 0, ("triton",)),
-    Row(True, None, 128, 128, ("triton",), packed=True),
-    Row(True, None, 128, 0, ("triton:portable",), packed=True),
-    Row(None, None, 256, 0, ("triton",), packed=True),
+    Row(True, None, 128, 128, ("triton",), varlen=True),
+    Row(True, None, 128, 0, ("triton:portable",), varlen=True),
+    Row(None, None, 256, 0, ("triton",), varlen=True),
 )
 
 
 _BY_KIND = {
-    (packed, queries): tuple(row for row in SM_90 if row.packed == packed and row.queries == queries)
-    for packed in (False, True)
+    (varlen, queries): tuple(row for row in SM_90 if row.varlen == varlen and row.queries == queries)
+    for varlen in (False, True)
     for queries in (MANY, FEW, ONE)
 }
 

@@ -60,7 +60,7 @@ def _run_known(
 
 
 def _run_jagged(q: Tensor, k: Tensor, v: Tensor, request: Request) -> Tensor | tuple[Tensor, Tensor]:
-    results = _run(canonical.varlen(*jagged.packed(q, k, v), request), request)
+    results = _run(canonical.varlen(*jagged.to_varlen(q, k, v), request), request)
     if isinstance(results, Tensor):
         return jagged.nested(results, q)
     out, lse = results

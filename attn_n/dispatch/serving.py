@@ -24,8 +24,8 @@ def first(call: AttentionCall, candidates: tuple[str, ...]) -> tuple[str, Backen
 
 def why_not(name: str, call: AttentionCall) -> str | None:
     """The reason why the backend called `name` does not serve `call`, or None if it does."""
-    backend, problem = registry.find(name)
-    return problem if backend is None else _beyond(backend, call) or backend.refusal(call)
+    backend, import_error = registry.find(name)
+    return import_error if backend is None else _beyond(backend, call) or backend.refusal(call)
 
 
 def _beyond(backend: Backend, call: AttentionCall) -> str | None:

@@ -154,7 +154,7 @@ def _members(name: str, device: Device) -> list[str]:
     if not isinstance(backend, Family):
         return []
     call = typical_calls(device)["bf16"]
-    return [f"{name}:{member}" for member in (*backend.order(call), *backend.by_name(call))]
+    return [f"{name}:{member}" for member in (*backend.priority(call), *backend.by_name(call))]
 
 
 def _kernels(device: Device) -> list[str]:

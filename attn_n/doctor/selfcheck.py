@@ -54,33 +54,33 @@ class Check:
     error: float | None
     where: str | None
     tolerance: float
-    problem: str | None
+    failure: str | None
     passed: bool
 
 
 def check(backend: str, device: torch.device, dtype: torch.dtype) -> Check | None:
     """The check of one backend in one dtype; None if it serves none of the cases."""
     errors: dict[str, float] = {}
-    problem, served = None, len(CASES)
+    failure, served = None, len(CASES)
     for case in CASES:
         try:
             found = _errors(case, backend, device, dtype)
         except UnsupportedError:
             served -= 1
         except Exception as raised:  # a kernel can fail in any way; the table has to name it and go on
-            problem = problem or f"{case.name}: {type(raised).__name__}: {raised}"
+            failure = failure or f"{case.name}: {type(raised).__name__}: {raised}"
         else:
             errors |= {f"{name} ({case.name})": value for name, value in found.items()}
     if not served:
         return None
     infinite = next((where for where, value in errors.items() if not math.isfinite(value)), None)
     if infinite is not None:
-        problem, errors = problem or f"not finite: {infinite}", {}
+        failure, errors = failure or f"not finite: {infinite}", {}
     where = max(errors, key=errors.__getitem__, default=None)
     error = None if where is None else errors[where]
-    passed = problem is None and error is not None and error <= TOLERANCE[dtype]
+    passed = failure is None and error is not None and error <= TOLERANCE[dtype]
     name = str(dtype).removeprefix("torch.")
-    return Check(str(device), backend, name, served, len(CASES), error, where, TOLERANCE[dtype], problem, passed)
+    return Check(str(device), backend, name, served, len(CASES), error, where, TOLERANCE[dtype], failure, passed)
 
 
 def _errors(case: Case, backend: str, device: torch.device, dtype: torch.dtype) -> dict[str, float]:

@@ -56,7 +56,7 @@ def _checks(report: Report, device: str) -> Iterator[str]:
         if check.device == device:
             error = "" if check.error is None else f"{check.error:.1e}"
             served = f"{check.served} of {check.cases}"
-            verdict, detail = "PASS" if check.passed else "FAIL", _first_line(check.problem or check.where or "")
+            verdict, detail = "PASS" if check.passed else "FAIL", _first_line(check.failure or check.where or "")
             rows.append([check.backend, check.dtype, served, error, f"{check.tolerance:.0e}", verdict, detail])
     return _table([["backend", "dtype", "cases", "error", "allowed", "", "where"], *rows])
 
@@ -76,8 +76,8 @@ def _timings(report: Report, device: str) -> Iterator[str]:
         ]
     )
     for timing in timings.values():
-        if timing.problem is not None:
-            yield f"{timing.backend} at {timing.length}: {_first_line(timing.problem)}"
+        if timing.failure is not None:
+            yield f"{timing.backend} at {timing.length}: {_first_line(timing.failure)}"
 
 
 def _milliseconds(timing: Timing | None) -> tuple[str, str]:
@@ -88,8 +88,8 @@ def _milliseconds(timing: Timing | None) -> tuple[str, str]:
     return f"{timing.forward_ms:.3g}", f"{timing.forward_backward_ms:.3g}"
 
 
-def _first_line(problem: str) -> str:
-    return problem.partition("\n")[0]
+def _first_line(text: str) -> str:
+    return text.partition("\n")[0]
 
 
 def _table(rows: Sequence[Sequence[str]]) -> Iterator[str]:

@@ -42,7 +42,7 @@ WORKLOADS = {
 
 @dataclass(frozen=True)
 class Timing:
-    """Median milliseconds of one backend at one length, or the problem that kept it from being timed."""
+    """Median milliseconds of one backend at one length, or the failure that kept it from being timed."""
 
     device: str
     backend: str
@@ -50,7 +50,7 @@ class Timing:
     length: int
     forward_ms: float | None
     forward_backward_ms: float | None
-    problem: str | None
+    failure: str | None
 
 
 def measure(backend: str, device: torch.device, workload: Workload, length: int, seconds: float) -> Timing | None:
@@ -77,8 +77,8 @@ def measure(backend: str, device: torch.device, workload: Workload, length: int,
     except UnsupportedError:
         return None
     except Exception as raised:  # out of memory, for one; the other backends are still worth a number
-        problem = f"{type(raised).__name__}: {raised}"
-        return Timing(str(device), backend, str(workload), length, None, None, problem)
+        failure = f"{type(raised).__name__}: {raised}"
+        return Timing(str(device), backend, str(workload), length, None, None, failure)
 
 
 def _median_ms(run: Callable[[], None], device: torch.device, seconds: float) -> float:

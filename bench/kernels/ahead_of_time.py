@@ -23,9 +23,9 @@ from triton.backends.compiler import GPUTarget
 
 from attn_n.backends.triton import hopper
 from attn_n.backends.triton.hopper.configs import BACKWARD, FORWARD
+from attn_n.backends.triton.kernel_key import describe, kernel_strides
 from attn_n.backends.triton.portable import configs
 from attn_n.backends.triton.portable.prepare import launch, padded_rows
-from attn_n.backends.triton.problem import describe, kernel_strides
 from attn_n.call import Options
 from attn_n.sink import fused
 
@@ -106,8 +106,8 @@ def compiled(
     return launch_of(kernel, tensors, torch.empty(q.shape[:-1]), options, config, log_n, compile_only=True)()
 
 
-def packed(options: Options, same: bool = True) -> Options:
-    """Returns the options for two packed sequences of 128; with `same`, queries and keys share their boundaries."""
+def varlen(options: Options, same: bool = True) -> Options:
+    """Returns the options for two varlen sequences of 128; with `same`, queries and keys share their boundaries."""
     starts = torch.tensor([0, 128, 256], dtype=torch.int32)
     return options.replaced(
         cu_seqlens_q=starts, cu_seqlens_k=starts if same else starts.clone(), max_seqlen_q=128, max_seqlen_k=128
@@ -118,7 +118,7 @@ def launch_of(
     kernel: str, tensors: Sequence[Tensor], lse: Tensor, options: Options, config: Any, log_n: float = 0.0,
     compile_only: bool = False,
 ) -> Callable[[], Any]:  # fmt: skip
-    """Returns the call of one kernel; `tensors` are q, k, v, out, dout, dq, dk and dv, heads first or packed."""
+    """Returns the call of one kernel; `tensors` are q, k, v, out, dout, dq, dk and dv, heads first or varlen."""
     q, k, v, out, dout, dq, dk, dv = tensors
     starts, gradients = (options.cu_seqlens_q, options.cu_seqlens_k), [kernel_strides(x.stride()) for x in (dq, dk, dv)]
     if kernel == "hopper forward":
@@ -208,12 +208,12 @@ def resources(kernel: Any, target: str) -> Resources:
 def main(target: str) -> None:
     causal = Options(0.1, window_right=0)
     for kernel, width, config, dtype in shipped(target):
-        # Most kernels are the same for packed sequences, but for the pointers to where these begin.
-        for options in (causal, packed(causal)) if kernel.startswith("hopper") else (causal,):
+        # Most kernels are the same for varlen sequences, but for the pointers to where these begin.
+        for options in (causal, varlen(causal)) if kernel.startswith("hopper") else (causal,):
             found = resources(compiled(target, kernel, width, config, dtype, options), target)
             line = {
                 "kernel": kernel, "width": width, "config": config, "dtype": str(dtype),
-                "packed": options is not causal, **found._asdict(),
+                "varlen": options is not causal, **found._asdict(),
             }  # fmt: skip
             print(json.dumps(line), flush=True)
     for kernel, width, binary in compiled_sinks(target):

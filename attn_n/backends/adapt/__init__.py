@@ -1,1 +1,1 @@
-"""How the kernels of other libraries differ from ours: layouts, blocks, dense biases, signatures."""
+"""Adapters for the kernels of other libraries: layouts, blocks, dense biases, signatures."""

@@ -27,14 +27,14 @@ class BlockwiseBackend(Backend):
     Attributes:
         bias_elements: how many elements a bias that is built here may have: small beside the inputs of a long call.
         most_rows: how many rows a block with such a bias may have.
-        key_head_each: the backward gives dk and dv for each query head.
+        repeats_kv: the backward gives dk and dv for each query head.
         base_2: the kernel multiplies logits by log2(e), their bias with them, so that `finfo.min` becomes -inf.
     """
 
     bias_elements: int
     most_rows: int
     base_2: bool = False
-    key_head_each: bool = False
+    repeats_kv: bool = False
 
     def widths(self, size: int, size_v: int) -> tuple[int, int]:
         """The head sizes that the kernel runs at, for E and for Ev."""
@@ -118,7 +118,7 @@ class BlockwiseBackend(Backend):
         if len(blocks) == 1 and blocks[0].rows is blocks[0].keys is None:
             gradients = list(self._backward_of(blocks[0], dout, wide, options))
         else:
-            heads = q.shape[1], *((q if self.key_head_each else k).shape[1],) * 2
+            heads = q.shape[1], *((q if self.repeats_kv else k).shape[1],) * 2
             shapes = ((x.shape[0], of_x, *x.shape[2:]) for x, of_x in zip(wide[:3], heads, strict=True))
             gradients = [q.new_zeros(shape, dtype=_accumulator(q)) for shape in shapes]
             for block in blocks:

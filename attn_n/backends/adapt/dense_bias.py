@@ -1,4 +1,4 @@
-"""Masks, windows and ALiBi as one dense additive bias, for backends that take nothing else."""
+"""Conversion of masks, windows and ALiBi to one dense additive bias, for backends that take nothing else."""
 
 from __future__ import annotations
 
@@ -20,9 +20,9 @@ def dense_bias(
     dtype: torch.dtype,
     device: torch.device,
 ) -> Tensor | None:
-    """The bias of queries `rows[0]:rows[1]` and keys `keys[0]:keys[1]` out of `len_q` and `len_k`.
+    """Return the bias of queries `rows[0]:rows[1]` and keys `keys[0]:keys[1]` out of `len_q` and `len_k`.
 
-    Returns `(B or 1, Hq or 1, rows or 1, keys or 1)` with -inf for what is hidden, or None where nothing is biased.
+    Its shape is `(B or 1, Hq or 1, rows or 1, keys or 1)`, and it is -inf where a key is hidden; None if there is none.
     """
     left, right, slopes = options.window_left, options.window_right, options.alibi_slopes
     bias: Tensor | None = None
@@ -55,7 +55,7 @@ def _narrow(mask: Tensor, dim: int, span: tuple[int, int]) -> Tensor:
 
 
 def _seen_and_hidden(dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """What is added to the logits of keys that are seen, and of those that are hidden: numbers on any device."""
+    """Return 0 and -inf as `()` tensors, which are added to the logits of visible and of hidden keys on any device."""
     if torch.compiler.is_compiling():
         return torch.zeros((), dtype=dtype), torch.full((), -math.inf, dtype=dtype)
     return _constants(dtype)

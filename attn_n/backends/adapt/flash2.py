@@ -29,12 +29,12 @@ def visible(options: Options, lengths: Sequences) -> Visible:
         # Their causal ALiBi is `slope * j`: the same weights, but with another lse. Beside a window it is ours.
         return Visible(False, max_k - 1, 0, max_k)
     if lengths.starts_q is not None and (left, right) != (None, None):
-        # The longest keys bound a side without a bound (see `unserved`), and of packed sequences may be overstated.
+        # The longest keys bound a side without a bound (see `why_not_window`) and may be overstated for varlen.
         max_k = max(max_k, lengths.max_q)
     return Visible(False, -1 if left is None else left, -1 if right is None else right, max_k)
 
 
-def unserved(call: AttentionCall) -> str | None:
+def why_not_window(call: AttentionCall) -> str | None:
     """Why the kernels do not serve the window of the call.
 
     A right side without a bound, or with one from S on, counts as S, which hides keys from queries far before the first

@@ -72,7 +72,7 @@ def narrowed(x: Tensor, size: int) -> Tensor:
     return x if x.shape[-1] == size else x[..., :size]
 
 
-def key_head_each(q: Tensor, k: Tensor, v: Tensor, dim: int = 1) -> tuple[Tensor, Tensor]:
+def repeat_kv(q: Tensor, k: Tensor, v: Tensor, dim: int = 1) -> tuple[Tensor, Tensor]:
     """k and v with a head for each head of q, for kernels without GQA: a copy unless the strides allow a view.
 
     `dim` is that of the heads.

@@ -1,4 +1,4 @@
-"""Libraries that may be missing, too old, or broken."""
+"""Optional libraries, which may be missing, too old, or broken."""
 
 from __future__ import annotations
 
@@ -13,9 +13,9 @@ from typing import Any
 
 from torch.torch_version import TorchVersion
 
-# One library is imported at a time: xFormers hides another from all threads while it is imported, and who looked for
-# that one meanwhile would keep for ever that it is not installed. A thread that waits here holds no lock that an import
-# of these libraries asks for; the same thread may come again.
+# One library is imported at a time. While xFormers is imported, flash_attn may be hidden from all threads, and a thread
+# that looked for it meanwhile would cache that it is not installed. A thread that waits here holds no lock that an
+# import of these libraries asks for; the lock is reentrant.
 IMPORTING = threading.RLock()
 
 
@@ -24,11 +24,11 @@ class Library:
     """An optional library.
 
     Attributes:
-        name: what its reasons call it.
-        module: what is imported of it.
-        install: how to get it.
-        packages: the packages that bring the module, as their versions are looked up.
-        oldest: the first version that serves.
+        name: its name in the reasons.
+        module: the module that is imported.
+        install: instructions to install it.
+        packages: distribution names to look up the version under.
+        oldest: the oldest version that can be used.
         load: imports the module, where that takes more than an import.
     """
 
@@ -40,7 +40,7 @@ class Library:
     load: Callable[[str], Any] = importlib.import_module
 
     def version(self) -> str | None:
-        """The version that is installed."""
+        """Return the installed version, or None."""
         for package in self.packages:
             try:
                 return importlib.metadata.version(package)
@@ -49,8 +49,8 @@ class Library:
         return None
 
     @functools.cache  # noqa: B019  (there are four of them, as long as the process)
-    def problem(self) -> str | None:
-        """Why the library cannot be used here; None if it can."""
+    def why_not(self) -> str | None:
+        """Return the reason why the library cannot be used here; None if it can."""
         found = self.version()
         try:
             with IMPORTING:
@@ -59,10 +59,10 @@ class Library:
             if error.name is not None and f"{self.module}.".startswith(f"{error.name}."):
                 return f"needs {self.name} ({self.install}), which is not installed"
             return f"{self.name} {found or ''} is installed but needs {error.name}, which is not".replace("  ", " ")
-        except Exception as error:  # a broken install can raise anything; its own words are the explanation
+        except Exception as error:  # a broken install can raise anything; its message is the explanation
             said = " ".join(f"{type(error).__name__}: {error}".split())
             reason = f"{self.name} {found or ''} is installed but cannot be imported: {said}".replace("  ", " ")
-            if found is not None:  # the automatic choice passes over it, which costs speed
+            if found is not None:  # warn, since the automatic choice skips it, which costs speed
                 warnings.warn(f"attn_n: {reason}", RuntimeWarning, stacklevel=2)
             return reason
         if self.oldest is not None and found is not None and TorchVersion(found) < self.oldest:

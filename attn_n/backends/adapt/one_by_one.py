@@ -1,4 +1,4 @@
-"""Packed (varlen) sequences taken one by one, for backends whose kernels know only batches."""
+"""Varlen sequences taken one by one, for backends whose kernels know only batches."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ from attn_n.call import Gradients, Grads, Options, Saved, checks
 
 
 def sequences(options: Options, tokens_q: int, tokens_k: int) -> Iterator[tuple[slice, slice, Options]]:
-    """The queries and the keys of each sequence, and the options of that sequence alone as a batch of one.
+    """Yield the queries and the keys of each sequence, and its options as a batch of one.
 
-    Reads cu_seqlens to the host, which waits for an accelerator.
+    This reads cu_seqlens on the host, which synchronizes with an accelerator.
     """
     if options.cu_seqlens_q is None or options.cu_seqlens_k is None:
         raise TypeError("cu_seqlens_q, cu_seqlens_k: expected tensors, got None")
@@ -36,7 +36,7 @@ def sequences(options: Options, tokens_q: int, tokens_k: int) -> Iterator[tuple[
 
 
 def batch_of_one(x: Tensor, tokens: slice) -> Tensor:
-    """Those tokens of a packed (T, H, E) tensor as a view (1, H, tokens, E)."""
+    """Return `tokens` of a varlen `(T, H, E)` tensor as a view `(1, H, tokens, E)`."""
     return x[tokens].transpose(0, 1)[None]
 
 
@@ -47,7 +47,7 @@ def forward_one_by_one(
     v: Tensor,
     options: Options,
 ) -> tuple[Tensor, Tensor]:
-    """out (T, Hq, Ev) and lse (T, Hq) by a `forward` of batches; a sequence without keys has out 0 and lse -inf."""
+    """Compute out (T, Hq, Ev) and lse (T, Hq) by a `forward` for batches; without keys out is 0 and lse -inf."""
     out = q.new_zeros((*q.shape[:2], v.shape[2]))
     lse = q.new_full(q.shape[:2], -math.inf, dtype=torch.promote_types(q.dtype, torch.float32))
     for queries, keys, alone in _not_empty(options, q, k):
@@ -61,9 +61,9 @@ def forward_one_by_one(
 def backward_one_by_one(
     backward: Callable[[Grads, Saved, Options], Gradients], grads: Grads, saved: Saved, options: Options
 ) -> Gradients:
-    """dq, dk, dv of packed tensors by a `backward` of batches."""
+    """Compute dq, dk, dv of varlen tensors by a `backward` for batches."""
     (dout, dlse, *_), (q, k, v, out, lse, *_) = grads, saved
-    # As many heads as q has: a kernel that repeats the keys of a group returns a gradient for each repetition.
+    # dk and dv have as many heads as q, since a kernel that repeats KV heads returns a gradient for each repetition.
     dq, dk, dv = (x.new_zeros((x.shape[0], q.shape[1], x.shape[2])) for x in (q, k, v))
     for queries, keys, alone in _not_empty(options, q, k):
         one_q, one_k, one_v = batch_of_one(q, queries), batch_of_one(k, keys), batch_of_one(v, keys)

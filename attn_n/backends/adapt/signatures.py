@@ -1,4 +1,4 @@
-"""Whether what other libraries do not promise to keep is still as the backends call it."""
+"""Checks that private functions of other libraries still have the signatures that the backends call."""
 
 from __future__ import annotations
 
@@ -13,10 +13,11 @@ from attn_n.compilation import constant_when_compiled
 
 @constant_when_compiled
 def changed_operator(*signatures: str) -> str | None:
-    """Why private operators cannot be called, given `"name(arg, arg, ...) -> results"` of what is relied upon.
+    """Return the reason why private operators cannot be called; None if they can.
 
-    A library may change them in any release: the positional arguments must begin as given, the keywords behind a `*`
-    must exist, and the number of results must agree, where it is given. Names are those of `torch.ops`.
+    A signature `"name(arg, arg, *, keyword) -> results"` says what is relied upon, since a library may change its
+    operators in any release: the positional arguments must begin as given, the keywords must exist, and the number of
+    results must agree where it is given. Names are those of `torch.ops`.
     """
     return next((reason for reason in map(_changed, signatures) if reason is not None), None)
 
@@ -44,9 +45,9 @@ def _changed(signature: str) -> str | None:
     return None
 
 
-@cache  # milliseconds
+@cache  # inspecting takes milliseconds
 def changed_function(module: ModuleType, name: str, *arguments: str) -> str | None:
-    """Why a private function cannot be called with `arguments` by name."""
+    """Return the reason why a private function cannot be called with `arguments` by name; None if it can."""
     function = getattr(module, name, None)
     if function is None:
         return f"the installed library has no {module.__name__}.{name}"

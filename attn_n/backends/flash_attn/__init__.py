@@ -1,4 +1,4 @@
-"""FlashAttention 2, 3 and 4 as they are installed, by their explicit forward and backward; `attn_n.sink` applies n."""
+"""The installed FlashAttention 2, 3 and 4, called by their explicit forward and backward; `attn_n.sink` applies n."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ class FlashAttn(Family):
         versions: tuple[Backend, ...] = (FlashAttention4(), FlashAttention3(), FlashAttention2())
         self.members = {version.name.partition(":")[2]: version for version in versions}
 
-    def order(self, call: AttentionCall) -> Sequence[str]:
+    def priority(self, call: AttentionCall) -> Sequence[str]:
         return tuple(self.members) if call.device == "cuda" else ()
 
 

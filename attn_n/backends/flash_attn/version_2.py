@@ -16,18 +16,18 @@ from attn_n.compilation import constant_when_compiled
 LIBRARY = Library(
     "flash-attn 2", "flash_attn.flash_attn_interface", "pip install flash-attn", ("flash-attn",), oldest="2.7"
 )
-_PACKED = "cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, "
+_VARLEN = "cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, "
 _OPTIONS = "dropout_p, softmax_scale, causal, window_size_left, window_size_right, softcap, alibi_slopes"
 _GRADIENTS = "dout, q, k, v, out, softmax_lse, dq, dk, dv, "
 
 
 @constant_when_compiled
-def problem() -> str | None:
-    return LIBRARY.problem() or changed_operator(
+def why_not_usable() -> str | None:
+    return LIBRARY.why_not() or changed_operator(
         f"flash_attn::_flash_attn_forward(q, k, v, {_OPTIONS}, return_softmax) -> 4",
-        f"flash_attn::_flash_attn_varlen_forward(q, k, v, {_PACKED}{_OPTIONS}) -> 4",
+        f"flash_attn::_flash_attn_varlen_forward(q, k, v, {_VARLEN}{_OPTIONS}) -> 4",
         f"flash_attn::_flash_attn_backward({_GRADIENTS}{_OPTIONS}, deterministic, rng_state) -> 1",
-        f"flash_attn::_flash_attn_varlen_backward({_GRADIENTS}{_PACKED}{_OPTIONS}, deterministic, rng_state) -> 1",
+        f"flash_attn::_flash_attn_varlen_backward({_GRADIENTS}{_VARLEN}{_OPTIONS}, deterministic, rng_state) -> 1",
     )
 
 
@@ -40,7 +40,7 @@ class FlashAttention2(FlashBackend):
     def why_not(self, call: AttentionCall) -> str | None:
         if call.softcap is not None and call.dropout_p:
             return "takes no dropout together with softcap"
-        return self.too_wide(call) or flash2.unserved(call) or problem()
+        return self.too_wide(call) or flash2.why_not_window(call) or why_not_usable()
 
     def kernel_forward(self, q: Tensor, k: Tensor, v: Tensor, options: Options) -> tuple[Tensor, Tensor, Tensor | None]:
         lengths = sequences(options, q, k)

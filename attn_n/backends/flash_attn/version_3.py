@@ -28,8 +28,8 @@ _OPTIONS = (
 
 
 @constant_when_compiled
-def problem() -> str | None:
-    return LIBRARY.problem() or changed_operator(
+def why_not_usable() -> str | None:
+    return LIBRARY.why_not() or changed_operator(
         f"flash_attn_3::fwd(q, k, v, *, {_OPTIONS}, num_splits) -> 4",
         f"flash_attn_3::bwd(dout, q, k, v, out, softmax_lse, dq, dk, dv, *, {_OPTIONS}, deterministic)",
     )
@@ -37,7 +37,7 @@ def problem() -> str | None:
 
 @constant_when_compiled
 def left_out(what: str) -> str | None:
-    """The reason if the build lacks `what`, as its own list of flags says; without such a list it lacks nothing."""
+    """Return the reason if the build lacks `what` by its own list of flags; without such a list it lacks nothing."""
     try:
         flags: dict[str, bool] = importlib.import_module("flash_attn_config").CONFIG["build_flags"]
     except ModuleNotFoundError:
@@ -58,14 +58,14 @@ class FlashAttention3(FlashBackend):
     def why_not(self, call: AttentionCall) -> str | None:
         if call.capability != (9, 0):
             return f"is for compute capability 9.0, got {call.capability}"
-        return self.too_wide(call) or problem() or _why_not_built(call)
+        return self.too_wide(call) or why_not_usable() or _why_not_built(call)
 
-    def out_order(self, q: Tensor) -> tuple[int, ...]:
-        """Token by token, whatever the order of q."""
+    def out_dim_order(self, q: Tensor) -> tuple[int, ...]:
+        """Tokens come before heads, whatever the dimension order of q."""
         return (0, 2, 1, 3) if q.dim() == 4 else (0, 1, 2)
 
     def kernel_forward(self, q: Tensor, k: Tensor, v: Tensor, options: Options) -> tuple[Tensor, Tensor, Tensor | None]:
-        # 0: it shares the keys of a few queries out among programs, where that is faster.
+        # 0 lets it choose split-KV, which is faster for a few queries.
         splits = 0 if options.cu_seqlens_q is None else 1
         out, lse, *_ = torch.ops.flash_attn_3.fwd(q, k, v, num_splits=splits, **_keywords(options, q, k))
         return out, lse, None
@@ -96,9 +96,9 @@ def _why_not_built(call: AttentionCall) -> str | None:
 def _keywords(options: Options, q: Tensor, k: Tensor) -> dict[str, Any]:
     starts_q, starts_k, max_q, max_k = sequences(options, q, k)
     left, right = options.window_left, options.window_right
-    packed: dict[str, Any] = {}
+    varlen: dict[str, Any] = {}
     if starts_q is not None:
-        packed = {
+        varlen = {
             "cu_seqlens_q": starts_q, "cu_seqlens_k": starts_k, "max_seqlen_q": max_q, "max_seqlen_k": max_k,
         }  # fmt: skip
     return {
@@ -107,5 +107,5 @@ def _keywords(options: Options, q: Tensor, k: Tensor) -> dict[str, Any]:
         "window_size_left": -1 if left is None else left,
         "window_size_right": -1 if right is None else right,
         "softcap": options.softcap or 0.0,
-        **packed,
+        **varlen,
     }

@@ -1,4 +1,4 @@
-"""FlashAttention 4 (CuTe), the package flash-attn-4: compiled when first called, with a gradient of lse of its own."""
+"""FlashAttention 4 (CuTe), the package flash-attn-4: it compiles when first called, and its backward takes dlse."""
 
 from __future__ import annotations
 
@@ -23,8 +23,8 @@ _OPTIONS = (
 
 
 @constant_when_compiled
-def problem() -> str | None:
-    reason = LIBRARY.problem()
+def why_not_usable() -> str | None:
+    reason = LIBRARY.why_not()
     if reason is not None:
         return reason
     module = _module()
@@ -43,17 +43,17 @@ class FlashAttention4(FlashBackend):
     summary = "FlashAttention 4, for Hopper and Blackwell"
     honours = ("causal", "window", "softcap", "varlen", "lse gradient")
     takes_dlse = True
-    # At other head sizes dq of all but the first queries is wrong on Hopper in 4.0.0b36, since its kernel and its
+    # At other head sizes 4.0.0b36 on Hopper computes a wrong dq for all but the first queries, since its kernel and its
     # buffers round the size differently: https://github.com/Dao-AILab/flash-attention/pull/2896
     backward_multiple = 32
 
     def why_not(self, call: AttentionCall) -> str | None:
         if call.capability is None or call.capability[0] not in (9, 10, 11):
             return f"is used here for compute capability 9.0 to 11.0, got {call.capability}"
-        return self.too_wide(call, 256 if call.capability[0] == 9 else 128) or problem()
+        return self.too_wide(call, 256 if call.capability[0] == 9 else 128) or why_not_usable()
 
-    def out_order(self, q: Tensor) -> tuple[int, ...]:
-        """Token by token, whatever the order of q."""
+    def out_dim_order(self, q: Tensor) -> tuple[int, ...]:
+        """Tokens come before heads, whatever the dimension order of q."""
         return (0, 2, 1, 3) if q.dim() == 4 else (0, 1, 2)
 
     def kernel_forward(self, q: Tensor, k: Tensor, v: Tensor, options: Options) -> tuple[Tensor, Tensor, Tensor | None]:

@@ -41,7 +41,7 @@ class FlashAttention(FlashBackend):
     )
 
     def why_not(self, call: AttentionCall) -> str | None:
-        return self.too_wide(call) or flash2.unserved(call) or changed_operator(*self._signatures)
+        return self.too_wide(call) or flash2.why_not_window(call) or changed_operator(*self._signatures)
 
     def kernel_forward(self, q: Tensor, k: Tensor, v: Tensor, options: Options) -> tuple[Tensor, Tensor, Tensor | None]:
         lengths = sequences(options, q, k)

@@ -18,7 +18,7 @@ class Triton(Family):
     def __init__(self) -> None:
         self.members = {"hopper": HopperKernels(), "portable": PortableKernels()}
 
-    def order(self, call: AttentionCall) -> Sequence[str]:
+    def priority(self, call: AttentionCall) -> Sequence[str]:
         return ("hopper", "portable") if call.device == "cuda" else ("portable",)
 
 

@@ -1,4 +1,4 @@
-"""The memory of a call: its layouts, found once, and the cheapest way to allocate them."""
+"""Allocation of a call's results: their layouts are found once, and each is allocated in the cheapest way."""
 
 from __future__ import annotations
 
@@ -10,23 +10,25 @@ import torch
 from torch import Tensor
 
 from attn_n.backends.base import dense_strides, memory_order
-from attn_n.backends.triton.problem import Strides, kernel_strides
+from attn_n.backends.triton.kernel_key import Strides, kernel_strides
 
 
 class Layout(NamedTuple):
-    """The layout of a result: dense, its dimensions in the order of an input, and the last one innermost."""
+    """The layout of a result: dense, with the dimension order of an input but the last dimension innermost."""
 
     shape: tuple[int, ...]
     strides: Strides
-    as_input: bool  # the input has this layout itself
+    as_input: bool  # the input itself has this layout
 
     def empty(self, like: Tensor) -> Tensor:
-        if self.as_input:  # a third of the time that `empty_strided` takes on the host
+        """Return an uninitialised tensor of this layout, with the dtype and the device of `like`."""
+        if self.as_input:  # on the host it takes a third of the time of `empty_strided`
             return torch.empty_like(like)
         return torch.empty_strided(self.shape, self.strides, dtype=like.dtype, device=like.device)
 
     @property
     def of_kernel(self) -> Strides:
+        """The strides as kernels get them."""
         return kernel_strides(self.strides)
 
 
@@ -40,7 +42,7 @@ def layout(x: Tensor, width: int | None = None) -> Layout:
 
 
 def template(shape: Sequence[int], dtype: torch.dtype, device: torch.device) -> Tensor:
-    """A tensor of one element, of which `torch.empty_like` makes a contiguous one of `shape`.
+    """Return an expanded element of which `torch.empty_like` makes a contiguous tensor of `shape`.
 
     On the host that takes half the time of `torch.empty`.
     """

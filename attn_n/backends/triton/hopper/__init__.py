@@ -1,8 +1,8 @@
-"""The kernels for Hopper (sm_90), in Gluon: warps with roles, the copy engine, asynchronous products.
+"""The kernels for Hopper (sm_90) in Gluon: warp specialisation, TMA loads, asynchronous wgmma.
 
-What they do not serve is left to the portable kernels: among it, under
-`torch.use_deterministic_algorithms(True)`, every backward, for that of Hopper adds up dq, and dk and dv of some key
-heads that several query heads share, in no fixed order.
+The portable kernels run what these do not serve. Under `torch.use_deterministic_algorithms(True)` that is every
+backward: the Hopper backward adds up dq, and dk and dv of some KV heads that several query heads share, in no fixed
+order.
 """
 
 from __future__ import annotations
@@ -11,11 +11,11 @@ import triton
 from torch import Tensor
 
 from attn_n.backends.base import HALF, Prepared
+from attn_n.backends.triton.kernel_key import fits_descriptors
 from attn_n.backends.triton.portable import PortableKernels
-from attn_n.backends.triton.problem import fits_descriptors
 from attn_n.call import AttentionCall, Options
 
-# Gluon changes from release to release: these are those that the tests have run on, on a GPU.
+# Gluon changes from release to release: on these the tests have passed on a GPU.
 _TESTED = ("3.6",)
 WIDTHS = (64, 128, 256)
 
@@ -36,20 +36,20 @@ class HopperKernels(PortableKernels):
         if call.head_dim != call.head_dim_v or call.head_dim not in WIDTHS:
             return f"takes heads of {', '.join(map(str, WIDTHS))} with E = Ev, got {call.head_dim}, {call.head_dim_v}"
         left, right = call.window_left, call.window_right
-        if left is not None and right is not None and left + right < 0:  # its warps wait for at least one tile of keys
-            return "no window that holds no key (left + right < 0)"
+        if left is not None and right is not None and left + right < 0:  # consumers wait for at least one tile of keys
+            return "has no windows without keys (left + right < 0)"
         strides = (call.q_stride, call.k_stride, call.v_stride)
         if not all(fits_descriptors(stride, call.dtype.itemsize) for stride in strides):
             return "reads strides that are multiples of 16 bytes, and nothing expanded over heads or rows"
         return super().why_not(call)
 
     def prepare(self, q: Tensor, k: Tensor, v: Tensor, log_n: float | Tensor | None, options: Options) -> Prepared:
-        # Imported here, where the release of Gluon is one that has been tested.
+        # Imported here, once the release of Gluon is known to be a tested one: on others the import may fail.
         from attn_n.backends.triton.hopper.call import prepared
 
         return prepared(q, k, v, log_n, options)
 
 
 def tested() -> bool:
-    """Whether this release of Triton is one that the kernels have run on."""
+    """Return True if the kernels were tested on the installed release of Triton."""
     return triton.__version__.rpartition(".")[0] in _TESTED

@@ -9,7 +9,7 @@ tile of number `starts[b] // TILE_Q + b`, which leaves room enough and needs no 
 import triton
 import triton.language as tl
 
-from attn_n.backends.triton.portable.tile import LOG2E, load, matrix, place, rows_of, store
+from attn_n.backends.triton.portable.tile import LOG2E, base_of, load, locate, row_pointers, store
 
 RUN_TIME = ("sequences", "stride_n", "heads", "len_q", "length")
 
@@ -51,19 +51,22 @@ def preprocess_kernel(
 
     lse is infinite and delta 0 beyond the end of a sequence.
     """
-    tile, head, batch, first_q, _, _, _ = place(None, None, heads, len_q, len_q, tl.cdiv(len_q, TILE_Q))
+    tile, head, batch, first_q, _, _, _ = locate(None, None, heads, len_q, len_q, tl.cdiv(len_q, TILE_Q))
     first_row = tile * TILE_Q
     if starts is not None:
         first_row, first_q, len_q = rows_of_tile(starts, sequences, tile, TILE_Q)
     rows = first_row + tl.arange(0, TILE_Q)  # [TILE_Q], as are row_lse and row_delta
-    of_out, of_dout = matrix(out, strides_out, batch, head, first_q), matrix(dout, strides_dout, batch, head, first_q)
+    of_out, of_dout = (
+        base_of(out, strides_out, batch, head, first_q),
+        base_of(dout, strides_dout, batch, head, first_q),
+    )
     out_tile = load(of_out, 0, first_row, len_q, strides_out, E, TILE_Q, E, False)  # [TILE_Q, E]
     dout_tile = load(of_dout, 0, first_row, len_q, strides_dout, E, TILE_Q, E, False)
-    of_lse = rows_of(lse, batch, head, heads, first_q, rows, len_q, starts is not None)
+    of_lse = row_pointers(lse, batch, head, heads, first_q, rows, len_q, starts is not None)
     row_lse = tl.load(of_lse, mask=rows < len_q, other=float("inf")) * LOG2E
     row_delta = tl.sum(out_tile.to(tl.float32) * dout_tile.to(tl.float32), 1)
     if dlse is not None:
-        of_dlse = rows_of(dlse, batch, head, heads, first_q, rows, len_q, starts is not None)
+        of_dlse = row_pointers(dlse, batch, head, heads, first_q, rows, len_q, starts is not None)
         row_delta -= tl.load(of_dlse, mask=rows < len_q, other=0.0)
 
     first, all_rows = tl.program_id(0).to(tl.int64) * TILE_Q, tl.num_programs(0).to(tl.int64) * TILE_Q
@@ -91,11 +94,11 @@ def postprocess_kernel(
     The sum consists of tiles of 64 x 64 in the order in which a wgmma's accumulator lies in registers: 8 columns by 8;
     then 4 warps of 16 rows, of each 8 x 4 threads, of each 2 x 2 numbers, which are 8 rows apart.
     """
-    tile, head, batch, first, _, _, _ = place(None, None, heads, length, length, tl.cdiv(length, TILE))
+    tile, head, batch, first, _, _, _ = locate(None, None, heads, length, length, tl.cdiv(length, TILE))
     at = tl.program_id(0).to(tl.int64) * TILE * E
     found = tl.load(x_sum + at + tl.arange(0, TILE * E)) * scale
     found = found.reshape(TILE // 64, E // 64, 8, 4, 8, 4, 2, 2).permute(0, 3, 6, 4, 1, 2, 5, 7).reshape(TILE, E)
     first_row = tile * TILE
     if starts is not None:
         first_row, first, length = rows_of_tile(starts, sequences, tile, TILE)
-    store(matrix(x, strides, batch, head, first), found, first_row, length, strides, E, TILE, E)
+    store(base_of(x, strides, batch, head, first), found, first_row, length, strides, E, TILE, E)

@@ -9,16 +9,16 @@ from attn_n.backends.base import Prepared
 from attn_n.backends.triton.allocation import Layout, layout, template
 from attn_n.backends.triton.hopper import prepare
 from attn_n.backends.triton.hopper.prepare import list_of_tiles
+from attn_n.backends.triton.kernel_key import KernelKey, Strides, aligned, describe, fits_descriptors
 from attn_n.backends.triton.portable import prepare as portable
 from attn_n.backends.triton.portable.prepare import log_n_of
-from attn_n.backends.triton.problem import Problem, Strides, aligned, describe, fits_descriptors
 from attn_n.call import Gradients, Grads, Options, Saved
 
 
 class HopperCall:
     """The launches of one kind of a call, and the memory that it takes."""
 
-    def __init__(self, problem: Problem, q: Tensor, k: Tensor, v: Tensor) -> None:
+    def __init__(self, problem: KernelKey, q: Tensor, k: Tensor, v: Tensor) -> None:
         self._out = layout(q)
         self._lse = template(q.shape[:-1], torch.float32, q.device)
         self._launches = prepare.forward(problem, self._out.of_kernel)
@@ -74,17 +74,17 @@ class HopperCall:
 class BackwardCall:
     """The launches of a backward, and templates of the memory that they share."""
 
-    def __init__(self, problem: Problem, dq: Layout, dk: Layout, dv: Layout) -> None:
+    def __init__(self, problem: KernelKey, dq: Layout, dk: Layout, dv: Layout) -> None:
         p, self.layouts = problem, (dq, dk, dv)
         self.launches = prepare.backward(p, dq.of_kernel, dk.of_kernel, dv.of_kernel)
         self.stats = template((self.launches.stats,), torch.float32, p.device)
         self.dq_sum = template((self.launches.dq_sum,), torch.float32, p.device)
-        batch = 1 if p.packed else p.batch
+        batch = 1 if p.varlen else p.batch
         tiles = self.launches.prepare.programs // (batch * p.heads)
         self.shares = template((batch, p.heads, tiles), torch.float32, p.device)
 
 
-_calls: dict[Problem, Prepared] = {}
+_calls: dict[KernelKey, Prepared] = {}
 
 
 def prepared(q: Tensor, k: Tensor, v: Tensor, log_n: float | Tensor | None, options: Options) -> Prepared:

@@ -1,30 +1,30 @@
-"""The tiles of the Hopper kernels, in one table, with where they were measured."""
+"""The tile sizes of the Hopper kernels in one table, with the GPU that they were measured on."""
 
 from __future__ import annotations
 
 from typing import NamedTuple
 
-from attn_n.backends.triton.problem import Problem
+from attn_n.backends.triton.kernel_key import KernelKey
 
 
 class Tiles(NamedTuple):
-    """What the forward kernel is compiled for."""
+    """The constants that the forward kernel is compiled for."""
 
-    consumers: int  # of 64 queries each; of programs with one, two fit an SM
+    consumers: int  # consumer warpgroups, of 64 queries each; two programs with one consumer fit an SM
     tile_k: int
-    stages: int
-    q_in_registers: bool = False  # each consumer keeps its queries there
-    out_apart: bool = True  # out is stored from a buffer of its own, so that the next queries can come (+3 % at 2048)
-    lazy: bool = False  # O is rescaled only where a maximum has grown much
-    weights_first: bool = False  # those of a block are complete before O of the block behind it is waited for
+    stages: int  # of the ring of K and V
+    q_in_registers: bool = False  # each consumer keeps its queries in registers
+    out_apart: bool = True  # out has a buffer of its own, so the next queries can be loaded meanwhile (+3 % at 2048)
+    lazy: bool = False  # O is rescaled only where row_max has grown much
+    weights_first: bool = False  # all weights of a block are computed before the wait for O of the block before it
 
 
 class Config(NamedTuple):
-    """A row of the table, and what decides whether a problem gets it."""
+    """A row of the table: tiles, and the calls that they are for."""
 
     tiles: Tiles
-    counted: bool = False  # programs take tiles by a counter, heavy ones first: only where the last keys are masked
-    at_least: int = 0  # keys that a query sees on the average
+    counted: bool = False  # programs take tiles by a counter, heavy ones first: only for a mask of later keys
+    at_least: int = 0  # a query sees at least so many keys on average
 
 
 class ForwardSpec(NamedTuple):
@@ -33,7 +33,7 @@ class ForwardSpec(NamedTuple):
     tiles: Tiles
     width: int
     group_size: int  # query heads of a KV head
-    one_edge: bool  # of the blocks of keys that a consumer sees at most one needs a mask, the last one
+    one_edge: bool  # at most one of the blocks of keys that a consumer sees needs a mask, the last one
 
 
 class BackwardSpec(NamedTuple):
@@ -42,12 +42,12 @@ class BackwardSpec(NamedTuple):
     width: int
     tile_q: int
     team_heads: int  # query heads that a program processes in sequence for a tile of keys: a team
-    teams: int  # of a KV head
+    teams: int  # for each KV head
 
 
-# By width, the longest first: the best of some, causal and not. An H200, 2026-11-23, S = 512 to 8192; on an H100,
-# S = 512 to 16,384, `counted` 2026-11-25, `lazy` and all of E = 128 and 256 2026-11-26: bfloat16, PyTorch 2.11, Triton
-# 3.6.
+# By width, then by length, the longest first: the best of those tried, causal or not. Measured in bfloat16, PyTorch
+# 2.11, Triton 3.6: on an H200, 2026-11-23, S = 512 to 8192; on an H100, S = 512 to 16,384, `counted` 2026-11-25,
+# `lazy` and all of E = 128 and 256 2026-11-26.
 FORWARD: dict[int, tuple[Config, ...]] = {
     64: (
         Config(Tiles(3, 128, 2, lazy=True, weights_first=True), counted=True, at_least=1500),
@@ -67,37 +67,39 @@ FORWARD: dict[int, tuple[Config, ...]] = {
     ),
 }
 
-# Queries and keys of a tile of the backward: the largest that fit.
+# Queries and keys of a tile in the backward, by width: the largest that fit.
 BACKWARD = {64: (128, 128), 128: (64, 128), 256: (64, 64)}
 
-# Where programs drift apart, see `heads_of_item`: up to so many query heads of a key head stay together, and of more so
-# many at most. (An H100, 2026-11-26, S = 512 to 65,536, 4, 8 and 32 query heads a key head, bfloat16.)
+# For uneven work, by width: one program takes all query heads of a KV head if they are at most the first number, and
+# else at most the second (see `heads_of_item`). Measured on an H100, 2026-11-26, bfloat16, S = 512 to 65,536, with 4, 8
+# and 32 query heads for each KV head.
 UNEVEN = {64: (8, 4), 128: (4, 2), 256: (2, 2)}
 
 
-def find(problem: Problem) -> Config:
-    """The tiles of the forward."""
-    keys, masked = problem.keys_on_average, problem.right is not None
-    return next(row for row in FORWARD[problem.width] if keys >= row.at_least and (masked or not row.counted))
+def find(key: KernelKey) -> Config:
+    """Return the row of the table for a forward."""
+    keys, masked = key.keys_on_average, key.right is not None
+    return next(row for row in FORWARD[key.width] if keys >= row.at_least and (masked or not row.counted))
 
 
-def heads_of_item(problem: Problem, processors: int) -> int:
-    """How many of the query heads of a key head a program of the backward takes through a tile of keys.
+def heads_of_item(key: KernelKey, sm_count: int) -> int:
+    """Return how many query heads of a KV head one program of the backward processes for a tile of keys: a team.
 
-    Having taken all of them it writes dK and dV; else it adds its part to sums in float32, which cost a twentieth. That
-    is worth it where tiles are few, and where some are seen by more queries than others: then programs are soon at
-    different heads, and a cache no longer holds what they read and add. (8 query heads a key head, E = 128, causal:
-    0.96 to 0.98 of the rate with as many key heads, in place of 0.70 to 0.96.)
+    A program that processes all of them writes dK and dV; otherwise it adds its part to float32 sums, which costs 5 %.
+    Smaller teams pay off in two cases. Where tiles are few, they keep more SMs busy. Where some tiles are seen by more
+    queries than others, programs soon work on different heads, and the L2 cache no longer holds what they load and add.
+    (With 8 query heads for each KV head, E = 128, causal: 0.96 to 0.98 of the rate with as many KV heads,
+    in place of 0.70 to 0.96.)
     """
-    p, groups = problem, problem.heads // problem.heads_kv
+    p, groups = key, key.heads // key.heads_kv
     seen = p.queries_on_average
-    if groups * seen < (2_000 if None in p.window else 16_000):  # the sums would take more than they bring
+    if groups * seen < (2_000 if None in p.window else 16_000):  # the sums would cost more than they gain
         return groups
-    uneven = p.packed or p.window != (None, None)
-    together, apart = UNEVEN[p.width] if uneven else (groups, groups)
-    rounds = 2 if p.causal else 1  # a heavy tile and a light one
+    uneven = p.varlen or p.window != (None, None)
+    whole, split = UNEVEN[p.width] if uneven else (groups, groups)
+    rounds = 2 if p.causal else 1  # for each SM: a heavy tile and a light one, or one tile
     items = p.heads_kv * p.keys / BACKWARD[p.width][1]
-    for heads in range(groups if groups <= together else apart, 1, -1):
-        if groups % heads == 0 and items * groups / heads >= 0.9 * rounds * processors:
+    for heads in range(groups if groups <= whole else split, 1, -1):
+        if groups % heads == 0 and items * groups / heads >= 0.9 * rounds * sm_count:
             return heads
     return 1

@@ -15,7 +15,7 @@ from attn_n.backends.triton.hopper.backward_wide import wide_kernel
 from attn_n.backends.triton.hopper.configs import BackwardSpec, Config, ForwardSpec
 from attn_n.backends.triton.hopper.forward import STRIP, forward_kernel
 from attn_n.backends.triton.hopper.schedule import BLOCK, HEADER, schedule_kernel
-from attn_n.backends.triton.problem import Problem, Strides
+from attn_n.backends.triton.kernel_key import KernelKey, Strides
 from attn_n.launcher import Launch
 
 
@@ -27,24 +27,24 @@ class Forward(NamedTuple):
     table: int  # numbers of the table that they share, see `packed`; of batches 1, the counter, or 0
 
 
-def forward(problem: Problem, out: Strides, config: Config | None = None) -> Forward:
+def forward(problem: KernelKey, out: Strides, config: Config | None = None) -> Forward:
     """The launches of the forward; `config` in place of that of the table."""
     p, config = problem, config or configs.find(problem)
     left, right = p.window
     tile_q = config.tiles.consumers * STRIP.value
     of_head = _cdiv(p.len_q, tile_q)
-    tiles = most_tiles(p, p.rows, tile_q) if p.packed else p.batch * of_head
+    tiles = most_tiles(p, p.rows, tile_q) if p.varlen else p.batch * of_head
     items = p.heads * tiles
     most = _processors(p.device) * (2 if config.tiles.consumers == 1 else 1)
     together = None
-    if config.counted and right is not None and not p.packed:
+    if config.counted and right is not None and not p.varlen:
         # Heads whose keys and values take 32 MB, and enough of them for three rounds of all programs.
         together = max((1 << 23) // (p.len_k * p.width) * (p.heads // p.heads_kv), _cdiv(3 * most, of_head))
         together = _cdiv(p.batch * p.heads, max(1, p.batch * p.heads // together))
-    elif p.causal and not p.packed:
+    elif p.causal and not p.varlen:
         items = p.heads * p.batch * _cdiv(of_head, 2)  # an item is a pair of tiles
     numbers = (
-        *p.strides, out, p.stride_n, None if p.packed else p.batch, p.heads, p.len_q, p.len_k, left, right, p.scale,
+        *p.strides, out, p.stride_n, None if p.varlen else p.batch, p.heads, p.len_q, p.len_k, left, right, p.scale,
         p.softcap, items, together,
     )  # fmt: skip
     one_edge = left is None and (
@@ -55,13 +55,13 @@ def forward(problem: Problem, out: Strides, config: Config | None = None) -> For
     options = {"num_warps": 4, "maxnreg": {1: 128, 2: 168, 3: 128}[config.tiles.consumers]}
     programs = min(items, most)
     return Forward(
-        _order(p, tile_q) if p.packed else None,
+        _order(p, tile_q) if p.varlen else None,
         Launch(forward_kernel, programs, p.device, numbers, constants, options, descriptors=True),
-        HEADER.value + 2 * tiles if p.packed else int(together is not None),
+        HEADER.value + 2 * tiles if p.varlen else int(together is not None),
     )
 
 
-def most_tiles(problem: Problem, rows: int, tile: int) -> int:
+def most_tiles(problem: KernelKey, rows: int, tile: int) -> int:
     """As many tiles may the rows of packed sequences have, none of which spans two of them."""
     return rows // tile + problem.batch
 
@@ -82,7 +82,7 @@ def list_of_tiles(
     return table
 
 
-def _order(problem: Problem, tile: int) -> Launch:
+def _order(problem: KernelKey, tile: int) -> Launch:
     programs = _cdiv(problem.batch, BLOCK.value)
     return Launch(schedule_kernel, programs, problem.device, (problem.batch,), {"TILE": tile}, {"num_warps": 4}, False)
 
@@ -101,7 +101,7 @@ class Backward(NamedTuple):
     dkv_sum: int  # of each of the two
 
 
-def backward(problem: Problem, dq: Strides, dk: Strides, dv: Strides) -> Backward:
+def backward(problem: KernelKey, dq: Strides, dk: Strides, dv: Strides) -> Backward:
     """The launches of the backward; the strides are those of the gradients."""
     p, (tile_q, tile_k) = problem, configs.BACKWARD[problem.width]
     q, k, v, out, dout = p.strides
@@ -111,7 +111,7 @@ def backward(problem: Problem, dq: Strides, dk: Strides, dv: Strides) -> Backwar
     shares = p.heads // p.heads_kv // groups
     constants = {"SPEC": BackwardSpec(p.width, tile_q, groups, shares), "E": p.width, "TILE_Q": tile_q}
     left, right = p.window
-    if p.packed:  # as one of a batch, with whole tiles for each sequence; how many keys one has only the GPU knows
+    if p.varlen:  # as one of a batch, with whole tiles for each sequence; how many keys one has only the GPU knows
         batch, tiles_q, tiles_k = 1, most_tiles(p, p.rows, tile_q), most_tiles(p, p.keys, tile_k)
         sequences, len_q, len_k, together = p.batch, tiles_q * tile_q, 0, None
     else:
@@ -133,10 +133,10 @@ def backward(problem: Problem, dq: Strides, dk: Strides, dv: Strides) -> Backwar
         )
 
     def rounding_of_keys(strides: Strides, scale: float) -> Launch:
-        return rounding(strides, p.heads_kv, sum_rows if p.packed else len_k, scale, key_tiles, tile_k)
+        return rounding(strides, p.heads_kv, sum_rows if p.varlen else len_k, scale, key_tiles, tile_k)
 
     return Backward(
-        _order(p, tile_k) if p.packed else None,
+        _order(p, tile_k) if p.varlen else None,
         Launch(preprocess_kernel, tiles, p.device, before, constants, small, descriptors=False),
         Launch(
             kernel, min(key_tiles * shares, processors), p.device, numbers, constants, small | {"maxnreg": 168},
@@ -144,7 +144,7 @@ def backward(problem: Problem, dq: Strides, dk: Strides, dv: Strides) -> Backwar
         ),
         rounding(dq, p.heads, len_q, p.scale, tiles, tile_q),
         (rounding_of_keys(dk, p.scale), rounding_of_keys(dv, 1.0)) if shares > 1 else (),
-        HEADER.value + 2 * tiles_k if p.packed else 0,
+        HEADER.value + 2 * tiles_k if p.varlen else 0,
         2 * tiles * tile_q + 1,
         tiles * tile_q * p.width,
         key_tiles * tile_k * p.width,

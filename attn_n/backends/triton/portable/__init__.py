@@ -1,4 +1,4 @@
-"""The portable kernels: any argument on every GPU that Triton serves, forward and backward."""
+"""The portable kernels, forward and backward: they take every argument, on every GPU that Triton supports."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ _INTERPRETED = isinstance(forward_kernel, InterpretedFunction)
 
 class PortableKernels(Backend):
     name = "triton:portable"
-    summary = "for any argument, on every GPU that Triton serves"
+    summary = "for any argument, on every GPU that Triton supports"
     honours: Collection[str] = (
         "causal", "window", "negative window", "softcap", "dropout", "mask", "alibi", "varlen", "lse gradient",
     )  # fmt: skip
@@ -40,7 +40,7 @@ class PortableKernels(Backend):
         if max(call.head_dim, call.head_dim_v) > 256:
             return f"takes heads of up to 256, got {max(call.head_dim, call.head_dim_v)}"
         rows, keys = (shape[0] if call.varlen else shape[2] for shape in (call.q_shape, call.k_shape))
-        if 0 < 2**31 - rows <= 256 or 0 < 2**31 - keys <= 256:  # longer ones are counted in 64 bits
+        if 0 < 2**31 - rows <= 256 or 0 < 2**31 - keys <= 256:  # longer ones make Triton count in 64 bits
             return f"counts rows tile by tile in 32 bits, up to 2**31 - 256, got {rows} and {keys}"
         return None
 
@@ -61,6 +61,6 @@ def _too_old() -> bool:
     return _older(triton.__version__)
 
 
-@functools.cache  # comparing versions takes longer than all other questions
+@functools.cache  # comparing versions takes longer than all other checks
 def _older(version: str) -> bool:
     return bool(TorchVersion(version) < _OLDEST)

@@ -1,4 +1,4 @@
-"""The tiles of each kernel, in one table, with where they were measured.
+"""The tile sizes of the portable kernels in one table, with the GPU that each part was measured on.
 
 Nothing is tuned while a program runs. `python -m bench.kernels.tune` finds new rows.
 """
@@ -9,7 +9,7 @@ from typing import NamedTuple
 
 import torch
 
-from attn_n.backends.triton.problem import Problem
+from attn_n.backends.triton.kernel_key import KernelKey
 
 
 class Config(NamedTuple):
@@ -17,16 +17,16 @@ class Config(NamedTuple):
     tile_k: int
     num_warps: int
     num_stages: int
-    descriptors: bool = False  # tiles come by tensor descriptors (the copy engine of sm_90 and later), not by pointers
-    at_least: int = 0  # for loops over as many queries or keys
+    descriptors: bool = False  # load tiles by tensor descriptors (TMA, on sm_90 and later) and not by pointers
+    at_least: int = 0  # the row is for loops over at least so many queries or keys
 
 
-Rows = tuple[Config, ...]  # the longest loops first; the last one is for any length, and by pointers
+Rows = tuple[Config, ...]  # the longest loops first; the last row is for any length and loads by pointers
 
-# By kernel and by width, the wider of the two heads rounded up to a power of two. Below 64 that of 64 serves.
+# By kernel, then by width: the larger of E and Ev, rounded up to a power of two, at least 64.
 Table = dict[str, dict[int, Rows]]
 
-# An H200, bfloat16, 2026-11-22, PyTorch 2.11, Triton 3.6: the best of each at S = 512, 2048 and 8192, causal and not.
+# Measured on an H200, bfloat16, 2026-11-22, PyTorch 2.11, Triton 3.6: the best at S = 512, 2048, 8192, causal or not.
 SM_90: Table = {
     "forward": {
         64: (Config(64, 128, 4, 2, True, 1500), Config(128, 64, 8, 3, False, 400), Config(64, 64, 4, 3)),
@@ -46,7 +46,7 @@ SM_90: Table = {
     "dv": {256: (Config(64, 64, 4, 3, True, 700), Config(64, 128, 8, 2))},
 }
 
-# Not measured: what fits the 163 KB of shared memory of an A100 and spills no registers on sm_80 and sm_100.
+# Not measured: these fit the 163 KB of shared memory of an A100 and spill no registers on sm_80 and sm_100.
 LARGE: Table = {
     "forward": {64: (Config(128, 64, 8, 3),), 128: (Config(128, 64, 8, 3),), 256: (Config(64, 32, 4, 2),)},
     "dq": {64: (Config(64, 64, 4, 2),), 128: (Config(64, 64, 4, 2),), 256: (Config(64, 32, 8, 2),)},
@@ -55,7 +55,7 @@ LARGE: Table = {
     "dv": {256: (Config(32, 64, 8, 2),)},
 }
 
-# Not measured: what fits 64 KB of shared memory (ROCm; consumer GPUs have 99 KB).
+# Not measured: these fit 64 KB of shared memory (ROCm; consumer GPUs have 99 KB).
 SMALL: Table = {
     "forward": {64: (Config(64, 32, 4, 2),), 128: (Config(64, 32, 4, 1),), 256: (Config(32, 32, 4, 1),)},
     "dq": {64: (Config(64, 32, 4, 1),), 128: (Config(32, 32, 4, 1),), 256: (Config(16, 32, 4, 1),)},
@@ -64,7 +64,7 @@ SMALL: Table = {
     "dv": {256: (Config(16, 32, 4, 1),)},
 }
 
-# float32: its exact products run outside of the matrix units, from registers. Measured as above at S = 1024.
+# float32: exact matmuls run on CUDA cores, from registers, and not on tensor cores. Measured as above at S = 1024.
 FLOAT32: Table = {
     "forward": {64: (Config(64, 32, 4, 1),), 128: (Config(32, 64, 4, 1),), 256: (Config(32, 32, 4, 1),)},
     "dq": {64: (Config(32, 32, 8, 1),), 128: (Config(16, 16, 8, 1),), 256: (Config(16, 16, 8, 1),)},
@@ -76,37 +76,38 @@ FLOAT32: Table = {
 _LARGE = ((8, 0), (8, 7), (10, 0), (10, 3))
 
 
-def find(kernel: str, problem: Problem) -> Config:
-    """The tiles of a kernel for a problem on the GPU that it is on."""
-    capability = None  # of ROCm and of the interpreter
-    if problem.device.type == "cuda" and torch.version.hip is None:
-        capability = torch.cuda.get_device_capability(problem.device)
-    descriptors = capability is not None and capability >= (9, 0) and problem.fits_descriptors
+def find(kernel: str, key: KernelKey) -> Config:
+    """Return the tiles of a kernel on the GPU of the key."""
+    capability = None  # for ROCm and for the interpreter
+    if key.device.type == "cuda" and torch.version.hip is None:
+        capability = torch.cuda.get_device_capability(key.device)
+    descriptors = capability is not None and capability >= (9, 0) and key.fits_descriptors
     of_keys = kernel in ("dk", "dv", "dk and dv")
-    length = problem.queries_on_average if of_keys else problem.keys_on_average
-    rows = table(capability, problem.dtype)[kernel][max(64, widest(problem))]
+    length = key.queries_on_average if of_keys else key.keys_on_average
+    rows = table(capability, key.dtype)[kernel][max(64, widest(key))]
     return next(row for row in rows if length >= row.at_least and (descriptors or not row.descriptors))
 
 
 def table(capability: tuple[int, int] | None, dtype: torch.dtype) -> Table:
-    """That of a GPU; `capability` is None for ROCm and for the interpreter."""
+    """Return the table of a GPU; `capability` is None for ROCm and for the interpreter."""
     if dtype == torch.float32:
         return FLOAT32
     return SM_90 if capability == (9, 0) else LARGE if capability in _LARGE else SMALL
 
 
-def kernels_of_keys(problem: Problem) -> tuple[str, ...]:
-    """One kernel gives dK and dV, unless the registers hold but one of them."""
-    return ("dk and dv",) if widest(problem) <= 128 else ("dk", "dv")
+def kernels_of_keys(key: KernelKey) -> tuple[str, ...]:
+    """Return the kernels that compute dK and dV: one kernel, or two for heads of which registers hold only one."""
+    return ("dk and dv",) if widest(key) <= 128 else ("dk", "dv")
 
 
-def widest(problem: Problem) -> int:
-    return max(tiles_of_widths(problem))
+def widest(key: KernelKey) -> int:
+    """Return the width by which the table has its rows."""
+    return max(tiles_of_widths(key))
 
 
-def tiles_of_widths(problem: Problem) -> tuple[int, int]:
-    """Columns of the tiles of q and k, and of v."""
-    of_e, of_ev = (max(16, 1 << (width - 1).bit_length()) for width in (problem.width, problem.width_v))
-    # Where v's tile is the narrower one and narrower than 64, ptxas (12.8, sm_90) compiles a forward that is wrong, and
-    # without its optimisations one that is right. tests/test_triton.py has such widths.
+def tiles_of_widths(key: KernelKey) -> tuple[int, int]:
+    """Return the columns of the tiles of q and k, and those of v."""
+    of_e, of_ev = (max(16, 1 << (width - 1).bit_length()) for width in (key.width, key.width_v))
+    # Where v's tile is narrower than q's and than 64 columns, ptxas (12.8, sm_90) miscompiles the forward; without
+    # optimisation it is right. tests/test_triton.py has such widths.
     return of_e, max(of_ev, min(of_e, 64))

@@ -9,12 +9,12 @@ import torch
 from torch import Tensor
 
 from attn_n.backends.triton.allocation import Layout, layout, template
+from attn_n.backends.triton.kernel_key import KernelKey, Strides, aligned, describe
 from attn_n.backends.triton.portable import configs
 from attn_n.backends.triton.portable.backward import dkdv_kernel, dq_kernel
 from attn_n.backends.triton.portable.configs import Config
 from attn_n.backends.triton.portable.forward import forward_kernel
 from attn_n.backends.triton.portable.tile import ROW_PADDING
-from attn_n.backends.triton.problem import Problem, Strides, aligned, describe
 from attn_n.call import Gradients, Grads, Options, Saved
 from attn_n.launcher import Launch
 
@@ -22,7 +22,7 @@ from attn_n.launcher import Launch
 class PortableCall:
     """The launches of one kind of a call, and the memory that it takes."""
 
-    def __init__(self, problem: Problem, q: Tensor, k: Tensor, v: Tensor) -> None:
+    def __init__(self, problem: KernelKey, q: Tensor, k: Tensor, v: Tensor) -> None:
         self.problem = problem
         self._out = layout(q, v.shape[-1])
         self._lse = template(q.shape[:-1], torch.float32, q.device)
@@ -95,10 +95,10 @@ def prepared(q: Tensor, k: Tensor, v: Tensor, log_n: float | Tensor | None, opti
 
 
 MOST = 1024  # kinds of calls that are kept: lengths may never come again
-_calls: dict[Problem, PortableCall] = {}
+_calls: dict[KernelKey, PortableCall] = {}
 
 
-def backward(problem: Problem, layouts: tuple[Layout, Layout, Layout]) -> Backward:
+def backward(problem: KernelKey, layouts: tuple[Layout, Layout, Layout]) -> Backward:
     """`layouts` are those of dq, dk and dv."""
     p, strides = problem, [x.of_kernel for x in layouts]
     dq = launch("dq", p, strides)
@@ -111,7 +111,7 @@ def backward(problem: Problem, layouts: tuple[Layout, Layout, Layout]) -> Backwa
     )
 
 
-def launch(kernel: str, problem: Problem, results: Sequence[Strides], config: Config | None = None) -> Launch:
+def launch(kernel: str, problem: KernelKey, results: Sequence[Strides], config: Config | None = None) -> Launch:
     """The launch of one of the kernels of `configs`; `config` in place of that of the table.
 
     `results` are the strides of out, or of dq, dk and dv.
@@ -156,6 +156,6 @@ def _extras(rng_state: Tensor | None, options: Options) -> tuple[Tensor | None, 
     return mask, options.alibi_slopes, rng_state, options.cu_seqlens_q, options.cu_seqlens_k
 
 
-def padded_rows(problem: Problem) -> int:
+def padded_rows(problem: KernelKey) -> int:
     """The length of the backward's own `(H, rows)` tensors."""
     return problem.rows + problem.batch * int(ROW_PADDING.value)

@@ -1,20 +1,20 @@
-"""What the kernels share: how a tile is read, which tiles see each other, and their logits.
+"""The device functions that the kernels share: loads and stores of tiles, the bounds of the mask, and the logits.
 
-Everything is in base 2: a logit is `log2(e)` times that of the formulas, because exp2 is what the hardware has. Beside
-a floating mask logits are natural: its `finfo.min` times log2(e) would be -inf, which hides a key as only -inf may.
-An argument that is None (a mask, a side of the window, ...) is None when the kernel is compiled, and costs nothing.
+Logits are in base 2, `log2(e)` times those of the formulas, because the hardware has exp2. Beside a floating mask they
+are natural: `finfo.min` times log2(e) would be -inf, and only -inf may hide a key. An argument that is None (a mask, a
+side of the window, ...) is a constant of the compiled kernel and costs nothing.
 
-Addresses have 64 bits. Triton gives an integer argument 32 bits if its value fits, a stride too, and a product of
-two of those has 32 bits as well. Hence in every kernel of this package and of `attn_n.sink.kernels` whatever is
-multiplied by a stride or by a length (batch, head, row, column, key, the start of a sequence) is first made int64, and
-so are the products of batch and heads. Only these stay within 32 bits:
+Addresses have 64 bits. Triton gives an integer argument, a stride too, 32 bits if its value fits, and the product of
+two such numbers has 32 bits as well. Therefore every kernel of this package and of `attn_n.sink.kernels` casts to int64
+whatever it multiplies by a stride or by a length (batch, head, row, column, key, the start of a sequence), and also
+batch before `batch * heads`. Only these stay within 32 bits:
 
 - Programs, and the tiles and items that they count: a grid has fewer than 2^31 programs.
-- Rows and keys within their sequence, and their distances: `why_not` refuses a length within a tile of 2^31, and
-  a longer one has 64 bits by its value. `Problem` bounds the window, and the longest packed sequence, by what there is.
-- `head * stride_n`: the stride of log n is 0 or 1, see `ops`.
+- Rows and keys within their sequence, and their distances: `why_not` refuses a length that is less than a tile below
+  2^31, and a longer one has 64 bits by its value. `KernelKey` bounds the window and the longest sequence by lengths.
+- `head * stride_n`: the stride of log n is 0 or 1, as `attn_n.autograd.operators` makes it.
 - The columns of the tensors that we allocate ourselves, whose last stride is 1.
-- In the kernels for Hopper, whose heads have 64 columns or more: the rows of all heads, also as coordinates of a
+- In the Hopper kernels, whose heads have 64 columns or more: the rows of all heads, also as coordinates of a TMA
   descriptor. 2^31 of them would take 512 GB in the sum for dQ.
 """
 
@@ -28,23 +28,23 @@ LN2 = tl.constexpr(0.6931471805599453)
 # Triton's interpreter multiplies the bits of bfloat16 as if they were integers.
 INTERPRETED = tl.constexpr(os.environ.get("TRITON_INTERPRET") == "1")
 
-# From here on the rounding of an lse changes the weights by more than 3e-5.
+# The rounding of an lse of at least this size changes the weights by more than 3e-5.
 LARGE_LSE = tl.constexpr(1024.0)
 
-# At least the longest tile of queries.
+# Rows after each sequence in the backward's own tensors: at least the longest tile of queries.
 ROW_PADDING = tl.constexpr(128)
 
-# The numbers for whose values nothing is compiled anew. (Strides are: once more if they are no multiples of 16.)
+# Triton does not specialise kernels on the values of these. (It does on strides: for multiples of 16 and for others.)
 RUN_TIME = ("stride_n", "heads", "padded", "len_q", "len_k", "left", "right", "dropout_threshold")
 
 
 @triton.jit
-def place(starts_q, starts_k, heads, len_q, len_k, tiles):
-    """Which tile, head and batch this program works on, where its sequences begin, and how long they are."""
+def locate(starts_q, starts_k, heads, len_q, len_k, tiles):
+    """Return the tile, head and batch of this program, the first rows of its sequence in q and k, and its lengths."""
     program = tl.program_id(0)
     tile, head, batch = program % tiles, (program // tiles) % heads, (program // tiles // heads).to(tl.int64)
     first_q, first_k = batch * 0, batch * 0
-    if starts_q is not None:  # packed sequences
+    if starts_q is not None:  # varlen sequences
         first_q, first_k = tl.load(starts_q + batch).to(tl.int64), tl.load(starts_k + batch).to(tl.int64)
         len_q = (tl.load(starts_q + batch + 1) - first_q).to(tl.int32)
         len_k = (tl.load(starts_k + batch + 1) - first_k).to(tl.int32)
@@ -52,14 +52,14 @@ def place(starts_q, starts_k, heads, len_q, len_k, tiles):
 
 
 @triton.jit
-def of_head(x, strides, batch, head):
-    """Pointer to what x has for a batch, which is int64, and a head."""
+def head_pointer(x, strides, batch, head):
+    """Return the pointer to the elements of x for a batch (int64) and a head."""
     return x + (batch * strides[0] + head.to(tl.int64) * strides[1])
 
 
 @triton.jit
-def matrix(x, strides, batch, head, first_row):
-    """Pointer to the first row of a head. (The batch stride of packed tensors is zero.)"""
+def base_of(x, strides, batch, head, first_row):
+    """Return the pointer to the first row of a sequence in a head. (The batch stride of varlen tensors is zero.)"""
     return x + (batch * strides[0] + head.to(tl.int64) * strides[1] + first_row * strides[2])
 
 
@@ -68,7 +68,7 @@ def view(
     x, heads, rows, strides,
     WIDTH: tl.constexpr, TILE_ROWS: tl.constexpr, TILE_WIDTH: tl.constexpr, DESCRIPTORS: tl.constexpr,
 ):  # fmt: skip
-    """What `load` reads tiles from: the tensor descriptor of `(heads, rows, WIDTH)` at x, or just the pointer x."""
+    """Return what `load` takes: a tensor descriptor of `(heads, rows, WIDTH)` at x, or the pointer x itself."""
     if DESCRIPTORS:
         return tl.make_tensor_descriptor(
             x, [heads, rows, WIDTH], [strides[1], strides[2], 1], [1, TILE_ROWS, TILE_WIDTH]
@@ -82,7 +82,7 @@ def load(
     view, head, first_row, rows, strides, WIDTH: tl.constexpr, TILE_ROWS: tl.constexpr, TILE_WIDTH: tl.constexpr,
     DESCRIPTORS: tl.constexpr,
 ):  # fmt: skip
-    """The tile that begins at `first_row`, zero outside of the matrix."""
+    """Load the tile `(TILE_ROWS, TILE_WIDTH)` that begins at `first_row`, with zeros out of bounds."""
     if DESCRIPTORS:
         return view.load([head, first_row, 0]).reshape(TILE_ROWS, TILE_WIDTH)
     else:
@@ -99,27 +99,29 @@ def load(
 def store(
     x, tile, first_row, rows, strides, WIDTH: tl.constexpr, TILE_ROWS: tl.constexpr, TILE_WIDTH: tl.constexpr,
 ):  # fmt: skip
+    """Store the part of a tile that is in bounds."""
     row, column = (first_row + tl.arange(0, TILE_ROWS))[:, None], tl.arange(0, TILE_WIDTH)[None, :]
     pointers = x + row.to(tl.int64) * strides[2] + column * strides[3]
     tl.store(pointers, tile.to(x.dtype.element_ty), mask=(row < rows) & (column < WIDTH))
 
 
 @triton.jit
-def rows_of(x, batch, head, heads, first_q, rows, len_q, PACKED: tl.constexpr):
-    """Pointers to rows of a head in a tensor of one number a row, `(B, H, L)` or packed `(T, H)`."""
-    if PACKED:
+def row_pointers(x, batch, head, heads, first_q, rows, len_q, VARLEN: tl.constexpr):
+    """Return the pointers to rows of a head in a tensor of one number a row, `(B, H, L)` or varlen `(T, H)`."""
+    if VARLEN:
         return x + (first_q + rows) * heads + head
     else:
         return x + (batch * heads + head) * len_q + rows
 
 
 @triton.jit
-def padded_rows_of(x, batch, head, padded, first_q, len_q, PACKED: tl.constexpr):
-    """The same in the backward's own tensors `(H, padded)`, where ROW_PADDING rows follow each sequence.
+def padded_base(x, batch, head, padded, first_q, len_q, VARLEN: tl.constexpr):
+    """Return the pointer to the first row of a sequence in the backward's own tensors `(H, padded)`.
 
-    Hence a tile of rows is read there without a mask, which a pipelined load would keep in registers.
+    There ROW_PADDING rows follow each sequence, so tiles can be loaded unmasked: a pipelined load would keep its mask
+    in registers.
     """
-    return x + (head.to(tl.int64) * padded + (first_q if PACKED else batch * len_q) + batch * ROW_PADDING)
+    return x + (head.to(tl.int64) * padded + (first_q if VARLEN else batch * len_q) + batch * ROW_PADDING)
 
 
 @triton.jit
@@ -140,7 +142,7 @@ def add_dot(acc, a, b, PRECISION: tl.constexpr):
 
 @triton.jit
 def tanh(x):
-    """By its series near zero, where the difference of two exponentials would cancel."""
+    """Compute tanh by its series near zero, where the difference of two exponentials would cancel."""
     square = x * x
     series = 1 + square * (-1 / 3 + square * (2 / 15 + square * (-17 / 315 + square * (62 / 2835))))
     return tl.where(tl.abs(x) < 0.3, x * series, 1 - 2 / (1 + tl.exp2(2 * LOG2E * x)))
@@ -148,31 +150,31 @@ def tanh(x):
 
 @triton.jit
 def logits(
-    products,  # of queries and keys, float32
-    row,  # of the queries; it broadcasts with products, as the keys do: (Q, 1) and (1, K), or (1, Q) and (K, 1)
+    qk,  # Q K^T, float32: (Q, K), or transposed (K, Q)
+    row,  # positions of the queries, (Q, 1), or (1, Q) beside a transposed qk; those of the keys are (1, K), or (K, 1)
     key,
     len_q, len_k, left, right, scale, softcap,
-    mask,  # of this batch and head, or None
+    mask,  # pointer for this batch and head, or None
     strides_mask,
-    slope,  # of ALiBi, or None
-    edge,  # whether some of the pairs may be outside of the window, or beyond the end
-    LINEAR: tl.constexpr,  # whether logits are products times a positive number, which is left to the caller
+    slope,  # the ALiBi slope, or None
+    edge,  # some pairs may be outside of the window, or some keys beyond the end
+    LINEAR: tl.constexpr,  # the logits are qk times a positive number, by which the caller multiplies
     FLOAT_MASK: tl.constexpr,
 ):  # fmt: skip
-    """Logits in base 2, or natural ones beside a floating mask, and the derivative of the softcap.
+    """Return the logits, shaped as qk, and the derivative of the softcap.
 
-    They are -inf where a query does not see a key.
+    The logits are in base 2, or natural beside a floating mask, and -inf where a query does not see a key.
     """
-    slope_of_cap = 1.0
+    cap_derivative = 1.0
     unit: tl.constexpr = 1.0 if FLOAT_MASK else LOG2E
     if LINEAR:
-        s = products
+        s = qk
     elif softcap is not None:
-        capped = tanh(products * (scale / softcap))
-        slope_of_cap = 1 - capped * capped
+        capped = tanh(qk * (scale / softcap))
+        cap_derivative = 1 - capped * capped
         s = capped * (softcap * unit)
     else:
-        s = products * (scale * unit)
+        s = qk * (scale * unit)
     distance = row + (len_k - len_q) - key
     if slope is not None:
         s -= tl.abs(distance).to(tl.float32) * (slope * unit)
@@ -190,12 +192,12 @@ def logits(
         if right is not None:
             visible &= -distance <= right
         s = tl.where(visible, s, float("-inf"))
-    return s, slope_of_cap
+    return s, cap_derivative
 
 
 @triton.jit
-def kept(rng_state, head, row, key, threshold):
-    """Which weights dropout keeps: one random number of 31 bits for each pair, whatever the tiles."""
+def dropout_mask(rng_state, head, row, key, threshold):
+    """Return True for the weights that dropout keeps: each pair has its own 31 random bits, whatever the tiles."""
     seed, offset = tl.load(rng_state), tl.load(rng_state + 1).to(tl.int32)
     zero = row * 0 + key * 0
     random, _, _, _ = tl.philox(seed, key + zero, row + zero, head.to(tl.int32) + zero, offset + zero)
@@ -204,9 +206,10 @@ def kept(rng_state, head, row, key, threshold):
 
 @triton.jit
 def keys_seen(first_row, len_q, len_k, left, right, TILE_Q: tl.constexpr, TILE_K: tl.constexpr):
-    """`begin, full_begin, full_end, end`: the keys that a tile of queries sees, and of those the tiles that all see.
+    """Return `begin, full_begin, full_end, end` of the keys that a tile of queries sees.
 
-    All but `end` are multiples of TILE_K.
+    Some query of the tile sees each key from begin to end, and from full_begin to full_end all queries see all keys, so
+    that no mask is needed. All but `end` are multiples of TILE_K.
     """
     first = first_row + (len_k - len_q)
     last = tl.minimum(first_row + TILE_Q, len_q) - 1 + (len_k - len_q)
@@ -223,7 +226,7 @@ def keys_seen(first_row, len_q, len_k, left, right, TILE_Q: tl.constexpr, TILE_K
 
 @triton.jit
 def queries_that_see(first_key, len_q, len_k, left, right, TILE_Q: tl.constexpr, TILE_K: tl.constexpr):
-    """`begin, full_begin, full_end, end` of the queries that see a tile of keys, as `keys_seen` for the keys."""
+    """Return `begin, full_begin, full_end, end` of the queries that see a tile of keys, as `keys_seen` does of keys."""
     first = first_key - (len_k - len_q)
     last = tl.minimum(first_key + TILE_K, len_k) - 1 - (len_k - len_q)
     begin, full_begin, end, full_end = 0, 0, len_q, len_q
