@@ -37,7 +37,7 @@ class HopperKernels(PortableKernels):
             return f"takes heads of {', '.join(map(str, WIDTHS))} with E = Ev, got {call.head_dim}, {call.head_dim_v}"
         left, right = call.window_left, call.window_right
         if left is not None and right is not None and left + right < 0:  # consumers wait for at least one tile of keys
-            return "has no windows without keys (left + right < 0)"
+            return "takes no window that holds no key (left + right < 0)"
         strides = (call.q_stride, call.k_stride, call.v_stride)
         if not all(fits_descriptors(stride, call.dtype.itemsize) for stride in strides):
             return "reads strides that are multiples of 16 bytes, and nothing expanded over heads or rows"
