@@ -80,7 +80,7 @@ class Launch:
             return None
         return (
             id(self._kernel), self._device, *self._constants.values(), *self._options.values(),
-            *[x.dtype if isinstance(x, Tensor) else type(x) for x in arguments], *[_kind(x) for x in self._numbers],
+            *[x.dtype if isinstance(x, Tensor) else type(x) for x in arguments], *_kinds(self._numbers),
         )  # fmt: skip
 
     def compiled(self, *arguments: Tensor | float | None) -> Any:
@@ -90,11 +90,18 @@ class Launch:
         )
 
 
-def _kind(x: Any) -> Any:
+def _kinds(numbers: tuple[Any, ...]) -> list[Any]:
     """Integers that are 1, that are multiples of 16, and that need 64 bits have kernels of their own."""
-    if type(x) is int:
-        return 1 if x == 1 else (16 if x % 16 == 0 else 0) + (0 if -(2**31) <= x < 2**31 else 64)
-    return tuple([_kind(y) for y in x]) if isinstance(x, tuple) else type(x)
+    kinds: list[Any] = []
+    for x in numbers:
+        if x.__class__ is int:
+            kinds.append(1 if x == 1 else (0 if x & 15 else 16) + (0 if -(2**31) <= x < 2**31 else 64))
+        elif isinstance(x, tuple):
+            kinds.append(len(x))
+            kinds.extend([1 if y == 1 else (0 if y & 15 else 16) + (0 if -(2**31) <= y < 2**31 else 64) for y in x])
+        else:
+            kinds.append(x.__class__)
+    return kinds
 
 
 def _workspace(size: int, alignment: int, stream: int | None) -> Tensor:

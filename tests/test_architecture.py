@@ -13,7 +13,7 @@ ROOT = Path(__file__).parent.parent
 
 # From the ground up. Whatever is listed may import what is listed before it, and its own siblings.
 LAYERS = (
-    ("version", "compilation"),
+    ("version", "compilation", "recent"),
     ("call",),
     ("launcher",),
     ("sink",),

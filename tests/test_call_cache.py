@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+import random
 from collections.abc import Iterator
 from typing import Any
 
@@ -11,8 +13,10 @@ from torch import Tensor
 
 import attn_n
 from attn_n import flash_attention_n
-from attn_n.backends import registry
-from attn_n.dispatch import call_cache
+from attn_n.backends import registry, xformers
+from attn_n.backends.flash_attn import version_2, version_3, version_4
+from attn_n.call import Options, Request, canonical
+from attn_n.dispatch import call_cache, choose, similar
 from tests.oracle import attention_n
 
 
@@ -149,11 +153,67 @@ def test_a_returned_lse_is_another_call() -> None:
     registry._entries.pop("without lse")
 
 
-def test_plans_are_forgotten_before_they_pile_up(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(call_cache, "_MOST", 3)
+def test_what_was_put_last_is_kept(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(call_cache._calls, "most", 3)
     for length in range(2, 10):
         flash_attention_n(*inputs(length), sm_n=1.0)
         assert len(call_cache._calls) <= 3
+    assert [key[1][2] for key in call_cache._calls] == [7, 8, 9]
+
+
+# What calls of one kind share: lengths come from these, around all at which something changes.
+LENGTHS = [1, 2, 3, 4, 5, 6, 7, 127, 128, 129, 399, 400, 700, 1023, 1024, 1025, 1026, 1500, 3000, 4095, 4096, 6000, 9000]
+
+
+@pytest.mark.parametrize("capability", [None, (8, 0), (9, 0), (10, 0)], ids=str)
+@pytest.mark.parametrize("libraries", [False, True])
+def test_calls_of_one_kind_are_chosen_alike(
+    capability: tuple[int, int] | None, libraries: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On every GPU and on a CPU, for random lengths, windows and widths; by metadata alone."""
+    pytest.importorskip("triton")
+    from attn_n.backends.triton import hopper
+
+    monkeypatch.setattr(hopper, "tested", lambda: True)
+    monkeypatch.setattr(torch.backends.cudnn, "is_available", lambda: True)
+    if libraries:  # as if all of them were installed
+        for version in (version_2, version_3, version_4):
+            monkeypatch.setattr(version, "why_not_usable", lambda: None)
+        monkeypatch.setattr(xformers, "why_not_usable", lambda kernel: None)
+    pick = random.Random(0)
+    found: dict[object, tuple[str, Options]] = {}
+    shared = 0
+    for _ in range(8000):
+        len_q, len_k = pick.choice(LENGTHS), pick.choice(LENGTHS)
+        width, heads_kv, batch = pick.choice((64, 128)), pick.choice((2, 4)), 2
+        window = pick.choice((None, (pick.choice((None, 0, 1, 4, 128, 1500)), pick.choice((0, 3, None)))))
+        causal, training, n = pick.random() < 0.5, pick.random() < 0.5, pick.choice((None, 1.0))
+        q = torch.empty(batch, 4, len_q, width, dtype=torch.bfloat16, device="meta")
+        k = torch.empty(batch, heads_kv, len_k, width, dtype=torch.bfloat16, device="meta")
+        request = Request(causal, None, n, None, None, window, None, None, 0.0, False, None)
+        kind = similar.kind(q, k, k, request, ())
+        assert kind is not None
+        described = canonical.batch(q.requires_grad_(training), k, k, request)
+        device = "cpu" if capability is None else "cuda"
+        call = dataclasses.replace(described.call, device=device, capability=capability)
+        chosen = choose.choose(call, None)[0], described.options
+        assert similar.covers(call, chosen[0], named=False)
+        shared += (kind, causal, window, n, training) in found
+        assert found.setdefault((kind, causal, window, n, training), chosen) == chosen
+    assert shared > 1000
+
+
+def test_a_backend_that_says_nothing_of_lengths_is_asked_for_each(particular: Particular) -> None:
+    flash_attention_n(*inputs(4), backend="particular")
+    for length in (5, 6, 7):
+        asked = len(particular.asked)
+        flash_attention_n(*inputs(length), backend="particular")
+        assert len(particular.asked) == asked + 1
+    particular.compares_lengths = True
+    flash_attention_n(*inputs(8), backend="particular")
+    asked = len(particular.asked)
+    out = flash_attention_n(*inputs(9), backend="particular")
+    assert (len(particular.asked), out.shape[2]) == (asked, 9)
 
 
 @pytest.mark.gpu

@@ -114,6 +114,13 @@ class PreparedCall:
             return self.forward(q, k, v, n, options, lse_wanted)
         return _forward(options, lse_wanted, q, k, v, n, self.n_is_logit, self.log_n, None, self.backend)
 
+    def at_other_lengths(self, packing: tuple[Any, ...]) -> PreparedCall:
+        """The same for a call of other lengths; of `packing` the last two are the longest sequences."""
+        options = self.options._replace(max_seqlen_q=packing[2], max_seqlen_k=packing[3]) if packing else self.options
+        return PreparedCall(
+            self.backend, options, self.n_is_logit, self.log_n, self.numbers, self.lse_wanted, self.needs_grad
+        )
+
     @property
     def has_run(self) -> bool:
         return self._passes is not None

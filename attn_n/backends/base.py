@@ -38,6 +38,8 @@ class Backend:
         dtypes: the dtypes of q, k and v that it takes; None is any.
         capability: the least compute capability of a CUDA device; None is any.
         rocm: it has been tested on ROCm, whose devices are of the type "cuda" too.
+        compares_lengths: `why_not` asks of lengths only how they compare with each other and with the sides of a
+            window, and of strides what `dispatch.similar` holds, so that a choice serves calls of other lengths too.
         applies_n: forward returns `out` and `lse` with n inside. Otherwise forward gets no n and returns plain softmax
             attention, to which `attn_n.sink` applies n.
         differentiates: the backend implements `attend` by differentiable torch operations, in place of `forward` and
@@ -51,6 +53,7 @@ class Backend:
     dtypes: Sequence[torch.dtype] | None = None
     capability: tuple[int, int] | None = None
     rocm: bool = True
+    compares_lengths: bool = False
     applies_n: bool = False
     differentiates: bool = False
 

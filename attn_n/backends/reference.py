@@ -28,6 +28,7 @@ class Reference(Backend):
     )  # fmt: skip
     applies_n = True
     differentiates = True
+    compares_lengths = True
 
     def attend(
         self,

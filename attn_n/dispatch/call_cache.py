@@ -15,13 +15,13 @@ from attn_n.autograd.operators import PreparedCall, needs_dispatcher
 from attn_n.backends import registry
 from attn_n.call import Request
 from attn_n.call.checks import PLAIN
-from attn_n.dispatch import forced
-
-_MOST = 4096  # then all are dropped: lengths may never come again
+from attn_n.dispatch import forced, similar
+from attn_n.recent import Recent
 
 Key = tuple[Any, ...]
 
-_calls: dict[Key, PreparedCall] = {}
+_calls: Recent[Key, PreparedCall] = Recent()
+_kinds: Recent[tuple[Any, ...], PreparedCall] = Recent()
 
 
 def key(q: Tensor, k: Tensor, v: Tensor, request: Request, packing: tuple[Any, ...] = ()) -> Key | None:
@@ -83,10 +83,47 @@ def put(key: Key, call: PreparedCall) -> None:
     # Backends were loaded or registered since: the call may be of those before, and its key will not be asked for.
     if generation != registry.generation():
         return
-    if len(_calls) >= _MOST:
-        clear()
-    _calls[key] = call
+    _calls.put(key, call)
+
+
+def get_similar(
+    key: Key | None, q: Tensor, k: Tensor, v: Tensor, request: Request, packing: tuple[Any, ...] = ()
+) -> PreparedCall | None:
+    """A call at lengths that are new, prepared as one of its kind was."""
+    if key is None or not _kinds:
+        return None
+    try:
+        kind = _kind(key, q, k, v, request, packing)
+        known = None if kind is None else _kinds.get(kind)
+    except (TypeError, ValueError):  # of an argument that is not what it should be, as a check will say
+        return None
+    if known is None:
+        return None
+    call = known.at_other_lengths(packing)
+    put(key, call)
+    return call
+
+
+def put_kind(
+    key: Key, q: Tensor, k: Tensor, v: Tensor, request: Request, packing: tuple[Any, ...], call: PreparedCall
+) -> None:
+    kind = _kind(key, q, k, v, request, packing)
+    if kind is not None and key[-3] == registry.generation():
+        _kinds.put(kind, call)
+
+
+def _kind(
+    key: Key, q: Tensor, k: Tensor, v: Tensor, request: Request, packing: tuple[Any, ...]
+) -> tuple[Any, ...] | None:
+    of_shapes = similar.kind(q, k, v, request, packing)
+    if of_shapes is None:
+        return None
+    values, *_ = key
+    if packing:  # without the lengths of the longest sequences
+        values = values[: len(request) + 2]
+    return values, of_shapes, key[7:]
 
 
 def clear() -> None:
     _calls.clear()
+    _kinds.clear()

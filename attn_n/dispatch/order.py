@@ -76,6 +76,9 @@ SM_90 = (
 )
 
 
+# The lengths at which the order changes: see `_queries`, and the rows.
+LENGTHS = tuple(sorted({2, FEW_QUERIES, 1025, *(row.keys for row in SM_90 if row.keys)}))
+
 _BY_KIND = {
     (varlen, queries): tuple(row for row in SM_90 if row.varlen == varlen and row.queries == queries)
     for varlen in (False, True)

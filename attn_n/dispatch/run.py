@@ -3,20 +3,21 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from attn_n.autograd import operators
 from attn_n.call import Options, Request, autocast, canonical, checks, jagged
-from attn_n.dispatch import call_cache, choose, forced
+from attn_n.dispatch import call_cache, choose, forced, similar
 from attn_n.sink import rescale
 
 
 def batch(q: Tensor, k: Tensor, v: Tensor, request: Request) -> Tensor | tuple[Tensor, Tensor]:
     """`flash_attention_n`."""
     key = call_cache.key(q, k, v, request)
-    known = call_cache.get(key)
+    known = call_cache.get(key) or call_cache.get_similar(key, q, k, v, request)
     if known is not None:
         return _run_known(known, q, k, v, request, known.options)
     if jagged.is_jagged(q):
@@ -32,7 +33,7 @@ def varlen(
     """`flash_attention_n_varlen`."""
     packing = cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k
     key = call_cache.key(q, k, v, request, packing)
-    known = call_cache.get(key)
+    known = call_cache.get(key) or call_cache.get_similar(key, q, k, v, request, packing)
     if known is not None:
         if cu_seqlens_q.is_cpu:
             checks.boundaries("cu_seqlens_q", cu_seqlens_q, q.shape[0], max_seqlen_q)
@@ -41,7 +42,8 @@ def varlen(
         return _run_known(known, q, k, v, request, options)
     prepared = canonical.varlen(q, k, v, *packing, request)
     as_it_came = prepared.as_it_came(q, k, v, request) and prepared.options.cu_seqlens_q is cu_seqlens_q
-    return _run(prepared, request, key if as_it_came and prepared.options.cu_seqlens_k is cu_seqlens_k else None)
+    as_it_came = as_it_came and prepared.options.cu_seqlens_k is cu_seqlens_k
+    return _run(prepared, request, key if as_it_came else None, packing)
 
 
 def _run_known(
@@ -68,7 +70,7 @@ def _run_jagged(q: Tensor, k: Tensor, v: Tensor, request: Request) -> Tensor | t
 
 
 def _run(
-    prepared: canonical.Canonical, request: Request, key: call_cache.Key | None = None
+    prepared: canonical.Canonical, request: Request, key: call_cache.Key | None = None, packing: tuple[Any, ...] = ()
 ) -> Tensor | tuple[Tensor, Tensor]:
     q, k, v, n, n_is_logit, options, call, out_shape = prepared
     name, backend = choose.choose(call, request.backend)
@@ -88,6 +90,8 @@ def _run(
             out, lse = operators.attend(q, k, v, tensor_n, options, known)
         if key is not None:
             call_cache.put(key, known)
+            if similar.covers(call, name, forced.forced(request.backend)[0] is not None):
+                call_cache.put_kind(key, q, k, v, request, packing, known)
     if out.dim() != len(out_shape) + 1:
         out = out.reshape(*out_shape, out.shape[-1])
         lse = None if lse is None else lse.reshape(out_shape)

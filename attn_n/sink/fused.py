@@ -15,6 +15,7 @@ import triton
 from torch import Tensor
 
 from attn_n.launcher import Launch
+from attn_n.recent import Recent
 from attn_n.sink.kernels import gradient_kernel, scale_kernel
 
 _TILE = 8192  # elements
@@ -33,14 +34,12 @@ def scale_(out: Tensor, lse: Tensor, log_n: float | Tensor, packed: bool) -> Ten
         views = [_by_batch(x, packed) for x in (out, lse, lse_n)]
         of_out, *of_rows = (x.stride() for x in views)
         launch = prepared("scale", out.device, out.dtype, views[0].shape, (of_out,), tuple(of_rows), stride_n)
-        if len(_scales) >= 1024:
-            _scales.clear()
-        _scales[key] = launch
+        _scales.put(key, launch)
     launch(out, lse, lse_n, sinks, number)  # a kernel gets addresses: of views they are the same
     return lse_n
 
 
-_scales: dict[tuple[Any, ...], Launch] = {}
+_scales: Recent[tuple[Any, ...], Launch] = Recent()
 
 
 def gradient_of_n(

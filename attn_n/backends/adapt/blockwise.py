@@ -31,6 +31,7 @@ class BlockwiseBackend(Backend):
         base_2: the kernel multiplies logits by log2(e), their bias with them, so that `finfo.min` becomes -inf.
     """
 
+    compares_lengths = True
     bias_elements: int
     most_rows: int
     base_2: bool = False

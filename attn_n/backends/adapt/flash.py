@@ -22,6 +22,7 @@ class FlashBackend(Backend):
     devices = ("cuda",)
     dtypes = HALF
     rocm = False
+    compares_lengths = True
     takes_dlse = False
     backward_multiple = 8
 

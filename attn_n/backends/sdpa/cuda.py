@@ -69,6 +69,7 @@ class FlashAttention(FlashBackend):
 class CudnnAttention(Backend):
     name = "sdpa:cudnn"
     summary = "cuDNN's fused attention"
+    compares_lengths = True
     honours = ("causal",)
     devices = ("cuda",)
     dtypes = HALF

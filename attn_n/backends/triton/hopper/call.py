@@ -13,6 +13,7 @@ from attn_n.backends.triton.kernel_key import KernelKey, Strides, aligned, descr
 from attn_n.backends.triton.portable import prepare as portable
 from attn_n.backends.triton.portable.prepare import log_n_of
 from attn_n.call import Gradients, Grads, Options, Saved
+from attn_n.recent import Recent
 
 
 class HopperCall:
@@ -84,7 +85,7 @@ class BackwardCall:
         self.shares = template((batch, p.heads, tiles), torch.float32, p.device)
 
 
-_calls: dict[KernelKey, Prepared] = {}
+_calls: Recent[KernelKey, Prepared] = Recent()
 
 
 def prepared(q: Tensor, k: Tensor, v: Tensor, log_n: float | Tensor | None, options: Options) -> Prepared:
@@ -93,8 +94,4 @@ def prepared(q: Tensor, k: Tensor, v: Tensor, log_n: float | Tensor | None, opti
     if not problem.fits_descriptors:
         return portable.prepared(q, k, v, log_n, options)
     call = _calls.get(problem)
-    if call is None:
-        if len(_calls) >= portable.MOST:
-            _calls.clear()
-        call = _calls[problem] = HopperCall(problem, q, k, v)
-    return call
+    return call or _calls.put(problem, HopperCall(problem, q, k, v))

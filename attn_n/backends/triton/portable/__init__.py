@@ -30,6 +30,7 @@ class PortableKernels(Backend):
     devices: Sequence[str] = ("cuda", "cpu")
     dtypes: Sequence[torch.dtype] = (*HALF, torch.float32)
     capability = (8, 0)
+    compares_lengths = True
     applies_n = True
 
     def why_not(self, call: AttentionCall) -> str | None:

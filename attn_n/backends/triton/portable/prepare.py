@@ -17,6 +17,7 @@ from attn_n.backends.triton.portable.forward import forward_kernel
 from attn_n.backends.triton.portable.tile import ROW_PADDING
 from attn_n.call import Gradients, Grads, Options, Saved
 from attn_n.launcher import Launch
+from attn_n.recent import Recent
 
 
 class PortableCall:
@@ -86,16 +87,10 @@ class Backward(NamedTuple):
 
 def prepared(q: Tensor, k: Tensor, v: Tensor, log_n: float | Tensor | None, options: Options) -> PortableCall:
     problem = describe((q, k, v), log_n, options)
-    call = _calls.get(problem)
-    if call is None:
-        if len(_calls) >= MOST:
-            _calls.clear()
-        call = _calls[problem] = PortableCall(problem, q, k, v)
-    return call
+    return _calls.get(problem) or _calls.put(problem, PortableCall(problem, q, k, v))
 
 
-MOST = 1024  # kinds of calls that are kept: lengths may never come again
-_calls: dict[KernelKey, PortableCall] = {}
+_calls: Recent[KernelKey, PortableCall] = Recent()
 
 
 def backward(problem: KernelKey, layouts: tuple[Layout, Layout, Layout]) -> Backward:
