@@ -1,4 +1,4 @@
-"""A call against the float64 oracle under FlashAttention's rule."""
+"""Comparison of a call with the float64 oracle under FlashAttention's rule."""
 
 from __future__ import annotations
 
@@ -16,13 +16,13 @@ Results = dict[str, Tensor]
 
 
 def library(inputs: Inputs, backend: str | None, lse_grad: bool = True) -> Results:
-    """out, lse and the gradients by the library."""
+    """Compute out, lse and the gradients by the library."""
     out, lse = _forward(inputs, backend, lse_grad)
     return with_gradients(inputs, out, lse)
 
 
 def forward_of_library(inputs: Inputs, backend: str | None) -> Results:
-    """out and lse by the library, which is not asked for gradients."""
+    """Compute out and lse by the library without gradients."""
     with torch.no_grad():
         out, lse = _forward(inputs, backend, return_lse=True)
     assert lse is not None
@@ -38,7 +38,7 @@ def _forward(inputs: Inputs, backend: str | None, return_lse: bool) -> tuple[Ten
 
 
 def oracle(inputs: Inputs, dtype: torch.dtype, lse_grad: bool = True, ignore_n: bool = False) -> Results:
-    """The same by the oracle, computed in `dtype` from the very numbers of the inputs."""
+    """Compute out, lse and the gradients by the oracle in `dtype`, from the same numbers."""
     case = inputs.case
     cast = Inputs(case, *(x.detach().to(dtype).requires_grad_() for x in (inputs.q, inputs.k, inputs.v)))
     cast.dout, cast.dlse = inputs.dout.to(dtype), inputs.dlse.to(torch.promote_types(dtype, torch.float32))
@@ -150,7 +150,7 @@ def cancellation(name: str, inputs: Inputs, truth: Results) -> float:
 
 
 def tolerance(name: str, exact: Tensor, plain: Tensor, dtype: torch.dtype) -> float:
-    """The largest error that is allowed; `plain` is the same computation by plain PyTorch.
+    """Return the largest error that is allowed; `plain` is the same computation by plain PyTorch.
 
     lse is held to float32, in which every backend computes it. PyTorch's CPU kernel takes a faster exp for half
     precision, which is good to 3e-5.

@@ -26,7 +26,7 @@ def attention_n(
     alibi_slopes: Tensor | None = None,  # (Hq,) or (B, Hq)
     keep: Tensor | None = None,  # (B, Hq, L, S): weights after dropout are weights * keep
 ) -> tuple[Tensor, Tensor]:
-    """out (B, Hq, L, Ev) and lse (B, Hq, L)."""
+    """Return out (B, Hq, L, Ev) and lse (B, Hq, L)."""
     batch, heads, len_q, size = q.shape
     len_k = k.shape[2]
     k = k.repeat_interleave(heads // k.shape[1], 1)
