@@ -12,9 +12,9 @@ from torch import Tensor
 from attn_n.backends import xformers
 from attn_n.backends.flash_attn import version_2, version_3, version_4
 
-# Whether Triton's kernels run on the CPU here: see conftest.py.
+# True if Triton's kernels run on the CPU here, under the interpreter: see conftest.py.
 INTERPRETED = not torch.cuda.is_available()
-# Whether the kernels for Hopper run here.
+# True if the Hopper kernels run here.
 HOPPER = torch.cuda.is_available() and torch.cuda.get_device_capability() == (9, 0)
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
@@ -82,7 +82,7 @@ class Case:
 
 def _cases() -> list[Case]:
     few = {"len_q": 5, "len_k": 3}
-    many = 770 if INTERPRETED else 1030  # on a CPU from 768 on blocks of up to 256 x 512, and of 64 in our kernels
+    many = 770 if INTERPRETED else 1030  # from 768 on PyTorch's CPU kernel has blocks of up to 256 x 512; ours have 64
     numbers = [
         Case(f"n={n:g} at its own height", n=n, shift=math.log(n), len_q=7, len_k=5)
         for n in (1e-6, 1e-3, 1.0, 3.7, 1e4, 1e20)
@@ -297,7 +297,7 @@ LAYOUTS = (
     *ORDERS, "channels last", "sliced", "expanded over the batch", "expanded over heads", "overlapping rows",
     "offset by one", "one storage",
 )  # fmt: skip
-# What tensor descriptors do not address: columns apart, and nothing between heads or rows.
+# TMA descriptors cannot address these: strided columns, or a stride of 0 between heads or rows.
 NO_DESCRIPTORS = (
     "heads innermost", "batch innermost", "transposed", "channels last", "expanded over heads", "overlapping rows",
 )  # fmt: skip
@@ -305,7 +305,7 @@ NO_DESCRIPTORS = (
 
 def laid_out(x: Tensor, layout: str) -> Tensor:
     """Return x in another memory layout; where elements share memory, with some of its values."""
-    if layout == "channels last":  # that of heads innermost, but for one head
+    if layout == "channels last":  # as heads innermost, but its strides differ for one head
         return x.contiguous(memory_format=torch.channels_last)
     if layout in ORDERS:
         order = next(order for order in ORDERS[layout] if len(order) == x.dim())

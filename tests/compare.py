@@ -81,7 +81,7 @@ def _varlen(inputs: Inputs, attend: Callable[..., tuple[Tensor, Tensor]]) -> tup
             slopes = slopes[b]
         if len_k:
             out, lse = attend(q, k, v, mask, slopes)
-        else:  # nothing to attend to: a key that is hidden is no key
+        else:  # for the oracle no keys are one key that is hidden
             one = q.new_zeros((1, k.shape[1], 1, q.shape[-1])), q.new_zeros((1, k.shape[1], 1, v.shape[-1]))
             hidden = torch.zeros((1, 1, 1, 1), dtype=torch.bool, device=q.device)
             out, lse = attend(q, *one, hidden, None)
@@ -101,7 +101,7 @@ def with_gradients(inputs: Inputs, out: Tensor, lse: Tensor | None) -> Results:
         empty = lse.detach() == -math.inf
         given.append(inputs.dlse.masked_fill(empty, 0.0) if empty.any() else inputs.dlse)
     tensors = inputs.differentiable
-    # Not by a loss: its backward would lay the gradients out anew.
+    # A loss is no help here: its backward would give the gradients another layout.
     gradients = torch.autograd.grad(outputs, list(tensors.values()), given, materialize_grads=True)
     return results | {f"d{name}": gradient for name, gradient in zip(tensors, gradients, strict=True)}
 
@@ -156,7 +156,7 @@ def tolerance(name: str, exact: Tensor, plain: Tensor, dtype: torch.dtype) -> fl
     precision, which is good to 3e-5.
     """
     half = torch.finfo(dtype).bits == 16
-    # The oracle itself is float64, so that there the roundings of both count; half precision counts each of its own.
+    # The oracle is float64 itself, so for float64 the roundings of both count; half precision counts its own roundings.
     roundings = {64: 200, 32: 40, 16: 2}[torch.finfo(dtype).bits]
     relative = roundings * torch.finfo(dtype).eps
     if name == "lse" and half:

@@ -7,7 +7,7 @@ import os
 from collections.abc import Callable, Iterator
 from types import SimpleNamespace
 
-# Tensors are small here, and threads that spin while they wait for each other cost minutes beside other programs.
+# Tensors are small here, and threads that spin while they wait cost minutes where other programs run too.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import pytest

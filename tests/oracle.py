@@ -55,7 +55,7 @@ def attention_n(
         logits = logits + mask.to(q.dtype)
     logits = logits.masked_fill(~visible, -math.inf)
 
-    # As torch.softmax does: half precision is normalised in float32, and only the products are in half precision.
+    # As in torch.softmax, half precision is normalised in float32; only the matmuls are in half precision.
     wide = torch.promote_types(q.dtype, torch.float32)
     logits = logits.to(wide)
     per_head = torch.zeros(heads, dtype=wide, device=q.device)

@@ -17,5 +17,5 @@ def slow(*values: object) -> list[object]:
     return [pytest.param(value, marks=pytest.mark.slow) for value in values]
 
 
-# The device of a Triton kernel: they are interpreted on the CPU or compiled for the GPU, in one process never both.
+# The device of Triton kernels: a process interprets them on the CPU or compiles them for the GPU, never both.
 PLACES = ["cpu"] if INTERPRETED else on_gpu(("cuda",))

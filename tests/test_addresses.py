@@ -24,7 +24,7 @@ from tests.calls import gpu_call
 from tests.cases import INTERPRETED, Case, make, why_not_usable
 from tests.places import PLACES, on_gpu
 
-FAR = 2**30  # a stride of 32 bits, of which twice is more
+FAR = 2**30  # the stride fits 32 bits, and twice the stride does not
 
 
 def far_apart(x: Tensor, dim: int, distance: int = FAR) -> Tensor:
@@ -36,7 +36,7 @@ def far_apart(x: Tensor, dim: int, distance: int = FAR) -> Tensor:
     new = torch.empty if x.device.type == "cpu" else torch.zeros  # the pages of a CPU are zero when first touched
     try:
         memory = new(elements, dtype=x.dtype, device=x.device)
-    except RuntimeError as error:  # not so much virtual memory, or none left on the GPU
+    except RuntimeError as error:  # too little virtual memory, or GPU memory
         pytest.skip(str(error).splitlines()[0])
     return memory.as_strided(x.shape, strides, before).copy_(x)
 

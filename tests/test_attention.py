@@ -39,8 +39,8 @@ PLACES = [
 
 def _calls() -> Iterator[object]:
     for lse_grad, place, one in itertools.product((True, False), PLACES, COMBINATIONS):
-        # A missing gradient of lse, float32 in any case, is one branch of our kernels: under the slow interpreter it is
-        # left to bfloat16.
+        # A missing gradient of lse is one branch of our kernels, float32 in any dtype: under the slow interpreter
+        # bfloat16 covers it.
         if lse_grad or place.values != ("cpu", "triton:portable") or one.values[0] in (torch.bfloat16, torch.float64):
             name = f"{'lse' if lse_grad else 'no lse'}-{'-'.join(place.values)}-{one.id}"
             again = [pytest.mark.slow] if _interpreted_again(lse_grad, *place.values, *one.values) else []

@@ -29,10 +29,10 @@ NUMBERS = {
     "-1e4": -1e4,
     "1e9": 1e9,
     "float32's highest": -LOWEST,
-    "a sum of two lowest": -math.inf,  # what float32 makes of it
+    "a sum of two lowest": -math.inf,  # the float32 sum
 }
 BATCH, ROWS, KEYS, SIZE = 2, 9, 37, 16
-# Their forward multiplies the bias too by log2(e), and their backward knows no row sum but the lse.
+# Their forward multiplies the bias by log2(e) too, and their backward knows the row sum only by the lse.
 IN_BASE_2 = ("sdpa:efficient", "xformers:cutlass", "in base 2")
 
 

@@ -49,7 +49,7 @@ def test_cases(case: Case, width: int, dtype: torch.dtype, ran: list[str]) -> No
     assert set(ran) == {"forward triton:hopper", "backward triton:hopper"}
 
 
-# Around tiles of 128 and 192 queries and of 64 and 128 keys; longer than what one round of all programs does.
+# Lengths around tiles of 128 and 192 queries and of 64 and 128 keys, and one longer than a round of all programs.
 LENGTHS = [(1, 1), (63, 65), (128, 128), (129, 127), (192, 384), (193, 1000), (1000, 193), (777, 4500), (4500, 4400)]
 
 
@@ -67,7 +67,7 @@ def test_lengths(len_q: int, len_k: int, width: int) -> None:
 @pytest.fixture
 def fresh_launches() -> Iterator[None]:
     """Forget prepared launches: calls with equal keys share one, and with it what a test has changed in `configs`."""
-    from attn_n.backends.triton.hopper import call  # of a tested release of Gluon alone
+    from attn_n.backends.triton.hopper import call  # needs a tested release of Gluon
 
     call._calls.clear()
     yield
@@ -170,7 +170,9 @@ def test_neighbours_see_nothing_of_each_other(width: int, causal: bool) -> None:
             x[poisoned] = math.nan
         q, k, v, dout = (x[:rows] for x in given)
         inputs = [x.requires_grad_() for x in (q, k, v)]
-        left = [torch.full_like(q, math.nan) for _ in range(8)]  # for what is allocated next and should be written
+        left = [
+            torch.full_like(q, math.nan) for _ in range(8)
+        ]  # the next allocations get this memory, and have to overwrite it
         del left
         out, lse = flash_attention_n_varlen(
             *inputs, starts, starts, 300, 300, causal, sm_n=1.0, return_lse=True, backend="triton:hopper"
@@ -184,7 +186,7 @@ def test_neighbours_see_nothing_of_each_other(width: int, causal: bool) -> None:
         poisoned = results(slice(begin, end))
         for name, found, expected in zip(("out", "lse", "dq", "dk", "dv"), poisoned, clean, strict=True):
             assert bool(found[begin:end].isnan().any()), name
-            if name != "dq":  # whose sum over tiles of keys is in no fixed order
+            if name != "dq":  # its sum over tiles of keys is in no fixed order
                 assert torch.equal(found[:begin], expected[:begin]), name
                 assert torch.equal(found[end:], expected[end:]), name
             else:

@@ -14,7 +14,7 @@ from attn_n.backends.triton.hopper.configs import BACKWARD
 from tests.calls import boundaries
 from tests.places import PLACES
 
-# Of queries and of keys, for whose sums the last pass serves too.
+# The tiles of queries, and those of keys, for whose sums the last kernel is used too.
 TILES = sorted({(width, tile) for width, tiles in BACKWARD.items() for tile in tiles})
 
 
@@ -55,7 +55,7 @@ def test_the_passes_around_the_backward(width: int, tile_q: int, device: str) ->
 
 def as_accumulators_lie(tiles: torch.Tensor) -> torch.Tensor:
     """Return rows `(tiles, rows, width)` in the order of wgmma accumulators, by blocks of 64 x 64 numbers."""
-    # Where each bit of a place leads, rows and columns.
+    # The rows and columns that each bit of an index stands for.
     bits = [(0, 1), (8, 0), (0, 2), (0, 4), (1, 0), (2, 0), (4, 0), (16, 0), (32, 0), (0, 8), (0, 16), (0, 32)]
     places = torch.arange(64 * 64)
     row, column = (sum(((places >> i) & 1) * bit[side] for i, bit in enumerate(bits)) for side in (0, 1))

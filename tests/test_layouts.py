@@ -50,7 +50,7 @@ def _rows() -> Iterator[Case]:
 def _table() -> Iterator[object]:
     for place, case, lse_grad in itertools.product(PLACES, _rows(), (True, False)):
         device, backend, dtype = place.values
-        # Our own kernels take every stride as it is: their interpreter is slow, and their compiler too.
+        # Our own kernels take every stride as it is, and interpreting or compiling them is slow.
         few = device == "cuda" and "heads innermost" not in case.name
         sizes = SIZES[::3] if few or backend is None else SIZES
         sizes = {"triton:portable": SIZES[-1:], "triton:hopper": SIZES[:1]}.get(backend, sizes)

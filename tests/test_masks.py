@@ -180,7 +180,7 @@ def test_a_window_that_the_hopper_kernels_cannot_wait_in(
     monkeypatch.setattr(hopper, "tested", lambda: True)
     reason = serving.why_not("triton:hopper", gpu_call(window_left=left, window_right=-6))
     assert (reason is None) == served
-    assert served or "holds no key" in str(reason)
+    assert served or "windows without keys" in str(reason)
 
 
 @pytest.mark.parametrize(
@@ -306,7 +306,7 @@ def test_the_sign_beside_the_memory(backend: str) -> None:
         x = flagged(*shape)
         expected = flash_attention_n(**plain | {name: x.resolve_neg().contiguous()}, backend=backend)
         assert torch.allclose(flash_attention_n(**plain | {name: x}, backend=backend), expected, atol=1e-6), name
-    # A plan that was kept for a tensor of that very layout.
+    # A call was prepared for a tensor of the same layout.
     q = torch.randn(2, 4, 5, 8, 2)
     usual = {"k": plain["k"], "v": plain["v"], "backend": backend}
     flash_attention_n(q[..., 1], **usual)
@@ -482,7 +482,7 @@ def test_a_float64_mask_beyond_float32(lowest: float, varlen: bool, device: str,
     weights[:, :, 0] = 1 / 6
     torch.testing.assert_close(out.double(), weights @ v.double(), rtol=0, atol=1e-5 if device == "cpu" else 2e-2)
     if mask.requires_grad:
-        # That of a softmax, whatever number the row has: P * (dP - delta), summed over the heads.
+        # The gradient is that of a softmax, whatever number the row has: P * (dP - delta), summed over the heads.
         (gradient,) = torch.autograd.grad(out.sum(), mask)
         products = v.double().sum(-1)[:, :, None]
         expected = weights * (products - (weights * products).sum(-1, keepdim=True))

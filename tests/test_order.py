@@ -17,13 +17,13 @@ from tests.test_registry import gpu_call
 
 RESULTS = Path(__file__).parent.parent / "bench" / "results"
 GRID, DECODE = "h100-2026-11-26-grid.json", "h100-2026-11-26-decode.json"
-# Without cuDNN, which waits for every new shape: the choice is held against what it may choose.
+# The choice is compared with backends that it may choose, so without cuDNN, which is slow for every new shape.
 OURS_AND_TORCHS = {"triton:hopper", "triton:portable", "sdpa:flash", "sdpa:efficient"}
 FAMILIES = {"triton": "triton:hopper", "sdpa": "sdpa:flash"}  # the members that serve the grid
 LIBRARIES = {"flash_attn:2", "flash_attn:3", "flash_attn:4", "xformers:flash", "xformers:cutlass"}
 
 
-# Of each workload, by pass and the backend that served.
+# For each workload, by pass and by backend.
 Medians = dict[Workload, dict[tuple[str, "str | None"], float]]
 
 

@@ -256,7 +256,7 @@ def test_a_changed_operator_is_the_reason_not_to_serve(monkeypatch: pytest.Monke
 
 bool_mask = {"mask_shape": (1, 1, 256, 256), "mask_dtype": torch.bool}
 float_mask = bool_mask | {"mask_dtype": torch.bfloat16}
-odd = {"q_stride": (139264, 17408, 68, 1)}  # nothing for the Hopper kernels
+odd = {"q_stride": (139264, 17408, 68, 1)}  # strides that TMA cannot have
 long = {"k_shape": (2, 8, 3000, 64), "v_shape": (2, 8, 3000, 64)}
 longer = {"k_shape": (2, 8, 5000, 64), "v_shape": (2, 8, 5000, 64)}
 wide = {

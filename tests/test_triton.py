@@ -45,7 +45,7 @@ def test_the_tables_are_whole(table: configs.Table) -> None:
             assert [row.at_least for row in found] == sorted((row.at_least for row in found), reverse=True)
     for kernel in ("dk and dv", "dk", "dv"):
         for width, found in table[kernel].items():
-            # dK and dV read rows that the tiles of dQ have written, up to the end of the last one.
+            # The dK and dV kernels read rows that the dQ kernel has written, up to the end of its last tile.
             assert max(row.tile_q for row in found) <= min(row.tile_q for row in table["dq"][width])
             assert max(row.tile_q for row in table["dq"][width]) <= ROW_PADDING.value
 
@@ -145,7 +145,7 @@ def test_a_cuda_graph_of_both_passes(inputs: list[Tensor], options: dict[str, fl
     first = [x.clone() for x in captured]
     if not options:
         assert all(torch.equal(*pair) for pair in zip(first, step(), strict=True))
-    else:  # each replay drops other weights
+    else:  # each replay drops different weights
         graph.replay()
         assert not torch.equal(captured[0], first[0])
         assert all(bool(x.isfinite().all()) for x in captured)
