@@ -1,4 +1,4 @@
-"""`python -m attn_n`: what is installed, what each backend can do here, a self-check and a timing table."""
+"""The command `python -m attn_n`, which prints the report of `attn_n.doctor`."""
 
 from __future__ import annotations
 

@@ -38,7 +38,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 
 def report(plain: Run, offset: Run) -> str:
-    """Two tables, and what they do not show."""
+    """Return two tables as text, with a note on what they do not show."""
     lines = ["     n   held-out nats/byte   bits/byte   ms/step"]
     for run in (plain, offset):
         loss = run.final_loss

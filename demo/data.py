@@ -7,9 +7,9 @@ from torch import Tensor
 
 
 def load() -> tuple[Tensor, Tensor]:
-    """The text for training `(T,)` and the last tenth of it, held out; both int64 in [0, 256).
+    """Return the text for training `(T,)` and its last tenth, which is held out; both int64 in [0, 256).
 
-    Topics quote one another at length: without repeated paragraphs, nothing that is held out is learned by heart.
+    Topics quote one another at length. Repeated paragraphs are dropped, so that training never sees held-out ones.
     """
     paragraphs = "\n\n".join(topics[name] for name in sorted(topics)).split("\n\n")
     text = torch.tensor(list("\n\n".join(dict.fromkeys(paragraphs)).encode()))
@@ -18,11 +18,11 @@ def load() -> tuple[Tensor, Tensor]:
 
 
 def random_windows(text: Tensor, count: int, length: int, generator: torch.Generator) -> Tensor:
-    """`(count, length + 1)`: the inputs, and one byte further the targets."""
+    """Return `(count, length + 1)` bytes: inputs, and targets one byte further."""
     starts = torch.randint(len(text) - length, (count,), generator=generator)
     return text[starts[:, None] + torch.arange(length + 1)]
 
 
 def all_windows(text: Tensor, length: int) -> Tensor:
-    """`(windows, length + 1)`: the whole text, one window behind the other."""
+    """Return `(windows, length + 1)` bytes: the whole text, cut into consecutive windows."""
     return text.unfold(0, length + 1, length)

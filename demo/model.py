@@ -18,7 +18,7 @@ class GPT(nn.Module):
         self.head = nn.Linear(width, 256, bias=False)
 
     def forward(self, tokens: Tensor) -> tuple[Tensor, Tensor]:
-        """tokens `(B, L)` -> logits `(B, L, 256)` and the lse of every attention `(layers, B, heads, L)`."""
+        """Map tokens `(B, L)` to logits `(B, L, 256)` and the lse of every attention `(layers, B, heads, L)`."""
         angles = rotary_angles(tokens.shape[1], self.head_dim)
         x = self.embedding(tokens)
         lses = []
@@ -36,7 +36,7 @@ class Block(nn.Module):
         self.down = nn.Linear(4 * width, width, bias=False)
 
     def forward(self, x: Tensor, angles: Tensor) -> tuple[Tensor, Tensor]:
-        """x `(B, L, width)` -> the same shape, and lse `(B, heads, L)`."""
+        """Map x `(B, L, width)` to the same shape, and return lse `(B, heads, L)` too."""
         attended, lse = self.attention(normalize(x), angles)
         x = x + attended
         return x + self.down(gelu(self.up(normalize(x)))), lse
@@ -51,7 +51,7 @@ class Attention(nn.Module):
         self.out = nn.Linear(width, width, bias=False)
 
     def forward(self, x: Tensor, angles: Tensor) -> tuple[Tensor, Tensor]:
-        """x `(B, L, width)` -> the same shape, and lse `(B, heads, L)`."""
+        """Map x `(B, L, width)` to the same shape, and return lse `(B, heads, L)` too."""
         q, k, v = self.qkv(x).unflatten(-1, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)  # each (B, heads, L, head_dim)
         q, k = rotate(q, angles), rotate(k, angles)
         out, lse = flash_attention_n(q, k, v, causal=True, sm_n=self.n, return_lse=True)
@@ -59,7 +59,7 @@ class Attention(nn.Module):
 
 
 def share_to_nothing(lse: Tensor, n: float) -> Tensor:
-    """`n / (n + sum_j exp(s_ij))`, the weight that a row gives to no key; any shape of lse, of which it is a function.
+    """Return `n / (n + sum_j exp(s_ij))`, the weight that a row gives to no key, for an lse of any shape.
 
     The lse of `flash_attention_n` has n in it: it is the logarithm of this denominator.
     """
@@ -71,13 +71,13 @@ def normalize(x: Tensor) -> Tensor:
 
 
 def rotary_angles(length: int, head_dim: int) -> Tensor:
-    """`(length, head_dim / 2)`: position times frequency."""
+    """Return `(length, head_dim / 2)` angles, position times frequency."""
     frequencies = 10_000 ** -torch.linspace(0, 1, head_dim // 2)
     return torch.outer(torch.arange(length), frequencies)
 
 
 def rotate(x: Tensor, angles: Tensor) -> Tensor:
-    """x `(B, heads, L, head_dim)`, its channels turned in pairs, so that q k^T knows distances only."""
+    """Rotate pairs of channels of x `(B, heads, L, head_dim)`, so that q k^T depends on distances alone."""
     a, b = x.chunk(2, dim=-1)
     cos, sin = angles.cos(), angles.sin()
     return torch.cat([a * cos - b * sin, a * sin + b * cos], dim=-1)

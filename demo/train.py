@@ -22,7 +22,7 @@ EVALUATIONS = 20
 
 @dataclass
 class Run:
-    """What the training with one n gave; losses in nats per byte."""
+    """The results of training with one n; losses are in nats per byte."""
 
     n: float
     train_loss: list[float] = field(default_factory=list)  # before each step
@@ -33,7 +33,7 @@ class Run:
 
 
 def train(ns: Sequence[float], text: Tensor, held_out: Tensor, steps: int, seed: int) -> list[Run]:
-    """One run for each n, from the same weights and on the same batches.
+    """Train one model for each n, from the same weights and on the same batches.
 
     The runs take their steps in turn, so that whatever else the machine does slows them alike.
     """
@@ -69,7 +69,7 @@ class Learner:
         self.seconds: list[float] = []
 
     def step(self, windows: Tensor) -> None:
-        """windows `(B, L + 1)`."""
+        """Take one training step on windows `(B, L + 1)`."""
         start = time.perf_counter()
         loss, _ = loss_and_lse(self.model, windows)
         self.optimizer.zero_grad()
@@ -88,7 +88,7 @@ class Learner:
 
     @torch.no_grad()
     def finish(self, windows: Tensor) -> None:
-        """Measures what is measured once."""
+        """Measures the final loss, the shares and the time of a step."""
         loss, lse = loss_and_lse(self.model, windows)
         self.run.final_loss = loss.item()
         self.run.share_to_nothing = share_to_nothing(lse, self.run.n).mean(dim=(1, 3)).tolist()
@@ -96,13 +96,13 @@ class Learner:
 
 
 def loss_and_lse(model: GPT, windows: Tensor) -> tuple[Tensor, Tensor]:
-    """windows `(B, L + 1)` -> the mean loss `()` and lse `(layers, B, heads, L)`."""
+    """Return the mean loss `()` and lse `(layers, B, heads, L)` of windows `(B, L + 1)`."""
     logits, lse = model(windows[:, :-1])
     return cross_entropy(logits.flatten(0, 1), windows[:, 1:].flatten()), lse
 
 
 def lr_factor(step: int, steps: int) -> float:
-    """What the peak is multiplied with: linear warmup over a twentieth of the steps, then a cosine down to a tenth."""
+    """Return the factor of the peak rate: linear warmup over a twentieth of the steps, then a cosine to a tenth."""
     warmup = max(1, steps // 20)
     if step < warmup:
         return (step + 1) / warmup

@@ -1,4 +1,4 @@
-"""Calls for tests of the choice: on a GPU by metadata alone, small ones on the CPU, and a backend of a few lines."""
+"""Helpers for tests of the choice: calls on a GPU by metadata alone, small calls on the CPU, and a tiny backend."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def inputs(length: int = 5) -> tuple[Tensor, Tensor, Tensor]:
 
 
 class Eager(Backend):
-    """Plain attention by torch, without n: the fold adds it."""
+    """A backend of plain attention by torch; `attn_n.sink` applies n."""
 
     name = "eager"
     honours = ("causal", "window", "softcap", "dropout", "mask", "alibi", "varlen", "lse gradient")

@@ -12,9 +12,9 @@ from torch import Tensor
 from attn_n.backends import xformers
 from attn_n.backends.flash_attn import version_2, version_3, version_4
 
-# Whether Triton's kernels run on the CPU here: see conftest.py.
+# True if Triton's kernels run on the CPU here, under the interpreter: see conftest.py.
 INTERPRETED = not torch.cuda.is_available()
-# Whether the kernels for Hopper run here.
+# True if the Hopper kernels run here.
 HOPPER = torch.cuda.is_available() and torch.cuda.get_device_capability() == (9, 0)
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
@@ -51,7 +51,7 @@ class Case:
 
     @property
     def features(self) -> set[str]:
-        """What a backend may have to refuse."""
+        """Return the features of a case that a backend may have to refuse."""
         used = {
             "softcap": self.softcap is not None,
             "mask": bool(self.mask),
@@ -71,7 +71,7 @@ class Case:
 
     @property
     def _open_far_before_the_keys(self) -> bool:
-        """FlashAttention 2 takes S for the bound of a right side without one."""
+        """Return True if FlashAttention 2 would hide keys: it takes S for the right side of a window that has none."""
         if self.window is None or self.causal or self.varlen or self.len_q <= self.len_k + 1:
             return False
         return self.window[1] is None or self.window[1] >= self.len_k
@@ -82,7 +82,7 @@ class Case:
 
 def _cases() -> list[Case]:
     few = {"len_q": 5, "len_k": 3}
-    many = 770 if INTERPRETED else 1030  # on a CPU from 768 on blocks of up to 256 x 512, and of 64 in our kernels
+    many = 770 if INTERPRETED else 1030  # from 768 on PyTorch's CPU kernel has blocks of up to 256 x 512; ours have 64
     numbers = [
         Case(f"n={n:g} at its own height", n=n, shift=math.log(n), len_q=7, len_k=5)
         for n in (1e-6, 1e-3, 1.0, 3.7, 1e4, 1e20)
@@ -210,7 +210,7 @@ class Inputs:
         return tensors
 
     def packing(self) -> tuple[Tensor, Tensor, int, int]:
-        """cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k. Equal boundaries are one tensor."""
+        """Return cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k. Equal boundaries are one tensor."""
         lengths = self.case.lengths_q, self.case.lengths_k
         starts = [
             torch.tensor([0, *torch.tensor(one).cumsum(0)], dtype=torch.int32, device=self.q.device) for one in lengths
@@ -219,7 +219,7 @@ class Inputs:
 
 
 def make(case: Case, dtype: torch.dtype, device: str, seed: int = 0) -> Inputs:
-    """Random inputs of a case, with gradients required of all that is differentiable."""
+    """Make random inputs of a case; all that are differentiable require gradients."""
     generator = torch.Generator().manual_seed(seed)
 
     def normal(*shape: int) -> Tensor:
@@ -297,15 +297,15 @@ LAYOUTS = (
     *ORDERS, "channels last", "sliced", "expanded over the batch", "expanded over heads", "overlapping rows",
     "offset by one", "one storage",
 )  # fmt: skip
-# What tensor descriptors do not address: columns apart, and nothing between heads or rows.
+# TMA descriptors cannot address these: strided columns, or a stride of 0 between heads or rows.
 NO_DESCRIPTORS = (
     "heads innermost", "batch innermost", "transposed", "channels last", "expanded over heads", "overlapping rows",
 )  # fmt: skip
 
 
 def laid_out(x: Tensor, layout: str) -> Tensor:
-    """x in another memory layout; where elements share memory, some of its values."""
-    if layout == "channels last":  # that of heads innermost, but for one head
+    """Return x in another memory layout; where elements share memory, with some of its values."""
+    if layout == "channels last":  # as heads innermost, but its strides differ for one head
         return x.contiguous(memory_format=torch.channels_last)
     if layout in ORDERS:
         order = next(order for order in ORDERS[layout] if len(order) == x.dim())
@@ -328,7 +328,7 @@ def laid_out(x: Tensor, layout: str) -> Tensor:
 
 
 def _in_one_storage(q: Tensor, k: Tensor, v: Tensor) -> list[Tensor]:
-    """As the projection of each token gives them: its queries, its keys and its values, one behind the other."""
+    """Lay q, k and v out as one projection of each token gives them: its queries, keys and values follow each other."""
     varlen = q.dim() == 3
     tokens_first = [x if varlen else x.transpose(1, 2) for x in (q, k, v)]
     widths = [x.shape[-2] * x.shape[-1] for x in tokens_first]
@@ -342,7 +342,7 @@ def _in_one_storage(q: Tensor, k: Tensor, v: Tensor) -> list[Tensor]:
 
 
 def why_not_usable(backend: str) -> str | None:
-    """Why the library of `backend` cannot be used here; None if it can."""
+    """Return the reason why the library of `backend` cannot be used here; None if it can."""
     problems = {
         "flash_attn:2": version_2.why_not_usable,
         "flash_attn:3": version_3.why_not_usable,
@@ -354,7 +354,7 @@ def why_not_usable(backend: str) -> str | None:
 
 
 def must_serve(backend: str, device: str, dtype: torch.dtype, case: Case, lse_grad: bool, grad: bool = True) -> bool:
-    """Whether `backend` has to serve the case there; a refusal or an acceptance against this table fails.
+    """Return True if `backend` has to serve the case there: any other refusal or acceptance fails a test.
 
     `lse_grad`: lse is returned and differentiated; `grad`: anything is.
     """

@@ -1,4 +1,4 @@
-"""A call against the float64 oracle under FlashAttention's rule."""
+"""Comparison of a call with the float64 oracle under FlashAttention's rule."""
 
 from __future__ import annotations
 
@@ -16,13 +16,13 @@ Results = dict[str, Tensor]
 
 
 def library(inputs: Inputs, backend: str | None, lse_grad: bool = True) -> Results:
-    """out, lse and the gradients by the library."""
+    """Compute out, lse and the gradients by the library."""
     out, lse = _forward(inputs, backend, lse_grad)
     return with_gradients(inputs, out, lse)
 
 
 def forward_of_library(inputs: Inputs, backend: str | None) -> Results:
-    """out and lse by the library, which is not asked for gradients."""
+    """Compute out and lse by the library without gradients."""
     with torch.no_grad():
         out, lse = _forward(inputs, backend, return_lse=True)
     assert lse is not None
@@ -38,7 +38,7 @@ def _forward(inputs: Inputs, backend: str | None, return_lse: bool) -> tuple[Ten
 
 
 def oracle(inputs: Inputs, dtype: torch.dtype, lse_grad: bool = True, ignore_n: bool = False) -> Results:
-    """The same by the oracle, computed in `dtype` from the very numbers of the inputs."""
+    """Compute out, lse and the gradients by the oracle in `dtype`, from the same numbers."""
     case = inputs.case
     cast = Inputs(case, *(x.detach().to(dtype).requires_grad_() for x in (inputs.q, inputs.k, inputs.v)))
     cast.dout, cast.dlse = inputs.dout.to(dtype), inputs.dlse.to(torch.promote_types(dtype, torch.float32))
@@ -81,7 +81,7 @@ def _varlen(inputs: Inputs, attend: Callable[..., tuple[Tensor, Tensor]]) -> tup
             slopes = slopes[b]
         if len_k:
             out, lse = attend(q, k, v, mask, slopes)
-        else:  # nothing to attend to: a key that is hidden is no key
+        else:  # for the oracle no keys are one key that is hidden
             one = q.new_zeros((1, k.shape[1], 1, q.shape[-1])), q.new_zeros((1, k.shape[1], 1, v.shape[-1]))
             hidden = torch.zeros((1, 1, 1, 1), dtype=torch.bool, device=q.device)
             out, lse = attend(q, *one, hidden, None)
@@ -101,7 +101,7 @@ def with_gradients(inputs: Inputs, out: Tensor, lse: Tensor | None) -> Results:
         empty = lse.detach() == -math.inf
         given.append(inputs.dlse.masked_fill(empty, 0.0) if empty.any() else inputs.dlse)
     tensors = inputs.differentiable
-    # Not by a loss: its backward would lay the gradients out anew.
+    # A loss is no help here: its backward would give the gradients another layout.
     gradients = torch.autograd.grad(outputs, list(tensors.values()), given, materialize_grads=True)
     return results | {f"d{name}": gradient for name, gradient in zip(tensors, gradients, strict=True)}
 
@@ -150,13 +150,13 @@ def cancellation(name: str, inputs: Inputs, truth: Results) -> float:
 
 
 def tolerance(name: str, exact: Tensor, plain: Tensor, dtype: torch.dtype) -> float:
-    """The largest error that is allowed; `plain` is the same computation by plain PyTorch.
+    """Return the largest error that is allowed; `plain` is the same computation by plain PyTorch.
 
     lse is held to float32, in which every backend computes it. PyTorch's CPU kernel takes a faster exp for half
     precision, which is good to 3e-5.
     """
     half = torch.finfo(dtype).bits == 16
-    # The oracle itself is float64, so that there the roundings of both count; half precision counts each of its own.
+    # The oracle is float64 itself, so for float64 the roundings of both count; half precision counts its own roundings.
     roundings = {64: 200, 32: 40, 16: 2}[torch.finfo(dtype).bits]
     relative = roundings * torch.finfo(dtype).eps
     if name == "lse" and half:

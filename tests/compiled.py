@@ -74,7 +74,7 @@ def backward(width: int) -> None:
 
 
 def _that_share_keys(width: int) -> Iterator[Any]:
-    """Backwards in which a program takes two of the eight query heads of a KV head."""
+    """Compile backwards in which a program takes two of the eight query heads of a KV head."""
     from attn_n.backends.triton.hopper import configs
 
     usual = configs.heads_of_item

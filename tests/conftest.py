@@ -7,7 +7,7 @@ import os
 from collections.abc import Callable, Iterator
 from types import SimpleNamespace
 
-# Tensors are small here, and threads that spin while they wait for each other cost minutes beside other programs.
+# Tensors are small here, and threads that spin while they wait cost minutes where other programs run too.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import pytest
@@ -34,7 +34,7 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 
 @pytest.fixture(autouse=True)
 def automatic(monkeypatch: pytest.MonkeyPatch) -> None:
-    """No test depends on the variable of the shell that runs it, and each starts from the same random state."""
+    """Each test starts with the automatic choice, whatever the shell's variable is, and from the same random state."""
     monkeypatch.delenv(forced.ENVIRONMENT_VARIABLE, raising=False)
     call_cache.clear()
     monkeypatch.setattr(canonical, "_warned", True)  # of rows without keys, which many cases have on purpose
@@ -43,7 +43,7 @@ def automatic(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture(autouse=True)
 def gives_back_the_gpu() -> Iterator[None]:
-    """Several processes share the memory of one, and the exact results in float64 take gigabytes."""
+    """Free cached GPU memory: several processes share one GPU, and the exact results in float64 take gigabytes."""
     yield
     if torch.cuda.is_available() and torch.cuda.memory_reserved() > 1 << 28:
         torch.cuda.empty_cache()

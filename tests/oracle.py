@@ -26,7 +26,7 @@ def attention_n(
     alibi_slopes: Tensor | None = None,  # (Hq,) or (B, Hq)
     keep: Tensor | None = None,  # (B, Hq, L, S): weights after dropout are weights * keep
 ) -> tuple[Tensor, Tensor]:
-    """out (B, Hq, L, Ev) and lse (B, Hq, L)."""
+    """Return out (B, Hq, L, Ev) and lse (B, Hq, L)."""
     batch, heads, len_q, size = q.shape
     len_k = k.shape[2]
     k = k.repeat_interleave(heads // k.shape[1], 1)
@@ -55,7 +55,7 @@ def attention_n(
         logits = logits + mask.to(q.dtype)
     logits = logits.masked_fill(~visible, -math.inf)
 
-    # As torch.softmax does: half precision is normalised in float32, and only the products are in half precision.
+    # As in torch.softmax, half precision is normalised in float32; only the matmuls are in half precision.
     wide = torch.promote_types(q.dtype, torch.float32)
     logits = logits.to(wide)
     per_head = torch.zeros(heads, dtype=wide, device=q.device)

@@ -1,4 +1,4 @@
-"""Offsets of 2^31 elements and more, in memory that is mapped and hardly touched: for our kernels, in every stride.
+"""Our kernels address offsets of 2^31 elements and more in every stride; the memory is mapped and hardly touched.
 
 A product that has overflowed 32 bits would address other mapped memory, which is zero.
 """
@@ -24,11 +24,11 @@ from tests.calls import gpu_call
 from tests.cases import INTERPRETED, Case, make, why_not_usable
 from tests.places import PLACES, on_gpu
 
-FAR = 2**30  # a stride of 32 bits, of which twice is more
+FAR = 2**30  # the stride fits 32 bits, and twice the stride does not
 
 
 def far_apart(x: Tensor, dim: int, distance: int = FAR) -> Tensor:
-    """x, its elements in one dimension so far apart, in the middle of memory that is mapped, and on a GPU zero."""
+    """Return x with its elements far apart in one dimension, in the middle of mapped memory, which is zero on a GPU."""
     strides = list(x.contiguous().stride())
     strides[dim] = distance
     before = 2**31
@@ -36,7 +36,7 @@ def far_apart(x: Tensor, dim: int, distance: int = FAR) -> Tensor:
     new = torch.empty if x.device.type == "cpu" else torch.zeros  # the pages of a CPU are zero when first touched
     try:
         memory = new(elements, dtype=x.dtype, device=x.device)
-    except RuntimeError as error:  # not so much virtual memory, or none left on the GPU
+    except RuntimeError as error:  # too little virtual memory, or GPU memory
         pytest.skip(str(error).splitlines()[0])
     return memory.as_strided(x.shape, strides, before).copy_(x)
 
@@ -52,7 +52,7 @@ CASE = Case("", batch=1, heads_q=3, heads_kv=3, len_q=5, len_k=6)
 @pytest.mark.parametrize("device", PLACES)
 @pytest.mark.parametrize("dim", [1, 2, 3])
 def test_masks(device: str, dim: int) -> None:
-    """`(1, 64, 8192, 8192)` of bool is enough for it."""
+    """A bool mask `(1, 64, 8192, 8192)` is large enough."""
     inputs = make(CASE, torch.float32, device)
     inputs.mask = far_apart(torch.rand(1, 3, 5, 6, device=device) > 0.4, dim)
     check(inputs)
@@ -81,7 +81,7 @@ def test_numbers_of_heads(device: str) -> None:
 
 @pytest.mark.parametrize("device", PLACES)
 @pytest.mark.parametrize("dim", [1, 2, 3])
-def test_the_fold(device: str, dim: int) -> None:
+def test_the_sink(device: str, dim: int) -> None:
     out = torch.randn(1, 3, 4, 3, device=device, dtype=torch.float16)
     lse, log_n = torch.randn(1, 3, 4, device=device), torch.tensor([0.0, 1.0, -1.0], device=device)
     far = far_apart(out, dim)
@@ -95,7 +95,7 @@ def test_the_fold(device: str, dim: int) -> None:
 
 
 def test_the_longest_sequence_is_overstated() -> None:
-    """By numbers of which nobody could count the tiles, nor the programs."""
+    """max_seqlen may be so large that its tiles or programs cannot be counted in 32 bits."""
     q, starts, most = torch.randn(9, 2, 16, requires_grad=True), torch.tensor([0, 4, 9], dtype=torch.int32), 2**31 - 1
     options = Options(0.25, most, most, cu_seqlens_q=starts, cu_seqlens_k=starts, max_seqlen_q=most, max_seqlen_k=most)
     key = describe((q, q, q), None, options)
@@ -131,7 +131,7 @@ WIDE = [
 @pytest.mark.parametrize(("device", "backend"), WIDE)
 @pytest.mark.parametrize("window", [(2**32, 2**33), (2**32 + 2, None), (None, 2**31)], ids=str)
 def test_a_window_of_varlen_sequences(device: str, backend: str, window: tuple[int | None, int | None]) -> None:
-    """Libraries take it in 32 bits, of which 2^32 leaves a window of nothing."""
+    """Libraries take a window in 32 bits, and 2^32 truncated to these is an empty window."""
     if why_not_usable(backend):
         pytest.skip(f"{backend}: {why_not_usable(backend)}")
     starts = torch.tensor([0, 40, 90], dtype=torch.int32, device=device)

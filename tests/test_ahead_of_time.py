@@ -1,4 +1,4 @@
-"""Triton's kernels compiled for GPUs that are not there: each target, and what variants of the Hopper kernels need."""
+"""Triton's kernels compile for GPUs that are not there: every target, and variants of the Hopper kernels."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ BOUNDED = not triton.__version__.startswith("3.4.")
 
 
 def compiling(module: str, *arguments: object) -> str:
-    """What `python -m module arguments...` prints, where Triton compiles."""
+    """Run `python -m module arguments...` in a process in which Triton compiles, and return what it prints."""
     return subprocess.run(
         [sys.executable, "-m", module, *map(str, arguments)],
         env={**os.environ, "TRITON_INTERPRET": "0"}, cwd=Path(__file__).parent.parent, stdout=subprocess.PIPE,
@@ -46,7 +46,7 @@ def test_ahead_of_time(target: str) -> None:
         assert line["shared"] <= TARGETS[target].shared, line
         most = 256 if line["dtype"] == "torch.bfloat16" else 1024
         if (line["kernel"], line["width"]) == ("hopper backward main", 128):
-            most = 450  # what this buys is said below
+            most = 450  # the docstring below has the reason
         assert not BOUNDED or line["spills"] <= most, line
         assert not BOUNDED or not line["warnings"], line
 
@@ -59,7 +59,7 @@ def test_numbers_compile_nothing() -> None:
 @on_tested_triton
 @pytest.mark.parametrize("width", [128, *slow(*(width for width in FORWARD if width != 128))])
 def test_variants_of_the_varlen_forward_ahead_of_time(width: int) -> None:
-    """The same for windows, softcap, and keys with boundaries of their own; numbers compile nothing."""
+    """Variants with a window, softcap, or other boundaries for keys spill little; other numbers compile nothing new."""
     compiling("tests.compiled", "varlen_forward", width)
 
 

@@ -11,7 +11,7 @@ import pytest
 
 ROOT = Path(__file__).parent.parent
 
-# From the ground up. Whatever is listed may import what is listed before it, and its own siblings.
+# The layers from the lowest up. A layer may import those before it, and its own modules.
 LAYERS = (
     ("version", "compilation", "recent"),
     ("call",),

@@ -1,4 +1,4 @@
-"""Every backend on every case, in every dtype, against float64."""
+"""Every backend is compared with float64 on every case, in every dtype."""
 
 from __future__ import annotations
 
@@ -39,8 +39,8 @@ PLACES = [
 
 def _calls() -> Iterator[object]:
     for lse_grad, place, one in itertools.product((True, False), PLACES, COMBINATIONS):
-        # A missing gradient of lse, float32 in any case, is one branch of our kernels: under the slow interpreter it is
-        # left to bfloat16.
+        # A missing gradient of lse is one branch of our kernels, float32 in any dtype: under the slow interpreter
+        # bfloat16 covers it.
         if lse_grad or place.values != ("cpu", "triton:portable") or one.values[0] in (torch.bfloat16, torch.float64):
             name = f"{'lse' if lse_grad else 'no lse'}-{'-'.join(place.values)}-{one.id}"
             again = [pytest.mark.slow] if _interpreted_again(lse_grad, *place.values, *one.values) else []
@@ -48,7 +48,7 @@ def _calls() -> Iterator[object]:
 
 
 def _interpreted_again(lse_grad: bool, device: str, backend: str, dtype: torch.dtype, case: Case) -> bool:
-    """float16 runs the code of bfloat16, and a missing gradient of lse is one branch: a few cases stand for all."""
+    """Return True for what others represent: float16 runs the code of bfloat16, and a missing dlse is one branch."""
     again = (device, backend) == ("cpu", "triton:portable") and (dtype == torch.float16 or not lse_grad)
     return again and dtype != torch.float64 and case.name not in REPRESENTATIVES
 
@@ -76,7 +76,7 @@ def test_against_float64(
 @pytest.mark.gpu
 @pytest.mark.parametrize(("dtype", "case"), COMBINATIONS)
 def test_the_forward_alone(dtype: torch.dtype, case: Case, ran: list[str]) -> None:
-    """FlashAttention 3 is mostly built without a backward."""
+    """The forward alone is right too: most builds of FlashAttention 3 have no backward."""
     backend = "flash_attn:3"
     if why_not_usable(backend):
         pytest.skip(f"{backend}: {why_not_usable(backend)}")
@@ -93,7 +93,7 @@ def test_the_forward_alone(dtype: torch.dtype, case: Case, ran: list[str]) -> No
 
 @pytest.mark.parametrize(("dtype", "case"), [one for one in COMBINATIONS if one.values[1].n != 0.0])
 def test_the_cases_see_n(dtype: torch.dtype, case: Case) -> None:
-    """A library that ignored n would be far outside of the tolerance, in out and in lse."""
+    """A library that ignores n exceeds the tolerance by far, in out and in lse."""
     inputs = make(case, dtype, "cpu")
     ignored, exact = (compare.oracle(inputs, torch.float64, ignore_n=ignore) for ignore in (True, False))
     plain, plain_wide = compare.oracle(inputs, dtype), compare.oracle(inputs, torch.float32)

@@ -28,7 +28,7 @@ SMALL = {"cpu": timing.Workload(torch.float32, 1, 1, 8, (16, 32)), "cuda": timin
 
 @pytest.fixture(autouse=True, scope="module")
 def one_thread() -> Iterator[None]:
-    """Threads that spin while they wait for each other cost seconds where other programs run too."""
+    """Run torch in one thread: threads that spin while they wait cost seconds where other programs run too."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     yield
@@ -42,14 +42,14 @@ def only_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture(autouse=True)
 def no_interpreter(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Without the backend whose kernels Triton interprets in the tests, at a thousandth of their speed."""
+    """Leave out the backend whose kernels Triton interprets in the tests, at a thousandth of their speed."""
     others = {name: entry for name, entry in registry._entries.items() if name != "triton"}
     monkeypatch.setattr(registry, "_entries", others)
 
 
 @pytest.fixture
 def without_n(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A fold that ignores n, as a library without n would."""
+    """Replace the sink's rescaling by one that ignores n, as a library without n does."""
     monkeypatch.setattr(rescale, "scale_", lambda out, lse, log_n, packed: None)
 
 
@@ -58,7 +58,7 @@ def small_report() -> report.Report:
 
 
 def test_the_command_prints_one_json_object(tmp_path: Path) -> None:
-    """The whole command, beside an installed package whose backend cannot be imported."""
+    """The whole command runs, also where the backend of an installed package cannot be imported."""
     package = tmp_path / "broken-1.0.dist-info"
     package.mkdir()
     (package / "METADATA").write_text("Metadata-Version: 2.1\nName: broken\nVersion: 1.0\n")
@@ -123,7 +123,7 @@ def test_a_backend_that_ignores_n_fails(monkeypatch: pytest.MonkeyPatch, capsys:
     "case", [case for case in selfcheck.CASES if case.n not in (0.0, 1e-3)], ids=lambda case: case.name
 )
 def test_each_case_sees_n(case: selfcheck.Case, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Even at the loosest tolerance the error of ignoring n is no close call."""
+    """Ignoring n exceeds even the loosest tolerance by far."""
     monkeypatch.setattr(selfcheck, "CASES", (case,))
     check = selfcheck.check("sdpa:cpu", CPU, torch.bfloat16)
     assert check is not None
@@ -132,7 +132,7 @@ def test_each_case_sees_n(case: selfcheck.Case, monkeypatch: pytest.MonkeyPatch)
 
 
 class Odd(Reference):
-    """The reference, with something wrong in it."""
+    """The reference with an error in it."""
 
     def __init__(self, name: str, wrong: float | None) -> None:
         self.name, self._wrong = name, wrong

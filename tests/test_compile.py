@@ -1,4 +1,4 @@
-"""What torch.compile, torch.export, checkpoints and counters make of a call: the same numbers as without them."""
+"""torch.compile, torch.export, checkpoints and FLOP counters do not change the numbers of a call."""
 
 from __future__ import annotations
 
@@ -144,7 +144,7 @@ def test_a_default_device_is_not_that_of_dropout() -> None:
 
 
 def dlses(name: str, monkeypatch: pytest.MonkeyPatch) -> list[Tensor | None]:
-    """What the backend is given as the gradient of lse, in order."""
+    """Record the gradients of lse that the backend gets, in order."""
     kernel, seen = registry.loaded(name), []
     original = kernel.backward
 
@@ -171,7 +171,7 @@ def test_an_lse_that_nobody_uses_costs_nothing(return_lse: bool, monkeypatch: py
 @pytest.mark.gpu
 @pytest.mark.parametrize("backend", ["sdpa:flash", "triton:hopper"])
 def test_compiled_training_at_the_widest_heads(backend: str) -> None:
-    """There a column for the gradient of lse would exceed the kernel of FlashAttention 2."""
+    """At these widths a column for the gradient of lse would exceed the limit of FlashAttention 2."""
     x = [torch.randn(1, 2, 64, 256, device="cuda", dtype=torch.bfloat16, requires_grad=True) for _ in range(3)]
 
     def attend(*x: Tensor) -> Any:
@@ -210,7 +210,7 @@ def test_one_graph_for_all_lengths_on_a_gpu(backend: str | None, varlen: bool) -
 @pytest.mark.gpu
 @pytest.mark.parametrize("backend", ["triton", "sdpa:flash"])
 def test_dropout_in_a_graph_on_a_gpu(backend: str) -> None:
-    """Equal calls drop other weights, and a checkpoint the same ones as its first forward."""
+    """Equal calls drop different weights, and a checkpoint drops the same ones as its first forward."""
     q, k = (torch.randn(1, 2, 64, 64, device="cuda", dtype=torch.float16, requires_grad=True) for _ in range(2))
     v = torch.eye(64, device="cuda", dtype=torch.float16).expand(1, 2, 64, 64).clone().requires_grad_()
 
@@ -229,7 +229,7 @@ def test_dropout_in_a_graph_on_a_gpu(backend: str) -> None:
 @pytest.mark.parametrize("reentrant", [False, True])
 @pytest.mark.parametrize("n", [1.0, "per head"])
 def test_a_checkpoint_that_is_counted_in_one_pass(counted: str, reentrant: bool, n: float | str) -> None:
-    """The forward that is run once more goes another way than the first one, and both return the same."""
+    """The recomputed forward takes another route than the first one, and returns the same."""
     q, k, v = leaves()
     of_n = torch.tensor([0.5, 3.0], requires_grad=True) if n == "per head" else n
     wide = [x.detach().double().requires_grad_() for x in (q, k, v)]
@@ -250,7 +250,7 @@ def test_a_checkpoint_that_is_counted_in_one_pass(counted: str, reentrant: bool,
 
 @needs_interpreter
 def test_a_checkpoint_on_another_backend(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Without dropout all backends give the same; with it the second forward would drop other weights."""
+    """Without dropout all backends compute the same; with it a second forward elsewhere would drop other weights."""
     from attn_n.backends.triton.portable import PortableKernels
 
     class Other(PortableKernels):
@@ -273,7 +273,7 @@ def test_a_checkpoint_on_another_backend(monkeypatch: pytest.MonkeyPatch) -> Non
 
 @pytest.mark.parametrize("backend", ["sdpa", *(["triton"] if INTERPRETED else [])])
 def test_flops(backend: str) -> None:
-    """2 matmuls forward and 5 backward, over whole rectangles as PyTorch counts."""
+    """The counter finds 2 matmuls forward and 5 backward over all pairs, as PyTorch counts SDPA."""
     batch, heads, len_q, len_k, size, size_v = 2, 4, 5, 7, 16, 8
     q = torch.randn(batch, heads, len_q, size, requires_grad=True)
     k, v = (torch.randn(batch, 2, len_k, width, requires_grad=True) for width in (size, size_v))
@@ -296,7 +296,7 @@ def test_flops_of_varlen_sequences() -> None:
 
 
 def test_flops_of_a_backward_alone_in_a_new_process() -> None:
-    """Whichever operator a counter sees first, and whenever the counter was made."""
+    """The formulas apply whichever operator a counter sees first, and whenever the counter was made."""
     code = """
 import torch
 from torch.utils.flop_counter import FlopCounterMode

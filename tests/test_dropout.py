@@ -1,4 +1,4 @@
-"""Dropout on the weights: which are dropped is read off an identity for v, and the rest is exact."""
+"""Dropout on the weights: with an identity for v, out shows which weights are dropped; the others are exact."""
 
 from __future__ import annotations
 

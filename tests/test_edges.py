@@ -1,4 +1,4 @@
-"""What looks odd and is no error."""
+"""Unusual calls that are no errors."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def qkv(batch: int, heads: int, len_q: int, len_k: int, size: int = 8) -> tuple[
     ("batch", "heads", "len_q", "len_k"), [(2, 2, 0, 5), (2, 2, 5, 0), (0, 2, 5, 5), (2, 2, 0, 0), (2, 0, 3, 3)]
 )
 def test_empty(backend: str, n: float, batch: int, heads: int, len_q: int, len_k: int) -> None:
-    """Without keys a row attends to nothing: out = 0 and lse = log n, whose gradient is 1 / n."""
+    """A row without keys has out = 0 and lse = log n, whose gradient is 1 / n."""
     q, k, v = qkv(batch, heads, len_q, len_k)
     sm_n = torch.full((heads,), n, requires_grad=True)
     for causal in (False, True):
@@ -129,7 +129,7 @@ def test_double_backward_elsewhere_says_so() -> None:
 
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_a_gradient_of_the_lse_of_a_row_without_keys(backend: str) -> None:
-    """That lse is -inf at n = 0, and so may be its gradient: no other gradient becomes NaN by that."""
+    """At n = 0 the lse of a row without keys is -inf, and its gradient may be too; no other gradient becomes NaN."""
     q, k, v = qkv(1, 2, 5, 7)
     mask = torch.ones(5, 7, dtype=torch.bool)
     mask[2] = False
@@ -167,7 +167,7 @@ def test_the_gradient_of_a_float_mask_comes_from_the_reference(ran: list[str]) -
 
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_nothing_is_left_unwritten(backend: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Fresh memory is filled with NaN, as torch does under this switch: no output may show it."""
+    """Under this switch torch fills fresh memory with NaN, which no output may show."""
     monkeypatch.setattr(torch.utils.deterministic, "fill_uninitialized_memory", True)
     torch.use_deterministic_algorithms(True)
     try:
@@ -198,7 +198,7 @@ def test_n_zero_is_what_the_backend_gives_without_n() -> None:
 
 
 def test_the_zero_vector_of_quiet_attention() -> None:
-    """n = 1 by hand: one key with logit 0 has weight e^0 / (1 + e^0) = 1/2."""
+    """At n = 1 one key with logit 0 has the weight e^0 / (1 + e^0) = 1/2."""
     q, k, v = torch.zeros(1, 1, 1, 4), torch.randn(1, 1, 1, 4), torch.tensor([[[[2.0, 4.0, 6.0, -8.0]]]])
     for backend in BACKENDS:
         out = flash_attention_n(q, k, v, sm_n=1, backend=backend)
@@ -207,7 +207,7 @@ def test_the_zero_vector_of_quiet_attention() -> None:
 
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_very_negative_logits_at_n_zero(backend: str) -> None:
-    """exp(-lse) overflows where the gradient of n at n = 0 needs it: nothing else may become NaN by that."""
+    """The gradient of n at n = 0 needs exp(-lse), which overflows here; no other gradient becomes NaN."""
     q, k, v = torch.full((1, 2, 3, 4), 20.0), torch.full((1, 2, 3, 4), -20.0), torch.randn(1, 2, 3, 4)
     n = torch.zeros(2, requires_grad=True)
     out, lse = flash_attention_n(q, k, v, sm_n=n, return_lse=True, backend=backend)
@@ -219,7 +219,7 @@ def test_very_negative_logits_at_n_zero(backend: str) -> None:
 
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_the_gradient_of_n_is_exact_up_to_the_largest_number(backend: str) -> None:
-    """exp(-lse) is a number of float32 up to an lse of -88.7."""
+    """The gradient of n is exact down to an lse of -88.7, where exp(-lse) is the largest float32."""
     q, k, v = torch.full((1, 1, 1, 1), 1.0), torch.full((1, 1, 1, 1), -88.3), torch.full((1, 1, 1, 1), 0.5)
     n = torch.zeros(1, requires_grad=True)
     (dn,) = torch.autograd.grad(flash_attention_n(q, k, v, sm_scale=1.0, sm_n=n, backend=backend).sum(), n)

@@ -1,4 +1,4 @@
-"""Bad input: an error that names the argument, what was expected and what came, before any kernel runs."""
+"""Bad input raises an error that names the argument, what was expected and what came, before any kernel runs."""
 
 from __future__ import annotations
 
@@ -101,7 +101,7 @@ BAD = [
     ),
     ("tensor n is inf", {"sm_n": torch.tensor(math.inf)}, ValueError, r"sm_n: expected finite numbers >= 0"),
     (
-        "tensor n per key head",
+        "tensor n per KV head",
         {"sm_n": torch.ones(2)},
         ValueError,
         r"sm_n: expected shape \(\) or \(4,\) .* got \(2,\)",
@@ -348,7 +348,7 @@ def test_flags_of_other_kinds() -> None:
 
 
 def test_numbers_of_other_kinds() -> None:
-    """NumPy's, and what else is a number."""
+    """Numbers may be NumPy's, or of any other type that is a number."""
     expected = flash_attention_n(**tensors(window=(2, 1), sm_n=2, sm_scale=0.5, softcap=3))
     sequences = varlen()
     expected_of_sequences = flash_attention_n_varlen(**sequences | {"window": (1, None)})
@@ -360,7 +360,7 @@ def test_numbers_of_other_kinds() -> None:
 
 
 def test_values_that_only_float64_holds() -> None:
-    """What float32 cannot hold is right for float64 inputs."""
+    """Values beyond float32 are valid for float64 inputs."""
     call = {name: x.double() for name, x in tensors().items()}
     for options in (
         {"softcap": 1e39}, {"sm_scale": 1e39}, {"sinks": torch.full((4,), 1e39, dtype=torch.float64)},
@@ -387,7 +387,7 @@ def test_a_scale_that_float32_flushes(causal: bool, scale: float, backend: str, 
 
 
 def test_a_scale_below_the_normal_numbers_counts_where_the_logits_are_large() -> None:
-    """It is a factor of q, and not zero."""
+    """Such a scale multiplies q, and is not flushed to zero."""
     q, k, v = (torch.randn(1, 1, 4, 8) for _ in range(3))
     expected = flash_attention_n(q.double(), k.double(), v.double(), sm_scale=0.5)
     for sign in (1, -1):
@@ -396,7 +396,7 @@ def test_a_scale_below_the_normal_numbers_counts_where_the_logits_are_large() ->
 
 
 def test_most_rows_without_keys(monkeypatch: pytest.MonkeyPatch, recwarn: pytest.WarningsRecorder) -> None:
-    """Said once of (B, L, H, E) passed for (B, H, L, E), by the line that called."""
+    """A call with (B, L, H, E) in place of (B, H, L, E) warns once, and names the line of the call."""
     monkeypatch.setattr(canonical, "_warned", False)
     q, k = torch.randn(2, 12, 8, 16), torch.randn(2, 12, 2, 16)
     flash_attention_n(q, k, k)
@@ -426,7 +426,7 @@ def test_explain_checks_the_call_too() -> None:
 
 
 def test_varlen_boundaries_are_checked_by_the_reader_too() -> None:
-    """A compiled call skips the check of values at its front door; who reads them to the host checks them there."""
+    """A compiled call skips the check of values at first; the code that reads them to the host checks them."""
     q, k, v, cu_q, cu_k, max_q, max_k = varlen().values()
     cu_q[-1] = 8
     arguments = (

@@ -29,10 +29,10 @@ NUMBERS = {
     "-1e4": -1e4,
     "1e9": 1e9,
     "float32's highest": -LOWEST,
-    "a sum of two lowest": -math.inf,  # what float32 makes of it
+    "a sum of two lowest": -math.inf,  # the float32 sum
 }
 BATCH, ROWS, KEYS, SIZE = 2, 9, 37, 16
-# Their forward multiplies the bias too by log2(e), and their backward knows no row sum but the lse.
+# Their forward multiplies the bias by log2(e) too, and their backward knows the row sum only by the lse.
 IN_BASE_2 = ("sdpa:efficient", "xformers:cutlass", "in base 2")
 
 
@@ -96,7 +96,7 @@ def mask_of(case: Case, number: float, dtype: torch.dtype, device: str) -> Tenso
 def exact(
     case: Case, q: Tensor, k: Tensor, v: Tensor, sinks: Tensor | None, mask: Tensor, slopes: Tensor | None
 ) -> tuple[Tensor, Tensor]:
-    """out and lse in float64 of logits that are added in float32."""
+    """Compute out and lse in float64 from logits that are added in float32."""
     group = q.shape[1] // k.shape[1]
     k, v = k.repeat_interleave(group, 1), v.repeat_interleave(group, 1)
     s = q @ k.mT * 0.25
@@ -130,7 +130,7 @@ def exact(
 
 
 def grids(*shape: int) -> Tensor:
-    """Numbers whose products and sums are exact."""
+    """Return numbers whose products and sums are exact."""
     return torch.randint(-1, 2, shape).double()
 
 
@@ -183,7 +183,7 @@ def check(case: Case, number: float, backend: str, dtype: torch.dtype, device: s
 
 
 def calls(backend: str, few: bool = False) -> list[object]:
-    """Every case with every number; of `few` with one of them, and one case with all."""
+    """Return every case with every number; with `few`, every case with one number, and one case with all."""
     found = []
     for i, case in enumerate(CASES):
         if case.softcap is not None and backend not in ("reference", "triton:portable"):
@@ -214,7 +214,7 @@ def test_in_half_precision_and_varlen(backend: str, number: str, varlen: bool) -
 
 
 class InBase2(CpuFlash):
-    """What the memory-efficient kernel makes of a bias, written out."""
+    """The arithmetic of the memory-efficient kernel on a bias, written in torch."""
 
     name = "in base 2"
     base_2 = True
@@ -270,7 +270,7 @@ def test_on_a_gpu(backend: str, case: Case, number: str, dtype: torch.dtype, ran
 
 @pytest.mark.gpu
 def test_in_a_cuda_graph() -> None:
-    """Which rows have such a bias is not read on the host."""
+    """A call can be captured in a CUDA graph: the host does not read which rows have such a bias."""
     q, k, v = (torch.randn(1, 2, 8, 64, device="cuda", dtype=torch.bfloat16, requires_grad=True) for _ in range(3))
     mask = torch.zeros(8, 8, device="cuda", dtype=torch.bfloat16)
     mask[3] = NUMBERS["bfloat16's lowest"]
@@ -291,7 +291,7 @@ def test_in_a_cuda_graph() -> None:
 
 @pytest.mark.parametrize("backend", ["reference", "sdpa:cpu", *(["triton:portable"] if INTERPRETED else [])])
 def test_the_gradient_of_n_at_zero_is_no_nan(backend: str) -> None:
-    """It is infinite, and of two such rows that pull to opposite sides NaN, where exp(-lse) overflows."""
+    """Where exp(-lse) overflows, the terms of two rows could be infinite and of opposite sign, and their sum NaN."""
     q, k, v = (torch.randn(1, 2, 4, 16) for _ in range(3))
     n, mask = torch.zeros(2, requires_grad=True), torch.full((4, 4), LOWEST)
     mask[0] = 0.0
@@ -302,7 +302,7 @@ def test_the_gradient_of_n_at_zero_is_no_nan(backend: str) -> None:
 
 @pytest.mark.parametrize("backend", ["reference", "sdpa:cpu", *(["triton:portable"] if INTERPRETED else [])])
 def test_a_sink_as_large_as_the_logits(backend: str) -> None:
-    """It is in the lse by right: 2,000 beside logits of 2,000 takes half of each row."""
+    """A sink of 2,000 is part of the lse by right: beside logits of 2,000 it takes half of each row."""
     q, k = (torch.zeros(1, 2, 4, 16, requires_grad=True) for _ in range(2))
     v, mask = torch.randn(1, 2, 1, 16, requires_grad=True), torch.full((4, 1), 2000.0)
     out = flash_attention_n(q, k[:, :, :1], v, sinks=torch.full((2,), 2000.0), attn_mask=mask, backend=backend)

@@ -1,4 +1,4 @@
-"""The kernels for Hopper: the table of cases at their widths, odd shapes, random ones, and the same bits each time."""
+"""The Hopper kernels on the table of cases at their widths, on odd and random shapes, and from run to run."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ def test_cases(case: Case, width: int, dtype: torch.dtype, ran: list[str]) -> No
     assert set(ran) == {"forward triton:hopper", "backward triton:hopper"}
 
 
-# Around tiles of 128 and 192 queries and of 64 and 128 keys; longer than what one round of all programs does.
+# Lengths around tiles of 128 and 192 queries and of 64 and 128 keys, and one longer than a round of all programs.
 LENGTHS = [(1, 1), (63, 65), (128, 128), (129, 127), (192, 384), (193, 1000), (1000, 193), (777, 4500), (4500, 4400)]
 
 
@@ -66,8 +66,8 @@ def test_lengths(len_q: int, len_k: int, width: int) -> None:
 
 @pytest.fixture
 def fresh_launches() -> Iterator[None]:
-    """Calls that look the same share a launch, and with it what a test has changed in `configs`."""
-    from attn_n.backends.triton.hopper import call  # of a tested release of Gluon alone
+    """Forget prepared launches: calls with equal keys share one, and with it what a test has changed in `configs`."""
+    from attn_n.backends.triton.hopper import call  # needs a tested release of Gluon
 
     call._calls.clear()
     yield
@@ -77,7 +77,7 @@ def fresh_launches() -> Iterator[None]:
 @pytest.mark.usefixtures("fresh_launches")
 @pytest.mark.parametrize(("width", "row"), [(width, row) for width, rows in FORWARD.items() for row in rows], ids=str)
 def test_every_row(width: int, row: Config, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Each configuration of the forward, on short calls and on more work than runs at once."""
+    """Each row of the forward's table is right on short calls and on more work than runs at once."""
     monkeypatch.setattr(configs, "find", lambda key: row)
     cases = (
         Case("", batch=1, heads_q=4, heads_kv=2, len_q=150, len_k=170, window=(90, 10), n="per head"),
@@ -94,7 +94,7 @@ def test_every_row(width: int, row: Config, monkeypatch: pytest.MonkeyPatch) -> 
 @pytest.mark.parametrize("width", WIDTHS)
 @pytest.mark.parametrize("causal", [False, True])
 def test_growing_maxima(causal: bool, width: int, dtype: torch.dtype) -> None:
-    """Logits that rise towards the first keys, which come last, by 0 to 200: of neighbouring rows some are rescaled."""
+    """Logits rise by 0 to 200 towards the first keys, which are processed last, so that only some rows are rescaled."""
     case = Case("", batch=1, heads_q=2, heads_kv=2, len_q=1100, len_k=1500, size=width, size_v=width, causal=causal)
     inputs = make(case, dtype, "cuda")
     rises = torch.tensor([0.0, 2.0, 8.0, 40.0, 200.0], device="cuda")
@@ -108,8 +108,8 @@ def test_growing_maxima(causal: bool, width: int, dtype: torch.dtype) -> None:
 @pytest.mark.usefixtures("fresh_launches")
 @pytest.mark.parametrize("width", WIDTHS)
 @pytest.mark.parametrize("heads", [1, 2, 4])
-def test_parts_of_a_key_head(heads: int, width: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    """dK and dV as sums over programs that take 1, 2 or 4 of 8 query heads each."""
+def test_parts_of_a_kv_head(heads: int, width: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """dK and dV are right as sums over programs that take 1, 2 or 4 of 8 query heads each."""
     monkeypatch.setattr(configs, "heads_of_item", lambda key, sm_count: heads)
     usual = Case("", batch=2, heads_q=16, heads_kv=2, len_q=333, len_k=420, n="per head")
     lengths = {"lengths_q": (0, 70, 0, 200, 9, 0), "lengths_k": (50, 0, 0, 333, 9, 0)}
@@ -124,7 +124,7 @@ def test_parts_of_a_key_head(heads: int, width: int, monkeypatch: pytest.MonkeyP
 
 
 def ragged(count: int, mean: int, seed: int = 0) -> tuple[int, ...]:
-    """Lengths as real text has them: many short ones, a few long ones."""
+    """Return lengths as real text has them: many short ones and a few long ones."""
     pick = random.Random(seed)
     weights = [pick.lognormvariate(0.0, 1.0) for _ in range(count)]
     return tuple(int(count * mean * weight / sum(weights)) for weight in weights)
@@ -159,7 +159,7 @@ def test_packings(packing: str, width: int, ran: list[str]) -> None:
 @pytest.mark.parametrize("width", WIDTHS)
 @pytest.mark.parametrize("causal", [False, True])
 def test_neighbours_see_nothing_of_each_other(width: int, causal: bool) -> None:
-    """One sequence full of NaN leaves the others as they were, bit for bit; so do rows of NaN beyond all of them."""
+    """A sequence of NaN leaves the others as they are, bit for bit; so do rows of NaN beyond all sequences."""
     lengths = [100, 77, 64, 5, 300, 128]
     starts, rows = boundaries(lengths, "cuda"), sum(lengths)
     whole = [torch.randn(rows + 200, 4, width, device="cuda", dtype=torch.bfloat16) for _ in range(4)]
@@ -170,7 +170,9 @@ def test_neighbours_see_nothing_of_each_other(width: int, causal: bool) -> None:
             x[poisoned] = math.nan
         q, k, v, dout = (x[:rows] for x in given)
         inputs = [x.requires_grad_() for x in (q, k, v)]
-        left = [torch.full_like(q, math.nan) for _ in range(8)]  # for what is allocated next and should be written
+        left = [
+            torch.full_like(q, math.nan) for _ in range(8)
+        ]  # the next allocations get this memory, and have to overwrite it
         del left
         out, lse = flash_attention_n_varlen(
             *inputs, starts, starts, 300, 300, causal, sm_n=1.0, return_lse=True, backend="triton:hopper"
@@ -184,7 +186,7 @@ def test_neighbours_see_nothing_of_each_other(width: int, causal: bool) -> None:
         poisoned = results(slice(begin, end))
         for name, found, expected in zip(("out", "lse", "dq", "dk", "dv"), poisoned, clean, strict=True):
             assert bool(found[begin:end].isnan().any()), name
-            if name != "dq":  # whose sum over tiles of keys is in no fixed order
+            if name != "dq":  # its sum over tiles of keys is in no fixed order
                 assert torch.equal(found[:begin], expected[:begin]), name
                 assert torch.equal(found[end:], expected[end:]), name
             else:
@@ -194,7 +196,7 @@ def test_neighbours_see_nothing_of_each_other(width: int, causal: bool) -> None:
 
 @pytest.mark.parametrize("width", WIDTHS)
 def test_varlen_slices(width: int) -> None:
-    """q, k and v side by side in one tensor, where rows are far apart; boundaries that are no array of their own."""
+    """q, k and v may be slices of one tensor, where rows are far apart, and the boundaries may be a slice too."""
     lengths = [300, 17, 0, 129]
     starts = boundaries(lengths, "cuda")
     spread = torch.stack([starts, starts + 1], 1)[:, 0]
@@ -208,7 +210,7 @@ def test_varlen_slices(width: int) -> None:
 
 
 def varlen_at_random(pick: random.Random, case: Case, most: int, longest: int) -> Case:
-    """So many sequences at most, some of them empty, and one of the lengths of the case."""
+    """Return the case as varlen: up to `most` sequences more, some of them empty."""
     count = pick.randint(1, most)
     lengths_q, lengths_k = (tuple(pick.choice([0, 1, pick.randint(1, longest)]) for _ in range(count)) for _ in "qk")
     varlen = {"lengths_q": (*lengths_q, case.len_q), "lengths_k": (*lengths_k, case.len_k), "layout": "heads first"}
@@ -217,7 +219,7 @@ def varlen_at_random(pick: random.Random, case: Case, most: int, longest: int) -
 
 @pytest.mark.parametrize("seed", range(20))
 def test_random_shapes(seed: int) -> None:
-    """Ten of every kind of call; each kind is compiled for itself, which takes most of the time."""
+    """Ten random shapes of every kind of call are right; compiling each kind takes most of the time."""
     pick = random.Random(seed)
     for _ in range(10):
         heads_kv, len_q, len_k = pick.randint(1, 3), pick.randint(1, 700), pick.randint(1, 700)
@@ -240,7 +242,7 @@ def test_random_shapes(seed: int) -> None:
 
 @pytest.mark.parametrize("part", range(10))
 def test_a_thousand_shapes(part: int) -> None:
-    """Of few kinds of calls, so that little is compiled."""
+    """A thousand random shapes of a few kinds of calls are right; few kinds, so that little is compiled."""
     for seed in range(100 * part, 100 * part + 100):
         pick = random.Random(10_000 + seed)
         kind = pick.choice(["full", "causal", "window", "varlen"])
@@ -260,7 +262,7 @@ def test_a_thousand_shapes(part: int) -> None:
 @pytest.mark.parametrize("width", WIDTHS)
 @pytest.mark.parametrize("causal", [False, True])
 def test_the_same_bits_a_hundred_times(width: int, causal: bool) -> None:
-    """All but dq, whose sum is in no fixed order."""
+    """All results but dq, which is summed up in no fixed order, are the same from run to run."""
     q, k, v = (torch.randn(2, 4, 1500, width, device="cuda", dtype=torch.bfloat16, requires_grad=True) for _ in "qkv")
     dout, first = torch.randn_like(q), None
     for _ in range(100):
@@ -314,7 +316,7 @@ def test_gradients_of_out_in_any_layout(layout: str, width: int, ran: list[str])
 
 
 def test_what_tma_cannot_address(ran: list[str]) -> None:
-    """An odd beginning is served by the portable kernels, odd strides are refused."""
+    """The portable kernels serve unaligned tensors, and strides that TMA cannot have are refused."""
     flat = torch.randn(1 + 2 * 64 * 64, device="cuda", dtype=torch.bfloat16)
     k = v = torch.randn(1, 2, 64, 64, device="cuda", dtype=torch.bfloat16)
     odd, even = (flat[first:][: 2 * 64 * 64].view(1, 2, 64, 64) for first in (1, 0))

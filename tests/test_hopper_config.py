@@ -1,4 +1,4 @@
-"""What the host decides for the Hopper kernels: who is served, and how the work is shared out."""
+"""The host's decisions for the Hopper kernels: which calls they serve, their tiles and their teams."""
 
 from __future__ import annotations
 
@@ -104,7 +104,7 @@ def test_another_triton(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_private_names_of_gluon_are_in_one_file() -> None:
-    """Those that another release of Triton may call otherwise: an attribute with an underscore, a renamed function."""
+    """Names that another release of Triton may change are used in one file: private ones and renamed functions."""
     for path in Path(configs.__file__).parent.glob("*.py"):
         found = re.findall(r"libtriton|_core\b|_semantic|\w\._[a-z]\w*|\.async_\w+|block_type", path.read_text())
         found = [name for name in found if not name.startswith("f._")]  # self._launch and the like

@@ -1,4 +1,4 @@
-"""The kernels beside the Hopper attention: the passes around the backward and the order of varlen tiles."""
+"""The small Hopper kernels: those before and after the backward, and the schedule of varlen tiles."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ from attn_n.backends.triton.hopper.configs import BACKWARD
 from tests.calls import boundaries
 from tests.places import PLACES
 
-# Of queries and of keys, for whose sums the last pass serves too.
+# The tiles of queries, and those of keys, for whose sums the last kernel is used too.
 TILES = sorted({(width, tile) for width, tiles in BACKWARD.items() for tile in tiles})
 
 
 @pytest.mark.parametrize("device", PLACES)
 @pytest.mark.parametrize(("width", "tile_q"), TILES)
 def test_the_passes_around_the_backward(width: int, tile_q: int, device: str) -> None:
-    """150 queries in each head: what they leave in whole tiles of rows, and dq out of those."""
+    """With 150 queries a head, the first kernel fills whole tiles of rows, and the last one makes dq out of such."""
     from attn_n.backends.triton.hopper.backward_passes import postprocess_kernel, preprocess_kernel
 
     batch, heads, length, tiles = 2, 3, 150, -(-150 // tile_q)
@@ -54,8 +54,8 @@ def test_the_passes_around_the_backward(width: int, tile_q: int, device: str) ->
 
 
 def as_accumulators_lie(tiles: torch.Tensor) -> torch.Tensor:
-    """Rows of `(tiles, rows, width)` in the order of the accumulators of wgmma, 64 x 64 numbers at a time."""
-    # Where each bit of a place leads, rows and columns.
+    """Return rows `(tiles, rows, width)` in the order of wgmma accumulators, by blocks of 64 x 64 numbers."""
+    # The rows and columns that each bit of an index stands for.
     bits = [(0, 1), (8, 0), (0, 2), (0, 4), (1, 0), (2, 0), (4, 0), (16, 0), (32, 0), (0, 8), (0, 16), (0, 32)]
     places = torch.arange(64 * 64)
     row, column = (sum(((places >> i) & 1) * bit[side] for i, bit in enumerate(bits)) for side in (0, 1))
@@ -67,7 +67,7 @@ def as_accumulators_lie(tiles: torch.Tensor) -> torch.Tensor:
 @pytest.mark.parametrize("device", PLACES)
 @pytest.mark.parametrize(("width", "tile_q"), TILES)
 def test_the_passes_of_varlen_sequences(width: int, tile_q: int, device: str) -> None:
-    """Each sequence begins with a tile, and what lies in the others reaches none of its rows, be it NaN."""
+    """Each sequence begins with a tile of its own, and NaN in other tiles reaches none of its rows."""
     from attn_n.backends.triton.hopper.backward_passes import postprocess_kernel, preprocess_kernel
 
     lengths, heads = [5, 0, 150, 64, 1, 0, 128, 70, 0], 3
@@ -112,7 +112,7 @@ def test_the_passes_of_varlen_sequences(width: int, tile_q: int, device: str) ->
 @pytest.mark.parametrize("device", PLACES)
 @pytest.mark.parametrize("batch", [1, 5, 130, 1100])
 def test_the_order_of_varlen_tiles(batch: int, device: str) -> None:
-    """Each tile once, those of sequences with many keys first; of more than 1,024 sequences so in each 1,024."""
+    """The schedule has each tile once, sequences with many keys first, within each 1,024 sequences."""
     from attn_n.backends.triton.hopper.schedule import HEADER, schedule_kernel
 
     pick, tile = random.Random(batch), 64

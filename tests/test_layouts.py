@@ -1,4 +1,4 @@
-"""The table of memory layouts: every backend on each of them, with and without the lse in the loss, against float64."""
+"""Every backend is right in every memory layout, with and without the lse in the loss, against float64."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ LAYOUTS_OF_DOUT = ("heads first", "tokens first", "heads innermost", "transposed
 
 
 def _rows() -> Iterator[Case]:
-    """Each layout of q, k and v, with a dout in the layout of its own; and each of dout."""
+    """Yield each layout of q, k and v with a dout of another layout, and each layout of dout."""
     for layout, (size, size_v) in itertools.product(LAYOUTS, SIZES):
         case = Case(layout, layout=layout, len_q=12, len_k=12, size=size, size_v=size_v, heads_q=4, causal=True)
         yield dataclasses.replace(case, heads_kv=1 if layout == "channels last" else 2)
@@ -50,7 +50,7 @@ def _rows() -> Iterator[Case]:
 def _table() -> Iterator[object]:
     for place, case, lse_grad in itertools.product(PLACES, _rows(), (True, False)):
         device, backend, dtype = place.values
-        # Our own kernels take every stride as it is: their interpreter is slow, and their compiler too.
+        # Our own kernels take every stride as it is, and interpreting or compiling them is slow.
         few = device == "cuda" and "heads innermost" not in case.name
         sizes = SIZES[::3] if few or backend is None else SIZES
         sizes = {"triton:portable": SIZES[-1:], "triton:hopper": SIZES[:1]}.get(backend, sizes)
@@ -65,7 +65,7 @@ def _table() -> Iterator[object]:
 def test_the_table(
     device: str, backend: str | None, dtype: torch.dtype, case: Case, lse_grad: bool, ran: list[str]
 ) -> None:
-    """Whoever says that it serves a call serves it in every layout; `None` is the automatic choice."""
+    """A backend that serves a call is right in every layout; `None` is the automatic choice."""
     if backend is not None and why_not_usable(backend):
         pytest.skip(f"{backend}: {why_not_usable(backend)}")
     inputs = make(case, dtype, device)
@@ -84,7 +84,7 @@ def test_the_table(
 @pytest.mark.gpu
 @pytest.mark.parametrize("reverse", [False, True])
 def test_layouts_one_after_the_other_on_cudnn(reverse: bool) -> None:
-    """PyTorch keeps a plan of cuDNN's backward by the strides of q, k and v alone; `reverse` has other shapes."""
+    """Layouts do not disturb each other, though PyTorch caches cuDNN's backward plan by strides of q, k, v alone."""
     cases = [case for case in _rows() if not case.varlen and (case.size, case.size_v) == (64, 64)]
     for case in reversed(cases) if reverse else cases:
         case = dataclasses.replace(case, len_q=21, len_k=21) if reverse else case
@@ -101,7 +101,7 @@ def test_layouts_one_after_the_other_on_cudnn(reverse: bool) -> None:
     ],
 )
 def test_compile(layout: str, size: int, size_v: int, lse_grad: bool, ran: list[str]) -> None:
-    """The compiler hands on a gradient of lse in any case: zeros, if the loss has no lse."""
+    """Compiled calls are right; torch.compile always passes a gradient of lse, zeros if the loss has no lse."""
     torch.compiler.reset()
     case = Case("", layout=layout, len_q=9, len_k=12, size=size, size_v=size_v)
     inputs = make(case, torch.float32, "cpu")
@@ -117,7 +117,7 @@ def test_compile(layout: str, size: int, size_v: int, lse_grad: bool, ran: list[
 
 @pytest.mark.parametrize("case", [case for case in _rows() if (case.size, case.size_v) == (40, 72)], ids=str)
 def test_opcheck(case: Case) -> None:
-    """The strides that the fakes promise are those that come out."""
+    """The fakes promise the strides that the kernels return."""
     inputs = make(case, torch.float32, "cpu")
     q, k, v = (x.detach() for x in (inputs.q, inputs.k, inputs.v))
     packing: tuple[Any, ...] = inputs.packing() if case.varlen else (None, None, 0, 0)
@@ -146,7 +146,7 @@ MASKED = [
 @pytest.mark.parametrize("layout", ["heads innermost", "transposed", "sliced", "expanded over heads", "offset by one"])
 @pytest.mark.parametrize("keys", [16, 13])
 def test_masks(device: str, backend: str, dtype: torch.dtype, layout: str, keys: int, ran: list[str]) -> None:
-    """A bias by relative position has heads innermost, as an embedding gives it."""
+    """Masks are right in any layout; a bias by relative position has heads innermost, as an embedding gives it."""
     if why_not_usable(backend):
         pytest.skip(f"{backend}: {why_not_usable(backend)}")
     case = Case("", batch=2, heads_q=3, heads_kv=3, len_q=9, len_k=keys)
@@ -159,7 +159,7 @@ def test_masks(device: str, backend: str, dtype: torch.dtype, layout: str, keys:
 
 @pytest.mark.parametrize("device", ["cpu", *on_gpu(("cuda",))])
 def test_what_a_kernel_reads(device: str) -> None:
-    """Columns side by side, and room for an output like it: whatever the strides are."""
+    """A kernel gets contiguous columns, and an output like its input has room, whatever the strides are."""
     memory = torch.arange(4096.0, device=device)
     for shape in itertools.product((1, 2), (1, 3), (1, 4), (1, 8, 24)):
         for strides in itertools.product((0, 1, 8, 40), (0, 1, 8, 40), (0, 1, 8, 40), (0, 1, 3, 8)):

@@ -1,4 +1,4 @@
-"""FlashAttention 2, 3, 4 and xFormers: what they refuse, how they are found, and on a GPU with them every n."""
+"""FlashAttention 2, 3, 4 and xFormers: their refusals and imports, and on a GPU with them every n."""
 
 from __future__ import annotations
 
@@ -75,7 +75,7 @@ def test_why_not(backends: tuple[str, ...], changes: dict[str, Any], reason: str
 
 
 def test_nothing_refuses_what_the_libraries_can_do() -> None:
-    """The only reason left is the library itself."""
+    """Where a library can serve, the only reason not to is its installation."""
     for backend in BACKENDS:
         for changes in ({"return_lse": True}, {"window_right": 0}, {"sequences": 2, "window_right": 0}):
             reason = why_not(backend, **changes)
@@ -142,7 +142,7 @@ def test_how_a_library_is_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
 
 
 def test_what_the_memory_efficient_backward_reads() -> None:
-    """lse of one of several varlen sequences, as many tokens as need no padding."""
+    """The backward gets a contiguous lse, also for one of several varlen sequences whose length needs no padding."""
     out, lse = torch.randn(1, 3, 64, 8), torch.randn(100, 3)[:64].T[None]
     dout, tokens_first, head_by_head = MemoryEfficientBackend().results(out, out, lse)
     assert dout.stride() == tokens_first.stride() == (64 * 3 * 8, 3 * 8, 8, 1)
@@ -158,7 +158,7 @@ def test_a_function_that_changed() -> None:
 
 
 def test_the_list_of_what_flash_attention_3_has(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A build without one lacks nothing; one that cannot be read is no promise, and says so."""
+    """A build without the list lacks nothing; a list that cannot be read is a reason not to serve."""
     monkeypatch.delitem(sys.modules, "flash_attn_config", raising=False)
     monkeypatch.syspath_prepend(tmp_path)
     for text, said in (
@@ -175,7 +175,7 @@ def test_the_list_of_what_flash_attention_3_has(tmp_path: Path, monkeypatch: pyt
 
 
 def forward_only(backend: str) -> bool:
-    """Most builds of FlashAttention 3."""
+    """Make FlashAttention 3 a build without a backward, as most are."""
     return backend == "flash_attn:3" and bool(version_3.left_out("BACKWARD"))
 
 
@@ -187,7 +187,7 @@ KINDS_OF_N = (0.0, 1e-3, 1.0, 3.7, 1e4, "per head")
 @pytest.mark.parametrize("size", [64, 128])
 @pytest.mark.parametrize("n", KINDS_OF_N)
 def test_every_n(backend: str, dtype: torch.dtype, size: int, n: float | str, ran: list[str]) -> None:
-    """Both passes, causal or not, GQA, varlen, many keys; n weighs as much as the keys; with the gradient of n."""
+    """Both passes and the gradient of n are right where n weighs as much as the keys: causal, GQA, varlen, long."""
     shift = math.log(n) if isinstance(n, float) and n else -1.0
     common: dict[str, Any] = {"size": size, "size_v": size, "n": n, "shift": shift, "heads_q": 4, "heads_kv": 2}
     for case in (
@@ -214,7 +214,7 @@ def on_gpu(length: int = 70, dtype: torch.dtype = torch.bfloat16) -> list[Tensor
 
 @pytest.mark.parametrize("backend", INSTALLED)
 def test_opcheck(backend: str) -> None:
-    """The strides that the fakes promise to torch.compile are those that come out."""
+    """The fakes promise torch.compile the strides that the kernels return."""
     if forward_only(backend):
         pytest.skip("forward only")
     for first in ("heads", "tokens"):

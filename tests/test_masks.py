@@ -1,4 +1,4 @@
-"""Tensors whose memory is not their value: PyTorch's CausalBias and NestedTensor are served, the others refused."""
+"""Tensors whose memory does not hold their values: CausalBias and jagged NestedTensor are served, others refused."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ CORNERS = {"upper left": causal_upper_left, "lower right": causal_lower_right}
 
 
 def served(device: str, backend: str, case: Case, corner: str, ran: list[str]) -> None:
-    """The case under a CausalBias, against float64 under the mask that it stands for."""
+    """Compare the case under a CausalBias with float64 under the mask that it stands for."""
     inputs = make(case, torch.bfloat16 if device == "cuda" else torch.float32, device)
     bias = CORNERS[corner](case.len_q, case.len_k)
     inputs.mask = bias
@@ -102,13 +102,15 @@ def test_causal_bias_beside_others(changes: dict[str, Any], device: str, backend
         backend, explain(inputs.q, inputs.k, inputs.v, **inputs.keywords | {"attn_mask": bias}).call
     )
     if reason is not None:
-        assert any(what in reason for what in ("softcap", "alibi", "bias", "holds no key", "added to the logits"))
+        assert any(
+            what in reason for what in ("softcap", "alibi", "bias", "windows without keys", "added to the logits")
+        )
         return
     served(device, backend, case, "upper left", ran)
 
 
 def test_causal_bias_is_a_window() -> None:
-    """Nothing of the size L x S is made."""
+    """A CausalBias becomes a window: nothing of size L x S is allocated."""
     q, k = torch.randn(2, 2, 5, 8), torch.randn(2, 2, 9, 8)
     sides = {}
     for length, other in ((q, k), (k, q)):
@@ -163,7 +165,7 @@ def test_causal_bias_of_other_lengths() -> None:
 @pytest.mark.parametrize("backend", [*FLASH, "flash_attn:3", "sdpa:cudnn"])
 @pytest.mark.parametrize("left", [None, 5])
 def test_flash_attention_has_no_negative_side(left: int | None, backend: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """There -1 is a side without a limit."""
+    """FlashAttention takes -1 for a side without a limit, so negative sides are refused."""
     monkeypatch.setattr(torch.backends.cudnn, "is_available", lambda: True)
     for right in (-1, -44):
         reason = serving.why_not(backend, gpu_call(window_left=left, window_right=right))
@@ -175,12 +177,12 @@ def test_flash_attention_has_no_negative_side(left: int | None, backend: str, mo
 def test_a_window_that_the_hopper_kernels_cannot_wait_in(
     left: int | None, served: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A role would wait for a block of keys that nobody brings."""
+    """Windows without keys are refused: a consumer would wait for a block of keys that is never loaded."""
     hopper = pytest.importorskip("attn_n.backends.triton.hopper")
     monkeypatch.setattr(hopper, "tested", lambda: True)
     reason = serving.why_not("triton:hopper", gpu_call(window_left=left, window_right=-6))
     assert (reason is None) == served
-    assert served or "holds no key" in str(reason)
+    assert served or "windows without keys" in str(reason)
 
 
 @pytest.mark.parametrize(
@@ -290,7 +292,7 @@ def test_a_subclass_that_changes_nothing(backend: str, name: str) -> None:
 
 @pytest.mark.parametrize("backend", ON_CPU)
 def test_the_sign_beside_the_memory(backend: str) -> None:
-    """The imaginary part of a conjugate is a view of the number itself and a flag."""
+    """The imaginary part of a conjugate, whose sign is a flag beside its memory, is read rightly."""
 
     def flagged(*shape: int) -> Tensor:
         x = torch.view_as_complex(torch.randn(*shape, 2)).conj().imag
@@ -306,7 +308,7 @@ def test_the_sign_beside_the_memory(backend: str) -> None:
         x = flagged(*shape)
         expected = flash_attention_n(**plain | {name: x.resolve_neg().contiguous()}, backend=backend)
         assert torch.allclose(flash_attention_n(**plain | {name: x}, backend=backend), expected, atol=1e-6), name
-    # A plan that was kept for a tensor of that very layout.
+    # A call was prepared for a tensor of the same layout.
     q = torch.randn(2, 4, 5, 8, 2)
     usual = {"k": plain["k"], "v": plain["v"], "backend": backend}
     flash_attention_n(q[..., 1], **usual)
@@ -324,7 +326,7 @@ def jagged(lengths: tuple[int, ...], heads: int, size: int, **options: Any) -> T
 @pytest.mark.parametrize("other_lengths", [False, True])
 @pytest.mark.parametrize("backend", ON_CPU)
 def test_jagged(backend: str, other_lengths: bool, ran: list[str]) -> None:
-    """(N, H, j, E), as SDPA takes them, against each sequence alone."""
+    """Jagged (N, H, j, E) tensors, as SDPA takes them, give what each sequence alone does."""
     lengths = (3, 7, 1)
     x = jagged(lengths, 4, 8, requires_grad=True)
     y = jagged((5, 2, 6) if other_lengths else lengths, 2, 8, requires_grad=True)
@@ -428,7 +430,7 @@ def test_what_is_broadcast_is_not_copied(name: str, monkeypatch: pytest.MonkeyPa
 @pytest.mark.gpu
 @pytest.mark.parametrize("backend", [*ON_GPU, *FLASH, "sdpa:cudnn"])
 def test_what_is_broadcast_on_a_gpu(backend: str, ran: list[str]) -> None:
-    """Right, and without a copy of k and v in memory."""
+    """Broadcast k and v are served rightly, and without a copy."""
     skip_unless_usable(backend)
     q = torch.randn(32, 4, 128, 64, device="cuda", dtype=torch.bfloat16)
     k, v = (torch.randn(1, 4, 4096, 64, device="cuda", dtype=torch.bfloat16) for _ in range(2))
@@ -459,7 +461,7 @@ def test_what_is_not_broadcast() -> None:
 @pytest.mark.parametrize("varlen", [False, True])
 @pytest.mark.parametrize("lowest", [-1e300, torch.finfo(torch.float64).min], ids=str)
 def test_a_float64_mask_beyond_float32(lowest: float, varlen: bool, device: str, backend: str, ran: list[str]) -> None:
-    """Only -inf hides: a whole row of a number that float32 cannot hold gives the mean."""
+    """Only -inf hides a key: a row of numbers beyond float32 gives the mean of the values."""
     skip_unless_usable(backend)
     dtype = torch.float32 if device == "cpu" else torch.bfloat16
     q, k, v = (torch.randn(1, 2, length, 64, device=device, dtype=dtype) for length in (4, 6, 6))
@@ -482,7 +484,7 @@ def test_a_float64_mask_beyond_float32(lowest: float, varlen: bool, device: str,
     weights[:, :, 0] = 1 / 6
     torch.testing.assert_close(out.double(), weights @ v.double(), rtol=0, atol=1e-5 if device == "cpu" else 2e-2)
     if mask.requires_grad:
-        # That of a softmax, whatever number the row has: P * (dP - delta), summed over the heads.
+        # The gradient is that of a softmax, whatever number the row has: P * (dP - delta), summed over the heads.
         (gradient,) = torch.autograd.grad(out.sum(), mask)
         products = v.double().sum(-1)[:, :, None]
         expected = weights * (products - (weights * products).sum(-1, keepdim=True))

@@ -28,7 +28,7 @@ def served_by_cpu(case: Case) -> bool:
 
 @pytest.mark.parametrize("case", [case for case in CASES if served_by_cpu(case)], ids=str)
 def test_opcheck(case: Case) -> None:
-    """Schemas, and fakes that promise the very shapes, strides and dtypes that the kernels return."""
+    """Schemas are right, and fakes promise the shapes, strides and dtypes that the kernels return."""
     inputs = make(case, torch.float32, "cpu")
     q, k, v = (x.detach() for x in (inputs.q, inputs.k, inputs.v))
     packing: tuple[Any, ...] = inputs.packing() if case.varlen else (None, None, 0, 0)
@@ -142,7 +142,7 @@ def test_compile_honours_use_backend(ran: list[str]) -> None:
 
 
 def test_compile_as_the_first_call_of_all() -> None:
-    """The backends are imported while tracing, which must not need an eager call before."""
+    """Backends can be imported while tracing: no eager call is needed before."""
     code = (
         "import torch, attn_n\n"
         "x = torch.randn(1, 2, 9, 8)\n"
@@ -230,7 +230,7 @@ def test_autocast(backend: str) -> None:
 @pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
 @pytest.mark.parametrize(("compiled", "varlen"), [(False, False), (False, True), (True, False)])
 def test_the_reference_under_autocast(compiled: bool, varlen: bool, device: str) -> None:
-    """Only the inputs and the output are rounded: log n, the bias and all products are float32."""
+    """Only the inputs and the output are rounded: log n, the bias and all matmuls are float32."""
     q, k, v = (torch.randn(2, 2, 33, 16, device=device).bfloat16().float().requires_grad_() for _ in range(3))
     sinks, mask = torch.tensor([0.3, 1.7], device=device, requires_grad=True), torch.randn(33, 33, device=device) * 3
     exact = [x.detach().double().requires_grad_() for x in (q, k, v, sinks)]
@@ -266,7 +266,7 @@ def test_the_reference_under_autocast(compiled: bool, varlen: bool, device: str)
 
 @pytest.mark.parametrize("passes", ["forward", "both"])
 def test_autocast_does_not_reach_a_backend(passes: str) -> None:
-    """Not one that is made of torch's own operations either, nor its backward, wherever that runs."""
+    """Autocast does not reach a backend of torch operations either, nor its backward, wherever that runs."""
     seen = []
 
     class Plain(Backend):
@@ -322,7 +322,7 @@ def test_the_operators_on_meta_tensors() -> None:
 
 
 def test_a_backend_with_other_strides_is_set_right(monkeypatch: pytest.MonkeyPatch) -> None:
-    """What torch.compile was promised holds for a backend that returns something else."""
+    """Results in other strides than promised are copied, so that the promise to torch.compile holds."""
 
     class Contrary(Backend):
         name = "contrary"

@@ -17,13 +17,13 @@ from tests.test_registry import gpu_call
 
 RESULTS = Path(__file__).parent.parent / "bench" / "results"
 GRID, DECODE = "h100-2026-11-26-grid.json", "h100-2026-11-26-decode.json"
-# Without cuDNN, which waits for every new shape: the choice is held against what it may choose.
+# The choice is compared with backends that it may choose, so without cuDNN, which is slow for every new shape.
 OURS_AND_TORCHS = {"triton:hopper", "triton:portable", "sdpa:flash", "sdpa:efficient"}
 FAMILIES = {"triton": "triton:hopper", "sdpa": "sdpa:flash"}  # the members that serve the grid
 LIBRARIES = {"flash_attn:2", "flash_attn:3", "flash_attn:4", "xformers:flash", "xformers:cutlass"}
 
 
-# Of each workload, by pass and the backend that served.
+# For each workload, by pass and by backend.
 Medians = dict[Workload, dict[tuple[str, "str | None"], float]]
 
 
@@ -83,7 +83,7 @@ def test_the_choice_counts_what_a_new_length_costs(path: Path) -> None:
 
 
 def slow_streams(found: list[Point], most: float = 1.2) -> list[tuple[str, str, float]]:
-    """Where the automatic choice, as it was or is now, takes more than `most` times as long as the fastest by name."""
+    """Return the streams for which the automatic choice, then or now, takes over `most` times the fastest's time."""
     slow = []
     for suite in dict.fromkeys(point.suite for point in found):
         there = [point for point in ratios.measured(found) if point.suite == suite and point.measure == "wall"]
@@ -101,7 +101,7 @@ def slow_streams(found: list[Point], most: float = 1.2) -> list[tuple[str, str, 
 
 
 def a_stream(suite: str, n: str, **walls: float) -> list[Point]:
-    """Points of the names in `walls`, with _ for the colon; `automatic` stands for the choice."""
+    """Make points of the names in `walls`, with _ for the colon; `automatic` stands for the choice."""
     workload = next(each for each in streams.streams("cuda") if suite.endswith(each.name)).longest
     names = {name: "" if name == "automatic" else f"{name.replace('_', ':')} " for name in walls}
     return [
@@ -125,7 +125,7 @@ def test_a_slow_choice_is_seen() -> None:
 
 
 def slow_choices(found: Medians, n: str, training: bool, installed: set[str]) -> list[tuple[str, str, float]]:
-    """Where the choice has less than 0.97 of the speed of the fastest."""
+    """Return the points at which the choice has less than 0.97 of the speed of the fastest."""
     slow = []
     for workload, medians in found.items():
         passes = ("forward", "backward") if training else ("forward",)

@@ -1,4 +1,4 @@
-"""Random shapes and options against float64, by hypothesis."""
+"""Random shapes and options by hypothesis, compared with float64."""
 
 from __future__ import annotations
 

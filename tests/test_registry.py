@@ -1,4 +1,4 @@
-"""The choice of a backend, forced and automatic, and what is said of it."""
+"""The choice of a backend, forced and automatic, and the texts that explain it."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from tests.calls import Eager, gpu_call, inputs, varlen
 
 @pytest.fixture(autouse=True)
 def no_other_backends(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Each test has its own copy of what is registered."""
+    """Give each test its own copy of the registry."""
     monkeypatch.setattr(registry, "_entries", dict(registry._entries))
     monkeypatch.setattr(registry, "_entry_points_read", False)
 
@@ -40,7 +40,7 @@ def test_automatic_falls_through_to_the_reference(ran: list[str]) -> None:
 
 
 def test_who_wins(ran: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
-    """backend= over use_backend, the innermost one, over the environment variable, over the automatic order."""
+    """backend= wins over use_backend (the innermost), that over the environment, and that over the automatic order."""
     monkeypatch.setenv("ATTN_N_BACKEND", "reference")
     flash_attention_n(*inputs())
     with use_backend("sdpa"):
@@ -69,7 +69,7 @@ def test_use_backend_holds_for_its_own_thread(ran: list[str]) -> None:
 
 
 def test_use_backend_in_tasks_beside_each_other(ran: list[str]) -> None:
-    """Each task has its own, and nothing is left of them, for compiled functions either."""
+    """Each task has its own use_backend, of which nothing remains afterwards, for compiled functions either."""
 
     async def task(name: str, entered: asyncio.Event, leave: asyncio.Event) -> None:
         with use_backend(name):
@@ -194,7 +194,7 @@ def test_a_registered_backend() -> None:
 
 
 def test_entry_points(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A good one, one that misses a module, one whose install is broken, and one that is no backend."""
+    """Entry points may be good, lack a module, be broken, or be no backend; each is reported."""
     info = tmp_path / "third_party-1.0.dist-info"
     info.mkdir()
     (info / "METADATA").write_text("Metadata-Version: 2.1\nName: third-party\nVersion: 1.0\n")
@@ -229,7 +229,7 @@ def test_entry_points(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_operators_that_pytorch_changed() -> None:
-    """why_not names the operator that is not as it was."""
+    """why_not names the operator that has changed."""
     from attn_n.backends.adapt.signatures import changed_operator
 
     name = "aten::_scaled_dot_product_flash_attention_for_cpu"
@@ -256,7 +256,7 @@ def test_a_changed_operator_is_the_reason_not_to_serve(monkeypatch: pytest.Monke
 
 bool_mask = {"mask_shape": (1, 1, 256, 256), "mask_dtype": torch.bool}
 float_mask = bool_mask | {"mask_dtype": torch.bfloat16}
-odd = {"q_stride": (139264, 17408, 68, 1)}  # nothing for the Hopper kernels
+odd = {"q_stride": (139264, 17408, 68, 1)}  # strides that TMA cannot have
 long = {"k_shape": (2, 8, 3000, 64), "v_shape": (2, 8, 3000, 64)}
 longer = {"k_shape": (2, 8, 5000, 64), "v_shape": (2, 8, 5000, 64)}
 wide = {
@@ -336,7 +336,7 @@ def test_how_many_keys_a_query_sees(changes: dict[str, object], keys: int) -> No
     ids=str,
 )  # fmt: skip
 def test_the_choice_on_other_machines(changes: dict[str, object], chosen: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The choice on a GPU needs none: why_not sees metadata, and whether this PyTorch was built with cuDNN."""
+    """The choice for a GPU needs no GPU: why_not sees metadata, and whether this PyTorch was built with cuDNN."""
     from attn_n.backends.triton import hopper
 
     monkeypatch.setattr(torch.backends.cudnn, "is_available", lambda: True)
@@ -397,7 +397,7 @@ def test_the_choice_beside_flash_attention(
 def test_the_choice_can_be_compiled(
     capability: tuple[int, int], changes: dict[str, object], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """In one graph with dynamic lengths, which make symbolic numbers of all that is compared with them."""
+    """The choice can be traced with dynamic lengths, which make all comparisons with them symbolic."""
     from attn_n.backends.triton import hopper
 
     monkeypatch.setattr(hopper, "tested", lambda: True)
@@ -449,7 +449,7 @@ def test_explain_says_why_cudnn_is_in_no_order(monkeypatch: pytest.MonkeyPatch) 
 
 
 def test_a_backend_of_ours_that_is_broken_is_said_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The automatic choice passes over it, which nobody would notice but by its speed."""
+    """A broken built-in backend warns once, since the automatic choice would skip it silently."""
 
     def broken() -> Backend:
         raise OSError("libcuda.so.1: cannot open shared object file")

@@ -34,7 +34,7 @@ def test_n_zero_is_softmax() -> None:
 
 
 def test_none_is_what_it_is_in_flash_attention_softmax_n() -> None:
-    """The last dimension, and n = 0."""
+    """None stands for the last dimension, and for n = 0."""
     x, n = torch.randn(3, 4), torch.rand(3, 1)
     assert torch.equal(softmax_n(x, n=None, dim=None), softmax_n(x, 0.0, -1))
     assert torch.equal(softmax_n(x, 2.0, dim=None), softmax_n(x, 2.0, -1))
@@ -72,7 +72,7 @@ def test_gradients() -> None:
 @pytest.mark.parametrize("n", [1e300, 1e39, 1e38, 3.7, 1e-37, 1e-40, 1e-300])
 @pytest.mark.parametrize("as_tensor", [False, True])
 def test_n_beyond_the_dtype_of_x(n: float, x: float, as_tensor: bool) -> None:
-    """With exp(-top) as a factor of its own one of the two overflows, or is flushed to zero."""
+    """n may exceed the dtype of x: n times exp(-row_max), computed in two factors, would overflow or vanish."""
     expected = math.exp(x) / (n + math.exp(x))
     for dtype in (torch.float32, torch.bfloat16):
         weight = softmax_n(torch.tensor([x], dtype=dtype), torch.tensor(n, dtype=torch.float64) if as_tensor else n)
@@ -85,7 +85,7 @@ def test_n_beyond_the_dtype_of_x(n: float, x: float, as_tensor: bool) -> None:
 @pytest.mark.parametrize("n", [0.0, 1e-3, 2.5])
 @pytest.mark.parametrize("shape", [(), (3, 1)])
 def test_the_weight_of_n_is_linear_in_n(n: float, shape: tuple[int, ...]) -> None:
-    """In reverse and forward mode, batched, and twice, at n = 0 too."""
+    """Derivatives by n are right in reverse and forward mode, batched, and of second order, at n = 0 too."""
     top = torch.randn(3, 1, dtype=torch.float64, requires_grad=True)
     values = torch.full(shape, n, dtype=torch.float64, requires_grad=True)
     assert torch.allclose(weight_of_n(values, top), n * (-top).exp(), rtol=1e-14)

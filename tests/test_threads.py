@@ -1,4 +1,4 @@
-"""First calls from several threads: a backend that is being loaded is not yet loaded, and nothing waits for ever."""
+"""First calls may come from several threads: none sees a backend half loaded, and none waits for ever."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ SECONDS = 30.0  # after which a test has failed; nothing here takes long
 
 @pytest.fixture(autouse=True)
 def no_other_backends(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Each test has its own copy of what is registered."""
+    """Give each test its own copy of the registry."""
     monkeypatch.setattr(registry, "_entries", dict(registry._entries))
 
 
@@ -44,7 +44,7 @@ def pool() -> Iterator[ThreadPoolExecutor]:
 
 
 class Gate:
-    """Code that passes by says so and waits until it is opened."""
+    """A gate at which a thread announces itself and waits until the gate is opened."""
 
     def __init__(self) -> None:
         self.reached, self._open = threading.Event(), threading.Event()
@@ -105,8 +105,10 @@ def test_who_comes_while_a_backend_is_loaded_waits(
     assert ran == ["forward sdpa:cpu"] * 3
 
 
-def test_a_plan_made_while_a_backend_was_loaded_is_not_kept(monkeypatch: pytest.MonkeyPatch, ran: list[str]) -> None:
-    """A backend whose import calls attn_n is not there for that call, and is for the next one like it."""
+def test_a_call_prepared_while_a_backend_was_loaded_is_not_kept(
+    monkeypatch: pytest.MonkeyPatch, ran: list[str]
+) -> None:
+    """A backend whose import calls attn_n is unavailable to that call, and available to the next one like it."""
     backend, _ = registry.find("sdpa")
     assert backend is not None
     eager = Eager()
@@ -129,7 +131,7 @@ def test_a_plan_made_while_a_backend_was_loaded_is_not_kept(monkeypatch: pytest.
 def test_a_module_that_asks_for_itself_while_another_thread_waits_for_it(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, pool: ThreadPoolExecutor
 ) -> None:
-    """A thread imports it by itself, and holds Python's lock of it when its body asks attn_n for all backends."""
+    """A thread that imports such a module holds its import lock while the module asks attn_n for all backends."""
     gate = Gate()
     monkeypatch.setitem(sys.modules, "third_gate", types.SimpleNamespace(gate=gate))  # type: ignore[arg-type]
     (tmp_path / "third_self.py").write_text(
@@ -195,7 +197,7 @@ def test_what_was_found_before_a_registration_is_not_kept_after_it(
 def test_a_library_that_xformers_hides_is_not_missing(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, pool: ThreadPoolExecutor
 ) -> None:
-    """Its import hides flash_attn from all threads where FlashAttention 4 has made a namespace of that."""
+    """Importing xFormers hides flash_attn from all threads where only FlashAttention 4 is installed."""
     from attn_n.backends import xformers
 
     if any(importlib.util.find_spec(name) for name in ("xformers", "flash_attn")):
@@ -304,7 +306,7 @@ def test_first_calls_of_a_process(scenario: str, loaded: str) -> None:
 @pytest.mark.gpu
 @pytest.mark.parametrize("backend", ["triton:hopper", "triton:portable", "sdpa:flash", None])
 def test_first_launches_from_several_threads(backend: str | None, pool: ThreadPoolExecutor) -> None:
-    """Each thread with lengths of its own, of which some share a kernel that none has loaded yet."""
+    """Threads with different lengths, some of which share a kernel that none has loaded yet, all get right results."""
     if backend == "triton:hopper" and torch.cuda.get_device_capability() != (9, 0):
         pytest.skip("runs on compute capability 9.0")
     barrier = threading.Barrier(4)

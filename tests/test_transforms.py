@@ -1,4 +1,4 @@
-"""torch.func, torch.vmap, batched gradients and forward-mode AD: served, by `reference` where it has to be."""
+"""torch.func, torch.vmap, batched gradients and forward-mode AD are served, by `reference` where needed."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ STARTS = torch.tensor([0, 3, 7], dtype=torch.int32)
 
 
 def inputs(*leading: int, dtype: torch.dtype = torch.float64, heads_kv: int = 2) -> list[Tensor]:
-    """q, k, v of negative logits, and sinks."""
+    """Return q, k, v with negative logits, and sinks."""
     q, k, v = (torch.randn(*leading, heads, 5, 8, dtype=dtype) for heads in (4, heads_kv, heads_kv))
     q[..., 0], k[..., 0] = -2.0, 3.0
     return [q, k, v, torch.linspace(-1.0, 1.0, 4, dtype=dtype)]
@@ -74,7 +74,7 @@ def test_func_grad_vjp_jacrev(backend: str | None, ran: list[str]) -> None:
     "in_dims", [(0, 0, 0, None), (1, None, None, None), (0, 0, 0, 0), (None, None, None, 0)], ids=str
 )
 def test_vmap(backend: str | None, in_dims: tuple[int | None, ...], ran: list[str]) -> None:
-    """Over the batch, over another dimension of q alone, and over the sinks."""
+    """torch.vmap works over the batch, over another dimension of q alone, and over the sinks."""
     dtype, tolerance = dtype_of(backend)
     x = inputs(2, dtype=dtype)
     x = [
@@ -97,7 +97,7 @@ def test_vmap(backend: str | None, in_dims: tuple[int | None, ...], ran: list[st
 
 
 def test_vmap_joins_the_batch(ran: list[str]) -> None:
-    """One kernel for all samples, unless n, a mask or varlen sequences keep them apart."""
+    """One kernel serves all samples, unless n, a mask or varlen sequences keep them apart."""
     x = inputs(3, 2)
     torch.vmap(ours, (0, 0, 0, None))(*x)
     assert ran == ["forward sdpa:cpu"]
@@ -128,7 +128,7 @@ def test_vmap_of_varlen_sequences_and_masks() -> None:
 
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_batched_gradients(backend: str | None) -> None:
-    """What PyTorch's own gradcheck of SDPA asks for, and torch.autograd.functional.jacobian(vectorize=True)."""
+    """Batched gradients work, as PyTorch's gradcheck of SDPA and autograd.functional.jacobian(vectorize=True) need."""
     dtype, tolerance = dtype_of(backend)
     x = [each.requires_grad_() for each in inputs(1, dtype=dtype)]
     wide = [each.detach().double().requires_grad_() for each in x]
@@ -158,7 +158,7 @@ def test_gradcheck_with_batched_gradients() -> None:
 
 @pytest.mark.parametrize("of", range(4))
 def test_forward_mode(of: int, ran: list[str]) -> None:
-    """The tangent of each input is right, and the automatic choice takes what can compute it."""
+    """The tangent of each input is right, and the automatic choice takes a backend that can compute it."""
     x, tangent = inputs(2), torch.randn(inputs(2)[of].shape, dtype=torch.float64)
 
     def along(attend: Callable[..., Tensor], **options: Any) -> Tensor:
@@ -179,7 +179,7 @@ def test_forward_mode(of: int, ran: list[str]) -> None:
 
 
 def test_hessians() -> None:
-    """Twice differentiated: forward over reverse, and reverse over reverse."""
+    """Second derivatives are right, forward over reverse and reverse over reverse."""
     x = [each[:, :, :2] if each.dim() == 4 else each for each in inputs(1)]
     for transform in (torch.func.hessian, lambda f: torch.func.jacrev(torch.func.grad(f))):
         for of in (0, 3):
@@ -213,7 +213,7 @@ def test_dropout_under_vmap() -> None:
 
 @pytest.mark.parametrize("of", ["mask", "slopes"])
 def test_a_batched_mask_has_its_gradient(of: str, ran: list[str]) -> None:
-    """torch.vmap hides from all that its tensors need a gradient."""
+    """A batched mask gets its gradient, though torch.vmap hides that its tensors require one."""
     q, k, v, _ = inputs(2)
     x = torch.randn(3, 5, 5, dtype=torch.float64) if of == "mask" else torch.rand(3, 4, dtype=torch.float64)
 
@@ -232,7 +232,7 @@ def test_a_batched_mask_has_its_gradient(of: str, ran: list[str]) -> None:
 
 
 def test_all_derivatives_at_n_zero() -> None:
-    """n = 0 is no corner of the formula: it is linear in the denominator."""
+    """All derivatives at n = 0 are right, since the denominator is linear in n."""
     q, k, v, _ = inputs(1)
     zero = torch.tensor([0.0, 0.0, 1.0, 0.0], dtype=torch.float64)
 
@@ -301,7 +301,7 @@ def test_a_planned_call_has_tangents_too() -> None:
 
 
 def test_tangents_of_a_backward_alone() -> None:
-    """A backward that has run its forward before cannot take a tangent along, and does not drop it."""
+    """A backward whose forward has run without tangents refuses a tangent, and does not drop it silently."""
     x = [each.requires_grad_() for each in inputs(1)]
     out = ours(*x, backend="sdpa")
     with forward_ad.dual_level(), pytest.raises(UnsupportedError, match="'sdpa:cpu' has no double backward"):

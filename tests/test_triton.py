@@ -1,4 +1,4 @@
-"""Our portable kernels, beyond the table of cases: every shipped tile, every target, and what only a GPU shows."""
+"""The portable kernels beyond the table of cases: every shipped tile and every target, and tests for a GPU."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ TABLES = {"sm_90": configs.SM_90, "large": configs.LARGE, "small": configs.SMALL
 
 
 def tiles() -> Iterator[tuple[str, int, dict[str, Config]]]:
-    """Every row of the tables, the long ones of all kernels together and the short ones together, as calls run them."""
+    """Yield every row of the tables: the rows for long loops of all kernels together, then those for short ones."""
     for name, table in TABLES.items():
         for width in (64, 128, 256):
             found = {kernel: widths[width] for kernel, widths in table.items() if width in widths}
@@ -45,14 +45,14 @@ def test_the_tables_are_whole(table: configs.Table) -> None:
             assert [row.at_least for row in found] == sorted((row.at_least for row in found), reverse=True)
     for kernel in ("dk and dv", "dk", "dv"):
         for width, found in table[kernel].items():
-            # dK and dV read rows that the tiles of dQ have written, up to the end of the last one.
+            # The dK and dV kernels read rows that the dQ kernel has written, up to the end of its last tile.
             assert max(row.tile_q for row in found) <= min(row.tile_q for row in table["dq"][width])
             assert max(row.tile_q for row in table["dq"][width]) <= ROW_PADDING.value
 
 
 @pytest.fixture
 def unprepared() -> Iterator[None]:
-    """Calls that look the same share a launch, and with it the tiles: here each test brings its own."""
+    """Forget prepared launches: calls with equal keys share one, and each test here has its own tiles."""
     prepare._calls.clear()
     yield
     prepare._calls.clear()
@@ -67,7 +67,7 @@ def unprepared() -> Iterator[None]:
 def test_every_row(
     name: str, width: int, row_of: dict[str, Config], device: str, monkeypatch: pytest.MonkeyPatch, ran: list[str]
 ) -> None:
-    """Each configuration on a call whose lengths are no multiples of its tiles, with a window and groups of heads."""
+    """Each row is right on a call whose lengths are no multiples of its tiles, with a window and GQA."""
     if device == "cuda" and name == "sm_90" and torch.cuda.get_device_capability() != (9, 0):
         pytest.skip("its tiles are for sm_90")
     case = Case(
@@ -145,7 +145,7 @@ def test_a_cuda_graph_of_both_passes(inputs: list[Tensor], options: dict[str, fl
     first = [x.clone() for x in captured]
     if not options:
         assert all(torch.equal(*pair) for pair in zip(first, step(), strict=True))
-    else:  # each replay drops other weights
+    else:  # each replay drops different weights
         graph.replay()
         assert not torch.equal(captured[0], first[0])
         assert all(bool(x.isfinite().all()) for x in captured)
@@ -184,7 +184,7 @@ def test_twice_the_same_bits(inputs: list[Tensor]) -> None:
 
 @pytest.mark.gpu
 def test_more_than_2_to_the_31_elements() -> None:
-    """Offsets beyond 32 bits: the last rows of a sequence of 2^31 numbers, which a window keeps linear."""
+    """Offsets beyond 32 bits are right in the last rows of a sequence of 2^31 numbers, which a window keeps fast."""
     length, width, tail = 2**31 // 64 + 1000, 64, 200
     q, k, v = (
         torch.randn(1, 1, length, width, device="cuda", dtype=torch.bfloat16, requires_grad=True) for _ in range(3)
@@ -219,7 +219,7 @@ def test_heads_far_apart() -> None:
 
 @pytest.mark.gpu
 def test_more_than_2_to_the_31_rows() -> None:
-    """One key: each row of 2^31 and more has the weight `1 / (n + 1)` and the lse `log(n + 1)`."""
+    """With one key each of 2^31 and more rows has the weight `1 / (n + 1)` and the lse `log(n + 1)`."""
     heads = 17
     tokens = 2**31 // heads + 1000
     q = torch.zeros(tokens, heads, 1, device="cuda", dtype=torch.float16)
@@ -243,7 +243,7 @@ WIDTHS = [
 @pytest.mark.gpu
 @pytest.mark.parametrize(("size", "size_v"), WIDTHS)
 def test_widths(size: int, size_v: int) -> None:
-    """Pairs of widths around the tiles: compilers have been wrong for some of them alone."""
+    """Pairs of widths around the tiles are right: compilers have been wrong for single pairs."""
     for changes in ({}, {"causal": True, "heads_kv": 1}):
         case = dataclasses.replace(Case("", batch=1, len_q=90, len_k=130, size=size, size_v=size_v), **changes)
         inputs = make(case, torch.float16, "cuda")
@@ -253,7 +253,7 @@ def test_widths(size: int, size_v: int) -> None:
 
 @pytest.mark.gpu
 def test_learned_n_on_the_long_tiles(ran: list[str]) -> None:
-    """Lengths beyond every threshold of the table, where tiles come by descriptors."""
+    """Learned n is right at lengths beyond every threshold of the table, where TMA descriptors load the tiles."""
     case = Case("", batch=1, heads_q=2, heads_kv=1, len_q=3100, len_k=3333, size=128, size_v=128, n="per head")
     for changes in ({}, {"causal": True}, {"n": "sinks", "sinks": (-2.0, 1.0)}, {"size": 64, "size_v": 64}):
         inputs = make(dataclasses.replace(case, **changes), torch.bfloat16, "cuda")

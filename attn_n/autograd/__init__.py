@@ -1,1 +1,1 @@
-"""The torch operators attn_n::forward and attn_n::backward, and how they are differentiated."""
+"""The torch operators attn_n::forward and attn_n::backward, with their autograd, vmap and FLOP formulas."""

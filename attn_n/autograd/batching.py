@@ -1,4 +1,4 @@
-"""torch.vmap of the operators: what to do with one more dimension of their tensors."""
+"""The torch.vmap rule of the operators, which handles one more dimension of their tensors."""
 
 from __future__ import annotations
 
@@ -17,10 +17,10 @@ BY_BATCH = {"q", "k", "v", "dout", "dlse", "out", "lse"}
 
 
 def rule(operator: Callable[..., Results]) -> Callable[..., tuple[Results, tuple[int, ...]]]:
-    """The rule for `torch.library.register_vmap` of an operator.
+    """Return the rule for `torch.library.register_vmap` of an operator.
 
-    The new dimension joins the batch where only tensors with a batch dimension have it. Otherwise (n or a mask has it,
-    the gradient of n is wanted, sequences are varlen) the operator runs once for each slice.
+    If only tensors with a batch dimension have the new one, that joins the batch. Otherwise (n or a mask has it, the
+    gradient of n is wanted, sequences are varlen) the operator runs once for each slice.
     """
     names = [argument.name for argument in operator.default._schema.arguments]  # type: ignore[attr-defined]
 

@@ -1,6 +1,6 @@
-"""The formulas for torch.utils.flop_counter: matmuls over whole rectangles of queries and keys, as PyTorch counts SDPA.
+"""The formulas for torch.utils.flop_counter, which count matmuls over all pairs of queries and keys, as for SDPA.
 
-A causal mask or a window leaves the count as it is. Varlen sequences count by their lengths where these can be read,
+A causal mask or a window does not change the count. Varlen sequences count by their lengths where these can be read,
 otherwise by the longest ones.
 """
 
@@ -17,15 +17,15 @@ from torch.utils._python_dispatch import _get_current_dispatch_mode_stack
 from attn_n.call import Options
 from attn_n.compilation import constant_when_compiled
 
-# How many matmuls of E and of Ev columns: Q K^T and P V; Q K^T once more, dS K, dS^T Q, and dO V^T, P^T dO.
+# The numbers of matmuls of E and of Ev columns. Forward: Q K^T; P V. Backward: Q K^T, dS K, dS^T Q; dO V^T, P^T dO.
 _FORWARD, _BACKWARD = (1, 1), (3, 2)
 
 
 @constant_when_compiled  # runs it once, while it traces
 def register() -> None:
-    """Tell the flop counter, if there is one: importing its module would import Triton.
+    """Register the formulas if the flop counter has been imported; importing it here would import Triton.
 
-    A counter that exists already has a copy of the formulas, which gets ours as well.
+    An active counter has a copy of the formulas, to which ours are added as well.
     """
     counter = sys.modules.get("torch.utils.flop_counter")
     if counter is None:
@@ -58,7 +58,7 @@ def _formula(operator: Any, matmuls: tuple[int, int]) -> Callable[..., Any]:
 
 
 def _pairs(q: Tensor, k: Tensor, options: Options) -> int:
-    """Pairs of a query and a key, of one head."""
+    """Return the number of pairs of a query and a key in one head."""
     starts_q, starts_k = options.cu_seqlens_q, options.cu_seqlens_k
     if starts_q is None or starts_k is None:
         return q.shape[0] * q.shape[2] * k.shape[2]

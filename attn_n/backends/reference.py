@@ -88,7 +88,7 @@ def _attend_varlen(
 ) -> tuple[Tensor, Tensor | None]:
     """Compute each sequence of varlen (T, H, E) tensors as a batch of one."""
     outs, lses = [q.new_zeros((0, q.shape[1], v.shape[2]))], [q.new_zeros((0, q.shape[1]))]
-    for queries, keys, alone in one_by_one.sequences(options, q.shape[0], k.shape[0]):
+    for queries, keys, alone in one_by_one.each_sequence(options, q.shape[0], k.shape[0]):
         one_q, one_k, one_v = (
             one_by_one.batch_of_one(q, queries),
             one_by_one.batch_of_one(k, keys),

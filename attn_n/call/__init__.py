@@ -1,4 +1,4 @@
-"""What is asked: the description of a call, its checks, and its canonical form."""
+"""The call: its description, its checks, and its canonical form."""
 
 from attn_n.call.description import FEATURES, AttentionCall, describe
 from attn_n.call.passes import Gradients, Grads, Options, Saved

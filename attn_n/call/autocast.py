@@ -1,6 +1,6 @@
-"""torch.autocast around a call: it gives q, k and v their dtype, and reaches no operation of a backend.
+"""torch.autocast around a call: it decides the dtype of q, k and v, and is off while a backend runs.
 
-It would cast the operands of matrix products, of those in float32 too, and with them a log n or a bias.
+Within a backend it would cast the operands of every matmul, of float32 ones too, and with them log n or a bias.
 """
 
 from __future__ import annotations
@@ -14,10 +14,12 @@ from attn_n.compilation import constant_when_compiled
 
 
 def enabled(device: str) -> bool:
+    """Return True if autocast is on for this type of device."""
     return _known(device) and torch.is_autocast_enabled(device)
 
 
 def suspended(device: str) -> contextlib.AbstractContextManager[Any]:
+    """Return a context in which autocast is off."""
     return torch.autocast(device, enabled=False) if enabled(device) else contextlib.nullcontext()
 
 

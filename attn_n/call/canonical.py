@@ -29,14 +29,17 @@ class Canonical(NamedTuple):
     out_shape: Sequence[int]  # of out, but for its last dimension
 
     def as_it_came(self, q: Tensor, k: Tensor, v: Tensor, request: Request) -> bool:
-        """Whether this form can be had of a call like it without looking at anything but its metadata."""
+        """Return True if a call with the same metadata has the same canonical form without further conversions."""
         mask = request.attn_mask
         masked = mask is None or mask.dtype != torch.float64 or q.dtype == torch.float64
         return self.q is q and self.k is k and self.v is v and masked
 
 
 def batch(q: Tensor, k: Tensor, v: Tensor, request: Request, plain: bool = False) -> Canonical:
-    """`plain`: the call has a key, so that nothing surrounds it, and q, k, v and n are plain tensors."""
+    """Check a call of `flash_attention_n` and return its canonical form.
+
+    `plain` says that the call has a cache key: no autocast or transform surrounds it, and q, k, v, n are plain tensors.
+    """
     if not plain:
         checks.not_traced()
         q, k, v = _autocast(q, k, v)
@@ -71,6 +74,7 @@ def varlen(
     max_seqlen_k: int,
     request: Request,
 ) -> Canonical:
+    """Check a call of `flash_attention_n_varlen` and return its canonical form."""
     checks.not_traced()
     q, k, v = _autocast(q, k, v)
     checks.qkv(q, k, v, varlen=True)
@@ -91,7 +95,7 @@ def varlen(
         checks.mask(mask, q, (batch, q.shape[1], max_seqlen_q, max_seqlen_k))
         mask = _clamped_to_float32(_neg_resolved(mask), q)[(None,) * (4 - mask.dim())]
     left, right = _window(request)
-    # Sides beyond the longest sequence bound nothing, and the kernels of libraries cut them to 32 bits.
+    # Sides beyond the longest sequence bound nothing, and kernels of other libraries truncate them to 32 bits.
     left = None if left is None else min(left, max_seqlen_k)
     right = None if right is None else min(right, max_seqlen_q)
     options = Options(
@@ -111,7 +115,7 @@ def _describe(
     q: Tensor, k: Tensor, v: Tensor, batch: int, request: Request, options: Options, out_shape: Sequence[int],
     plain: bool = False,
 ) -> Canonical:  # fmt: skip
-    """The checks and the canonical form that batches and varlen sequences share."""
+    """Do the checks and conversions that batches and varlen sequences share."""
     heads = q.shape[1]
     sm_n, sinks, slopes = request.sm_n, request.sinks, request.alibi_slopes
     if sinks is not None and sm_n is not None:
@@ -129,8 +133,8 @@ def _describe(
     softcap, dropout_p = checks.softcap(request.softcap, q), checks.dropout(request.dropout_p)
     if softcap is not None or dropout_p or slopes is not None:
         options = options.replaced(softcap=softcap, dropout_p=dropout_p, alibi_slopes=slopes)
-    smallest = 2.3e-308 if q.dtype == torch.float64 else 1.2e-38  # normal number in which logits are computed
-    if options.scale < smallest:  # kernels flush a smaller one to zero, and take the maximum before they scale
+    smallest = 2.3e-308 if q.dtype == torch.float64 else 1.2e-38  # the smallest normal number of the logits' dtype
+    if options.scale < smallest:  # kernels flush smaller ones to zero, and take the maximum before they scale
         tiny = options.scale > -smallest
         q, scale = (q * options.scale, 1.0) if tiny else (-q, -options.scale)
         options = options.replaced(scale=scale)
@@ -161,9 +165,9 @@ _warned = False
 
 
 def _warn_of_rows_without_keys(q: Tensor, k: Tensor) -> None:
-    """Once, where a causal mask leaves most rows without keys: so it does of `(B, L, H, E)` passed for `(B, H, L, E)`.
+    """Warn once if a causal mask leaves most rows without keys, as when `(B, L, H, E)` is passed for `(B, H, L, E)`.
 
-    With fewer KV heads than query heads nothing else tells: the heads of q pass for queries, those of k for keys.
+    With fewer KV heads than query heads nothing else shows that mistake: heads of q pass for queries, of k for keys.
     """
     global _warned
     if torch.compiler.is_compiling() or _warned or not 0 < 2 * k.shape[2] < q.shape[2]:
@@ -178,7 +182,7 @@ def _warn_of_rows_without_keys(q: Tensor, k: Tensor) -> None:
 
 
 def _autocast(q: Any, k: Any, v: Any) -> tuple[Any, Any, Any]:
-    """q, k and v, whatever the user passed, in the dtype of an enclosing autocast, which leaves float64 alone."""
+    """Cast q, k and v to the dtype of an enclosing autocast, except float64 and what is no tensor."""
     if not isinstance(q, Tensor):
         return q, k, v
     device = q.device.type
@@ -191,17 +195,17 @@ def _autocast(q: Any, k: Any, v: Any) -> tuple[Any, Any, Any]:
 
 
 def _neg_resolved(x: Tensor) -> Tensor:
-    """x with its sign in its memory, which our kernels read: that of a conjugate's imaginary part is a flag beside it.
+    """Return x without a negative bit: kernels read memory, where the imaginary part of a conjugate lacks its sign.
 
-    In a compiled graph the operators do so by themselves.
+    In a compiled graph the operators resolve the bit themselves.
     """
     return x if torch.compiler.is_compiling() else x.resolve_neg()
 
 
 def _clamped_to_float32(mask: Tensor, q: Tensor) -> Tensor:
-    """A float64 mask beside narrower inputs, its finite values within float32, where the logits are: only -inf hides.
+    """Clamp finite values of a float64 mask beside narrower inputs to float32, the logits' dtype: only -inf may hide.
 
-    The gradient passes as through the rounding of any other value.
+    The gradient passes through the clamp as through any rounding.
     """
     if mask.dtype != torch.float64 or q.dtype == torch.float64:
         return mask
@@ -212,7 +216,7 @@ def _clamped_to_float32(mask: Tensor, q: Tensor) -> Tensor:
 
 
 def _canonical(x: Tensor) -> Tensor:
-    """(N, ..., H, L, E) as (B, H, L, E)."""
+    """Reshape (N, ..., H, L, E) to (B, H, L, E)."""
     if x.dim() == 4:
         return x
     if x.dim() == 2:
@@ -221,12 +225,12 @@ def _canonical(x: Tensor) -> Tensor:
 
 
 def with_dimensions(mask: Tensor, dims: int) -> Tensor:
-    """A mask with dimensions of size 1 in front of its own."""
+    """Return a mask with as many dimensions as `dims`: those of size 1 are put in front."""
     return mask if mask.dim() == dims else mask[(None,) * (dims - mask.dim())]
 
 
 def _canonical_mask(mask: Tensor, q_shape: Sequence[int]) -> Tensor:
-    """A mask that broadcasts to (N, ..., H, L, S) as one that broadcasts to (B, H, L, S)."""
+    """Reshape a mask that broadcasts to (N, ..., H, L, S) to one that broadcasts to (B, H, L, S)."""
     dims = max(4, len(q_shape))
     mask = with_dimensions(mask, dims)
     if dims == 4:
@@ -238,7 +242,7 @@ def _canonical_mask(mask: Tensor, q_shape: Sequence[int]) -> Tensor:
 def _window(
     request: Request, len_q: int | None = None, len_k: int | None = None, right_of_mask: int | None = None
 ) -> tuple[int | None, int | None]:
-    """The window with `causal` and a CausalBias in it; a side that bounds nothing at these lengths is None."""
+    """Combine the window, `causal` and a CausalBias; a side that bounds nothing at these lengths is None."""
     left, right = checks.window(request.window)
     if checks.flag("causal", request.causal):
         right = 0

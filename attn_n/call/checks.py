@@ -1,7 +1,7 @@
-"""Checks of what the user passes: each error names the argument, what was expected and what came.
+"""Checks of the public arguments: each error names the argument, what was expected and what came.
 
-Values (of a tensor n, of cu_seqlens) are checked where reading them costs nothing, that is for real tensors on the
-CPU; on an accelerator a check would stall the stream, so there only shapes, dtypes and devices are checked.
+Values (of a tensor n, of cu_seqlens) are checked where reading them is free, that is for real tensors on the CPU. On an
+accelerator that would stall the stream, so there only shapes, dtypes and devices are checked.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from torch import Tensor
 DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 PLAIN = (Tensor, torch.nn.Parameter)
 
-# How other libraries spell what is asked for here.
+# Names that other libraries use for our arguments.
 SPELLINGS = {
     "is_causal": "here it is causal, and aligned with the last query and the last key",
     "scale": "here it is sm_scale",
@@ -41,7 +41,7 @@ SPELLINGS = {
 
 
 def no_others(function: str, unknown: Iterable[str], known: Sequence[str]) -> None:
-    """No keyword that `function` does not have; the text names the right one."""
+    """Refuse keywords that `function` does not have; the error names the right one."""
     for name in unknown:
         said = SPELLINGS.get(name)
         if said is None:
@@ -51,7 +51,10 @@ def no_others(function: str, unknown: Iterable[str], known: Sequence[str]) -> No
 
 
 def flag(name: str, value: Any) -> bool:
-    """True or False, also as 1 or 0 or NumPy's: where causal is, SDPA has its mask and FlashAttention its dropout."""
+    """Return a bool, which may be 1, 0 or NumPy's.
+
+    In the place of `causal` SDPA has its mask and FlashAttention its dropout, so the error names these.
+    """
     if isinstance(value, (bool, torch.SymBool)) or (isinstance(value, int) and value in (0, 1)):
         return bool(value)
     if type(value).__module__ == "numpy" and type(value).__name__ in ("bool", "bool_"):
@@ -65,10 +68,10 @@ def flag(name: str, value: Any) -> bool:
 
 
 def tensor(name: str, x: object) -> Tensor:
-    """A tensor whose values are in its memory, or whose operators know where they are.
+    """Return a dense tensor whose values are in its memory, or whose operators know where they are.
 
-    A subclass that overrides `__torch_function__` may keep anything in its memory (PyTorch's CausalBias: nothing).
-    One with a `__torch_dispatch__` (fake tensors, DTensor) knows what to do in an operator.
+    A subclass that overrides `__torch_function__` may keep anything in its memory (PyTorch's CausalBias keeps nothing).
+    One with a `__torch_dispatch__` (fake tensors, DTensor) handles our operators itself.
     """
     if not isinstance(x, Tensor):
         raise TypeError(f"{name}: expected a torch.Tensor, got {type(x).__name__}{_how_to_convert(x)}")
@@ -83,7 +86,7 @@ def tensor(name: str, x: object) -> Tensor:
         raise TypeError(f"{name}: expected a dense tensor, got layout {x.layout}: pass {name}.to_dense()")
     if kind in PLAIN:
         return x
-    # That of Tensor itself keeps the subclass and changes no value; where it is switched off it is no method.
+    # Tensor's own __torch_function__ keeps the subclass and changes no value; if disabled, it is not a method.
     own_function = getattr(kind.__torch_function__, "__func__", None)
     if own_function not in (None, getattr(Tensor.__torch_function__, "__func__", None)):
         raise TypeError(
@@ -94,7 +97,7 @@ def tensor(name: str, x: object) -> Tensor:
 
 
 def same_kind(name: str, x: Tensor, q: Tensor) -> None:
-    """No tensor that only operators can read (DTensor and the like) beside a plain q: its kernels read memory."""
+    """Refuse a tensor that only operators can read (DTensor and the like) beside a plain q: kernels read its memory."""
     if type(x) in PLAIN or type(q) not in PLAIN or torch._C._len_torch_dispatch_stack() > 0:
         return
     if torch.compiler.is_compiling() or type(x).__torch_dispatch__ is Tensor.__torch_dispatch__:
@@ -105,7 +108,7 @@ def same_kind(name: str, x: Tensor, q: Tensor) -> None:
 
 
 def _how_to_convert(x: object) -> str:
-    """The way from the masks of other libraries to ours."""
+    """Return a hint how to convert a mask of another library to ours."""
     module, name = type(x).__module__, type(x).__name__
     if name == "BlockMask":
         return ": pass torch.nn.attention.flex_attention.create_mask(mask_mod, B, H, L, S), or causal= and window="
@@ -117,10 +120,10 @@ def _how_to_convert(x: object) -> str:
 
 
 def causal_bias(attn_mask: object, len_q: int, len_k: int) -> int | None:
-    """The right side of the window that a `torch.nn.attention.bias.CausalBias` stands for; None if it is none.
+    """Return the right side of the window of a `torch.nn.attention.bias.CausalBias`; None for any other mask.
 
-    Such a mask has lengths and a corner, and nothing in its memory. From the upper left corner on query i sees the
-    keys `j <= i`, which is `p + L - S`.
+    Such a mask has lengths and a corner, and nothing in its memory. Aligned top-left, query i sees the keys `j <= i`,
+    which is `j <= p + L - S`.
     """
     if not _is_causal_bias(attn_mask):
         return None
@@ -149,7 +152,7 @@ def no_causal_bias(attn_mask: object) -> None:
 
 
 def _is_causal_bias(attn_mask: object) -> bool:
-    """By its name, as its module need not have been imported."""
+    """Return True for a CausalBias, found by name because its module need not have been imported."""
     kind = type(attn_mask)
     if attn_mask is None or kind in PLAIN:
         return False
@@ -165,7 +168,7 @@ def floating(name: str, x: object) -> Tensor:
 
 
 def for_operators(name: str, x: object) -> Tensor:
-    """A floating tensor whose values torch's operators can read: one that is dense, or jagged."""
+    """Return a floating tensor that torch's operators can read: a dense or a jagged one."""
     x = floating(name, x)
     if x.layout is not torch.jagged and (x.is_nested or x.layout is not torch.strided):
         kind = "a NestedTensor" if x.is_nested else "one"
@@ -176,7 +179,7 @@ def for_operators(name: str, x: object) -> Tensor:
 
 
 def dtype(name: str, value: object) -> torch.dtype:
-    """One that `floating` knows."""
+    """Return a dtype that `floating` accepts."""
     if not isinstance(value, torch.dtype):
         raise TypeError(f"{name}: expected None or a torch.dtype, got {type(value).__name__}")
     if value not in DTYPES:
@@ -193,7 +196,7 @@ def not_traced() -> None:
 
 
 def readable(x: Tensor) -> bool:
-    """Whether the values of `x` can be looked at for free: a real tensor on the CPU, outside of any tracing."""
+    """Return True if reading the values of `x` is free: it is a real tensor on the CPU, and nothing traces."""
     if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
         return False
     if torch._C._len_torch_dispatch_stack() > 0:  # of make_fx, say
@@ -202,7 +205,7 @@ def readable(x: Tensor) -> bool:
 
 
 def qkv(q: Tensor, k: Tensor, v: Tensor, varlen: bool) -> None:
-    """Types, dtypes, devices and shapes of the three tensors."""
+    """Check types, dtypes, devices and shapes of the three tensors."""
     if not varlen and _usual(q, k, v):
         return
     for name, x in (("q", q), ("k", k), ("v", v)):
@@ -253,7 +256,7 @@ def qkv(q: Tensor, k: Tensor, v: Tensor, varlen: bool) -> None:
 
 
 def _usual(q: Tensor, k: Tensor, v: Tensor) -> bool:
-    """Whether all is right with a usual call. `qkv` takes six times as long to find out what may be wrong with one."""
+    """Return True if a usual call has no errors; finding out which error a call has takes `qkv` six times as long."""
     if type(q) not in PLAIN or type(k) not in PLAIN or type(v) not in PLAIN:
         return False
     if not q.dtype == k.dtype == v.dtype or q.dtype not in DTYPES or not q.device == k.device == v.device:
@@ -287,7 +290,7 @@ def n_number(name: str, n: object) -> float:
 
 
 def n_values(name: str, n: Tensor) -> None:
-    """A tensor of n: floating, finite and >= 0."""
+    """Check the values of a tensor n: floating, finite and >= 0."""
     floating(name, n)
     if readable(n) and n.numel():
         values = n.detach()
@@ -296,7 +299,7 @@ def n_values(name: str, n: Tensor) -> None:
 
 
 def n_tensor(sm_n: object, sinks: object, q: Tensor, heads: int) -> Tensor:
-    """The tensor form of n: `sm_n` a scalar or one number a head, or `sinks` one logit a head."""
+    """Return n as a tensor: `sm_n`, a scalar or one number a head, or `sinks`, one logit a head."""
     name = "sm_n" if sinks is None else "sinks"
     n = floating(name, tensor(name, sm_n if sinks is None else sinks))
     same_kind(name, n, q)
@@ -317,14 +320,14 @@ _LARGEST_SINK = torch.finfo(torch.float32).max / 2
 
 
 def sink_values(sinks: Tensor, q: Tensor) -> None:
-    """Logits that do not overflow in base 2, in which kernels compute: there they are 1.44 times as large."""
+    """Check that sinks do not overflow in base 2, in which kernels compute: there they are 1.44 times as large."""
     largest = _LARGEST_SINK if q.dtype is not torch.float64 else torch.finfo(torch.float64).max / 2
     if sinks.numel() and not sinks.detach().max().item() < largest:
         raise ValueError(f"sinks: expected logits below {largest:.1e} and no NaN (-inf is n = 0), got {sinks.detach()}")
 
 
 def values_of_n(n: Tensor, is_logit: bool, q: Tensor) -> None:
-    """The values of n or of sinks, which are on the CPU."""
+    """Check the values of n or of sinks, which are on the CPU."""
     if is_logit:
         sink_values(n, q)
     else:
@@ -332,7 +335,7 @@ def values_of_n(n: Tensor, is_logit: bool, q: Tensor) -> None:
 
 
 def mask(attn_mask: object, q: Tensor, target: Sequence[int]) -> None:
-    """A mask that broadcasts to `target`, `(N, ..., heads, L, S)`."""
+    """Check a mask that has to broadcast to `target`, `(N, ..., heads, L, S)`."""
     attn_mask = tensor("attn_mask", attn_mask)
     same_kind("attn_mask", attn_mask, q)
     if attn_mask.dtype != torch.bool and attn_mask.dtype not in DTYPES:
@@ -361,7 +364,7 @@ def window(value: object) -> tuple[int | None, int | None]:
 
 
 def softcap(value: object, q: Tensor) -> float | None:
-    """Kernels divide by it and multiply with it, and with log2(e) too, which must neither overflow nor vanish."""
+    """Return the softcap, bounded so that kernels can divide and multiply by it, and by log2(e), without overflow."""
     if value is None:
         return None
     cap = _number("softcap", value, "None or a finite number > 0")
@@ -398,7 +401,7 @@ def alibi(alibi_slopes: object, q: Tensor, batch: int, heads: int) -> Tensor:
 
 
 def cu_seqlens(name: str, cu: object, q: Tensor) -> None:
-    """Type, shape and device of the sequence boundaries; `boundaries` checks their values."""
+    """Check type, shape and device of the sequence boundaries; `boundaries` checks their values."""
     cu = tensor(name, cu)
     same_kind(name, cu, q)
     if cu.dtype != torch.int32:
@@ -410,7 +413,7 @@ def cu_seqlens(name: str, cu: object, q: Tensor) -> None:
 
 
 def boundaries(name: str, cu: Tensor, tokens: int, longest: int) -> list[int]:
-    """The values of cu_seqlens, read to the host and checked against the number of tokens and `max_seqlen`."""
+    """Read cu_seqlens to the host, and check its values against the number of tokens and `max_seqlen`."""
     values: list[int] = cu.tolist()
     if values[0] != 0:
         raise ValueError(f"{name}: expected to start at 0, got {values[0]}")
@@ -434,7 +437,7 @@ def length(name: str, value: Any) -> int:
 
 
 def dimension(name: str, value: Any, x: Tensor) -> int:
-    """One of those of x, counted from either end."""
+    """Return a dimension of x, counted from either end."""
     if not _is_integer(value):
         raise TypeError(f"{name}: expected None or an integer, got {type(value).__name__}")
     most = max(x.dim(), 1)  # a number counts as one dimension, as in torch
@@ -453,7 +456,7 @@ def broadcasts(shape: Sequence[int], target: Sequence[int]) -> bool:
 
 
 def _agree(sizes: Sequence[int], others: Sequence[int]) -> bool:
-    """Whether they broadcast together."""
+    """Return True if the sizes broadcast together."""
     return all(size == other or size == 1 or other == 1 for size, other in zip(sizes, others, strict=True))
 
 
@@ -462,7 +465,7 @@ def _number(name: str, value: Any, expected: str) -> float:
         raise TypeError(f"{name}: expected {expected}, got {type(value).__name__}")
     try:
         number = float(value)
-    except OverflowError:  # an integer, which can be too long to be printed
+    except OverflowError:  # from an integer, which can be too long to be printed
         raise ValueError(f"{name}: expected {expected}, got an integer beyond the range of float64") from None
     if not -math.inf < number < math.inf:  # torch.compile traces comparisons, but not math.isfinite
         raise ValueError(f"{name}: expected {expected}, got {value}")
@@ -470,7 +473,7 @@ def _number(name: str, value: Any, expected: str) -> float:
 
 
 def _converts_to_float(value: Any) -> bool:
-    """Of NumPy's scalars and arrays, all of which have `__float__`, those that are one real number."""
+    """Return True if value is one real number; of NumPy's types, all of which have `__float__`, scalars alone are."""
     if isinstance(value, Tensor) or not hasattr(value, "__float__"):
         return False
     if type(value).__module__ != "numpy" or torch.compiler.is_compiling():  # where NumPy's are arrays of torch
@@ -483,13 +486,13 @@ def _is_integer(value: object) -> bool:
 
 
 def _integer(value: Any) -> int:
-    """What `_is_integer`, as Python's own: backends know no other."""
+    """Return an integer as Python's own, which is all that backends know."""
     result: Any = value if isinstance(value, (int, torch.SymInt)) else int(value)
     return result  # type: ignore[no-any-return]
 
 
 def _computed_in(x: Tensor) -> torch.dtype:
-    """The dtype of the logits and of the lse."""
+    """Return the dtype of the logits and of the lse."""
     return torch.promote_types(x.dtype, torch.float32)
 
 

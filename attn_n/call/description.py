@@ -1,4 +1,4 @@
-"""A call described by metadata alone."""
+"""The description of a call by metadata alone."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from torch import Tensor
 
 from attn_n.call.passes import Options
 
-# What a call may ask for beyond attention with a scale and one n a head or for all, and what a refusal calls it.
+# The arguments beyond attention with a scale and with n (one number, or one a head), each with its name in refusals.
 FEATURES = {
     "causal": "causal mask",
     "window": "window",
@@ -32,7 +32,7 @@ FEATURES = {
 
 @dataclass(unsafe_hash=True)  # frozen it would take three times as long to make, 5 us in each call of new lengths
 class AttentionCall:
-    """One call described by metadata alone, so that the choice of a backend can be tested on any machine.
+    """One call, described by metadata alone so that the choice of a backend can be tested on any machine.
 
     Shapes and strides are those of the canonical tensors: `(B, H, L, E)`, or varlen `(T, H, E)`.
     """
@@ -54,12 +54,12 @@ class AttentionCall:
     mask_dtype: torch.dtype | None = None
     alibi: bool = False
     n_kind: str = "none"  # "none" (n = 0), "float", "scalar tensor", "per head" or "per row"
-    sequences: int | None = None  # how many are varlen
+    sequences: int | None = None  # the number of varlen sequences; None for batches
     return_lse: bool = False
     needs_grad: bool = False
     mask_needs_grad: bool = False
     alibi_needs_grad: bool = False
-    transform: str | None = None  # how it is differentiated, where that is not one backward pass
+    transform: str | None = None  # how the call is differentiated, if not by one backward pass
     seqused: bool = False
     leftpad: bool = False
     cache: bool = False
@@ -67,7 +67,7 @@ class AttentionCall:
 
     @property
     def features(self) -> frozenset[str]:
-        """Those of `FEATURES` that the call has."""
+        """The names in `FEATURES` that the call asks for."""
         found = set()
         left, right = self.window_left, self.window_right
         if left is not None or right is not None:
@@ -108,7 +108,7 @@ class AttentionCall:
 
     @property
     def keys_seen(self) -> int:
-        """How many keys a query sees at most: of its sequence (of varlen ones on the average), or of its window."""
+        """The most keys that a query sees, by its sequence (the average one for varlen) and by its window."""
         keys = self.k_shape[-2] if self.sequences is None else self.k_shape[0] // max(self.sequences, 1)
         left, right = self.window_left, self.window_right
         if right is not None and right < 0:
@@ -133,16 +133,16 @@ class AttentionCall:
 
     @property
     def causal(self) -> bool:
-        """Whether the visible keys are exactly those of a causal mask."""
+        """True if the visible keys are exactly those of a causal mask."""
         return self.window_left is None and self.window_right == 0
 
     @property
     def windowed(self) -> bool:
-        """Whether the visible keys are bounded in another way than causally."""
+        """True if a window bounds the visible keys otherwise than a causal mask does."""
         return self.window_left is not None or self.window_right not in (None, 0)
 
     def _sizes(self) -> str:
-        """How the shapes were read: (B, L, H, E) passed for (B, H, L, E) shows here."""
+        """Return the sizes as they were read from the shapes, which shows (B, L, H, E) passed for (B, H, L, E)."""
         heads = {"Hq": self.heads_q, "Hkv": self.heads_kv}
         if self.sequences is None:
             sizes = {"B": self.q_shape[0], **heads, "L": self.q_shape[2], "S": self.k_shape[2]}
@@ -194,7 +194,7 @@ def describe(
     alibi_needs_grad: bool = False,
     transform: str | None = None,
 ) -> AttentionCall:
-    """The description of a call of canonical tensors."""
+    """Return the description of a call of canonical tensors."""
     mask = options.mask
     return AttentionCall(
         device=q.device.type,

@@ -1,4 +1,4 @@
-"""The error of a call that nobody serves."""
+"""The error of a call that no backend serves."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Jagged NestedTensors, PyTorch's own form of sequences of different lengths, as varlen ones and back."""
+"""Conversion of jagged NestedTensors, PyTorch's own form of varlen sequences, to ours and back."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def is_jagged(x: object) -> bool:
 
 
 def to_varlen(q: Any, k: Any, v: Any) -> VarlenArguments:
-    """`(N, H, j, E)`, each a transposed `(N, j, H, E)`, as views `(T, H, E)`."""
+    """Return views `(T, H, E)` of tensors `(N, H, j, E)`, each a transposed `(N, j, H, E)`."""
     for name, x in (("q", q), ("k", k), ("v", v)):
         if not is_jagged(x):
             raise TypeError(f"{name}: expected a jagged NestedTensor as the others are, got {type(x).__name__}")
@@ -50,6 +50,6 @@ def to_varlen(q: Any, k: Any, v: Any) -> VarlenArguments:
 
 
 def nested(x: Tensor, like: Any) -> Tensor:
-    """What belongs to the queries, `(T, H, ...)`, as `(N, H, j, ...)` with the lengths of q."""
-    longest = like._get_max_seqlen()  # read already, and kept by q
+    """Return a result `(T, H, ...)` as `(N, H, j, ...)` with the lengths of q, which is `like`."""
+    longest = like._get_max_seqlen()  # q has it cached by now
     return torch.nested.nested_tensor_from_jagged(x, like.offsets(), max_seqlen=longest).transpose(1, 2)

@@ -1,4 +1,4 @@
-"""What the forward and the backward of a backend are given, and what they return."""
+"""The records that the forward and the backward of a backend take and return."""
 
 from __future__ import annotations
 
@@ -10,10 +10,9 @@ from torch import Tensor
 class Options(NamedTuple):
     """Everything but q, k, v and n, as a backend's forward and backward receive it.
 
-    Query i of a sequence stands at position `p = i + S - L`, so that the last query meets the last key; it sees
-    the keys `p - window_left ... p + window_right`. None is unlimited, and `window_right = 0` is causal attention.
-    The right side may be negative, but not of varlen sequences: `L - S` is a causal mask from the first query and the
-    first key on, where there are more keys.
+    Query i of a sequence has position `p = i + S - L`, so that the last query is at the last key. It sees the keys from
+    `p - window_left` to `p + window_right`. None is unlimited, and `window_right = 0` is causal attention. The right
+    side may be negative, but not for varlen sequences: `L - S` is a causal mask aligned top-left, for S > L.
     """
 
     scale: float
@@ -41,16 +40,16 @@ class Options(NamedTuple):
 
     @property
     def causal(self) -> bool:
-        """Whether the visible keys are exactly those of a causal mask."""
+        """True if the visible keys are exactly those of a causal mask."""
         return self.window_left is None and self.window_right == 0
 
     def replaced(self, **changes: Any) -> Options:
-        """`_replace`, which torch.compile of PyTorch 2.8 cannot trace."""
+        """Do as `_replace`, which torch.compile of PyTorch 2.8 cannot trace."""
         return Options(**{**dict(zip(Options._fields, self, strict=True)), **changes})
 
 
 class Saved(NamedTuple):
-    """What a backward needs of its forward: `out` and `lse` have n inside."""
+    """The tensors that a backward needs of its forward: `out` and `lse` have n inside."""
 
     q: Tensor
     k: Tensor
@@ -62,7 +61,7 @@ class Saved(NamedTuple):
 
 
 class Grads(NamedTuple):
-    """What a backward is asked: the gradients of the results, and which gradients beyond dq, dk and dv are wanted."""
+    """The gradients of the results, and which gradients a backward has to return beyond dq, dk and dv."""
 
     dout: Tensor
     dlse: Tensor | None = None
@@ -71,11 +70,11 @@ class Grads(NamedTuple):
 
 
 class Gradients(NamedTuple):
-    """What a backward returns. dk and dv may have Hq heads: the caller adds up those of a group.
+    """The gradients that a backward returns. dk and dv may have Hq heads: the caller adds up those of a group.
 
     Attributes:
-        dn: `(Hq,)`, of n or of log n as it was asked. None leaves it to the caller.
-        dbias: that of a floating mask, if it was asked for.
+        dn: the gradient `(Hq,)` of n or of log n, whichever was asked for. None leaves it to the caller.
+        dbias: the gradient of a floating mask, if it was asked for.
     """
 
     dq: Tensor

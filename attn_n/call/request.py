@@ -1,4 +1,4 @@
-"""What is asked, as it was passed."""
+"""The arguments of a call, as they were passed."""
 
 from __future__ import annotations
 

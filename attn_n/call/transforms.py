@@ -1,4 +1,4 @@
-"""Which of PyTorch's ways to differentiate and to batch surround a call."""
+"""Detection of the transforms around a call: forward-mode AD, torch.func and torch.vmap."""
 
 from __future__ import annotations
 
@@ -13,9 +13,9 @@ from attn_n.compilation import constant_when_compiled
 
 
 def beyond_one_backward(*tensors: Tensor | None) -> str | None:
-    """Why kernels with an explicit backward cannot serve: forward-mode AD, or a gradient of a gradient."""
+    """Return the transform under which an explicit backward cannot serve (forward-mode AD, a second derivative)."""
     levels = _levels()
-    if torch.compiler.is_compiling() and "Grad" in levels:  # it traces no autograd.Function there
+    if torch.compiler.is_compiling() and "Grad" in levels:  # torch.compile cannot trace an autograd.Function there
         return "a gradient of torch.func within torch.compile"
     if "Jvp" in levels or have_tangents(*tensors):
         return "forward-mode AD"
@@ -24,12 +24,12 @@ def beyond_one_backward(*tensors: Tensor | None) -> str | None:
 
 
 def have_tangents(*tensors: Tensor | None) -> bool:
-    """Whether forward-mode AD takes the tangent of one of them along."""
+    """Return True if one of the tensors has a tangent of forward-mode AD."""
     if forward_ad._current_level < 0:
         return False
-    if torch.compiler.is_compiling():  # which cannot trace the question
+    if torch.compiler.is_compiling():  # torch.compile cannot trace unpack_dual
         return True
-    # What torch.vmap wraps cannot be asked.
+    # A tensor that torch.vmap wraps cannot be asked.
     return any(
         x is not None and (_functorch.is_batchedtensor(x) or forward_ad.unpack_dual(x).tangent is not None)
         for x in tensors
@@ -37,15 +37,15 @@ def have_tangents(*tensors: Tensor | None) -> bool:
 
 
 def by_functional_gradient() -> bool:
-    """Whether torch.func computes a gradient. (torch.vmap alone, and autograd around it, need none.)"""
+    """Return True within a gradient of torch.func. (torch.vmap alone, also within autograd, is none.)"""
     return "Grad" in _levels()
 
 
 def requires_grad(x: Tensor | None) -> bool:
-    """Whether x has a gradient to come, also where torch.vmap has hidden that in what it wraps."""
+    """Return True if x requires a gradient, also within the wrappers of torch.vmap, which hide that."""
     if x is None:
         return False
-    if torch.compiler.is_compiling():  # there nobody can look into what torch.vmap wraps
+    if torch.compiler.is_compiling():  # torch.compile cannot look into these wrappers
         return x.requires_grad or (x.is_floating_point() and "Vmap" in _levels())
     while not x.requires_grad:
         if not _functorch.is_functorch_wrapped_tensor(x):
@@ -56,7 +56,7 @@ def requires_grad(x: Tensor | None) -> bool:
 
 @constant_when_compiled  # while it traces, torch.compile runs under the same functorch levels
 def _levels() -> tuple[str, ...]:
-    """Those of functorch, from the outermost to the innermost: "Grad", "Jvp", "Vmap", "Functionalize"."""
+    """Return the levels of functorch from the outermost to the innermost: "Grad", "Jvp", "Vmap", "Functionalize"."""
     if not torch._C._are_functorch_transforms_active():
         return ()
     stack: Any = _functorch.get_interpreter_stack()

@@ -1,1 +1,1 @@
-"""Who serves a call: the choice, its explanation, the measured order, and the calls that are known."""
+"""Dispatch: the choice of a backend, its explanation, the measured order, and the cache of prepared calls."""

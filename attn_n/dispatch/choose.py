@@ -13,11 +13,11 @@ from attn_n.dispatch.serving import first
 
 
 def choose(call: AttentionCall, backend: str | None) -> tuple[str, Backend]:
-    """The backend that serves `call`: the one that is asked for, else the first of the automatic order.
+    """Return the backend that serves `call`: the forced one, else the first of the automatic order.
 
     Raises:
         ValueError: an unknown name.
-        UnsupportedError: the forced backend, or none at all, serves the call.
+        UnsupportedError: the forced backend does not serve the call, or no backend does.
     """
     name, asked_by = forced(backend)
     try:

@@ -1,4 +1,4 @@
-"""What each backend says of a call, for `explain` and for the text of a refusal."""
+"""The verdict of each backend on a call, for `explain` and for the text of a refusal."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ from attn_n.dispatch.serving import first, why_not
 
 @dataclass(frozen=True)
 class Verdict:
-    """What one backend says of one call.
+    """The verdict of one backend on one call.
 
     Attributes:
         reason: why it does not serve the call; None if it does.
         rank: its place in the automatic order, counted from 1; None if it serves only when it is named.
-        by_name: why it has no place there, where there is something to say.
+        by_name: why it serves only when it is named, if there is a reason to give.
     """
 
     name: str
@@ -32,7 +32,7 @@ class Verdict:
 
 @dataclass(frozen=True)
 class Explanation:
-    """Which backend serves a call and why, as `explain` returns and prints it."""
+    """The backend that serves a call and the verdicts of all, as `explain` returns and prints them."""
 
     call: AttentionCall
     chosen: str | None
@@ -57,7 +57,7 @@ class Explanation:
 
 
 def explain(call: AttentionCall, backend: str | None) -> Explanation:
-    """What each backend says of `call`, and which one serves it."""
+    """Ask each backend for its verdict on `call`, and choose the one that serves it."""
     name, asked_by = forced(backend)
     automatic = order.automatic(call)
     listed: dict[str, str | None] = dict.fromkeys([*automatic, *registry.names()])
@@ -78,6 +78,7 @@ def explain(call: AttentionCall, backend: str | None) -> Explanation:
 
 
 def refusal(call: AttentionCall, name: str | None, asked_by: str) -> str:
+    """Return the text of the error for a call that is not served: the call, the reasons of each backend, the remedy."""
     explanation = explain(call, name)
     who = "no backend serves this call" if name is None else f"backend {name!r} ({asked_by}) does not serve this call"
     others = [verdict.name for verdict in explanation.verdicts if verdict.reason is None]
@@ -86,6 +87,6 @@ def refusal(call: AttentionCall, name: str | None, asked_by: str) -> str:
     )
     reasons = [f"  {verdict.name}: {verdict.reason or 'serves it'}" for verdict in explanation.verdicts]
     described = [f"  {call}"]
-    if torch.compiler.is_compiling():  # torch.compile does not trace the text of symbolic lengths
+    if torch.compiler.is_compiling():  # torch.compile cannot trace the text of symbolic lengths
         described = []
     return "\n".join([f"{who}:", *described, *reasons, f"To do: {remedy}."])

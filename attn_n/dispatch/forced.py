@@ -1,4 +1,4 @@
-"""Who asks for which backend: `backend=`, `use_backend`, or the environment variable `ATTN_N_BACKEND`."""
+"""The backend that is forced by `backend=`, by `use_backend`, or by the environment variable `ATTN_N_BACKEND`."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ _innermost: ContextVar[str | None] = ContextVar("attn_n_backend", default=None)
 
 
 class _OfThread(threading.local):
-    """What `_innermost` holds, for torch.compile, which guards an attribute of an object but no context variable."""
+    """A copy of `_innermost` for torch.compile, which guards attributes of objects but no context variables."""
 
     def __init__(self) -> None:
         self.innermost: str | None = None
@@ -36,8 +36,8 @@ _of_thread = _OfThread()
 def use_backend(name: str | None) -> Iterator[None]:
     """Within `with use_backend(name):`, calls that pass no `backend=` use that one; None means automatic.
 
-    It holds for this thread or task, the innermost one wins, and it wins over `ATTN_N_BACKEND`. Compiled functions see
-    that of the thread: a task that enters one beside others should call none of them before they are done.
+    It applies to this thread or task. The innermost one wins, and it wins over `ATTN_N_BACKEND`. Compiled functions see
+    the one that was entered last in the thread: beside other tasks that enter one, call them when those are done.
 
     Raises:
         TypeError: the name is neither None nor a str.
@@ -56,11 +56,11 @@ def use_backend(name: str | None) -> Iterator[None]:
             _of_thread.innermost = before
         else:
             _innermost.reset(token)
-            _of_thread.innermost = _innermost.get()  # and not `before`, which may be another task's
+            _of_thread.innermost = _innermost.get()  # `before` may be that of another task
 
 
 def forced(backend: str | None) -> tuple[str | None, str]:
-    """The backend that is asked for by name, if any, and who asks."""
+    """Return the forced backend, if any, and what forces it."""
     if backend is not None:
         if not isinstance(backend, str):
             raise TypeError(f"backend: expected None or a name, got {type(backend).__name__}")

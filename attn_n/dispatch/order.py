@@ -1,4 +1,4 @@
-"""The automatic order: which backends are tried first, as measured by bench/."""
+"""The automatic order in which backends are tried, made from measurements by bench/."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import torch
 
 from attn_n.call import AttentionCall
 
-# What is tried, in this order, when nobody names a backend. cuDNN is in no order: it waits 50 ms for every new shape.
+# The backends to try, in this order, when none is forced. cuDNN is in no order: it takes 50 ms for every new shape.
 DEFAULT = {
     "cpu": ("sdpa", "reference"),
     "cuda": ("sdpa", "triton", "flash_attn", "xformers", "reference"),
@@ -23,15 +23,15 @@ FEW_QUERIES = 128  # fewer than these
 
 
 class Row(NamedTuple):
-    """What comes before the default order, for calls of one kind."""
+    """Backends to try before the default order, for calls that match this row."""
 
-    training: bool | None  # with gradients, where both passes count; None: either
-    with_n: bool | None  # behind the kernel of another library n is one more pass over `out`; None: either
-    widest: int  # heads up to this
-    keys: int  # from so many on that a query sees
+    training: bool | None  # the call needs gradients, so both passes count; None matches either
+    with_n: bool | None  # n > 0, which costs other libraries one more pass over `out`; None matches either
+    widest: int  # head sizes up to this
+    keys: int  # a query sees at least so many keys
     first: tuple[str, ...]
     varlen: bool = False
-    causal: bool = False  # only these
+    causal: bool = False  # True matches only causal calls
     queries: str = MANY
 
     def __str__(self) -> str:
@@ -45,16 +45,19 @@ class Row(NamedTuple):
 
 # An H100, bfloat16, 2026-11-26: PyTorch 2.11, Triton 3.6, FlashAttention 2 (2.8.3.post2), 3 (tokenspeed-fa3
 # 3.0.0.post20260810, without a backward) and 4 (4.0.0b36), xFormers 0.0.35; h100-2026-11-26-grid.json in
-# bench/results. By these rows the choice has 0.97 of the speed of the fastest that is installed, or more, for E = 64,
-# 128, 256, S = 512 to 16,384, causal and not. Varlen sequences and windows: h100-2026-11-26-varlen-window.json, where
-# at E = 128 sequences of 64 keys train 1.12 times as fast on the portable kernels, those of 512 1.33 times as fast on
-# those of Hopper, and windows of 256 and 1,024 keys with n 1.08 and 1.01 times as fast there as on FlashAttention 4.
-# Few queries: h100-2026-11-26-decode.json, where FlashAttention 3 and 4 take half the time of all else, and for one
-# query PyTorch's FlashAttention-2 as little as they. Below 4,096 keys all of them take less than the host does for a
-# length that it has not seen, and one comes with each step of a decoder; there a kernel with n inside costs least
-# (`pytest bench -k lengths`).
+# bench/results. By these rows the choice has at least 0.97 of the speed of the fastest installed backend, for E = 64,
+# 128, 256, S = 512 to 16,384, causal and not.
+#
+# Varlen sequences and windows: h100-2026-11-26-varlen-window.json. At E = 128, sequences of 64 keys train 1.12 times as
+# fast on the portable kernels as on the Hopper ones; sequences of 512 keys train 1.33 times as fast on the Hopper ones.
+# With n, windows of 256 and 1,024 keys are 1.08 and 1.01 times as fast on those as on FlashAttention 4.
+#
+# Few queries: h100-2026-11-26-decode.json. FlashAttention 3 and 4 take half the time of all others, and for one query
+# PyTorch's FlashAttention-2 takes as little. Below 4,096 keys each of them takes less time than the host does for a new
+# length, which comes with each step of a decoder; there a kernel with n inside costs least (`pytest bench -k lengths`).
+#
 # The portable kernels are 1.2 to 1.9 times as fast as PyTorch's FlashAttention-2 at every point of the grid. Hence they
-# come before it, for what those of Hopper do not serve.
+# come before it for calls that the Hopper kernels do not serve.
 SM_90 = (
     Row(None, None, 256, 4096, ("sdpa:flash", "flash_attn:3", "flash_attn:4", "triton"), queries=ONE),
     Row(None, True, 256, 0, ("triton",), queries=ONE),
@@ -87,7 +90,7 @@ _BY_KIND = {
 
 
 def automatic(call: AttentionCall) -> tuple[str, ...]:
-    """The backends to try for a call that names none."""
+    """Return the backends to try, in order, for a call that forces none."""
     row = _row(call)
     default = DEFAULT.get(call.device, ELSEWHERE)
     if row is None and _masks_by_numbers(call):
@@ -96,7 +99,7 @@ def automatic(call: AttentionCall) -> tuple[str, ...]:
 
 
 def reason(call: AttentionCall) -> str:
-    """Why the order of a call is what it is."""
+    """Return the reason for the automatic order of a call."""
     row = _row(call)
     if row is None and _masks_by_numbers(call):
         return "automatic, triton first: the gradients beside a floating mask are more accurate there"
@@ -104,7 +107,7 @@ def reason(call: AttentionCall) -> str:
 
 
 def _masks_by_numbers(call: AttentionCall) -> bool:
-    """Whether rows may be hidden by -65504 and the like, in training and in half precision on a GPU.
+    """Return True if rows may be masked by finite numbers such as -65504, in half-precision training on a GPU.
 
     There the gradients of the memory-efficient kernels carry the rounding of a large lse, and those of `triton` do not.
     """
@@ -119,7 +122,7 @@ def _masks_by_numbers(call: AttentionCall) -> bool:
 
 
 def _row(call: AttentionCall) -> Row | None:
-    """The first one that fits."""
+    """Return the first row that matches the call."""
     if call.capability != (9, 0) or torch.version.hip is not None or call.dtype.itemsize != 2:
         return None
     if call.dropout_p:  # not measured; the portable kernels draw more random numbers than FlashAttention
@@ -131,7 +134,10 @@ def _row(call: AttentionCall) -> Row | None:
 
 
 def _queries(call: AttentionCall) -> str:
-    """By branches: under torch.compile a comparison of lengths is no bool that could be compared with another."""
+    """Return the class of the number of queries.
+
+    It branches, since under torch.compile a comparison of lengths is no bool that could be compared with another.
+    """
     if call.varlen:
         return MANY
     if call.q_shape[-2] == 1 and not call.windowed:
@@ -142,7 +148,10 @@ def _queries(call: AttentionCall) -> str:
 
 
 def _fits(row: Row, call: AttentionCall) -> bool:
-    """A function and no method: torch.compile of PyTorch 2.8 does not trace every method of a NamedTuple."""
+    """Return True if the row matches the call.
+
+    It is not a method, since torch.compile of PyTorch 2.8 does not trace every method of a NamedTuple.
+    """
     with_n = call.n_kind != "none"
     if row.training not in (None, call.needs_grad) or row.with_n not in (None, with_n):
         return False

@@ -1,4 +1,4 @@
-"""Whether a backend serves a call."""
+"""The question whether a backend serves a call, answered by a reason or None."""
 
 from __future__ import annotations
 
@@ -8,10 +8,10 @@ from attn_n.call import AttentionCall
 
 
 def first(call: AttentionCall, candidates: tuple[str, ...]) -> tuple[str, Backend] | None:
-    """The first of the candidates that serves `call`, and of a family its member."""
+    """Return the first of the candidates that serves `call`; of a family, the member that does."""
     for candidate in candidates:
         found, _ = registry.find(candidate)
-        if found is None or _beyond(found, call) is not None:
+        if found is None or _why_not_transform(found, call) is not None:
             continue
         if isinstance(found, Family):
             member = found.serving(call)
@@ -23,13 +23,13 @@ def first(call: AttentionCall, candidates: tuple[str, ...]) -> tuple[str, Backen
 
 
 def why_not(name: str, call: AttentionCall) -> str | None:
-    """The reason why the backend called `name` does not serve `call`, or None if it does."""
+    """Return the reason why the backend called `name` does not serve `call`; None if it does."""
     backend, import_error = registry.find(name)
-    return import_error if backend is None else _beyond(backend, call) or backend.refusal(call)
+    return import_error if backend is None else _why_not_transform(backend, call) or backend.refusal(call)
 
 
-def _beyond(backend: Backend, call: AttentionCall) -> str | None:
-    """Why a backend with an explicit backward cannot serve the call under this transform; None if it can."""
+def _why_not_transform(backend: Backend, call: AttentionCall) -> str | None:
+    """Return the reason why a backend with an explicit backward cannot serve the call's transform; None if it can."""
     if call.transform is None or backend.differentiates:
         return None
     return f"{call.transform} is served by differentiable operations alone, as those of reference"

@@ -1,1 +1,1 @@
-"""`python -m attn_n`: what is installed, what serves here, whether it is right, and how fast it is."""
+"""The command `python -m attn_n`: a report on versions, devices and backends, a self-check and a timing table."""

@@ -1,4 +1,4 @@
-"""What is installed, what each backend can do on each device, whether it is right there, and how fast."""
+"""The report on this machine: versions, and for each device what backends serve, their errors and their speed."""
 
 from __future__ import annotations
 
@@ -33,9 +33,9 @@ class Device:
 
 @dataclass(frozen=True)
 class Support:
-    """What one backend says of each of the typical calls on a device: its reasons not to serve it, none if it does.
+    """The reasons why a backend does not serve each of the typical calls on a device; none if it does.
 
-    A family has the reasons of all its members. `rank` counts the automatic order of the device from 1.
+    A family has the reasons of all its members. `rank` is its place in the automatic order of the device, from 1.
     """
 
     device: str
@@ -55,11 +55,11 @@ class Report:
 
 
 def collect(workloads: dict[str, timing.Workload] = timing.WORKLOADS, seconds: float = 0.2) -> Report:
-    """Everything, with `seconds` for each number of the timings."""
+    """Make the whole report; each timing takes about `seconds`."""
     found = devices()
     support = [row for device in found for row in _support(device)]
     checks = [check for device in found for check in _checks(device)]
-    # A backend that is wrong here is not timed: it is not to be chosen for its speed.
+    # A backend that is wrong here is not timed, since nobody should choose it for its speed.
     failed = {(check.device, check.backend) for check in checks if not check.passed}
     timings = [
         result
@@ -83,7 +83,7 @@ def devices() -> list[Device]:
 
 
 def typical_calls(device: Device) -> dict[str, AttentionCall]:
-    """The calls that the table of support asks about, by the name of what is special about each."""
+    """Return the calls of the table of support, by what is special about each."""
     batch, heads, length, size = 2, 8, 1024, 64
     plain = AttentionCall(
         device=device.device.partition(":")[0],
@@ -149,7 +149,7 @@ def _reasons(name: str, members: list[str], call: AttentionCall) -> list[str]:
 
 
 def _members(name: str, device: Device) -> list[str]:
-    """The members of a family that are for the device, also those that run only by name."""
+    """Return the members of a family for the device, also those that run only by name."""
     backend, _ = registry.find(name)
     if not isinstance(backend, Family):
         return []
@@ -158,7 +158,7 @@ def _members(name: str, device: Device) -> list[str]:
 
 
 def _kernels(device: Device) -> list[str]:
-    """The backends of the device, each family replaced by its members."""
+    """Return the backends of the device, each family replaced by its members."""
     return [kernel for name in registry.names() for kernel in _members(name, device) or [name]]
 
 

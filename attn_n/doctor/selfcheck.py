@@ -1,4 +1,4 @@
-"""Whether a backend computes softmax_n on this machine: its outputs and gradients against plain float64."""
+"""The self-check: outputs and gradients of a backend on this machine against plain float64."""
 
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ from attn_n.functional import flash_attention_n
 
 BATCH, HEADS, SIZE = 2, 4, 64
 
-# Relative errors, in norm. They are met with room to spare; a backend that ignores n misses them by far.
+# Relative errors, in norm. A right backend stays well below them; one that ignores n exceeds them by far.
 TOLERANCE = {torch.float64: 1e-10, torch.float32: 1e-4, torch.bfloat16: 2e-2, torch.float16: 2e-2}
 
 
 @dataclass(frozen=True)
 class Case:
-    """One call. Few keys and negative logits, so that n is a large part of the denominator."""
+    """One call, with few keys and negative logits, so that n is a large part of the denominator."""
 
     name: str
     n: float | tuple[float, ...]
@@ -44,7 +44,7 @@ CASES = (
 
 @dataclass(frozen=True)
 class Check:
-    """The worst relative error of one backend in one dtype over the cases that it serves, and where it was."""
+    """The worst relative error of one backend in one dtype over the cases that it serves, and its case."""
 
     device: str
     backend: str
@@ -59,7 +59,7 @@ class Check:
 
 
 def check(backend: str, device: torch.device, dtype: torch.dtype) -> Check | None:
-    """The check of one backend in one dtype; None if it serves none of the cases."""
+    """Check one backend in one dtype; return None if it serves none of the cases."""
     errors: dict[str, float] = {}
     failure, served = None, len(CASES)
     for case in CASES:
@@ -67,7 +67,7 @@ def check(backend: str, device: torch.device, dtype: torch.dtype) -> Check | Non
             found = _errors(case, backend, device, dtype)
         except UnsupportedError:
             served -= 1
-        except Exception as raised:  # a kernel can fail in any way; the table has to name it and go on
+        except Exception as raised:  # a kernel can fail in any way; the table names the failure, and the rest goes on
             failure = failure or f"{case.name}: {type(raised).__name__}: {raised}"
         else:
             errors |= {f"{name} ({case.name})": value for name, value in found.items()}
@@ -84,7 +84,7 @@ def check(backend: str, device: torch.device, dtype: torch.dtype) -> Check | Non
 
 
 def _errors(case: Case, backend: str, device: torch.device, dtype: torch.dtype) -> dict[str, float]:
-    """`||x - exact|| / ||exact||` of each output and each gradient."""
+    """Return `||x - exact|| / ||exact||` of each output and each gradient."""
     generator = torch.Generator().manual_seed(0)
 
     def normal(*shape: int, mean: float = 0.0) -> Tensor:
@@ -111,7 +111,7 @@ def _errors(case: Case, backend: str, device: torch.device, dtype: torch.dtype) 
 
 
 def _softmax_n_attention(q: Tensor, k: Tensor, v: Tensor, n: float | Tensor, causal: bool) -> tuple[Tensor, Tensor]:
-    """(out, lse) by the formula; `n` is a number or `(H,)`."""
+    """Compute (out, lse) by the formula; `n` is a number or `(H,)`."""
     logits = q @ k.mT / math.sqrt(q.shape[-1])
     if causal:
         len_q, len_k = logits.shape[-2:]

@@ -1,4 +1,4 @@
-"""How long attention takes on this machine: each backend with n = 1 beside PyTorch's own SDPA, which has no n."""
+"""The timing of attention on this machine: each backend with n = 1, and PyTorch's own SDPA, which has no n."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ class Timing:
 
 
 def measure(backend: str, device: torch.device, workload: Workload, length: int, seconds: float) -> Timing | None:
-    """One backend, or `PEER`, for about `seconds` a number; None if it does not serve the workload."""
+    """Time one backend, or `PEER`, for about `seconds` a number; return None if it does not serve the workload."""
     shape = (workload.batch, workload.heads, length, workload.size)
     q, k, v, dout = (torch.randn(shape, dtype=workload.dtype, device=device) for _ in range(4))
     inputs = [x.requires_grad_() for x in (q, k, v)]
@@ -99,7 +99,7 @@ def _host_ms(run: Callable[[], None], device: torch.device, repeats: int) -> lis
 
 
 def _cuda_ms(run: Callable[[], None], device: torch.device, repeats: int) -> list[float]:
-    """From event to event without waiting in between, so that the host runs ahead as it does in a model."""
+    """Time from event to event without synchronizing in between, so that the host runs ahead as it does in a model."""
     with torch.cuda.device(device):
         events = [torch.Event(device, enable_timing=True) for _ in range(repeats + 1)]
         events[0].record()

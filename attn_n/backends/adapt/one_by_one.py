@@ -11,7 +11,7 @@ from torch import Tensor
 from attn_n.call import Gradients, Grads, Options, Saved, checks
 
 
-def sequences(options: Options, tokens_q: int, tokens_k: int) -> Iterator[tuple[slice, slice, Options]]:
+def each_sequence(options: Options, tokens_q: int, tokens_k: int) -> Iterator[tuple[slice, slice, Options]]:
     """Yield the queries and the keys of each sequence, and its options as a batch of one.
 
     This reads cu_seqlens on the host, which synchronizes with an accelerator.
@@ -78,6 +78,6 @@ def backward_one_by_one(
 
 
 def _not_empty(options: Options, q: Tensor, k: Tensor) -> Iterator[tuple[slice, slice, Options]]:
-    for queries, keys, alone in sequences(options, q.shape[0], k.shape[0]):
+    for queries, keys, alone in each_sequence(options, q.shape[0], k.shape[0]):
         if queries.start < queries.stop and keys.start < keys.stop:
             yield queries, keys, alone

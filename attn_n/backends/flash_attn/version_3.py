@@ -36,8 +36,8 @@ def why_not_usable() -> str | None:
 
 
 @constant_when_compiled
-def left_out(what: str) -> str | None:
-    """Return the reason if the build lacks `what` by its own list of flags; without such a list it lacks nothing."""
+def left_out(feature: str) -> str | None:
+    """Return the reason if the build lacks `feature` by its own list of flags; without such a list it lacks nothing."""
     try:
         flags: dict[str, bool] = importlib.import_module("flash_attn_config").CONFIG["build_flags"]
     except ModuleNotFoundError:
@@ -45,9 +45,9 @@ def left_out(what: str) -> str | None:
     except Exception as error:  # a list that cannot be read promises nothing
         said = " ".join(f"{type(error).__name__}: {error}".split())
         return f"the list of what this build of FlashAttention 3 has, flash_attn_config, cannot be read: {said}"
-    if not flags.get(f"FLASHATTENTION_DISABLE_{what}"):
+    if not flags.get(f"FLASHATTENTION_DISABLE_{feature}"):
         return None
-    return f"this build of FlashAttention 3 ({LIBRARY.version()}) was made without {what.lower()}"
+    return f"this build of FlashAttention 3 ({LIBRARY.version()}) was made without {feature.lower()}"
 
 
 class FlashAttention3(FlashBackend):
@@ -89,7 +89,7 @@ def _why_not_built(call: AttentionCall) -> str | None:
         "FP16": call.dtype == torch.float16,
         "HDIM256": max(call.head_dim, call.head_dim_v) > 192,
     }
-    reasons = (left_out(what) for what, asked_for in wanted.items() if asked_for)
+    reasons = (left_out(feature) for feature, asked_for in wanted.items() if asked_for)
     return next((reason for reason in reasons if reason is not None), None)
 
 

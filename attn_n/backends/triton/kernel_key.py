@@ -81,7 +81,7 @@ class KernelKey(NamedTuple):
 
     @property
     def fits_descriptors(self) -> bool:
-        """True if TMA descriptors can address all inputs; they always can address what is allocated here."""
+        """True if TMA descriptors can address all inputs; they can always address what we allocate ourselves."""
         return self.aligned and all(fits_descriptors(strides, self.dtype.itemsize) for strides in self.strides)
 
 
