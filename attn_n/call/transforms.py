@@ -9,6 +9,7 @@ from torch import Tensor
 from torch._C import _functorch
 from torch.autograd import forward_ad
 
+from attn_n.call.checks import PLAIN
 from attn_n.compilation import constant_when_compiled
 
 
@@ -61,3 +62,21 @@ def _levels() -> tuple[str, ...]:
         return ()
     stack: Any = _functorch.get_interpreter_stack()
     return tuple(level.key().name for level in stack)
+
+
+def needs_dispatcher(x: Tensor) -> bool:
+    """Whether somebody looks at operators: a compiler, a subclass, a mode (checkpoints), functorch, forward-mode AD."""
+    if torch.compiler.is_compiling():
+        return True
+    return (
+        type(x) not in PLAIN
+        or torch._C._len_torch_dispatch_stack() > 0
+        or torch._C._are_functorch_transforms_active()
+        or torch._C._is_tracing()
+        or forward_ad._current_level >= 0
+    )
+
+
+def is_batched(x: Tensor | None) -> bool:
+    """By torch.autograd.grad(is_grads_batched=True)."""
+    return x is not None and _functorch.is_legacy_batchedtensor(x)

@@ -11,9 +11,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from attn_n.autograd.operators import PreparedCall, needs_dispatcher
+from attn_n.autograd.prepared import PreparedCall
 from attn_n.backends import registry
-from attn_n.call import Request
+from attn_n.call import Request, transforms
 from attn_n.call.checks import PLAIN
 from attn_n.dispatch import forced, similar
 from attn_n.recent import Recent
@@ -29,7 +29,14 @@ def key(q: Tensor, k: Tensor, v: Tensor, request: Request, packing: tuple[Any, .
 
     `packing` are `cu_seqlens_q` and `cu_seqlens_k`, and the longest of their sequences.
     """
-    if needs_dispatcher(q) or type(k) not in PLAIN or type(v) not in PLAIN or q.is_neg() or k.is_neg() or v.is_neg():
+    if (
+        transforms.needs_dispatcher(q)
+        or type(k) not in PLAIN
+        or type(v) not in PLAIN
+        or q.is_neg()
+        or k.is_neg()
+        or v.is_neg()
+    ):
         return None
     if not (q.is_cpu or q.is_cuda) or torch.is_autocast_enabled("cpu" if q.is_cpu else "cuda"):
         return None

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from attn_n.autograd import operators
+from attn_n.autograd import passes
 from attn_n.backends.base import Backend
 from attn_n.call import AttentionCall
 from attn_n.call.errors import UnsupportedError
@@ -29,4 +29,4 @@ def choose(call: AttentionCall, backend: str | None) -> tuple[str, Backend]:
     return served
 
 
-operators.choose_by(lambda call: choose(call, None)[1])
+passes.choose_by(lambda call: choose(call, None)[1])

@@ -8,7 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from attn_n.autograd import operators
+from attn_n.autograd import function, passes
+from attn_n.autograd.prepared import PreparedCall
 from attn_n.call import Options, Request, autocast, canonical, checks, jagged
 from attn_n.dispatch import call_cache, choose, forced, similar
 from attn_n.sink import rescale
@@ -47,7 +48,7 @@ def varlen(
 
 
 def _run_known(
-    known: operators.PreparedCall, q: Tensor, k: Tensor, v: Tensor, request: Request, options: Options
+    known: PreparedCall, q: Tensor, k: Tensor, v: Tensor, request: Request, options: Options
 ) -> Tensor | tuple[Tensor, Tensor]:
     n = request.sm_n if request.sinks is None else request.sinks
     if not isinstance(n, Tensor):
@@ -57,7 +58,7 @@ def _run_known(
     mask = request.attn_mask
     if mask is not None:
         options = options._replace(mask=canonical.with_dimensions(mask, 4))
-    out, lse = operators.attend_eagerly(q, k, v, n, options, known)
+    out, lse = function.attend_eagerly(q, k, v, n, options, known)
     return (out, lse) if request.return_lse else out
 
 
@@ -83,11 +84,11 @@ def _run(
         log_n, numbers, options = _numbers(n, options)
         # With dropout the backward has to run where the forward ran, which an open choice does not promise.
         if torch.compiler.is_exporting() and forced.forced(request.backend)[0] is None and not options.dropout_p:
-            name = operators.ANY_BACKEND
+            name = passes.ANY_BACKEND
         bare = options.replaced(mask=None, alibi_slopes=None, cu_seqlens_q=None, cu_seqlens_k=None)
-        known = operators.PreparedCall(name, bare, n_is_logit, log_n, numbers, call.return_lse, call.needs_grad)
+        known = PreparedCall(name, bare, n_is_logit, log_n, numbers, call.return_lse, call.needs_grad)
         with autocast.suspended(q.device.type):
-            out, lse = operators.attend(q, k, v, tensor_n, options, known)
+            out, lse = function.attend(q, k, v, tensor_n, options, known)
         if key is not None:
             call_cache.put(key, known)
             if similar.covers(call, name, forced.forced(request.backend)[0] is not None):

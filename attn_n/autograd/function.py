@@ -1,0 +1,80 @@
+"""Attention with its gradients, by PyTorch's autograd.
+
+Host cost of a call with gradients: `torch.library.custom_op` with `register_autograd` about 69 us, an operator of a
+`torch.library.Library` under a plain `autograd.Function` about 31 us, a bare function under it about 10 us. Hence an
+eager call runs the function itself. The registered operator wraps the same function; it is used only where somebody
+looks at operators: a compiler, a tensor subclass, a dispatch mode, a functorch transform.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from attn_n.autograd import flops, gradients, operators
+from attn_n.autograd.prepared import PreparedCall
+from attn_n.call import Options, Saved, transforms
+
+
+def attend(
+    q: Tensor, k: Tensor, v: Tensor, n: Tensor | None, options: Options, call: PreparedCall
+) -> tuple[Tensor, Tensor]:
+    """(out, lse) of canonical tensors by a backend with a forward and a backward; n is `()` or `(Hq,)`."""
+    if not transforms.needs_dispatcher(q):
+        return attend_eagerly(q, k, v, n, options, call)
+    flops.register()
+    arguments = (q, k, v, n, call.n_is_logit, call.log_n, call.numbers, call.backend, *options)
+    if transforms.by_functional_gradient() and not torch.compiler.is_compiling():
+        out, lse, _ = operators.Operator.apply(*arguments)  # type: ignore[no-untyped-call]
+    else:
+        out, lse, _ = operators.run(arguments)
+    return out, lse
+
+
+def attend_eagerly(
+    q: Tensor, k: Tensor, v: Tensor, n: Tensor | None, options: Options, call: PreparedCall
+) -> tuple[Tensor, Tensor]:
+    """`attend` where nobody watches operators."""
+    if not call.needs_grad:
+        out, lse, _ = call.forward(q, k, v, n, options, call.lse_wanted)
+        return out, lse
+    attended: tuple[Tensor, Tensor] = _Attention.apply(q, k, v, n, options, call)  # type: ignore[no-untyped-call]
+    return attended
+
+
+class _Attention(torch.autograd.Function):
+    """An eager call."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, q: Tensor, k: Tensor, v: Tensor, n: Tensor | None, options: Options, call: PreparedCall
+    ) -> tuple[Tensor, Tensor]:
+        # The lse always has n here. Under a checkpoint the backward gets what is saved from a second forward, which can
+        # run in another way than the first: nothing may be known of it but what it returned.
+        out, lse, rng_state = call.forward(q, k, v, n, options, True)
+        if options is call.options and rng_state is None:
+            ctx.save_for_backward(q, k, v, out, lse, None, n)
+            ctx.options = options
+            ctx.set_materialize_grads(False)
+        else:
+            arguments = q, k, v, n, call.n_is_logit, call.log_n, None, call.backend
+            gradients.save(ctx, 6, arguments, options, out, lse, rng_state)
+        ctx.call = call
+        return out, lse
+
+    @staticmethod
+    def backward(ctx: Any, dout: Tensor | None, dlse: Tensor | None) -> Any:
+        call = ctx.call
+        if dout is None and dlse is None:
+            return None, None, None, None, None, None
+        q, k, v, out, lse, _, n, *_ = saved = ctx.saved_tensors
+        if torch.is_grad_enabled() or call.watched(q, dout, dlse) or len(saved) > 7 or not call.has_run:
+            ctx.rest = call.n_is_logit, call.log_n, call.backend, 6
+            return gradients.gradients(ctx, saved, dout, dlse, call)
+        if dout is None:
+            dout = torch.zeros_like(out)
+        needs_n = n is not None and ctx.needs_input_grad[3]
+        dq, dk, dv, dn = call.backward(dout, dlse, Saved(q, k, v, out, lse), n, needs_n, ctx.options)
+        return dq, dk, dv, dn if needs_n else None, None, None

@@ -1,0 +1,145 @@
+"""What a backward keeps of its forward, and the gradients of a call however it is differentiated."""
+
+from __future__ import annotations
+
+import zlib
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from attn_n.autograd import flops, passes
+from attn_n.autograd.prepared import PreparedCall
+from attn_n.backends.base import Backend
+from attn_n.call import Options, Saved, autocast, transforms
+from attn_n.call.errors import UnsupportedError
+
+
+def save(
+    ctx: Any, inputs: int, arguments: Sequence[Any], options: Options, out: Tensor, lse: Tensor,
+    rng_state: Tensor | None,
+) -> None:  # fmt: skip
+    q, k, v, n, n_is_logit, log_n, numbers, backend = arguments
+    checksum = _backend_checksum(backend) if options.dropout_p else None
+    tensors = options.mask, options.alibi_slopes, options.cu_seqlens_q, options.cu_seqlens_k, numbers, checksum
+    # Operators cannot return None: without dropout rng_state is an empty tensor there, and None in the plain function.
+    saved = q, k, v, out, lse, rng_state if options.dropout_p else None, n
+    if all(x is None for x in tensors):
+        ctx.save_for_backward(*saved)
+        ctx.options = options
+    else:
+        ctx.save_for_backward(*saved, *tensors)
+        ctx.options = options.replaced(mask=None, alibi_slopes=None, cu_seqlens_q=None, cu_seqlens_k=None)
+    ctx.rest = n_is_logit, log_n, backend, inputs
+    ctx.set_materialize_grads(False)
+
+
+def gradients(
+    ctx: Any, saved: Sequence[Any], dout: Tensor | None, dlse: Tensor | None, call: PreparedCall | None = None
+) -> tuple[Tensor | None, ...]:
+    n_is_logit, log_n, backend, inputs = ctx.rest
+    if dout is None and dlse is None:
+        return _only_needed((), (), inputs)
+    q, k, v, out, lse, rng_state, n, *tensors = saved
+    options, numbers = ctx.options, None
+    if tensors:
+        mask, slopes, starts_q, starts_k, numbers, checksum = tensors
+        options = options.replaced(mask=mask, alibi_slopes=slopes, cu_seqlens_q=starts_q, cu_seqlens_k=starts_k)
+        if (
+            checksum is not None
+            and not torch.compiler.is_compiling()
+            and not torch.equal(checksum, _backend_checksum(backend))
+        ):
+            raise RuntimeError(
+                f"dropout_p: a checkpoint ran the forward again on another backend than {backend!r}, where the same"
+                " seed drops other weights.\nTo do: pass backend=, or keep use_backend around the backward as well."
+            )
+    if transforms.have_tangents(dout, dlse, q, k, v, out, lse, n):
+        raise no_second_derivative(backend)
+    found: Sequence[Tensor | None]
+    needed: tuple[bool, ...] = ctx.needs_input_grad
+    batched = transforms.is_batched(dout) or transforms.is_batched(dlse)
+    if backend == passes.ANY_BACKEND and not (batched or transforms.needs_dispatcher(q)):
+        chosen = passes.chosen_now(backend, q, k, v, n, options)
+        if chosen.differentiates:
+            if numbers is not None:
+                log_n, options = passes.with_numbers(numbers, log_n, options)
+            found = _by_autograd(chosen, dout, dlse, q, k, v, n, n_is_logit, log_n, options)
+            return _only_needed(found, needed, inputs)
+    if call is not None and call.has_run and not (batched or torch.is_grad_enabled() or transforms.needs_dispatcher(q)):
+        if dout is None:
+            dout = torch.zeros_like(out)
+        with autocast.suspended(q.device.type):
+            of_forward = Saved(q, k, v, out, lse, None, rng_state)
+            found = call.backward(dout, dlse, of_forward, n, needed[3], options)
+        return _only_needed(found, needed, inputs)
+    arguments = (
+        torch.zeros_like(out) if dout is None else dout, dlse, q, k, v, out, lse, rng_state, n, n_is_logit,
+        log_n is None and passes.rows_may_be_empty_in(q, k, options), needed[3], numbers, backend,
+    )  # fmt: skip
+    with autocast.suspended(q.device.type):
+        if torch.is_grad_enabled():
+            found = Backward.apply(*arguments, *options)  # type: ignore[no-untyped-call]
+        elif batched or transforms.needs_dispatcher(q):
+            flops.register()
+            found = torch.ops.attn_n.backward(*arguments, *options)
+        else:
+            found = passes.backward(options, *arguments)
+    return _only_needed(found, needed, inputs)
+
+
+def _only_needed(found: Sequence[Tensor | None], needed: Sequence[bool], inputs: int) -> tuple[Tensor | None, ...]:
+    """The gradients of all inputs, of which the first four, q, k, v and n, have one."""
+    wanted = [x if of_x else None for x, of_x in zip(found, needed, strict=False)]
+    return *wanted, *[None] * (inputs - len(wanted))
+
+
+def _by_autograd(
+    chosen: Backend, dout: Tensor | None, dlse: Tensor | None, q: Tensor, k: Tensor, v: Tensor, n: Tensor | None,
+    n_is_logit: bool, log_n: float | None, options: Options,
+) -> list[Tensor | None]:  # fmt: skip
+    """dq, dk, dv and dn by a backend without a backward of its own, of an exported program whose forward it ran."""
+    q, k, v = (x.detach().requires_grad_() for x in (q, k, v))
+    of_n: float | Tensor | None = log_n if n is None else n.detach().requires_grad_()
+    with torch.enable_grad(), autocast.suspended(q.device.type):
+        results = chosen.attend(q, k, v, of_n, n_is_logit or n is None, options, True)
+    given = [(x, dx) for x, dx in zip(results, (dout, dlse), strict=True) if x is not None and dx is not None]
+    leaves = [q, k, v, *([of_n] if isinstance(of_n, Tensor) else [])]
+    found = torch.autograd.grad([x for x, _ in given], leaves, [dx for _, dx in given], allow_unused=True)
+    return [*found, *[None] * (4 - len(found))]
+
+
+class Backward(torch.autograd.Function):
+    """The backward of a call under create_graph=True: it can be computed, but not differentiated once more."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(*arguments: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        gradients: tuple[Tensor, Tensor, Tensor, Tensor] = torch.ops.attn_n.backward(*arguments)
+        return gradients
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
+        ctx.backend = inputs[13]
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Any) -> Any:
+        raise no_second_derivative(ctx.backend)
+
+    @staticmethod
+    def jvp(ctx: Any, *tangents: Any) -> Any:
+        raise no_second_derivative(ctx.backend)
+
+
+def no_second_derivative(backend: str) -> UnsupportedError:
+    return UnsupportedError(
+        f"backend {backend!r} has no double backward: its gradients cannot be differentiated again.\n"
+        "To do: use backend='reference', which is differentiable any number of times."
+    )
+
+
+def _backend_checksum(backend: str) -> Tensor:
+    """Identifies the backend of a forward with dropout: a checkpoint recomputes saved tensors, and no other state."""
+    return torch.tensor(zlib.crc32(backend.encode()), device="cpu")

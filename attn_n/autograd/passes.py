@@ -1,0 +1,154 @@
+"""The two passes of a call of canonical tensors: the backend, n behind it, and what no backend is asked."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from attn_n.backends import registry
+from attn_n.backends.base import Backend, Prepared
+from attn_n.call import AttentionCall, Grads, Options, Saved, describe
+from attn_n.call.errors import UnsupportedError
+from attn_n.sink import rescale
+
+ANY_BACKEND = ""  # in place of a name: the choice is made when the operator runs
+_choose: Callable[[AttentionCall], Backend]
+
+
+def choose_by(choose: Callable[[AttentionCall], Backend]) -> None:
+    """What chooses then. It is handed in from above: the operators know backends, and not how one is chosen."""
+    global _choose
+    _choose = choose
+
+
+def forward(
+    options: Options, lse_wanted: bool, q: Tensor, k: Tensor, v: Tensor, n: Tensor | None, n_is_logit: bool,
+    log_n: float | None, numbers: Tensor | None, backend: str,
+) -> tuple[Tensor, Tensor, Tensor | None]:  # fmt: skip
+    """out, lse (unless it is wanted maybe still without n), and the state of dropout."""
+    if numbers is not None:
+        log_n, options = with_numbers(numbers, log_n, options)
+    packed = options.cu_seqlens_q is not None
+    log_of_n = log_n if n is None else log_per_head(q, n, n_is_logit)
+    if q.numel() == 0 or k.numel() == 0:
+        out, lse = _nothing_to_see(q, v)
+        return out, lse if log_of_n is None else rescale.with_n(lse, log_of_n, packed), None
+    chosen = chosen_now(backend, q, k, v, n, options)
+    if chosen.differentiates:
+        with torch.no_grad():
+            out, attended_lse = chosen.attend(q, k, v, log_of_n, True, options, True)
+        assert attended_lse is not None
+        return out, attended_lse, None
+    if log_of_n is None or chosen.applies_n:
+        return chosen.forward(q, k, v, log_of_n, options)
+    out, lse, rng_state = chosen.forward(q, k, v, None, options)
+    return out, rescale.apply_(out, lse, log_of_n, packed, lse_wanted), rng_state
+
+
+def backward(
+    options: Options, dout: Tensor, dlse: Tensor | None, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor,
+    rng_state: Tensor | None, n: Tensor | None, n_is_logit: bool, rows_may_be_empty: bool, needs_n_grad: bool,
+    numbers: Tensor | None, backend: str,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    if numbers is not None:
+        _, options = with_numbers(numbers, None, options)
+    if q.numel() == 0 or k.numel() == 0:
+        dq, dk, dv, dn = torch.zeros_like(q), torch.zeros_like(k), torch.zeros_like(v), lse.new_empty(0)
+        if needs_n_grad:
+            log_n = log_per_head(q, n, True) if n is not None and n_is_logit else None
+            dn = rescale.gradient_of_n(dout, dlse, out, lse, log_n, options.varlen)
+        return dq, dk, dv, _shaped_as(dn, n)
+    chosen = chosen_now(backend, q, k, v, n, options)
+    if chosen.differentiates:
+        raise UnsupportedError(
+            f"an exported program that was compiled cannot be differentiated by {chosen.name}, which is chosen here.\n"
+            "To do: name a backend that has a backward, by use_backend or ATTN_N_BACKEND."
+        )
+    saved = Saved(q, k, v, out, lse, None, rng_state)
+    dq, dk, dv, dn_found = backward_by(
+        chosen, dout, dlse, saved, n, n_is_logit, rows_may_be_empty, needs_n_grad, options
+    )
+    return dq, dk, dv, lse.new_empty(0) if dn_found is None else dn_found
+
+
+def backward_by(
+    passes: Prepared, dout: Tensor, dlse: Tensor | None, saved: Saved, n: Tensor | None, n_is_logit: bool,
+    rows_may_be_empty: bool, needs_n_grad: bool, options: Options,
+) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:  # fmt: skip
+    # The gradient of a complex loss may have its sign in a flag, which kernels do not see.
+    if dout.is_neg() or (dlse is not None and dlse.is_neg()):
+        dout, dlse = dout.resolve_neg(), None if dlse is None else dlse.resolve_neg()
+    q, k, v, out, lse, _, rng_state = saved
+    log_n = log_per_head(q, n, True) if n is not None and n_is_logit and needs_n_grad else None
+    if rows_may_be_empty:
+        lse, dlse = rescale.lse_for_backward(lse, dlse)
+    of_n: Any = None if not needs_n_grad else "n" if log_n is None else "log n"
+    found = passes.backward(Grads(dout, dlse, of_n), Saved(q, k, v, out, lse, log_n, rng_state), options)
+    dn = found.dn
+    if needs_n_grad:
+        if dn is None:
+            dn = rescale.gradient_of_n(dout, dlse, out, lse, log_n, options.varlen)
+        dn = _shaped_as(dn, n)
+    heads_kv = k.shape[1]
+    return found.dq, _sum_groups(found.dk, heads_kv), _sum_groups(found.dv, heads_kv), dn
+
+
+def chosen_now(name: str, q: Tensor, k: Tensor, v: Tensor, n: Tensor | None, options: Options) -> Backend:
+    """The backend of that name, or that of the automatic order here and now (an exported program runs anywhere)."""
+    if name != ANY_BACKEND:
+        return registry.loaded(name)
+    needs_grad = any(x is not None and x.requires_grad for x in (q, k, v, n))
+    # What one of the two passes does not know is left out: whether a number n is 0, and whether lse has a gradient.
+    n_kind = "float" if n is None else "per head"
+    call = describe(q, k, v, options, n_kind=n_kind, return_lse=needs_grad, needs_grad=needs_grad)
+    return _choose(call)
+
+
+def with_numbers(numbers: Tensor, log_n: float | None, options: Options) -> tuple[float | None, Options]:
+    log_of_n, scale = numbers.tolist()
+    return None if log_n is None else log_of_n, options.replaced(scale=scale)
+
+
+def log_per_head(q: Tensor, n: Tensor, n_is_logit: bool) -> Tensor:
+    """log n as `(Hq,)` in the dtype of the lse, with a stride of 1, or 0 for a scalar."""
+    dtype = lse_dtype(q)
+    if n_is_logit and n.dtype is dtype and n.dim() == 1 and n.is_contiguous():
+        return n.detach()
+    n = n.detach()
+    if not n_is_logit:  # a float64 n may be no number of float32, and its logarithm is one
+        n = n.to(torch.promote_types(n.dtype, dtype)).log()
+    return n.to(dtype).contiguous().expand(q.shape[1])
+
+
+def lse_dtype(q: Tensor) -> torch.dtype:
+    return torch.float64 if q.dtype == torch.float64 else torch.float32
+
+
+def rows_may_be_empty_in(q: Tensor, k: Tensor, options: Options) -> bool:
+    if options.mask is not None or options.cu_seqlens_q is not None:
+        return True
+    right = options.window_right
+    bounded = options.window_left is not None or right is not None
+    return k.shape[-2] == 0 or (right is not None and right < 0) or (bounded and q.shape[-2] > k.shape[-2])
+
+
+def _shaped_as(dn: Tensor, n: Tensor | None) -> Tensor:
+    """The gradient of n per head as that of a scalar, if n is one."""
+    return dn.sum() if n is not None and n.dim() == 0 and dn.numel() else dn
+
+
+def _nothing_to_see(q: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+    """Attention without queries or without keys."""
+    lse = torch.full(q.shape[:-1], -math.inf, dtype=lse_dtype(q), device=q.device)
+    return q.new_zeros((*q.shape[:-1], v.shape[-1])), lse
+
+
+def _sum_groups(dx: Tensor, heads_kv: int) -> Tensor:
+    """The gradient of k or v per key head, where the backend returned it per query head."""
+    if dx.shape[1] == heads_kv:
+        return dx
+    return dx.view(dx.shape[0], heads_kv, -1, *dx.shape[2:]).sum(2)

@@ -1,0 +1,92 @@
+"""A call that is prepared once for all that look like it."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import Tensor
+
+from attn_n.autograd import passes
+from attn_n.backends import registry
+from attn_n.backends.base import Backend, Prepared
+from attn_n.call import Options, Saved, autocast, transforms
+from attn_n.sink import rescale
+
+
+class PreparedCall:
+    """How the calls of one kind run: they differ in the contents of their tensors alone.
+
+    Attributes:
+        backend: the name of the one that serves, or `ANY_BACKEND`.
+        options: without the tensors, which each call brings.
+        n_is_logit: a tensor n holds log n.
+        log_n: n as a number; None if it is a tensor, or 0.
+        numbers: `(log_n, scale)` as a float64 tensor on the CPU, which then stands for both of them: a number that is
+            handed to an operator is a constant of a compiled graph, and each value would compile another one.
+        lse_wanted: otherwise the lse that a call without gradients returns may lack n, which saves a launch.
+        needs_grad: it will be differentiated.
+    """
+
+    def __init__(
+        self, backend: str, options: Options, n_is_logit: bool, log_n: float | None, numbers: Tensor | None,
+        lse_wanted: bool, needs_grad: bool,
+    ) -> None:  # fmt: skip
+        self.backend, self.options, self.n_is_logit, self.log_n = backend, options, n_is_logit, log_n
+        self.numbers, self.lse_wanted, self.needs_grad = numbers, lse_wanted, needs_grad
+        self._served: Backend | None = None
+        self._passes: Prepared | None = None
+        self._rows_may_be_empty = False
+
+    def forward(
+        self, q: Tensor, k: Tensor, v: Tensor, n: Tensor | None, options: Options, lse_wanted: bool
+    ) -> tuple[Tensor, Tensor, Tensor | None]:
+        """`passes.forward`, with what the first call of its kind has found out."""
+        prepared = self._passes
+        if prepared is None or self._served is None:
+            return self._first_forward(q, k, v, n, options, lse_wanted)
+        log_n = self.log_n if n is None else passes.log_per_head(q, n, self.n_is_logit)
+        if log_n is None or self._served.applies_n:
+            return prepared.forward(q, k, v, log_n, options)
+        out, lse, rng_state = prepared.forward(q, k, v, None, options)
+        return out, rescale.apply_(out, lse, log_n, options.varlen, lse_wanted), rng_state
+
+    def _first_forward(
+        self, q: Tensor, k: Tensor, v: Tensor, n: Tensor | None, options: Options, lse_wanted: bool
+    ) -> tuple[Tensor, Tensor, Tensor | None]:
+        served = registry.loaded(self.backend)
+        if not (served.differentiates or q.numel() == 0 or k.numel() == 0):
+            log_n = self.log_n if n is None else passes.log_per_head(q, n, self.n_is_logit)
+            self._passes = served.prepare(q, k, v, log_n if served.applies_n else None, options)
+            self._rows_may_be_empty, self._served = passes.rows_may_be_empty_in(q, k, options), served
+            return self.forward(q, k, v, n, options, lse_wanted)
+        return passes.forward(options, lse_wanted, q, k, v, n, self.n_is_logit, self.log_n, None, self.backend)
+
+    def at_other_lengths(self, packing: tuple[Any, ...]) -> PreparedCall:
+        """The same for a call of other lengths; of `packing` the last two are the longest sequences."""
+        options = self.options._replace(max_seqlen_q=packing[2], max_seqlen_k=packing[3]) if packing else self.options
+        return PreparedCall(
+            self.backend, options, self.n_is_logit, self.log_n, self.numbers, self.lse_wanted, self.needs_grad
+        )
+
+    @property
+    def has_run(self) -> bool:
+        return self._passes is not None
+
+    def watched(self, q: Tensor, dout: Tensor | None, dlse: Tensor | None) -> bool:
+        """Whether a backward is more than this call's: somebody looks at operators, autocasts, or batches gradients."""
+        return (
+            transforms.needs_dispatcher(q)
+            or transforms.is_batched(dout)
+            or transforms.is_batched(dlse)
+            or autocast.enabled(q.device.type)
+        )
+
+    def backward(
+        self, dout: Tensor, dlse: Tensor | None, saved: Saved, n: Tensor | None, needs_n_grad: bool, options: Options
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+        """`passes.backward`, with what the forward has found out."""
+        assert self._passes is not None
+        rows_may_be_empty = self.log_n is None and self._rows_may_be_empty
+        return passes.backward_by(
+            self._passes, dout, dlse, saved, n, self.n_is_logit, rows_may_be_empty, needs_n_grad, options
+        )
