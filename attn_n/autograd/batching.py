@@ -31,9 +31,9 @@ def rule(operator: Callable[..., Results]) -> Callable[..., tuple[Results, tuple
             raise RuntimeError(
                 f"dropout_p: under torch.vmap expected randomness='different', got randomness={info.randomness!r}"
             )
-        shared = options.alibi_slopes is None and (options.mask is None or options.mask.shape[0] == 1)
-        of_n = named.get("needs_n_grad", False)
-        joins = shared and not (of_n or options.dropout_p or options.cu_seqlens_q is not None)
+        # A mask may be one for all of a batch; of other tensors each batch, or sequence, has its own part.
+        shared = all(x is None or (x is options.mask and x.shape[0] == 1) for x in options.tensors)
+        joins = shared and not (named.get("needs_n_grad", False) or options.dropout_p)
         if joins and all(dim is None or name in BY_BATCH for name, dim in zip(names, in_dims, strict=True)):
             results = _joined(operator, info.batch_size, names, in_dims, arguments)
         else:

@@ -22,7 +22,7 @@ def save(
 ) -> None:  # fmt: skip
     q, k, v, n, n_is_logit, log_n, numbers, backend = arguments
     checksum = _backend_checksum(backend) if options.dropout_p else None
-    tensors = options.mask, options.alibi_slopes, options.cu_seqlens_q, options.cu_seqlens_k, numbers, checksum
+    tensors = *options.tensors, numbers, checksum
     # Operators cannot return None: without dropout rng_state is an empty tensor there, and None in the plain function.
     saved = q, k, v, out, lse, rng_state if options.dropout_p else None, n
     if all(x is None for x in tensors):
@@ -30,7 +30,7 @@ def save(
         ctx.options = options
     else:
         ctx.save_for_backward(*saved, *tensors)
-        ctx.options = options.replaced(mask=None, alibi_slopes=None, cu_seqlens_q=None, cu_seqlens_k=None)
+        ctx.options = options.without_tensors()
     ctx.rest = n_is_logit, log_n, backend, inputs
     ctx.set_materialize_grads(False)
 
@@ -44,8 +44,8 @@ def gradients(
     q, k, v, out, lse, rng_state, n, *tensors = saved
     options, numbers = ctx.options, None
     if tensors:
-        mask, slopes, starts_q, starts_k, numbers, checksum = tensors
-        options = options.replaced(mask=mask, alibi_slopes=slopes, cu_seqlens_q=starts_q, cu_seqlens_k=starts_k)
+        *of_options, numbers, checksum = tensors
+        options = options.with_tensors(of_options)
         if (
             checksum is not None
             and not torch.compiler.is_compiling()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, get_type_hints
 
 import torch
 from torch import Tensor
@@ -13,10 +13,13 @@ from attn_n.backends import registry
 from attn_n.backends.base import Backend, empty_in_order, lies_in_order
 from attn_n.call import Options
 
-_OPTIONS = (
-    "float scale, SymInt? window_left, SymInt? window_right, float? softcap, float dropout_p, Tensor? mask,"
-    " Tensor? alibi_slopes, Tensor? cu_seqlens_q, Tensor? cu_seqlens_k, SymInt max_seqlen_q, SymInt max_seqlen_k,"
-    " Tensor? seqused_q, Tensor? seqused_k, Tensor? leftpad_k"
+# How a schema spells the types of `Options`. Lengths are symbols of a compiled graph.
+_TYPES: tuple[tuple[Any, str], ...] = (
+    (float, "float"), (float | None, "float?"), (int, "SymInt"), (int | None, "SymInt?"), (Tensor | None, "Tensor?"),
+)  # fmt: skip
+_OPTIONS = ", ".join(
+    f"{next(spelled for kind, spelled in _TYPES if kind == hint)} {name}"
+    for name, hint in get_type_hints(Options).items()
 )
 _FORWARD = (
     "Tensor q, Tensor k, Tensor v, Tensor? n, bool n_is_logit, float? log_n, Tensor? numbers, str backend, " + _OPTIONS

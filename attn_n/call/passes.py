@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal, NamedTuple
+from collections.abc import Sequence
+from typing import Any, Literal, NamedTuple, get_type_hints
 
 from torch import Tensor
 
@@ -35,6 +36,21 @@ class Options(NamedTuple):
     leftpad_k: Tensor | None = None
 
     @property
+    def tensors(self) -> tuple[Tensor | None, ...]:
+        """The fields that may be tensors, in their order."""
+        fields: tuple[Any, ...] = self
+        return tuple([fields[place] for place in _TENSORS])
+
+    def with_tensors(self, tensors: Sequence[Tensor | None]) -> Options:
+        fields: list[Any] = list(self)
+        for place, x in zip(_TENSORS, tensors, strict=True):
+            fields[place] = x
+        return Options(*fields)
+
+    def without_tensors(self) -> Options:
+        return self.with_tensors([None] * len(_TENSORS))
+
+    @property
     def varlen(self) -> bool:
         return self.cu_seqlens_q is not None
 
@@ -46,6 +62,9 @@ class Options(NamedTuple):
     def replaced(self, **changes: Any) -> Options:
         """Do as `_replace`, which torch.compile of PyTorch 2.8 cannot trace."""
         return Options(**{**dict(zip(Options._fields, self, strict=True)), **changes})
+
+
+_TENSORS = [place for place, hint in enumerate(get_type_hints(Options).values()) if hint == Tensor | None]
 
 
 class Saved(NamedTuple):

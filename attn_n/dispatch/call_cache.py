@@ -6,6 +6,7 @@ call, which is the case for a tensor of n and for `cu_seqlens` on a CPU.
 
 from __future__ import annotations
 
+from types import NoneType
 from typing import Any
 
 import torch
@@ -19,6 +20,12 @@ from attn_n.dispatch import forced, similar
 from attn_n.recent import Recent
 
 Key = tuple[Any, ...]
+
+# The types of arguments that a key may hold: numbers and names, and tensors by their metadata.
+_NUMBERS = frozenset((NoneType, bool, int, float, str, tuple))
+_KEPT = _NUMBERS.union(PLAIN)
+_SIDES = frozenset((NoneType, int))
+_PACKING = frozenset((int, *PLAIN))
 
 _calls: Recent[Key, PreparedCall] = Recent()
 _kinds: Recent[tuple[Any, ...], PreparedCall] = Recent()
@@ -40,28 +47,31 @@ def key(q: Tensor, k: Tensor, v: Tensor, request: Request, packing: tuple[Any, .
         return None
     if not (q.is_cpu or q.is_cuda) or torch.is_autocast_enabled("cpu" if q.is_cpu else "cuda"):
         return None
-    causal, sm_scale, sm_n, sinks, mask, window, softcap, slopes, dropout_p, return_lse, backend = request
+    types, window = [x.__class__ for x in request], request.window
+    if not _KEPT.issuperset(types):
+        return None
+    if window is not None and (window.__class__ is not tuple or not _SIDES.issuperset([x.__class__ for x in window])):
+        return None
     # True equals 1, and must not be taken for it.
-    if causal.__class__ is not bool or return_lse.__class__ is not bool or slopes is not None:
-        return None
-    if bool in (sm_scale.__class__, sm_n.__class__, softcap.__class__, dropout_p.__class__):
-        return None
-    if window is not None and (window.__class__ is not tuple or bool in [side.__class__ for side in window]):
+    if types.count(bool) != 2 or request.causal.__class__ is not bool or request.return_lse.__class__ is not bool:
         return None
     try:
         values: tuple[Any, ...] = request
         if packing:
-            if bool in [x.__class__ for x in packing]:
+            if not _PACKING.issuperset([x.__class__ for x in packing]):
                 return None
             values = (*request, *packing, packing[0] is packing[1])
-        if packing or sinks is not None or mask is not None or sm_n.__class__ in PLAIN:
-            values = tuple([_metadata(x) if isinstance(x, Tensor) else x for x in values])
+        if packing or not _NUMBERS.issuperset(types):
+            tensors = request.sm_n, request.sinks, request.attn_mask  # of others more than the metadata decides
+            if len([x for x in types if x in PLAIN]) != len([x for x in tensors if x.__class__ in PLAIN]):
+                return None
+            values = tuple([_metadata(x) if x.__class__ in PLAIN else x for x in values])
         enabled = torch.is_grad_enabled()
         needed = enabled and (q.requires_grad or k.requires_grad or v.requires_grad)
         return (
             values, q.shape, k.shape, v.shape, q.stride(), k.stride(), v.stride(), q.dtype, k.dtype, v.dtype,
             q.device, k.device, v.device, enabled, needed,
-            forced.forced(backend), registry.generation(), torch.are_deterministic_algorithms_enabled(),
+            forced.forced(request.backend), registry.generation(), torch.are_deterministic_algorithms_enabled(),
             q.dtype is torch.float32 and torch.get_float32_matmul_precision(),
         )  # fmt: skip
     except (RuntimeError, _NoMetadata):  # sparse and nested tensors have no strides
@@ -73,7 +83,7 @@ class _NoMetadata(Exception):
 
 
 def _metadata(x: Tensor) -> tuple[Any, ...]:
-    if x.__class__ not in PLAIN or x.is_neg():
+    if x.is_neg():
         raise _NoMetadata
     return x.shape, x.stride(), x.dtype, x.device, x.requires_grad
 

@@ -85,7 +85,7 @@ def _run(
         # With dropout the backward has to run where the forward ran, which an open choice does not promise.
         if torch.compiler.is_exporting() and forced.forced(request.backend)[0] is None and not options.dropout_p:
             name = passes.ANY_BACKEND
-        bare = options.replaced(mask=None, alibi_slopes=None, cu_seqlens_q=None, cu_seqlens_k=None)
+        bare = options.without_tensors()
         known = PreparedCall(name, bare, n_is_logit, log_n, numbers, call.return_lse, call.needs_grad)
         with autocast.suspended(q.device.type):
             out, lse = function.attend(q, k, v, tensor_n, options, known)
