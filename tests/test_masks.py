@@ -102,9 +102,7 @@ def test_causal_bias_beside_others(changes: dict[str, Any], device: str, backend
         backend, explain(inputs.q, inputs.k, inputs.v, **inputs.keywords | {"attn_mask": bias}).call
     )
     if reason is not None:
-        assert any(
-            what in reason for what in ("softcap", "alibi", "bias", "holds no key", "added to the logits")
-        )
+        assert any(what in reason for what in ("softcap", "alibi", "bias", "holds no key", "added to the logits"))
         return
     served(device, backend, case, "upper left", ran)
 

@@ -101,7 +101,7 @@ class PreparedCall:
         if log_n is None or self._served.applies_n:
             return passes.forward(q, k, v, log_n, options)
         out, lse, rng_state = passes.forward(q, k, v, None, options)
-        return out, rescale.apply_(out, lse, log_n, options.varlen, lse_wanted), rng_state
+        return out, rescale.add_sink_(out, lse, log_n, options.varlen, lse_wanted), rng_state
 
     def _first_forward(
         self, q: Tensor, k: Tensor, v: Tensor, n: Tensor | None, options: Options, lse_wanted: bool
@@ -417,7 +417,7 @@ def _forward(
     log_of_n = log_n if n is None else _log_per_head(q, n, n_is_logit)
     if q.numel() == 0 or k.numel() == 0:
         out, lse = _nothing_to_see(q, v)
-        return out, lse if log_of_n is None else rescale.with_n(lse, log_of_n, packed), None
+        return out, lse if log_of_n is None else rescale.add_to_lse(lse, log_of_n, packed), None
     chosen = _chosen(backend, q, k, v, n, options)
     if chosen.differentiates:
         with torch.no_grad():
@@ -427,7 +427,7 @@ def _forward(
     if log_of_n is None or chosen.applies_n:
         return chosen.forward(q, k, v, log_of_n, options)
     out, lse, rng_state = chosen.forward(q, k, v, None, options)
-    return out, rescale.apply_(out, lse, log_of_n, packed, lse_wanted), rng_state
+    return out, rescale.add_sink_(out, lse, log_of_n, packed, lse_wanted), rng_state
 
 
 def _backward(
