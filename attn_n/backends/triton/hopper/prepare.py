@@ -51,7 +51,7 @@ def forward(key: KernelKey, out: Strides, config: Config | None = None) -> Forwa
         right is None or (p.more_keys is not None and (p.more_keys + right + 1) % STRIP.value <= 1)
     )
     constants = {"SPEC": ForwardSpec(config.tiles, p.width, p.heads // p.heads_kv, one_edge)}
-    # The registers of the SM are divided among the consumers, the producer and idle warps, the last two 4 in all.
+    # The registers of the SM are divided among the consumers, the producer and the idle warps that complete its four.
     options = {"num_warps": 4, "maxnreg": {1: 128, 2: 168, 3: 128}[config.tiles.consumers]}
     programs = min(items, at_once)
     return Forward(
