@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from attn_n.call import checks
-from attn_n.sink.rescale import as_tensor, weight_of_n
+from attn_n.sink.weight import as_tensor, weight_of_n
 
 
 def softmax_n(

@@ -57,7 +57,7 @@ def backward(width: int) -> None:
         )
 
     for found in (
-        of_varlen("order"),
+        of_varlen("schedule"),
         of_varlen("main"),
         of_varlen("main", window_left=9, window_right=5, softcap=3.0),
         kernel(256, scale=0.1),

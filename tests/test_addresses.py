@@ -90,7 +90,7 @@ def test_the_sink(device: str, dim: int) -> None:
     assert torch.allclose(got.double(), exact, rtol=1e-5, atol=1e-5)
     exact = out.double()
     rescale.scale_(exact, lse.double(), log_n.double(), False)
-    fused.scale_(far, lse, log_n, False)
+    fused.add_sink_(far, lse, log_n, False)
     assert torch.allclose(far.double(), exact, rtol=1e-3, atol=1e-7)
 
 

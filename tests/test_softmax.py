@@ -10,7 +10,7 @@ import torch._dynamo.testing
 from torch.nn.attention.bias import causal_lower_right
 
 from attn_n import softmax_n
-from attn_n.sink.rescale import weight_of_n
+from attn_n.sink.weight import weight_of_n
 from tests.places import on_gpu
 
 

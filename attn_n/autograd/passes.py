@@ -32,11 +32,10 @@ def forward(
     """out, lse (unless it is wanted maybe still without n), and the state of dropout."""
     if numbers is not None:
         log_n, options = with_numbers(numbers, log_n, options)
-    packed = options.cu_seqlens_q is not None
     log_of_n = log_n if n is None else log_per_head(q, n, n_is_logit)
     if q.numel() == 0 or k.numel() == 0:
         out, lse = _nothing_to_see(q, v)
-        return out, lse if log_of_n is None else rescale.with_n(lse, log_of_n, packed), None
+        return out, lse if log_of_n is None else rescale.add_to_lse(lse, log_of_n, options.varlen), None
     chosen = chosen_now(backend, q, k, v, n, options)
     if chosen.differentiates:
         with torch.no_grad():
@@ -46,7 +45,7 @@ def forward(
     if log_of_n is None or chosen.applies_n:
         return chosen.forward(q, k, v, log_of_n, options)
     out, lse, rng_state = chosen.forward(q, k, v, None, options)
-    return out, rescale.apply_(out, lse, log_of_n, packed, lse_wanted), rng_state
+    return out, rescale.add_sink_(out, lse, log_of_n, options.varlen, lse_wanted), rng_state
 
 
 def backward(
@@ -148,7 +147,7 @@ def _nothing_to_see(q: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _sum_groups(dx: Tensor, heads_kv: int) -> Tensor:
-    """The gradient of k or v per key head, where the backend returned it per query head."""
+    """The gradient of k or v per KV head, where the backend returned it per query head."""
     if dx.shape[1] == heads_kv:
         return dx
     return dx.view(dx.shape[0], heads_kv, -1, *dx.shape[2:]).sum(2)

@@ -48,7 +48,7 @@ class PreparedCall:
         if log_n is None or self._served.applies_n:
             return prepared.forward(q, k, v, log_n, options)
         out, lse, rng_state = prepared.forward(q, k, v, None, options)
-        return out, rescale.apply_(out, lse, log_n, options.varlen, lse_wanted), rng_state
+        return out, rescale.add_sink_(out, lse, log_n, options.varlen, lse_wanted), rng_state
 
     def _first_forward(
         self, q: Tensor, k: Tensor, v: Tensor, n: Tensor | None, options: Options, lse_wanted: bool

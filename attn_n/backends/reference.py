@@ -16,7 +16,7 @@ from attn_n.backends.adapt import one_by_one
 from attn_n.backends.adapt.dense_bias import dense_bias
 from attn_n.backends.base import Backend
 from attn_n.call import Options
-from attn_n.sink.rescale import as_tensor, weight_of_n
+from attn_n.sink.weight import as_tensor, weight_of_n
 
 
 class Reference(Backend):

@@ -12,7 +12,7 @@ from attn_n.autograd import function, passes
 from attn_n.autograd.prepared import PreparedCall
 from attn_n.call import Options, Request, autocast, canonical, checks, jagged
 from attn_n.dispatch import call_cache, choose, forced, similar
-from attn_n.sink import rescale
+from attn_n.sink.weight import as_tensor
 
 
 def batch(q: Tensor, k: Tensor, v: Tensor, request: Request) -> Tensor | tuple[Tensor, Tensor]:
@@ -108,7 +108,7 @@ def _numbers(n: float | Tensor | None, options: Options) -> tuple[float | None, 
         if not (has_static_value(options.scale) and (number is None or has_static_value(number))):
             # As a factor of a tensor a number becomes an input of the graph, elsewhere a constant.
             cpu = torch.device("cpu")
-            log_n = rescale.as_tensor(1.0 if number is None else number, cpu).log()
-            numbers = torch.stack((log_n, rescale.as_tensor(options.scale, cpu)))
+            log_n = as_tensor(1.0 if number is None else number, cpu).log()
+            numbers = torch.stack((log_n, as_tensor(options.scale, cpu)))
             return None if number is None else 0.0, numbers, options.replaced(scale=1.0)
     return None if number is None else math.log(number), None, options

@@ -1,4 +1,4 @@
-"""The kernels of `attn_n.sink.fused`, in Triton's own language.
+"""The Triton kernels of `attn_n.sink.fused`.
 
 On 64-bit addressing see `attn_n.backends.triton.portable.tile`.
 """
@@ -6,7 +6,7 @@ On 64-bit addressing see `attn_n.backends.triton.portable.tile`.
 import triton
 import triton.language as tl
 
-_RUN_TIME = ("stride_n", "heads", "rows")  # nothing is compiled anew for their values
+_RUN_TIME = ("stride_n", "heads", "rows")  # no kernel is compiled again for their values
 
 
 @triton.jit(do_not_specialize=_RUN_TIME)
@@ -14,7 +14,7 @@ def scale_kernel(
     out, lse, lse_n, sinks, number, strides, strides_lse, strides_lse_n, stride_n, heads, rows,
     WIDTH: tl.constexpr, TILE: tl.constexpr, TILE_E: tl.constexpr, UNCHANGED: tl.constexpr,
 ):  # fmt: skip
-    # The last rows first: the kernel before wrote them last, so that they may still be in the cache.
+    # The last rows first: the kernel before stored them last, so that they may still be in L2.
     batch, head, first = place(tl.num_programs(0) - 1 - tl.program_id(0), heads, rows, TILE)
     row = first + tl.arange(0, TILE)
     inside = row < rows
@@ -26,7 +26,7 @@ def scale_kernel(
     tl.store(row_of(lse_n, strides_lse_n, batch, head, row), sum_lse, mask=inside)
     # exp(row_lse - sum_lse), without the difference of two large numbers
     factor = tl.where(nothing, 0.0, 1.0 / (1.0 + tl.exp(log_n - row_lse)))
-    # Where n weighs too little to change a bit of the row, it is not even read.
+    # Rows of which n is too small to change a bit are not even loaded.
     touched = inside & ~(factor >= UNCHANGED)
     pointers, mask = tile_of(out, strides, batch, head, row, touched, WIDTH, TILE_E)
     tl.store(pointers, tl.load(pointers, mask=mask).to(tl.float32) * factor[:, None], mask=mask)
@@ -59,7 +59,7 @@ def gradient_kernel(
 
 @triton.jit
 def place(program, heads, rows, TILE: tl.constexpr):
-    """Batch, head and first row of a program."""
+    """Return batch, head and first row of a program."""
     head = (program % heads).to(tl.int64)
     tile = program // heads
     tiles = tl.cdiv(rows, TILE)
@@ -73,7 +73,7 @@ def row_of(x, strides, batch, head, row):
 
 @triton.jit
 def tile_of(x, strides, batch, head, row, inside, WIDTH: tl.constexpr, TILE_E: tl.constexpr):
-    """The pointers and the mask of a tile of rows of one head."""
+    """Return the pointers and the mask of a tile of rows of one head."""
     column = tl.arange(0, TILE_E)
     pointers = row_of(x, strides, batch, head, row)[:, None] + column[None, :].to(tl.int64) * strides[3]
     return pointers, inside[:, None] & (column < WIDTH)[None, :]

@@ -78,7 +78,7 @@ def shipped(target: str) -> Iterator[tuple[str, int, Any, torch.dtype]]:
             for config in found:
                 yield "hopper forward", width, config, torch.bfloat16
         for width in BACKWARD:
-            for kernel in ("prepare", "main", "round"):
+            for kernel in ("preprocess", "main", "postprocess"):
                 yield f"hopper backward {kernel}", width, None, torch.bfloat16
     for dtype in (torch.bfloat16, torch.float32):
         for kernel, widths in configs.table(TARGETS[target].capability, dtype).items():
@@ -136,30 +136,30 @@ def launch_of(
 
         launches = prepare.backward(describe((q, k, v, out, dout), None, options), *gradients)
         stats, dq_sum = (q.new_empty(size, dtype=torch.float32) for size in (launches.stats, launches.dq_sum))
-        table = None if launches.order is None else q.new_empty(launches.table, dtype=torch.int32)
+        table = None if launches.schedule is None else q.new_empty(launches.table, dtype=torch.int32)
         into = (dk, dv)
-        if launches.round_kv:
+        if launches.postprocess_kv:
             into = tuple(q.new_empty(launches.dkv_sum, dtype=torch.float32) for _ in "kv")
         chosen, arguments = {
-            "order": (launches.order, (table, *starts)),
-            "prepare": (launches.prepare, (out, dout, lse, None, stats, dq_sum, None, None, starts[0])),
+            "schedule": (launches.schedule, (table, *starts)),
+            "preprocess": (launches.preprocess, (out, dout, lse, None, stats, dq_sum, None, None, starts[0])),
             "main": (launches.main, (q, k, v, dout, stats, dq_sum, *into, *starts, table)),
-            "round": (launches.round, (dq_sum, dq, starts[0])),
+            "postprocess": (launches.postprocess, (dq_sum, dq, starts[0])),
         }[kernel.split()[-1]]
         return functools.partial(chosen.compiled if compile_only else chosen, *arguments)
     extras = options.mask, options.alibi_slopes, None, None, None
     if kernel == "forward":
-        problem, arguments = describe((q, k, v), log_n, options), (q, k, v, out, lse, None, log_n, *extras)
+        key, arguments = describe((q, k, v), log_n, options), (q, k, v, out, lse, None, log_n, *extras)
         results = [kernel_strides(out.stride())]
     else:
-        problem, results = describe((q, k, v, out, dout), None, options), gradients
-        lse_log2, delta, lost = q.new_zeros(3, problem.heads, padded_rows(problem), dtype=torch.float32)
-        lost = lost if problem.float_mask else None
+        key, results = describe((q, k, v, out, dout), None, options), gradients
+        lse_log2, delta, lost = q.new_zeros(3, key.heads, padded_rows(key), dtype=torch.float32)
+        lost = lost if key.float_mask else None
         if kernel == "dq":
             arguments = (q, k, v, out, dout, lse, None, lse_log2, delta, lost, dq, None, None, *extras)
         else:
             arguments = (q, k, v, dout, lse_log2, delta, lost, dk, dv, *extras)
-    chosen = launch(kernel, problem, results, config)
+    chosen = launch(kernel, key, results, config)
     return functools.partial(chosen.compiled if compile_only else chosen, *arguments)
 
 
@@ -170,9 +170,9 @@ def compiled_sinks(target: str) -> Iterator[tuple[str, int, Any]]:
     for width in (64, 96, 128, 256):
         out = torch.empty(1, 2, 256, width, dtype=torch.bfloat16)
         row, tile = lse.stride(), out.stride()
-        rescale = fused.prepared("scale", out.device, out.dtype, out.shape, (tile,), (row, row), 0)
+        rescale = fused.launch_for("scale", out.device, out.dtype, out.shape, (tile,), (row, row), 0)
         yield "rescaling", width, rescale.compiled(out, lse, lse, None, 1.0)
-        gradient = fused.prepared("gradient", out.device, out.dtype, out.shape, (tile, tile), (None, row), 1)
+        gradient = fused.launch_for("gradient", out.device, out.dtype, out.shape, (tile, tile), (None, row), 1)
         yield "gradient of n", width, gradient.compiled(out, out, None, lse, sinks, shares)
 
 

@@ -1,8 +1,8 @@
 """Attention put together from blocks, for kernels limited to top-left causal masks and a dense bias.
 
-Everything else is made of rectangles of queries and keys that such a kernel can do: their outputs are merged by their
-lse, and their gradients add up, because each is given the out and the lse of the whole row. Memory beyond the inputs
-stays linear in L, and the cost of a window proportional to the window.
+A call is divided into blocks of queries and keys that such a kernel can compute. Their outputs are merged by their lse,
+as in split-KV. Their gradients add up, because the backward of each block gets the out and the lse of the whole row.
+Memory beyond the inputs stays linear in L, and the cost of a window is proportional to the window.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from attn_n.call import Gradients, Grads, Options, Saved
 
 
 class BlockwiseBackend(Backend):
-    """A backend by a kernel for blocks: `widths`, `kernel_forward` and `kernel_backward` say what it does.
+    """A backend on a kernel for blocks, which `widths`, `kernel_forward` and `kernel_backward` describe.
 
     Attributes:
         bias_elements: how many elements a bias that is built here may have: small beside the inputs of a long call.
@@ -38,17 +38,17 @@ class BlockwiseBackend(Backend):
     repeats_kv: bool = False
 
     def widths(self, size: int, size_v: int) -> tuple[int, int]:
-        """The head sizes that the kernel runs at, for E and for Ev."""
+        """Return the head sizes that the kernel runs at, for E and for Ev."""
         raise NotImplementedError
 
     def kernel_forward(
         self, q: Tensor, k: Tensor, v: Tensor, causal: bool, bias: Tensor | None, scale: float
     ) -> tuple[Tensor, Tensor]:
-        """out and lse; causal joins the first query to the first key. A row without visible keys may be anything."""
+        """Return out and lse; `causal` is aligned top-left. Rows without visible keys may hold anything."""
         raise NotImplementedError
 
     def kernel_backward(self, dout: Tensor, saved: Saved, causal: bool, bias: Tensor | None, scale: float) -> Gradients:
-        """dq, dk, dv; dk and dv may have as many heads as q."""
+        """Return dq, dk, dv; dk and dv may have as many heads as q."""
         raise NotImplementedError
 
     def prepare(self, q: Tensor, k: Tensor, v: Tensor, log_n: float | Tensor | None, options: Options) -> Prepared:
@@ -97,12 +97,12 @@ class BlockwiseBackend(Backend):
         q, k, v = _some(q, block.rows), _some(k, block.keys), _some(v, block.keys)
         if bias is None:
             return self.kernel_forward(q, k, v, block.causal, None, options.scale)
-        given, top = large_bias.alone(bias) if self.base_2 and _adds_large(options) else (bias, None)
+        given, row_max = large_bias.alone(bias) if self.base_2 and _adds_large(options) else (bias, None)
         out, lse = self.kernel_forward(q, k, v, False, given, options.scale)
-        if top is not None:
-            lse = torch.where(top.isnan(), lse, top)
+        if row_max is not None:
+            lse = torch.where(row_max.isnan(), lse, row_max)
         largest = bias.amax(-1)
-        if largest.is_cpu and largest.min().item() > -math.inf:  # a GPU would have to be waited for
+        if largest.is_cpu and largest.min().item() > -math.inf:  # on a GPU this would synchronize
             return out, lse
         hidden = largest == -math.inf
         return out.masked_fill(hidden[..., None], 0.0), lse.masked_fill(hidden, -math.inf)
@@ -137,8 +137,8 @@ class BlockwiseBackend(Backend):
         if bias is not None and _adds(options):
             sums: Tensor | None = None
             if self.base_2 and _adds_large(options):
-                bias, top = large_bias.alone(bias)
-                lse, sums = large_bias.backward_of_alone(bias, top, lse, k.shape[2])
+                bias, row_max = large_bias.alone(bias)
+                lse, sums = large_bias.backward_of_alone(bias, row_max, lse, k.shape[2])
             elif not self.base_2:
                 sums = large_bias.sums_of_weights(q, k, bias, lse, options.scale)
             dout = dout if sums is None else (dout / sums[..., None]).to(dout.dtype)
@@ -158,7 +158,7 @@ class BlockwiseBackend(Backend):
 
 
 class OneBlock:
-    """A call whose tensors the kernel takes as they are, and at once."""
+    """A prepared call of one block whose tensors the kernel takes as they are."""
 
     def __init__(self, backend: BlockwiseBackend, block: Block) -> None:
         self._backend, self._block, self.backward = backend, block, backend.backward
@@ -171,11 +171,11 @@ class OneBlock:
 
 
 class Block(NamedTuple):
-    """Queries and keys of a rectangle: all of its keys are seen, or it is causal from its corner on, or has a bias.
+    """A rectangle of the logits: it is full, or causal from its top-left corner, or it has a dense bias.
 
     Attributes:
-        rows, keys: the first one and the one behind the last; None is all there are.
-        alone: no other block has its rows.
+        rows, keys: the first one and the one after the last; None stands for all.
+        alone: no other block has these rows.
     """
 
     rows: tuple[int, int] | None
@@ -189,7 +189,7 @@ class Block(NamedTuple):
 def _blocks(
     len_q: int, len_k: int, left: int | None, right: int | None, masked: bool, alibi: bool, step: int
 ) -> tuple[Block, ...]:
-    """The blocks of a call, those with a bias of up to `step` rows."""
+    """Return the blocks of a call; those with a bias have up to `step` rows."""
     if left is None and right is None and not alibi:
         return (Block(None, None, biased=masked),)
     if left is None and right is not None and not masked and not alibi:
@@ -197,7 +197,7 @@ def _blocks(
     found = []
     for start in range(0, len_q, step):
         stop = min(start + step, len_q)
-        # Of the first and of the last row of the block: the keys that it sees begin, and end.
+        # The diagonals of the first and the last row; `begin` and `end` bound the keys that the block sees.
         of_first, of_last = start + len_k - len_q, stop - 1 + len_k - len_q
         begin = 0 if left is None else max(0, of_first - left)
         end = len_k if right is None else min(len_k, of_last + right + 1)
@@ -210,7 +210,7 @@ def _blocks(
 
 
 def _causal_blocks(len_q: int, len_k: int, right: int) -> tuple[Block, ...]:
-    # Keys that every query sees, or if negative queries that see none.
+    # The number of keys that every query sees; if negative, of queries that see none.
     before = min(len_k, len_k - len_q + right)
     row, key = max(0, -before), max(0, before)
     side = min(len_q - row, len_k - key)  # of the square on the diagonal; the rows below it see all its keys
@@ -229,7 +229,7 @@ def _causal_blocks(len_q: int, len_k: int, right: int) -> tuple[Block, ...]:
 
 
 def _some(x: Tensor, span: tuple[int, int] | None) -> Tensor:
-    """Those rows of a tensor of batches and heads."""
+    """Return these rows of `(B, H, L, ...)`."""
     return x if span is None else x[:, :, span[0] : span[1]]
 
 
@@ -243,17 +243,17 @@ def _bias(block: Block, q: Tensor, k: Tensor, options: Options) -> Tensor | None
 
 
 def _adds(options: Options) -> bool:
-    """A floating mask adds numbers to the logits; a bool mask only hides keys."""
+    """Return True if the mask adds numbers to the logits; a bool mask only hides keys."""
     return options.mask is not None and options.mask.is_floating_point()
 
 
 def _adds_large(options: Options) -> bool:
-    """Whether what it adds can be so large that float32 has nothing beside it: float16 ends at 65504."""
+    """Return True if these numbers can be so large that float32 rounds the logits away; float16 ends at 65504."""
     return _adds(options) and options.mask is not None and options.mask.dtype != torch.float16
 
 
 def _nothing(q: Tensor, width_v: int) -> tuple[Tensor, Tensor]:
-    """out and lse of rows that have seen no key yet, for accumulation."""
+    """Return out and lse of rows that have seen no key yet, for accumulation."""
     shape, dtype = q.shape[:-1], _accumulator(q)
     out = empty_in_order(q, (*shape, width_v), memory_order(q)).to(dtype).zero_()
     return out, torch.full(shape, -math.inf, dtype=dtype, device=q.device)

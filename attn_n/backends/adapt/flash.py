@@ -1,4 +1,4 @@
-"""Libraries of FlashAttention's shape: tokens first, windows, packed sequences, one width for q, k and v."""
+"""Libraries with FlashAttention's interface: tokens before heads, windows, varlen, one head size for q, k and v."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ from attn_n.call import AttentionCall, Gradients, Grads, Options, Saved
 
 
 class FlashBackend(Backend):
-    """A backend by a library of tensors `(B, L, H, E)`, or packed `(T, H, E)`, and of lse `(B, H, L)`, or `(H, T)`.
+    """A backend on a library that takes `(B, L, H, E)`, or varlen `(T, H, E)`, with lse `(B, H, L)`, or `(H, T)`.
 
     Attributes:
-        takes_dlse: its backward takes the gradient of lse; otherwise that travels as one more column of v.
-        backward_multiple: its backward is given head sizes that are a multiple of this.
+        takes_dlse: its backward takes the gradient of lse; otherwise that is passed as one more column of v.
+        backward_multiple: its backward gets head sizes that are multiples of this.
     """
 
     devices = ("cuda",)
@@ -27,15 +27,15 @@ class FlashBackend(Backend):
     backward_multiple = 8
 
     def kernel_forward(self, q: Tensor, k: Tensor, v: Tensor, options: Options) -> tuple[Tensor, Tensor, Tensor | None]:
-        """out and lse, -inf for rows without visible keys, and the state of dropout."""
+        """Return out, lse, which is -inf for rows without visible keys, and the state of dropout."""
         raise NotImplementedError
 
     def kernel_backward(self, grads: Grads, saved: Saved, options: Options) -> Gradients:
-        """dq, dk and dv; dlse is not None only for a library that takes it."""
+        """Return dq, dk and dv; dlse is None unless the library takes it."""
         raise NotImplementedError
 
     def too_wide(self, call: AttentionCall, widest: int = 256) -> str | None:
-        """Why the head sizes of the call are not served."""
+        """Return the reason why the head sizes of the call are not served, or None."""
         extra = 1 if call.return_lse and call.needs_grad and not self.takes_dlse else 0
         width = common_width(call.head_dim, call.head_dim_v, extra)
         if width > widest:
@@ -79,7 +79,7 @@ class FlashBackend(Backend):
 
 
 class FlashBatch:
-    """Batches whose q, k and v the library takes as they are, if they are aligned."""
+    """A prepared call of a batch whose q, k and v the library takes as they are, if they are aligned."""
 
     def __init__(self, backend: FlashBackend) -> None:
         self._backend, self.backward = backend, backend.backward
@@ -96,7 +96,7 @@ class FlashBatch:
 
 
 class Sequences(NamedTuple):
-    """Where packed sequences start, and the longest of them; of batches their lengths."""
+    """The starts of varlen sequences and the longest lengths; for batches the lengths alone."""
 
     starts_q: Tensor | None
     starts_k: Tensor | None
@@ -105,15 +105,15 @@ class Sequences(NamedTuple):
 
 
 def sequences(options: Options, q: Tensor, k: Tensor) -> Sequences:
-    """Of tensors whose tokens come first."""
+    """Return the starts and lengths of q and k, whose tokens come before heads."""
     if options.cu_seqlens_q is None:
         return Sequences(None, None, q.shape[1], k.shape[1])
-    # The longest may be overstated: the kernels round it up, and count tiles by it, in 32 bits.
+    # max_seqlen may be overstated: the kernels round it up, and count tiles by it in 32 bits.
     longest = min(options.max_seqlen_q, q.shape[0]), min(options.max_seqlen_k, k.shape[0])
     return Sequences(options.cu_seqlens_q, options.cu_seqlens_k, *longest)
 
 
 def _tokens_first(options: Options, width: int, *tensors: Tensor) -> list[Tensor]:
-    """(B, H, L, E) as (B, L, H, E); packed tensors have that order already."""
+    """Transpose `(B, H, L, E)` to `(B, L, H, E)`; varlen tensors have that order already."""
     wide = [of_width(x, width) for x in tensors]
     return wide if options.varlen else [x.transpose(1, 2) for x in wide]

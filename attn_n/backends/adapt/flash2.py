@@ -1,4 +1,4 @@
-"""What is special to FlashAttention 2, in whichever package carries it: PyTorch, flash-attn, xFormers."""
+"""The semantics of FlashAttention 2, which PyTorch, flash-attn and xFormers carry."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ from attn_n.backends.adapt.flash import Sequences
 from attn_n.call import AttentionCall, Options
 
 
-class Visible(NamedTuple):
-    """What the kernels are told of the keys that a query sees: a side of -1 is unlimited."""
+class WindowArguments(NamedTuple):
+    """The kernels' arguments for causal masks and windows; a side of -1 is unlimited."""
 
     causal: bool
     left: int
@@ -20,22 +20,22 @@ class Visible(NamedTuple):
     max_k: int
 
 
-def visible(options: Options, lengths: Sequences) -> Visible:
-    """The window of a call as the kernels take it."""
+def window_arguments(options: Options, lengths: Sequences) -> WindowArguments:
+    """Return the window of a call as the kernels take it."""
     left, right, max_k = options.window_left, options.window_right, lengths.max_k
     if left is None and right == 0:
         if options.alibi_slopes is None:
-            return Visible(True, -1, -1, max_k)
-        # Their causal ALiBi is `slope * j`: the same weights, but with another lse. Beside a window it is ours.
-        return Visible(False, max_k - 1, 0, max_k)
+            return WindowArguments(True, -1, -1, max_k)
+        # Under causal=True their ALiBi adds `slope * j`: equal weights but another lse. With a window it is as ours.
+        return WindowArguments(False, max_k - 1, 0, max_k)
     if lengths.starts_q is not None and (left, right) != (None, None):
-        # The longest keys bound a side without a bound (see `why_not_window`) and may be overstated for varlen.
+        # max_k bounds a side without a bound (see `why_not_window`); in varlen it may be overstated.
         max_k = max(max_k, lengths.max_q)
-    return Visible(False, -1 if left is None else left, -1 if right is None else right, max_k)
+    return WindowArguments(False, -1 if left is None else left, -1 if right is None else right, max_k)
 
 
 def why_not_window(call: AttentionCall) -> str | None:
-    """Why the kernels do not serve the window of the call.
+    """Return the reason why the kernels do not serve the window of the call, or None.
 
     A right side without a bound, or with one from S on, counts as S, which hides keys from queries far before the first
     key.
@@ -48,7 +48,7 @@ def why_not_window(call: AttentionCall) -> str | None:
 
 
 def rows_without_keys(lse: Tensor, options: Options, lengths: Sequences) -> Tensor:
-    """-inf in place of the +inf that the kernels write for rows without visible keys, where there can be any."""
+    """Replace the +inf that the kernels store as the lse of rows without visible keys by -inf."""
     ahead = options.window_right is not None and lengths.max_q > lengths.max_k
     if lengths.starts_q is None and not ahead:
         return lse

@@ -44,18 +44,18 @@ def alone(bias: Tensor) -> tuple[Tensor, Tensor]:
 
     In such a row the keys with the largest bias share the weight. Other rows stay, and their lse is NaN.
     """
-    top = bias.amax(-1, keepdim=True)
-    replaced = (top.abs() >= _ALONE) & top.isfinite()
-    instead = torch.where(bias == top, _INSTEAD, -math.inf)
-    return torch.where(replaced, instead, bias), torch.where(replaced, top, math.nan)[..., 0]
+    row_max = bias.amax(-1, keepdim=True)
+    replaced = (row_max.abs() >= _ALONE) & row_max.isfinite()
+    instead = torch.where(bias == row_max, _INSTEAD, -math.inf)
+    return torch.where(replaced, instead, bias), torch.where(replaced, row_max, math.nan)[..., 0]
 
 
-def backward_of_alone(bias: Tensor, top: Tensor, lse: Tensor, keys: int) -> tuple[Tensor, Tensor]:
+def backward_of_alone(bias: Tensor, row_max: Tensor, lse: Tensor, keys: int) -> tuple[Tensor, Tensor]:
     """Return the lse to pass to the backward of a kernel, and the sums over its keys of the weights it then computes.
 
-    `alone` returned `bias` and `top`.
+    `alone` returned `bias` and `row_max`.
     """
     # This holds unless n outweighs the keys, as 1 does beside -1e9: then exp(bias - lse) is zero, as it should be.
-    of_keys = (lse - top).abs() <= 2.0**-20 * top.abs()  # false for NaN
+    of_keys = (lse - row_max).abs() <= 2.0**-20 * row_max.abs()  # false for NaN
     sums = (bias == _INSTEAD).sum(-1).to(lse.dtype) * (keys // bias.shape[-1])
     return torch.where(of_keys, _INSTEAD, lse), torch.where(of_keys, sums, 1.0)

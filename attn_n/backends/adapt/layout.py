@@ -1,11 +1,11 @@
 """Tensors as the kernels of other libraries read them: width, strides, alignment, heads, bias.
 
-Such a kernel is told the strides of its inputs, and still takes for granted that the columns of a row lie side by side.
-PyTorch's CPU kernel reads the wrong numbers where they do not; FlashAttention and the memory-efficient kernel stop with
-an error of their own. None of torch's `pad`, `clone`, `zeros_like`, `empty_like` and `to` gives such a tensor: they
-keep the order of the dimensions in memory, and with it heads, or channels, that are innermost. Hence whatever a backend
-pads, slices or copies for such a kernel passes through `of_width` last, or is allocated by `filled_up` or by
-`base.empty_in_order`, in which the last dimension is the innermost one.
+Such a kernel takes the strides of its inputs, but assumes that the columns of a row are contiguous. Where they are not,
+PyTorch's CPU kernel loads the wrong numbers, and FlashAttention and the memory-efficient kernel raise errors. torch's
+`pad`, `clone`, `zeros_like`, `empty_like` and `to` do not make columns contiguous: they keep the order of the
+dimensions in memory, even one in which heads are innermost. Hence whatever a backend pads, slices or copies for such a
+kernel passes through `of_width` last, or is allocated by `filled_up` or `base.empty_in_order`, whose last dimension is
+contiguous.
 """
 
 from __future__ import annotations
@@ -17,14 +17,14 @@ from attn_n.call import AttentionCall
 
 
 def common_width(size: int, size_v: int, extra: int = 0, multiple: int = 8) -> int:
-    """The head size that a kernel of one head size, a multiple of 8 or more, runs at."""
+    """Return the head size for a kernel that takes one size for q, k and v, which is a multiple of `multiple`."""
     return -(-max(size, size_v + extra) // multiple) * multiple
 
 
 def of_width(x: Tensor, width: int) -> Tensor:
-    """x as a kernel reads it; x itself if it is so already.
+    """Return x as a kernel reads it: x itself if it is so already.
 
-    - It has `width` columns, and those that are not of x are zero.
+    - It has `width` columns; those beyond x are zero.
     - Its last stride is 1.
     - No other dimension has a stride of 1 (overlapping rows, as `Tensor.unfold` gives). A kernel that allocates its
       output by `empty_like` would take that dimension for the innermost one. Strides of 0, as `expand` gives, stay.
@@ -33,7 +33,7 @@ def of_width(x: Tensor, width: int) -> Tensor:
     if x.shape[-1] != width:
         return filled_up(x, width)
     *outer, column = x.stride()
-    # What is contiguous has rows side by side, whatever the strides of its dimensions of size 1 are.
+    # is_contiguous ignores the strides of dimensions of size 1, which do not matter.
     if (column != 1 or 1 in outer) and not x.is_contiguous():
         return x.contiguous()
     if x.is_cuda:
@@ -44,7 +44,7 @@ def of_width(x: Tensor, width: int) -> Tensor:
 
 
 def filled_up(x: Tensor, width: int) -> Tensor:
-    """A contiguous copy of x with columns of zeros up to `width`."""
+    """Return a contiguous copy of x, padded with zeros to `width` columns."""
     size = x.shape[-1]
     wide = x.new_empty((*x.shape[:-1], width))
     wide[..., :size].copy_(x)
@@ -55,7 +55,7 @@ def filled_up(x: Tensor, width: int) -> Tensor:
 def lse_as_value_column(
     dout: Tensor, dlse: Tensor, v: Tensor, out: Tensor, width: int
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """dout, v and out of `width` columns, with which a library that knows no dlse computes `delta - dlse`.
+    """Return dout, v and out of `width` columns, with which a library without dlse computes `delta - dlse`.
 
     The library takes `delta = rowsum(dout * out)` and `dP = dout V^T`. One more column, 1 in dout, 0 in v and -dlse in
     out, adds -dlse to the first and nothing to the second. The further columns are zero; those of dV are dropped.
@@ -68,12 +68,12 @@ def lse_as_value_column(
 
 
 def narrowed(x: Tensor, size: int) -> Tensor:
-    """The first `size` columns."""
+    """Return the first `size` columns."""
     return x if x.shape[-1] == size else x[..., :size]
 
 
 def repeat_kv(q: Tensor, k: Tensor, v: Tensor, dim: int = 1) -> tuple[Tensor, Tensor]:
-    """k and v with a head for each head of q, for kernels without GQA: a copy unless the strides allow a view.
+    """Repeat the KV heads for kernels without GQA, so that each query head has one; this copies unless a view will do.
 
     `dim` is that of the heads.
     """
@@ -85,7 +85,7 @@ def repeat_kv(q: Tensor, k: Tensor, v: Tensor, dim: int = 1) -> tuple[Tensor, Te
 
 
 def rounds_bias(call: AttentionCall) -> str | None:
-    """The reason why a kernel that adds a bias in the dtype of q does not serve the call."""
+    """Return the reason why a kernel that adds a bias in the dtype of q does not serve the call, or None."""
     bias = torch.float32 if call.alibi else call.mask_dtype
     if bias is not None and bias.is_floating_point and torch.promote_types(bias, call.dtype) != call.dtype:
         return f"rounds what is added to the logits to {str(call.dtype).removeprefix('torch.')}"
@@ -93,7 +93,7 @@ def rounds_bias(call: AttentionCall) -> str | None:
 
 
 def aligned_bias(q: Tensor, k: Tensor, bias: Tensor | None) -> Tensor | None:
-    """(B, H, L, S) by strides, in the dtype of q, its rows on 16-byte boundaries: for the memory-efficient kernel."""
+    """Expand a bias to `(B, H, L, S)` in the dtype of q, its rows on 16-byte boundaries, for xFormers' kernel."""
     if bias is None:
         return None
     len_q, len_k = q.shape[2], k.shape[2]

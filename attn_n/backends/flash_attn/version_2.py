@@ -44,37 +44,35 @@ class FlashAttention2(FlashBackend):
 
     def kernel_forward(self, q: Tensor, k: Tensor, v: Tensor, options: Options) -> tuple[Tensor, Tensor, Tensor | None]:
         lengths = sequences(options, q, k)
-        visible = flash2.visible(options, lengths)
-        arguments = _library_arguments(options, visible)
+        window = flash2.window_arguments(options, lengths)
+        arguments = _library_arguments(options, window)
         library = torch.ops.flash_attn
         if lengths.starts_q is None:
             out, lse, _, rng_state = library._flash_attn_forward(q, k, v, *arguments, False)
         else:
-            out, lse, _, rng_state = library._flash_attn_varlen_forward(
-                q, k, v, *lengths[:3], visible.max_k, *arguments
-            )
+            out, lse, _, rng_state = library._flash_attn_varlen_forward(q, k, v, *lengths[:3], window.max_k, *arguments)
         return out, flash2.rows_without_keys(lse, options, lengths), rng_state if options.dropout_p else None
 
     def kernel_backward(self, grads: Grads, saved: Saved, options: Options) -> Gradients:
         q, k, v, out, lse, _, rng_state = saved
         dout, lengths = grads.dout, sequences(options, q, k)
-        visible = flash2.visible(options, lengths)
-        arguments = *_library_arguments(options, visible), torch.are_deterministic_algorithms_enabled(), rng_state
+        window = flash2.window_arguments(options, lengths)
+        arguments = *_library_arguments(options, window), torch.are_deterministic_algorithms_enabled(), rng_state
         dq, dk, dv = gradients_like(q, k, v)
         library = torch.ops.flash_attn
         if lengths.starts_q is None:
             library._flash_attn_backward(dout, q, k, v, out, lse, dq, dk, dv, *arguments)
         else:
             library._flash_attn_varlen_backward(
-                dout, q, k, v, out, lse, dq, dk, dv, *lengths[:3], visible.max_k, *arguments
+                dout, q, k, v, out, lse, dq, dk, dv, *lengths[:3], window.max_k, *arguments
             )
         return Gradients(dq, dk, dv)
 
 
 def _library_arguments(
-    options: Options, visible: flash2.Visible
+    options: Options, window: flash2.WindowArguments
 ) -> tuple[float, float, bool, int, int, float, Tensor | None]:
     return (
-        options.dropout_p, options.scale, visible.causal, visible.left, visible.right, options.softcap or 0.0,
+        options.dropout_p, options.scale, window.causal, window.left, window.right, options.softcap or 0.0,
         options.alibi_slopes,
     )  # fmt: skip

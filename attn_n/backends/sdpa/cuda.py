@@ -1,7 +1,7 @@
-"""PyTorch's fused kernels for CUDA, by the operators beneath SDPA.
+"""PyTorch's fused kernels for CUDA, called by the operators beneath SDPA.
 
-Those operators know more than SDPA offers: FlashAttention-2 and the memory-efficient kernel align a causal mask with
-the last query and the last key, take windows, and FlashAttention-2 takes packed sequences too.
+These operators can do more than SDPA offers: FlashAttention-2 and the memory-efficient kernel take causal masks aligned
+bottom-right and windows, and FlashAttention-2 takes varlen sequences too.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ class FlashAttention(FlashBackend):
 
     def kernel_forward(self, q: Tensor, k: Tensor, v: Tensor, options: Options) -> tuple[Tensor, Tensor, Tensor | None]:
         lengths = sequences(options, q, k)
-        causal, left, right, max_k = flash2.visible(options, lengths)
+        causal, left, right, max_k = flash2.window_arguments(options, lengths)
         out, lse, rng_state, _, _ = torch.ops.aten._flash_attention_forward.default(
             q, k, v, *lengths[:3], max_k, options.dropout_p, causal, False,
             scale=options.scale, window_size_left=left, window_size_right=right,
@@ -56,7 +56,7 @@ class FlashAttention(FlashBackend):
     def kernel_backward(self, grads: Grads, saved: Saved, options: Options) -> Gradients:
         q, k, v, out, lse, _, rng_state = saved
         lengths = sequences(options, q, k)
-        causal, left, right, max_k = flash2.visible(options, lengths)
+        causal, left, right, max_k = flash2.window_arguments(options, lengths)
         state = q.new_empty(2, dtype=torch.uint64) if rng_state is None else rng_state.view(torch.uint64)
         dq, dk, dv = torch.ops.aten._flash_attention_backward.default(
             grads.dout, q, k, v, out, lse, *lengths[:3], max_k, options.dropout_p, causal,
@@ -107,8 +107,8 @@ class CudnnAttention(Backend):
 
     def backward(self, grads: Grads, saved: Saved, options: Options) -> Gradients:
         q, k, v = (of_width(x, x.shape[-1]) for x in saved[:3])
-        # PyTorch keeps cuDNN's plan of a backward by the strides of q, k and v alone, and would read wrong numbers from
-        # an out or a dout that lie in another way than those of the first call. So both lie as the q that it is given.
+        # PyTorch caches cuDNN's plan of a backward by the strides of q, k and v alone, and would load wrong numbers of
+        # an out or a dout whose layout differs from that of the first call. So both get the layout of q.
         order = memory_order(q)
         out, dout = (
             x if lies_in_order(x, order) else empty_in_order(x, x.shape, order).copy_(x)
@@ -152,7 +152,7 @@ class EfficientAttention(MemoryEfficientBackend):
         q, k, v, out, lse, *_ = saved
         tensors = self.tensors(q, k, v)
         dout, out, lse = self.results(dout, out, lse)
-        lse = F.pad(lse, (0, -q.shape[2] % 32), value=math.inf)  # it is read in blocks of 32 rows
+        lse = F.pad(lse, (0, -q.shape[2] % 32), value=math.inf)  # the kernel loads it in blocks of 32 rows
         no_dropout = torch.zeros((), dtype=torch.int64)
         dq, dk, dv, _ = torch.ops.aten._efficient_attention_backward.default(
             dout, *tensors, aligned_bias(q, k, bias), out, None, None, q.shape[2], k.shape[2], lse, 0.0,

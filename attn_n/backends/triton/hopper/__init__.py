@@ -45,9 +45,9 @@ class HopperKernels(PortableKernels):
 
     def prepare(self, q: Tensor, k: Tensor, v: Tensor, log_n: float | Tensor | None, options: Options) -> Prepared:
         # Imported here, once the release of Gluon is known to be a tested one: on others the import may fail.
-        from attn_n.backends.triton.hopper.call import prepared
+        from attn_n.backends.triton.hopper.call import call_for
 
-        return prepared(q, k, v, log_n, options)
+        return call_for(q, k, v, log_n, options)
 
 
 def tested() -> bool:

@@ -1,4 +1,4 @@
-"""A call of the Hopper kernels: its launches, and the memory that it takes."""
+"""A prepared call of the Hopper kernels: its launches, and what it allocates."""
 
 from __future__ import annotations
 
@@ -17,19 +17,19 @@ from attn_n.recent import Recent
 
 
 class HopperCall:
-    """The launches of one kind of a call, and the memory that it takes."""
+    """A prepared call: the launches of both passes, and templates of what they allocate."""
 
-    def __init__(self, problem: KernelKey, q: Tensor, k: Tensor, v: Tensor) -> None:
+    def __init__(self, key: KernelKey, q: Tensor, k: Tensor, v: Tensor) -> None:
         self._out = layout(q)
         self._lse = template(q.shape[:-1], torch.float32, q.device)
-        self._launches = prepare.forward(problem, self._out.of_kernel)
+        self._launches = prepare.forward(key, self._out.of_kernel)
         self._backwards: dict[tuple[Strides, ...], BackwardCall] = {}
 
     def forward(
         self, q: Tensor, k: Tensor, v: Tensor, log_n: float | Tensor | None, options: Options
     ) -> tuple[Tensor, Tensor, Tensor | None]:
         if not aligned(q, k, v):
-            return portable.prepared(q, k, v, log_n, options).forward(q, k, v, log_n, options)
+            return portable.call_for(q, k, v, log_n, options).forward(q, k, v, log_n, options)
         out, lse = self._out.empty(q), torch.empty_like(self._lse)
         sinks, number = (log_n, None) if isinstance(log_n, Tensor) else (None, log_n)
         starts_q, starts_k = options.cu_seqlens_q, options.cu_seqlens_k
@@ -40,8 +40,9 @@ class HopperCall:
     def backward(self, grads: Grads, saved: Saved, options: Options) -> Gradients:
         (dout, dlse, *_), (q, k, v, out, lse, *_), log_n = grads, saved, log_n_of(grads, saved)
         if torch.are_deterministic_algorithms_enabled() or not aligned(q, k, v):
-            return portable.prepared(q, k, v, saved.log_n, options).backward(grads, saved, options)
-        if not fits_descriptors(dout.stride(), dout.itemsize) or dout.data_ptr() % 16:  # that of a sum, of a slice
+            return portable.call_for(q, k, v, saved.log_n, options).backward(grads, saved, options)
+        # The gradient of a sum is expanded, and that of a slice may be unaligned.
+        if not fits_descriptors(dout.stride(), dout.itemsize) or dout.data_ptr() % 16:
             dout = dout.clone(memory_format=torch.contiguous_format)
         lse, dlse = lse.contiguous(), None if dlse is None else dlse.contiguous()
         ready = self._backward((q, k, v, out, dout), log_n, options)
@@ -52,46 +53,46 @@ class HopperCall:
         shares = None if grads.of_n is None else torch.empty_like(ready.shares)
         starts_q, starts_k = options.cu_seqlens_q, options.cu_seqlens_k
         table = list_of_tiles(launches, q, starts_k, starts_q)
-        launches.prepare(out, dout, lse, dlse, stats, dq_sum, log_n, shares, starts_q)
+        launches.preprocess(out, dout, lse, dlse, stats, dq_sum, log_n, shares, starts_q)
         into: tuple[Tensor, ...] = dk, dv
-        if launches.round_kv:
+        if launches.postprocess_kv:
             into = torch.zeros(2, launches.dkv_sum, dtype=torch.float32, device=q.device).unbind()
         launches.main(q, k, v, dout, stats, dq_sum, *into, starts_q, starts_k, table)
-        for launch, x_sum, x in zip(launches.round_kv, into, (dk, dv), strict=False):
+        for launch, x_sum, x in zip(launches.postprocess_kv, into, (dk, dv), strict=False):
             launch(x_sum, x, starts_k)
-        launches.round(dq_sum, dq, starts_q)
+        launches.postprocess(dq_sum, dq, starts_q)
         return Gradients(dq, dk, dv, None if shares is None else shares.sum((0, 2)))
 
     def _backward(self, tensors: tuple[Tensor, ...], log_n: Tensor | None, options: Options) -> BackwardCall:
         *_, out, dout = tensors
-        key = out.stride(), dout.stride(), (0,) if log_n is None else (1, log_n.stride(0))
-        ready = self._backwards.get(key)
+        kind = out.stride(), dout.stride(), (0,) if log_n is None else (1, log_n.stride(0))
+        ready = self._backwards.get(kind)
         if ready is None:
-            problem = describe(tensors, log_n, options)
-            ready = self._backwards[key] = BackwardCall(problem, *[layout(x) for x in tensors[:3]])
+            key = describe(tensors, log_n, options)
+            ready = self._backwards[kind] = BackwardCall(key, *[layout(x) for x in tensors[:3]])
         return ready
 
 
 class BackwardCall:
-    """The launches of a backward, and templates of the memory that they share."""
+    """The launches of a backward, and templates of the workspaces that they share."""
 
-    def __init__(self, problem: KernelKey, dq: Layout, dk: Layout, dv: Layout) -> None:
-        p, self.layouts = problem, (dq, dk, dv)
+    def __init__(self, key: KernelKey, dq: Layout, dk: Layout, dv: Layout) -> None:
+        p, self.layouts = key, (dq, dk, dv)
         self.launches = prepare.backward(p, dq.of_kernel, dk.of_kernel, dv.of_kernel)
         self.stats = template((self.launches.stats,), torch.float32, p.device)
         self.dq_sum = template((self.launches.dq_sum,), torch.float32, p.device)
         batch = 1 if p.varlen else p.batch
-        tiles = self.launches.prepare.programs // (batch * p.heads)
+        tiles = self.launches.preprocess.programs // (batch * p.heads)
         self.shares = template((batch, p.heads, tiles), torch.float32, p.device)
 
 
 _calls: Recent[KernelKey, Prepared] = Recent()
 
 
-def prepared(q: Tensor, k: Tensor, v: Tensor, log_n: float | Tensor | None, options: Options) -> Prepared:
-    """Of the portable kernels where q, k or v begins off a multiple of 16 bytes, which no metadata tell."""
-    problem = describe((q, k, v), log_n, options)
-    if not problem.fits_descriptors:
-        return portable.prepared(q, k, v, log_n, options)
-    call = _calls.get(problem)
-    return call or _calls.put(problem, HopperCall(problem, q, k, v))
+def call_for(q: Tensor, k: Tensor, v: Tensor, log_n: float | Tensor | None, options: Options) -> Prepared:
+    """Return the prepared call; the portable kernels run it where TMA cannot load q, k or v, as unaligned ones."""
+    key = describe((q, k, v), log_n, options)
+    if not key.fits_descriptors:
+        return portable.call_for(q, k, v, log_n, options)
+    call = _calls.get(key)
+    return call or _calls.put(key, HopperCall(key, q, k, v))

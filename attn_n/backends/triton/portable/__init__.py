@@ -13,7 +13,7 @@ from triton.runtime.interpreter import InterpretedFunction
 
 from attn_n.backends.base import HALF, Backend, Prepared
 from attn_n.backends.triton.portable.forward import forward_kernel
-from attn_n.backends.triton.portable.prepare import prepared
+from attn_n.backends.triton.portable.prepare import call_for
 from attn_n.call import AttentionCall, Gradients, Grads, Options, Saved
 from attn_n.compilation import constant_when_compiled
 
@@ -46,7 +46,7 @@ class PortableKernels(Backend):
         return None
 
     def prepare(self, q: Tensor, k: Tensor, v: Tensor, log_n: float | Tensor | None, options: Options) -> Prepared:
-        return prepared(q, k, v, log_n, options)
+        return call_for(q, k, v, log_n, options)
 
     def forward(
         self, q: Tensor, k: Tensor, v: Tensor, log_n: float | Tensor | None, options: Options

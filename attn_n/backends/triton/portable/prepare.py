@@ -1,4 +1,4 @@
-"""From a call to the launches of the portable kernels."""
+"""A prepared call of the portable kernels: its launches, and what it allocates."""
 
 from __future__ import annotations
 
@@ -21,20 +21,20 @@ from attn_n.recent import Recent
 
 
 class PortableCall:
-    """The launches of one kind of a call, and the memory that it takes."""
+    """A prepared call: the launches of both passes, and templates of what they allocate."""
 
-    def __init__(self, problem: KernelKey, q: Tensor, k: Tensor, v: Tensor) -> None:
-        self.problem = problem
+    def __init__(self, key: KernelKey, q: Tensor, k: Tensor, v: Tensor) -> None:
+        self.key = key
         self._out = layout(q, v.shape[-1])
         self._lse = template(q.shape[:-1], torch.float32, q.device)
-        self._launch = launch("forward", problem, (self._out.of_kernel,))
+        self._launch = launch("forward", key, (self._out.of_kernel,))
         self._backwards: dict[tuple[Strides, ...], Backward] = {}
 
     def forward(
         self, q: Tensor, k: Tensor, v: Tensor, log_n: float | Tensor | None, options: Options
     ) -> tuple[Tensor, Tensor, Tensor | None]:
-        if self.problem.aligned is not aligned(q, k, v):
-            return prepared(q, k, v, log_n, options).forward(q, k, v, log_n, options)
+        if self.key.aligned is not aligned(q, k, v):
+            return call_for(q, k, v, log_n, options).forward(q, k, v, log_n, options)
         out, lse = self._out.empty(q), torch.empty_like(self._lse)
         rng_state = None
         if options.dropout_p:
@@ -46,18 +46,18 @@ class PortableCall:
 
     def backward(self, grads: Grads, saved: Saved, options: Options) -> Gradients:
         (dout, dlse, *_), (q, k, v, out, lse, _, rng_state), log_n = grads, saved, log_n_of(grads, saved)
-        if dout.stride(-1) != 1:  # that of a sum: read many times, it is worth laying out once
+        if dout.stride(-1) != 1:  # as the gradient of a sum: it is loaded many times, so that one copy pays
             dout = dout.contiguous()
         lse, dlse = lse.contiguous(), None if dlse is None else dlse.contiguous()
         ready = self._backward((q, k, v, out, dout), log_n, options)
         of_q, of_k, of_v = ready.layouts
         dq, dk, dv = of_q.empty(q), of_k.empty(k), of_v.empty(v)
         lse_log2, delta = torch.empty_like(ready.rows), torch.empty_like(ready.rows)
-        lost = torch.empty_like(ready.rows) if self.problem.float_mask else None
+        lost = torch.empty_like(ready.rows) if self.key.float_mask else None
         extras = _extras(rng_state, options)
         shares = None
         if grads.of_n is not None:
-            # A program beyond the end of a packed sequence writes nothing.
+            # A program beyond the end of a sequence stores nothing.
             shares = (torch.zeros_like if options.varlen else torch.empty_like)(ready.shares)
         ready.dq(q, k, v, out, dout, lse, dlse, lse_log2, delta, lost, dq, log_n, shares, *extras)
         for of_keys in ready.of_keys:
@@ -66,36 +66,36 @@ class PortableCall:
 
     def _backward(self, tensors: tuple[Tensor, ...], log_n: Tensor | None, options: Options) -> Backward:
         *_, out, dout = tensors
-        key = out.stride(), dout.stride(), (0,) if log_n is None else (1, log_n.stride(0)), (aligned(*tensors),)
-        ready = self._backwards.get(key)
+        kind = out.stride(), dout.stride(), (0,) if log_n is None else (1, log_n.stride(0)), (aligned(*tensors),)
+        ready = self._backwards.get(kind)
         if ready is None:
-            problem = describe(tensors, log_n, options)
+            key = describe(tensors, log_n, options)
             q, k, v, *_ = tensors
-            ready = self._backwards[key] = backward(problem, (layout(q), layout(k), layout(v)))
+            ready = self._backwards[kind] = backward(key, (layout(q), layout(k), layout(v)))
         return ready
 
 
 class Backward(NamedTuple):
-    """The launches of a backward, in their order, and what they share."""
+    """The launches of a backward, in their order, and templates of what they share."""
 
     layouts: tuple[Layout, Layout, Layout]
     dq: Launch
     of_keys: tuple[Launch, ...]
-    rows: Tensor  # templates: of a number for each row, and of the share of each program in the gradient of n
-    shares: Tensor
+    rows: Tensor  # template of a number for each row, (H, rows)
+    shares: Tensor  # template of each program's share of the gradient of n, (B, H, tiles)
 
 
-def prepared(q: Tensor, k: Tensor, v: Tensor, log_n: float | Tensor | None, options: Options) -> PortableCall:
-    problem = describe((q, k, v), log_n, options)
-    return _calls.get(problem) or _calls.put(problem, PortableCall(problem, q, k, v))
+def call_for(q: Tensor, k: Tensor, v: Tensor, log_n: float | Tensor | None, options: Options) -> PortableCall:
+    key = describe((q, k, v), log_n, options)
+    return _calls.get(key) or _calls.put(key, PortableCall(key, q, k, v))
 
 
 _calls: Recent[KernelKey, PortableCall] = Recent()
 
 
-def backward(problem: KernelKey, layouts: tuple[Layout, Layout, Layout]) -> Backward:
-    """`layouts` are those of dq, dk and dv."""
-    p, strides = problem, [x.of_kernel for x in layouts]
+def backward(key: KernelKey, layouts: tuple[Layout, Layout, Layout]) -> Backward:
+    """Return the launches of a backward; `layouts` are those of dq, dk and dv."""
+    p, strides = key, [x.of_kernel for x in layouts]
     dq = launch("dq", p, strides)
     return Backward(
         layouts,
@@ -106,12 +106,12 @@ def backward(problem: KernelKey, layouts: tuple[Layout, Layout, Layout]) -> Back
     )
 
 
-def launch(kernel: str, problem: KernelKey, results: Sequence[Strides], config: Config | None = None) -> Launch:
-    """The launch of one of the kernels of `configs`; `config` in place of that of the table.
+def launch(kernel: str, key: KernelKey, results: Sequence[Strides], config: Config | None = None) -> Launch:
+    """Return the launch of one of the kernels of `configs`; `config` replaces that of the table.
 
     `results` are the strides of out, or of dq, dk and dv.
     """
-    p, config = problem, config or configs.find(kernel, problem)
+    p, config = key, config or configs.find(kernel, key)
     options = {"num_warps": config.num_warps, "num_stages": config.num_stages}
     tile_e, tile_v = configs.tiles_of_widths(p)
     constants = {
@@ -140,7 +140,7 @@ def launch(kernel: str, problem: KernelKey, results: Sequence[Strides], config: 
 
 
 def log_n_of(grads: Grads, saved: Saved) -> Tensor | None:
-    """log n as the kernels take it beside the gradient of log n; None for that of n itself."""
+    """Return log n if the kernels compute its gradient; None for that of n itself, and for neither."""
     return saved.log_n if grads.of_n == "log n" and isinstance(saved.log_n, Tensor) else None
 
 
@@ -151,6 +151,6 @@ def _extras(rng_state: Tensor | None, options: Options) -> tuple[Tensor | None, 
     return mask, options.alibi_slopes, rng_state, options.cu_seqlens_q, options.cu_seqlens_k
 
 
-def padded_rows(problem: KernelKey) -> int:
-    """The length of the backward's own `(H, rows)` tensors."""
-    return problem.rows + problem.batch * int(ROW_PADDING.value)
+def padded_rows(key: KernelKey) -> int:
+    """Return the number of rows of the backward's own `(H, rows)` tensors."""
+    return key.rows + key.batch * int(ROW_PADDING.value)

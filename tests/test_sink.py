@@ -1,4 +1,4 @@
-"""The fold: by torch and by its Triton kernels, under the interpreter on a CPU, against float64."""
+"""The sink, by torch and by its Triton kernels (under the interpreter on a CPU), against float64."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ pytest.importorskip("triton")
 from attn_n.sink import fused
 
 BATCH, HEADS, ROWS = 2, 3, 70
-LAYOUTS = ("heads first", "tokens first", "packed", "narrowed", "a stride in the last dimension")
+LAYOUTS = ("heads first", "tokens first", "varlen", "narrowed", "a stride in the last dimension")
 LOG_N = {
     "1": 0.0,
     "1e-3": math.log(1e-3),
@@ -34,10 +34,10 @@ def log_n_of(kind: str, device: str) -> float | Tensor:
 
 
 def laid_out(x: Tensor, layout: str) -> Tensor:
-    """`(B, H, L, E)`, or packed `(T, H, E)`, in another memory layout."""
+    """Lay out `(B, H, L, E)` in another way in memory, or as varlen `(T, H, E)`."""
     if layout == "tokens first":
         return x.transpose(1, 2).contiguous().transpose(1, 2)
-    if layout == "packed":
+    if layout == "varlen":
         return x.transpose(1, 2).flatten(0, 1)
     if layout == "narrowed":
         return torch.cat([x, x], -1)[..., : x.shape[-1]]
@@ -47,10 +47,10 @@ def laid_out(x: Tensor, layout: str) -> Tensor:
 
 
 def rows_of(layout: str, device: str) -> Tensor:
-    """lse, with rows without visible keys; packed `(T, H)` as FlashAttention lays it out."""
+    """Return an lse with rows without visible keys; of varlen `(T, H)` in FlashAttention's layout."""
     lse = torch.randn(BATCH, HEADS, ROWS, device=device) * 4
     lse[:, :, ::5] = -math.inf
-    return lse.transpose(1, 2).flatten(0, 1).T.contiguous().T if layout == "packed" else lse
+    return lse.transpose(1, 2).flatten(0, 1).T.contiguous().T if layout == "varlen" else lse
 
 
 @pytest.mark.parametrize("device", PLACES)
@@ -58,8 +58,8 @@ def rows_of(layout: str, device: str) -> Tensor:
 @pytest.mark.parametrize("width", [64, 40])
 @pytest.mark.parametrize("kind", LOG_N)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-def test_scale(device: str, layout: str, width: int, kind: str, dtype: torch.dtype) -> None:
-    packed = layout == "packed"
+def test_add_sink(device: str, layout: str, width: int, kind: str, dtype: torch.dtype) -> None:
+    varlen = layout == "varlen"
     out, lse = (
         laid_out(torch.randn(BATCH, HEADS, ROWS, width, device=device, dtype=dtype), layout),
         rows_of(layout, device),
@@ -67,9 +67,9 @@ def test_scale(device: str, layout: str, width: int, kind: str, dtype: torch.dty
     log_n = log_n_of(kind, device)
     exact_n = log_n.double() if isinstance(log_n, Tensor) else log_n
     exact, exact_lse = out.double(), lse.double()
-    rescale.scale_(exact, exact_lse, exact_n, packed)
-    exact_lse = rescale.with_n(exact_lse, exact_n, packed)
-    lse_n = fused.scale_(out, lse, log_n, packed)
+    rescale.scale_(exact, exact_lse, exact_n, varlen)
+    exact_lse = rescale.add_to_lse(exact_lse, exact_n, varlen)
+    lse_n = fused.add_sink_(out, lse, log_n, varlen)
     assert lse_n.stride() == lse.stride()
     relative = 2e-6 if dtype == torch.float32 else torch.finfo(dtype).eps
     assert torch.allclose(out.double(), exact, rtol=relative, atol=1e-7)
@@ -81,17 +81,17 @@ def test_scale(device: str, layout: str, width: int, kind: str, dtype: torch.dty
 @pytest.mark.parametrize("device", PLACES)
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_rows_that_n_does_not_change(device: str, dtype: torch.dtype) -> None:
-    """What the kernel leaves alone rounds to itself, be it any number; what it does not, changes."""
+    """Any number in a row that the kernel skips rounds to itself, and some number in the others changes."""
     numbers = torch.arange(1 << 16).to(torch.uint16).view(dtype)
     numbers = numbers[numbers.isfinite()].to(device)
     edge = math.log(4 / torch.finfo(dtype).eps - 1)  # the lse at which the factor is 1 - eps / 4
     for off in (1e-3, -1e-3):
         out, lse = numbers[None, None, None], torch.full((1, 1, 1), edge + off, device=device)
         found = out.clone()
-        fused.scale_(found, lse, 0.0, False)
+        fused.add_sink_(found, lse, 0.0, False)
         rounded = (out.double() * torch.sigmoid(lse.double())[..., None]).to(dtype)
         assert torch.equal(found, out) == torch.equal(rounded, out) == (off > 0)
-    fused.scale_(found, lse, torch.full((1,), math.nan, device=device), False)
+    fused.add_sink_(found, lse, torch.full((1,), math.nan, device=device), False)
     assert bool(found.isnan().all())
 
 
@@ -101,16 +101,16 @@ def test_rows_that_n_does_not_change(device: str, dtype: torch.dtype) -> None:
 @pytest.mark.parametrize("with_dlse", [True, False])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_gradient_of_n(device: str, layout: str, of: str, with_dlse: bool, dtype: torch.dtype) -> None:
-    packed = layout == "packed"
+    varlen = layout == "varlen"
     out, dout = (laid_out(torch.randn(BATCH, HEADS, ROWS, 40, device=device, dtype=dtype), layout) for _ in range(2))
     lse, dlse = rows_of(layout, device), rows_of(layout, device).nan_to_num(0.0, neginf=0.3) if with_dlse else None
     log_n = torch.tensor([-1.0, -math.inf, 2.0], device=device) if of == "log n" else None
     wide = [None if x is None else x.double() for x in (dout, dlse, out, lse, log_n)]
-    exact = rescale.gradient_of_n(*wide, packed)  # type: ignore[arg-type]
+    exact = rescale.gradient_of_n(*wide, varlen)  # type: ignore[arg-type]
     for of_dout in (dout, dout[..., :1].expand(dout.shape)):
         if of_dout is not dout:
-            exact = rescale.gradient_of_n(of_dout.double(), *wide[1:], packed)  # type: ignore[arg-type]
-        got = [fused.gradient_of_n(of_dout, dlse, out, lse, log_n, packed) for _ in range(2)]
+            exact = rescale.gradient_of_n(of_dout.double(), *wide[1:], varlen)  # type: ignore[arg-type]
+        got = [fused.gradient_of_n(of_dout, dlse, out, lse, log_n, varlen) for _ in range(2)]
         assert torch.equal(*got), "the same bits each time"
         assert torch.allclose(got[0].double(), exact, rtol=2e-5, atol=1e-3)
 
@@ -156,20 +156,20 @@ def test_kernels_that_cannot_be_imported(
 @pytest.mark.gpu
 def test_the_kernels_are_what_runs_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     ran = []
-    for name in ("scale_", "gradient_of_n"):
+    for name in ("add_sink_", "gradient_of_n"):
         original = getattr(fused, name)
         monkeypatch.setattr(fused, name, lambda *x, name=name, original=original: (ran.append(name), original(*x))[1])
     q, k, v = (torch.randn(1, 2, 40, 64, device="cuda", dtype=torch.bfloat16, requires_grad=True) for _ in range(3))
     n = torch.ones(2, device="cuda", requires_grad=True)
     flash_attention_n(q, k, v, sm_n=n, backend="sdpa:flash").sum().backward()
-    assert ran == ["scale_", "gradient_of_n"]
+    assert ran == ["add_sink_", "gradient_of_n"]
 
 
 @pytest.mark.gpu
 def test_more_than_2_to_the_31_elements() -> None:
     out = torch.ones(2, 16, 2**21, 64, device="cuda", dtype=torch.bfloat16)
     lse = torch.zeros(out.shape[:3], device="cuda")
-    lse = fused.scale_(out, lse, 0.0, False)
+    lse = fused.add_sink_(out, lse, 0.0, False)
     assert bool((out == 0.5).all())
     assert torch.allclose(lse, torch.full((), math.log(2.0), device="cuda"))
     assert torch.allclose(
