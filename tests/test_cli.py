@@ -50,7 +50,7 @@ def no_interpreter(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.fixture
 def without_n(monkeypatch: pytest.MonkeyPatch) -> None:
     """Replace the sink's rescaling by one that ignores n, as a library without n does."""
-    monkeypatch.setattr(rescale, "scale_", lambda out, lse, log_n, packed: None)
+    monkeypatch.setattr(rescale, "scale_", lambda out, lse, log_n, varlen: None)
 
 
 def small_report() -> report.Report:

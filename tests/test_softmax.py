@@ -86,14 +86,14 @@ def test_n_beyond_the_dtype_of_x(n: float, x: float, as_tensor: bool) -> None:
 @pytest.mark.parametrize("shape", [(), (3, 1)])
 def test_the_weight_of_n_is_linear_in_n(n: float, shape: tuple[int, ...]) -> None:
     """Derivatives by n are right in reverse and forward mode, batched, and of second order, at n = 0 too."""
-    top = torch.randn(3, 1, dtype=torch.float64, requires_grad=True)
+    row_max = torch.randn(3, 1, dtype=torch.float64, requires_grad=True)
     values = torch.full(shape, n, dtype=torch.float64, requires_grad=True)
-    assert torch.allclose(weight_of_n(values, top), n * (-top).exp(), rtol=1e-14)
+    assert torch.allclose(weight_of_n(values, row_max), n * (-row_max).exp(), rtol=1e-14)
     options = {"check_forward_ad": True, "check_batched_grad": True, "check_batched_forward_grad": True}
-    assert torch.autograd.gradcheck(weight_of_n, (values, top.detach()), **options)
-    assert torch.autograd.gradgradcheck(weight_of_n, (values, top))
-    each = torch.vmap(weight_of_n)(values.expand(3, 1), top)
-    assert torch.allclose(each, weight_of_n(values, top), rtol=1e-14)
+    assert torch.autograd.gradcheck(weight_of_n, (values, row_max.detach()), **options)
+    assert torch.autograd.gradgradcheck(weight_of_n, (values, row_max))
+    each = torch.vmap(weight_of_n)(values.expand(3, 1), row_max)
+    assert torch.allclose(each, weight_of_n(values, row_max), rtol=1e-14)
 
 
 def test_a_compiled_number_n_is_not_a_constant() -> None:

@@ -15,7 +15,7 @@ from attn_n.backends.triton.kernel_key import fits_descriptors
 from attn_n.backends.triton.portable import PortableKernels
 from attn_n.call import AttentionCall, Options
 
-# Gluon changes from release to release: on these the tests have passed on a GPU.
+# Gluon changes between releases of Triton; with these the tests have passed on a GPU.
 _TESTED = ("3.6",)
 WIDTHS = (64, 128, 256)
 

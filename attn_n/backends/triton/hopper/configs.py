@@ -15,7 +15,7 @@ class Tiles(NamedTuple):
     stages: int  # of the ring of K and V
     q_in_registers: bool = False  # each consumer keeps its queries in registers
     out_apart: bool = True  # out has a buffer of its own, so the next queries can be loaded meanwhile (+3 % at 2048)
-    lazy: bool = False  # O is rescaled only where row_max has grown much
+    lazy: bool = False  # O is rescaled only where row_max has grown by much (see `forward.py`)
     weights_first: bool = False  # all weights of a block are computed before the wait for O of the block before it
 
 
@@ -23,12 +23,12 @@ class Config(NamedTuple):
     """A row of the table: tiles, and the calls that they are for."""
 
     tiles: Tiles
-    counted: bool = False  # programs take tiles by a counter, heavy ones first: only for a mask of later keys
+    counted: bool = False  # programs take tiles by an atomic counter, heavy ones first; for masks of later keys
     at_least: int = 0  # a query sees at least so many keys on average
 
 
 class ForwardSpec(NamedTuple):
-    """The one constant of the forward kernel."""
+    """The constexpr of the forward kernel."""
 
     tiles: Tiles
     width: int
@@ -37,7 +37,7 @@ class ForwardSpec(NamedTuple):
 
 
 class BackwardSpec(NamedTuple):
-    """The one constant of the backward kernels."""
+    """The constexpr of the backward kernels."""
 
     width: int
     tile_q: int
@@ -45,9 +45,9 @@ class BackwardSpec(NamedTuple):
     teams: int  # for each KV head
 
 
-# By width, then by length, the longest first: the best of those tried, causal or not. Measured in bfloat16, PyTorch
-# 2.11, Triton 3.6: on an H200, 2026-11-23, S = 512 to 8192; on an H100, S = 512 to 16,384, `counted` 2026-11-25,
-# `lazy` and all of E = 128 and 256 2026-11-26.
+# By width, then by length, the longest first; each row was the fastest of those tried, causal or not. Measured in
+# bfloat16, PyTorch 2.11, Triton 3.6: on an H200, 2026-11-23, S = 512 to 8192; on an H100, S = 512 to 16,384, `counted`
+# 2026-11-25, `lazy` and all of E = 128 and 256 2026-11-26.
 FORWARD: dict[int, tuple[Config, ...]] = {
     64: (
         Config(Tiles(3, 128, 2, lazy=True, weights_first=True), counted=True, at_least=1500),
@@ -93,7 +93,7 @@ def heads_of_item(key: KernelKey, sm_count: int) -> int:
     """
     p, groups = key, key.heads // key.heads_kv
     seen = p.queries_on_average
-    if groups * seen < (2_000 if None in p.window else 16_000):  # the sums would cost more than they gain
+    if groups * seen < (2_000 if None in p.window else 16_000):  # the float32 sums would cost more than they gain
         return groups
     uneven = p.varlen or p.window != (None, None)
     whole, split = UNEVEN[p.width] if uneven else (groups, groups)
