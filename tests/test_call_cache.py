@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 import attn_n
-from attn_n import flash_attention_n
+from attn_n import flash_attention_n, flash_attention_n_varlen
 from attn_n.backends import registry, xformers
 from attn_n.backends.flash_attn import version_2, version_3, version_4
 from attn_n.call import Options, Request, canonical
@@ -213,8 +213,10 @@ def test_calls_of_one_kind_are_chosen_alike(
         width, heads_kv, batch = 64, 2, 2
         window = pick.choice((None, (pick.choice((None, 0, 1, 128, 1500)), pick.choice((0, 3, None)))))
         causal, training, n = pick.random() < 0.5, pick.random() < 0.5, pick.choice((None, 1.0))
-        q = torch.empty(batch, 4, len_q, width, dtype=torch.bfloat16, device="meta")
-        k = torch.empty(batch, heads_kv, len_k, width, dtype=torch.bfloat16, device="meta")
+        row = pick.choice((width, width, width + 4))  # of q; rows of 136 bytes are nothing for TMA
+        q = torch.empty(batch, 4, len_q, row, dtype=torch.bfloat16, device="meta")[..., :width]
+        k = torch.empty(batch, pick.choice((1, heads_kv)), len_k, width, dtype=torch.bfloat16, device="meta")
+        k = k.expand(batch, heads_kv, len_k, width)
         request = Request(causal, None, n, None, None, window, None, None, 0.0, False, None)
         kind = similar.kind(q, k, k, request, ())
         assert kind is not None
@@ -226,6 +228,92 @@ def test_calls_of_one_kind_are_chosen_alike(
         shared += (kind, causal, window, n, training) in found
         assert found.setdefault((kind, causal, window, n, training), chosen) == chosen
     assert shared > 1000
+
+
+def test_varlen_calls_of_one_kind_are_chosen_alike(monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("triton")
+    from attn_n.backends.triton import hopper
+
+    monkeypatch.setattr(hopper, "tested", lambda: True)
+    pick, found = random.Random(0), dict[object, tuple[str, Options]]()
+    for _ in range(3000):
+        sequences, causal, training = pick.choice((1, 2, 3)), pick.random() < 0.5, pick.random() < 0.5
+        starts = torch.zeros(sequences + 1, dtype=torch.int32, device="meta")
+        tokens, tokens_k = (pick.choice((5, 100, 127, 128, 129, 300, 384, 400, 9000)) for _ in "qk")
+        q = torch.empty(tokens, 4, 64, dtype=torch.bfloat16, device="meta", requires_grad=training)
+        k = torch.empty(tokens_k, 2, 64, dtype=torch.bfloat16, device="meta")
+        packing, request = (starts, starts, tokens, tokens_k), Request(causal, None, 1.0, *[None] * 5, 0.0, False, None)
+        kind = similar.kind(q, k, k, request, packing)
+        assert kind is not None
+        described = canonical.varlen(q, k, k, *packing, request)
+        call = dataclasses.replace(described.call, device="cuda", capability=(9, 0))
+        options = described.options.without_tensors()._replace(max_seqlen_q=0, max_seqlen_k=0)
+        chosen = choose.choose(call, None)[0], options
+        assert found.setdefault((kind, causal, training), chosen) == chosen
+    assert {name for name, _ in found.values()} == {"triton:hopper", "triton:portable"}
+
+
+def test_what_has_no_kind() -> None:
+    q, k, v = inputs()
+    plain = Request(True, None, 1.0, *[None] * 5, 0.0, False, None)
+    assert similar.kind(q, k, v, plain, ()) is not None
+    assert similar.kind(q, k, v, plain._replace(attn_mask=torch.ones(6, 6, dtype=torch.bool)), ()) is None
+    assert similar.kind(q[0], k[0], v[0], plain, ()) is None
+    assert similar.kind(q, k[:, :, :0], v[:, :, :0], plain, ()) is None
+    assert similar.kind(q[:, :, :0], k, v, plain, ()) is None
+    assert similar.kind(q, k, v[:, :, :5], plain, ()) is None
+    assert similar.kind(q[:, :, :1].expand(1, 2, 1 << 30, 8), k, v, plain, ()) is None
+    tokens, starts = torch.randn(6, 2, 8), torch.tensor([0, 2, 6], dtype=torch.int32)
+    assert similar.kind(tokens, tokens, tokens, plain, (starts, starts, 4, 4)) is not None
+    assert similar.kind(tokens, tokens, tokens, plain._replace(window=(1, 1)), (starts, starts, 4, 4)) is None
+    assert similar.kind(tokens, tokens, tokens, plain, (starts, starts[:2], 4, 4)) is None
+    assert similar.kind(tokens, tokens, tokens, plain, (starts, starts, -1, 4)) is None
+    assert similar.kind(tokens, tokens, tokens[:5], plain, (starts, starts, 4, 4)) is None
+    assert similar.kind(q, k, v, plain, (starts, starts, 4, 4)) is None
+
+
+def tensors_in(x: object) -> list[Tensor]:
+    if isinstance(x, tuple):
+        return [tensor for y in x for tensor in tensors_in(y)]
+    return [x] if isinstance(x, Tensor) else []
+
+
+def test_no_key_holds_a_tensor() -> None:
+    q, k, v = inputs()
+    starts = torch.tensor([0, 2, 6], dtype=torch.int32)
+    tokens = [x[0].transpose(0, 1) for x in (q, k, v)]
+    for _ in range(2):
+        flash_attention_n(q, k, v, sinks=torch.zeros(2))
+        flash_attention_n(q, k, v, sm_n=torch.ones(()), attn_mask=torch.ones(6, 6, dtype=torch.bool))
+        flash_attention_n_varlen(*tokens, starts, starts, 4, 4, sm_n=1.0)
+        flash_attention_n_varlen(*tokens, starts, starts, 4, 4, sinks=torch.zeros(2))
+    assert len(call_cache._calls) == 4
+    assert tensors_in(tuple(call_cache._calls)) == tensors_in(tuple(call_cache._kinds)) == []
+
+
+@pytest.mark.parametrize("place", [0, 1, 2], ids=["q", "k", "v"])
+def test_each_of_them_may_be_the_one_to_learn(place: int) -> None:
+    tensors = list(inputs())
+    flash_attention_n(*tensors, sm_n=1.0)
+    tensors[place].requires_grad_()
+    for _ in range(2):
+        assert flash_attention_n(*tensors, sm_n=1.0).requires_grad
+
+
+def test_new_lengths_are_right(ran: list[str]) -> None:
+    """Of batches with sinks and a window, and of varlen sequences whose longest one changes."""
+    sinks = torch.tensor([0.5, -1.0])
+    for length in range(2, 12):
+        q, k, v = inputs(length)
+        got = flash_attention_n(q, k, v, True, sinks=sinks, window=(4, 0))
+        expected = attention_n(q.double(), k.double(), v.double(), causal=True, sinks=sinks.double(), window=(4, 0))[0]
+        assert torch.allclose(got.double(), expected, atol=1e-5)
+        starts = torch.tensor([0, 1, length], dtype=torch.int32)
+        tokens = [x[0].transpose(0, 1) for x in (q, k, v)]
+        packed = flash_attention_n_varlen(*tokens, starts, starts, length, length, True, sinks=sinks)
+        alone = flash_attention_n(q[:, :, 1:], k[:, :, 1:], v[:, :, 1:], True, sinks=sinks, backend="reference")
+        assert torch.allclose(packed[1:].transpose(0, 1)[None], alone, atol=1e-5)
+    assert set(ran) == {"forward sdpa:cpu", "attend reference"}
 
 
 def test_a_backend_that_says_nothing_of_lengths_is_asked_for_each(particular: Particular) -> None:
