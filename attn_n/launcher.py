@@ -1,4 +1,4 @@
-"""How a Triton kernel is launched: what depends on the metadata of a call alone is found once.
+"""Launches of Triton kernels: everything that depends on the metadata of a call alone is found once.
 
 Triton takes some 60 us on the host to find the compiled kernel that fits its arguments. That is known from the kernel,
 its constants, and which kinds of numbers it gets; it is asked only where a pointer is not aligned.
@@ -68,7 +68,7 @@ class Launch:
                 _compiled[key] = compiled
 
     def _find(self, kinds: tuple[type, ...], arguments: tuple[Tensor | float | None, ...]) -> Any:
-        """What was compiled for another launch of the same specialisation."""
+        """Return the kernel that was compiled for another launch of the same specialisation."""
         compiled = _compiled.get(self._specialization(arguments))  # type: ignore[arg-type]
         if compiled is not None:
             self._found[kinds] = compiled[self.programs, 1, 1]
@@ -90,18 +90,14 @@ class Launch:
         )
 
 
-def _kinds(numbers: tuple[Any, ...]) -> list[Any]:
+def _kinds(numbers: tuple[Any, ...]) -> tuple[Any, ...]:
     """Integers that are 1, that are multiples of 16, and that need 64 bits have kernels of their own."""
-    kinds: list[Any] = []
-    for x in numbers:
-        if x.__class__ is int:
-            kinds.append(1 if x == 1 else (0 if x & 15 else 16) + (0 if -(2**31) <= x < 2**31 else 64))
-        elif isinstance(x, tuple):
-            kinds.append(len(x))
-            kinds.extend([1 if y == 1 else (0 if y & 15 else 16) + (0 if -(2**31) <= y < 2**31 else 64) for y in x])
-        else:
-            kinds.append(x.__class__)
-    return kinds
+    return tuple([
+        (1 if x == 1 else (0 if x & 15 else 16) + (0 if -(2**31) <= x < 2**31 else 64)) if x.__class__ is int
+        else _kinds(x) if isinstance(x, tuple)
+        else x.__class__
+        for x in numbers
+    ])  # fmt: skip
 
 
 def _workspace(size: int, alignment: int, stream: int | None) -> Tensor:

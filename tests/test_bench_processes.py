@@ -31,7 +31,7 @@ def test_a_first_call_finds_nothing_compiled(monkeypatch: pytest.MonkeyPatch, tm
 
 @pytest.mark.parametrize("measure", ["forward", "backward", "both"])
 def test_profile_one(measure: str, ran: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
-    """What a profiler sees lies between its start and its stop."""
+    """A profiler sees exactly what runs between its start and its stop."""
     monkeypatch.setattr(profile_one, "_profiler", ran.append)
     profile_one.main(["attn_n n=1", measure, "--length", "40", "--heads", "4", "--heads-kv", "2", "--causal"])
     seen = [each.split()[0] for each in ran[ran.index("start") + 1 : ran.index("stop")]]

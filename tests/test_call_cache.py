@@ -1,4 +1,4 @@
-"""What is remembered of a call must never change what a call does."""
+"""A cached call must never do anything else than the same call that is not cached."""
 
 from __future__ import annotations
 

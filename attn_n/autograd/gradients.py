@@ -1,4 +1,4 @@
-"""What a backward keeps of its forward, and the gradients of a call however it is differentiated."""
+"""The tensors that a forward saves for its backward, and the gradients under every way to differentiate a call."""
 
 from __future__ import annotations
 
@@ -67,15 +67,15 @@ def gradients(
                 log_n, options = passes.with_numbers(numbers, log_n, options)
             found = _by_autograd(chosen, dout, dlse, q, k, v, n, n_is_logit, log_n, options)
             return _only_needed(found, needed, inputs)
+    if dout is None:
+        dout = torch.zeros_like(out)
     if call is not None and call.has_run and not (batched or torch.is_grad_enabled() or transforms.needs_dispatcher(q)):
-        if dout is None:
-            dout = torch.zeros_like(out)
         with autocast.suspended(q.device.type):
             of_forward = Saved(q, k, v, out, lse, None, rng_state)
             found = call.backward(dout, dlse, of_forward, n, needed[3], options)
         return _only_needed(found, needed, inputs)
     arguments = (
-        torch.zeros_like(out) if dout is None else dout, dlse, q, k, v, out, lse, rng_state, n, n_is_logit,
+        dout, dlse, q, k, v, out, lse, rng_state, n, n_is_logit,
         log_n is None and passes.rows_may_be_empty_in(q, k, options), needed[3], numbers, backend,
     )  # fmt: skip
     with autocast.suspended(q.device.type):

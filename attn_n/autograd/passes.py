@@ -42,10 +42,17 @@ def forward(
             out, attended_lse = chosen.attend(q, k, v, log_of_n, True, options, True)
         assert attended_lse is not None
         return out, attended_lse, None
-    if log_of_n is None or chosen.applies_n:
-        return chosen.forward(q, k, v, log_of_n, options)
-    out, lse, rng_state = chosen.forward(q, k, v, None, options)
-    return out, rescale.add_sink_(out, lse, log_of_n, options.varlen, lse_wanted), rng_state
+    return forward_by(chosen, chosen.applies_n, q, k, v, log_of_n, options, lse_wanted)
+
+
+def forward_by(
+    passes: Prepared, applies_n: bool, q: Tensor, k: Tensor, v: Tensor, log_n: float | Tensor | None, options: Options,
+    lse_wanted: bool,
+) -> tuple[Tensor, Tensor, Tensor | None]:  # fmt: skip
+    if log_n is None or applies_n:
+        return passes.forward(q, k, v, log_n, options)
+    out, lse, rng_state = passes.forward(q, k, v, None, options)
+    return out, rescale.add_sink_(out, lse, log_n, options.varlen, lse_wanted), rng_state
 
 
 def backward(
@@ -128,7 +135,7 @@ def lse_dtype(q: Tensor) -> torch.dtype:
 
 
 def rows_may_be_empty_in(q: Tensor, k: Tensor, options: Options) -> bool:
-    if options.mask is not None or options.cu_seqlens_q is not None:
+    if options.mask is not None or options.varlen:
         return True
     right = options.window_right
     bounded = options.window_left is not None or right is not None

@@ -8,9 +8,8 @@ from torch import Tensor
 
 from attn_n.autograd import passes
 from attn_n.backends import registry
-from attn_n.backends.base import Backend, Prepared
+from attn_n.backends.base import Prepared
 from attn_n.call import Options, Saved, autocast, transforms
-from attn_n.sink import rescale
 
 
 class PreparedCall:
@@ -33,22 +32,18 @@ class PreparedCall:
     ) -> None:  # fmt: skip
         self.backend, self.options, self.n_is_logit, self.log_n = backend, options, n_is_logit, log_n
         self.numbers, self.lse_wanted, self.needs_grad = numbers, lse_wanted, needs_grad
-        self._served: Backend | None = None
         self._passes: Prepared | None = None
-        self._rows_may_be_empty = False
+        self._applies_n = self._rows_may_be_empty = False
 
     def forward(
         self, q: Tensor, k: Tensor, v: Tensor, n: Tensor | None, options: Options, lse_wanted: bool
     ) -> tuple[Tensor, Tensor, Tensor | None]:
         """`passes.forward`, with what the first call of its kind has found out."""
         prepared = self._passes
-        if prepared is None or self._served is None:
+        if prepared is None:
             return self._first_forward(q, k, v, n, options, lse_wanted)
         log_n = self.log_n if n is None else passes.log_per_head(q, n, self.n_is_logit)
-        if log_n is None or self._served.applies_n:
-            return prepared.forward(q, k, v, log_n, options)
-        out, lse, rng_state = prepared.forward(q, k, v, None, options)
-        return out, rescale.add_sink_(out, lse, log_n, options.varlen, lse_wanted), rng_state
+        return passes.forward_by(prepared, self._applies_n, q, k, v, log_n, options, lse_wanted)
 
     def _first_forward(
         self, q: Tensor, k: Tensor, v: Tensor, n: Tensor | None, options: Options, lse_wanted: bool
@@ -56,13 +51,14 @@ class PreparedCall:
         served = registry.loaded(self.backend)
         if not (served.differentiates or q.numel() == 0 or k.numel() == 0):
             log_n = self.log_n if n is None else passes.log_per_head(q, n, self.n_is_logit)
+            self._applies_n, self._rows_may_be_empty = served.applies_n, passes.rows_may_be_empty_in(q, k, options)
+            # Last, because it tells other threads that all of this is known.
             self._passes = served.prepare(q, k, v, log_n if served.applies_n else None, options)
-            self._rows_may_be_empty, self._served = passes.rows_may_be_empty_in(q, k, options), served
             return self.forward(q, k, v, n, options, lse_wanted)
         return passes.forward(options, lse_wanted, q, k, v, n, self.n_is_logit, self.log_n, None, self.backend)
 
     def at_other_lengths(self, packing: tuple[Any, ...]) -> PreparedCall:
-        """The same for a call of other lengths; of `packing` the last two are the longest sequences."""
+        """Return this call for other lengths; the last two of `packing` are the longest sequences."""
         options = self.options._replace(max_seqlen_q=packing[2], max_seqlen_k=packing[3]) if packing else self.options
         return PreparedCall(
             self.backend, options, self.n_is_logit, self.log_n, self.numbers, self.lse_wanted, self.needs_grad
@@ -73,7 +69,7 @@ class PreparedCall:
         return self._passes is not None
 
     def watched(self, q: Tensor, dout: Tensor | None, dlse: Tensor | None) -> bool:
-        """Whether a backward is more than this call's: somebody looks at operators, autocasts, or batches gradients."""
+        """Return True where a dispatch mode, autocast or batched gradients ask for more than `backward`."""
         return (
             transforms.needs_dispatcher(q)
             or transforms.is_batched(dout)

@@ -159,7 +159,7 @@ def _tensors(options: Options, q: Tensor, k: Tensor, v: Tensor) -> list[Tensor]:
 
 
 def _as_batch(options: Options, *tensors: Tensor) -> list[Tensor]:
-    return list(tensors) if options.cu_seqlens_q is None else [x[None] for x in tensors]
+    return [x[None] for x in tensors] if options.varlen else list(tensors)
 
 
 def _mask(options: Options, q: Tensor, k: Tensor) -> Any:
@@ -179,7 +179,7 @@ def _mask(options: Options, q: Tensor, k: Tensor) -> Any:
         return masks.BlockDiagonalCausalLocalAttentionFromBottomRightMask(*blocks, _window_size=left + 1)
     if left is None and right is None:
         return None
-    if left is None and right == 0:
+    if options.causal:
         return masks.LowerTriangularFromBottomRightMask()
     # A side of S or more bounds nothing.
     return masks.LocalAttentionFromBottomRightMask(

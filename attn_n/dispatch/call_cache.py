@@ -96,11 +96,14 @@ def get(key: Key | None) -> PreparedCall | None:
 
 
 def put(key: Key, call: PreparedCall) -> None:
+    if _is_current(key):
+        _calls.put(key, call)
+
+
+def _is_current(key: Key) -> bool:
+    """Return False if backends were loaded or registered since: the call may be of those before."""
     *_, generation, _, _ = key
-    # Backends were loaded or registered since: the call may be of those before, and its key will not be asked for.
-    if generation != registry.generation():
-        return
-    _calls.put(key, call)
+    return bool(generation == registry.generation())
 
 
 def get_similar(
@@ -125,7 +128,7 @@ def put_kind(
     key: Key, q: Tensor, k: Tensor, v: Tensor, request: Request, packing: tuple[Any, ...], call: PreparedCall
 ) -> None:
     kind = _kind(key, q, k, v, request, packing)
-    if kind is not None and key[-3] == registry.generation():
+    if kind is not None and _is_current(key):
         _kinds.put(kind, call)
 
 

@@ -66,7 +66,7 @@ def _of_varlen(q: Tensor, k: Tensor, v: Tensor, request: Request, packing: tuple
 
 
 def _of_strides(x: Tensor) -> tuple[bool, bool, bool]:
-    """What a backend may ask: columns side by side, nothing expanded, and rows on boundaries of 16 bytes."""
+    """Return what a backend may ask of strides: unit stride in a row, no expanded dimension, 16-byte aligned rows."""
     *outer, column = x.stride()
     step = 16 // x.element_size()
     return column == 1, 0 not in outer, not any([stride % step for stride in outer])

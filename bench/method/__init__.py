@@ -1,1 +1,1 @@
-"""How it is measured: the correctness check, the clocks, rounds in turns, what is compiled before."""
+"""The method: correctness check, clocks, interleaved rounds, precompilation."""

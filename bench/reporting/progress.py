@@ -1,4 +1,4 @@
-"""What a run says of each case as soon as it is measured."""
+"""The line that a run prints for each case as soon as it is measured."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What is measured: the workloads, one by one and in suites."""
+"""The workloads that are measured, one by one and in suites."""
 
 from bench.workloads.workload import FORWARD, PASSES, Inputs, Workload, make_inputs
 

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from attn_n.backends.adapt import large_bias, one_by_one
 from attn_n.backends.adapt.dense_bias import dense_bias
-from attn_n.backends.adapt.layout import lse_as_value_column, narrowed, of_width
+from attn_n.backends.adapt.layout import is_of_width, lse_as_value_column, narrowed, of_width
 from attn_n.backends.base import Backend, Prepared, empty_in_order, memory_order
 from attn_n.call import Gradients, Grads, Options, Saved
 
@@ -55,7 +55,7 @@ class BlockwiseBackend(Backend):
         if options.varlen or self.widths(q.shape[3], v.shape[3]) != (q.shape[3], v.shape[3]):
             return self
         # On CUDA an address decides whether a tensor is read as it is.
-        if q.is_cpu and all(of_width(x, x.shape[3]) is x for x in (q, k, v)):
+        if q.is_cpu and all(is_of_width(x, x.shape[3]) for x in (q, k, v)):
             blocks = self._blocks(q.shape[2], k.shape[2], options)
             if len(blocks) == 1 and blocks[0].rows is None:
                 return OneBlock(self, blocks[0])

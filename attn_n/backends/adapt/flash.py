@@ -6,7 +6,7 @@ from typing import NamedTuple
 
 from torch import Tensor
 
-from attn_n.backends.adapt.layout import common_width, lse_as_value_column, narrowed, of_width
+from attn_n.backends.adapt.layout import common_width, is_of_width, lse_as_value_column, narrowed, of_width
 from attn_n.backends.base import HALF, Backend, Prepared
 from attn_n.call import AttentionCall, Gradients, Grads, Options, Saved
 
@@ -44,7 +44,7 @@ class FlashBackend(Backend):
         return None
 
     def prepare(self, q: Tensor, k: Tensor, v: Tensor, log_n: float | Tensor | None, options: Options) -> Prepared:
-        if not options.varlen and all(of_width(x, q.shape[-1]) is x for x in (q, k, v)) and q.shape[-1] % 8 == 0:
+        if not options.varlen and all(is_of_width(x, q.shape[-1]) for x in (q, k, v)) and q.shape[-1] % 8 == 0:
             return FlashBatch(self)
         return self
 

@@ -23,7 +23,7 @@ class WindowArguments(NamedTuple):
 def window_arguments(options: Options, lengths: Sequences) -> WindowArguments:
     """Return the window of a call as the kernels take it."""
     left, right, max_k = options.window_left, options.window_right, lengths.max_k
-    if left is None and right == 0:
+    if options.causal:
         if options.alibi_slopes is None:
             return WindowArguments(True, -1, -1, max_k)
         # Under causal=True their ALiBi adds `slope * j`: equal weights but another lse. With a window it is as ours.

@@ -32,15 +32,18 @@ def of_width(x: Tensor, width: int) -> Tensor:
     """
     if x.shape[-1] != width:
         return filled_up(x, width)
+    return x if is_of_width(x, width) else x.clone(memory_format=torch.contiguous_format)
+
+
+def is_of_width(x: Tensor, width: int) -> bool:
+    """Return True if `of_width` returns x itself."""
     *outer, column = x.stride()
     # is_contiguous ignores the strides of dimensions of size 1, which do not matter.
-    if (column != 1 or 1 in outer) and not x.is_contiguous():
-        return x.contiguous()
-    if x.is_cuda:
-        aligned = all(stride * x.element_size() % 16 == 0 for stride in outer)
-        if not aligned or x.data_ptr() % 16:
-            return x.clone(memory_format=torch.contiguous_format)
-    return x
+    if x.shape[-1] != width or ((column != 1 or 1 in outer) and not x.is_contiguous()):
+        return False
+    if not x.is_cuda:
+        return True
+    return x.data_ptr() % 16 == 0 and all(stride * x.element_size() % 16 == 0 for stride in outer)
 
 
 def filled_up(x: Tensor, width: int) -> Tensor:

@@ -66,7 +66,7 @@ class FlashAttention3(FlashBackend):
 
     def kernel_forward(self, q: Tensor, k: Tensor, v: Tensor, options: Options) -> tuple[Tensor, Tensor, Tensor | None]:
         # 0 lets it choose split-KV, which is faster for a few queries.
-        splits = 0 if options.cu_seqlens_q is None else 1
+        splits = 1 if options.varlen else 0
         out, lse, *_ = torch.ops.flash_attn_3.fwd(q, k, v, num_splits=splits, **_keywords(options, q, k))
         return out, lse, None
 
@@ -103,7 +103,7 @@ def _keywords(options: Options, q: Tensor, k: Tensor) -> dict[str, Any]:
         }  # fmt: skip
     return {
         "softmax_scale": options.scale,
-        "is_causal": left is None and right == 0,
+        "is_causal": options.causal,
         "window_size_left": -1 if left is None else left,
         "window_size_right": -1 if right is None else right,
         "softcap": options.softcap or 0.0,

@@ -101,7 +101,7 @@ class CudnnAttention(Backend):
     ) -> tuple[Tensor, Tensor, Tensor | None]:
         q, k, v = (of_width(x, x.shape[-1]) for x in (q, k, v))
         out, lse, *_ = torch.ops.aten._scaled_dot_product_cudnn_attention(
-            q, k, v, None, True, 0.0, options.window_right == 0, False, scale=options.scale
+            q, k, v, None, True, 0.0, options.causal, False, scale=options.scale
         )
         return out, lse.view(q.shape[:-1]), None
 
@@ -117,7 +117,7 @@ class CudnnAttention(Backend):
         out, dout = of_width(out, out.shape[-1]), of_width(dout, dout.shape[-1])
         dq, dk, dv = torch.ops.aten._scaled_dot_product_cudnn_attention_backward(
             dout, q, k, v, out, saved.lse[..., None], None, None, None, None, None, q.shape[2], k.shape[2],
-            0.0, options.window_right == 0, scale=options.scale,
+            0.0, options.causal, scale=options.scale,
         )  # fmt: skip
         return Gradients(dq, dk, dv)
 
