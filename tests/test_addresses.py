@@ -86,11 +86,11 @@ def test_the_sink(device: str, dim: int) -> None:
     lse, log_n = torch.randn(1, 3, 4, device=device), torch.tensor([0.0, 1.0, -1.0], device=device)
     far = far_apart(out, dim)
     exact = rescale.gradient_of_n(out.double(), None, out.double(), lse.double(), log_n.double(), False)
-    got = fused.gradient_of_n(far, None, out, lse, log_n, False)
+    got = fused.gradient_of_n(far, None, out, lse, log_n)
     assert torch.allclose(got.double(), exact, rtol=1e-5, atol=1e-5)
     exact = out.double()
     rescale.scale_(exact, lse.double(), log_n.double(), False)
-    fused.add_sink_(far, lse, log_n, False)
+    fused.add_sink_(far, lse, log_n)
     assert torch.allclose(far.double(), exact, rtol=1e-3, atol=1e-7)
 
 

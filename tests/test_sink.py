@@ -69,7 +69,7 @@ def test_add_sink(device: str, layout: str, width: int, kind: str, dtype: torch.
     exact, exact_lse = out.double(), lse.double()
     rescale.scale_(exact, exact_lse, exact_n, varlen)
     exact_lse = rescale.add_to_lse(exact_lse, exact_n, varlen)
-    lse_n = fused.add_sink_(out, lse, log_n, varlen)
+    lse_n = fused.add_sink_(out, lse, log_n)
     assert lse_n.stride() == lse.stride()
     relative = 2e-6 if dtype == torch.float32 else torch.finfo(dtype).eps
     assert torch.allclose(out.double(), exact, rtol=relative, atol=1e-7)
@@ -88,10 +88,10 @@ def test_rows_that_n_does_not_change(device: str, dtype: torch.dtype) -> None:
     for off in (1e-3, -1e-3):
         out, lse = numbers[None, None, None], torch.full((1, 1, 1), edge + off, device=device)
         found = out.clone()
-        fused.add_sink_(found, lse, 0.0, False)
+        fused.add_sink_(found, lse, 0.0)
         rounded = (out.double() * torch.sigmoid(lse.double())[..., None]).to(dtype)
         assert torch.equal(found, out) == torch.equal(rounded, out) == (off > 0)
-    fused.add_sink_(found, lse, torch.full((1,), math.nan, device=device), False)
+    fused.add_sink_(found, lse, torch.full((1,), math.nan, device=device))
     assert bool(found.isnan().all())
 
 
@@ -110,7 +110,7 @@ def test_gradient_of_n(device: str, layout: str, of: str, with_dlse: bool, dtype
     for of_dout in (dout, dout[..., :1].expand(dout.shape)):
         if of_dout is not dout:
             exact = rescale.gradient_of_n(of_dout.double(), *wide[1:], varlen)  # type: ignore[arg-type]
-        got = [fused.gradient_of_n(of_dout, dlse, out, lse, log_n, varlen) for _ in range(2)]
+        got = [fused.gradient_of_n(of_dout, dlse, out, lse, log_n) for _ in range(2)]
         assert torch.equal(*got), "the same bits each time"
         assert torch.allclose(got[0].double(), exact, rtol=2e-5, atol=1e-3)
 
@@ -118,7 +118,7 @@ def test_gradient_of_n(device: str, layout: str, of: str, with_dlse: bool, dtype
 @pytest.mark.parametrize("device", PLACES)
 def test_a_gradient_that_exp_would_overflow(device: str) -> None:
     out, lse = torch.zeros(1, 2, 4, 8, device=device), torch.full((1, 2, 4), -300.0, device=device)
-    assert torch.equal(fused.gradient_of_n(out, None, out, lse, None, False).cpu(), torch.zeros(2))
+    assert torch.equal(fused.gradient_of_n(out, None, out, lse, None).cpu(), torch.zeros(2))
 
 
 @pytest.mark.parametrize(
@@ -169,10 +169,10 @@ def test_the_kernels_are_what_runs_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> 
 def test_more_than_2_to_the_31_elements() -> None:
     out = torch.ones(2, 16, 2**21, 64, device="cuda", dtype=torch.bfloat16)
     lse = torch.zeros(out.shape[:3], device="cuda")
-    lse = fused.add_sink_(out, lse, 0.0, False)
+    lse = fused.add_sink_(out, lse, 0.0)
     assert bool((out == 0.5).all())
     assert torch.allclose(lse, torch.full((), math.log(2.0), device="cuda"))
     assert torch.allclose(
-        fused.gradient_of_n(out, None, out, lse, None, False).double(),
+        fused.gradient_of_n(out, None, out, lse, None).double(),
         torch.tensor(-(2**22) * 0.5 * 16.0, device="cuda", dtype=torch.float64), rtol=1e-3,
     )  # fmt: skip

@@ -27,7 +27,7 @@ def add_sink_(out: Tensor, lse: Tensor, log_n: float | Tensor, varlen: bool, lse
     """
     fused = _fused(out, lse)
     if fused is not None:
-        lse_n: Tensor = fused.add_sink_(out, lse, log_n, varlen)
+        lse_n: Tensor = fused.add_sink_(out, lse, log_n)
         return lse_n
     scale_(out, lse, log_n, varlen)
     return add_to_lse(lse, log_n, varlen) if lse_wanted else lse
@@ -64,7 +64,7 @@ def gradient_of_n(
     """
     fused = _fused(out, lse)
     if fused is not None:
-        gradient: Tensor = fused.gradient_of_n(dout, dlse, out, lse, log_n, varlen)
+        gradient: Tensor = fused.gradient_of_n(dout, dlse, out, lse, log_n)
         return gradient
     delta = (dout.to(lse.dtype) * out.to(lse.dtype)).sum(-1)
     if dlse is not None:

@@ -64,9 +64,9 @@ def _one_layout(width: int, layout: str, clock: CudaClock) -> dict[str, Any]:
     copy, per_head = torch.empty_like(out), torch.zeros(heads, device="cuda")
     runs: dict[str, Run] = {
         "copy": lambda: copy.copy_(out),
-        "rescaling, n = 1": lambda: fused.add_sink_(out, lse, 0.0, packed),
-        "rescaling, n per head": lambda: fused.add_sink_(out, lse, per_head, packed),
-        "gradient of n": lambda: fused.gradient_of_n(dout, None, out, lse, per_head, packed),
+        "rescaling, n = 1": lambda: fused.add_sink_(out, lse, 0.0),
+        "rescaling, n per head": lambda: fused.add_sink_(out, lse, per_head),
+        "gradient of n": lambda: fused.gradient_of_n(dout, None, out, lse, per_head),
     }
     seconds = _medians(runs, clock)
     ratios = {name: round(seconds[name] / seconds["copy"], 3) for name in runs if name != "copy"}
