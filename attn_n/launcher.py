@@ -1,7 +1,9 @@
 """Launches of Triton kernels: everything that depends on the metadata of a call alone is found once.
 
 Triton takes some 60 us on the host to find the compiled kernel that fits its arguments. That is known from the kernel,
-its constants, and which kinds of numbers it gets; it is asked only where a pointer is not aligned.
+its constants, and which kinds of numbers it gets; Triton is asked only where a pointer is not aligned. Its launcher is
+called as PyTorch's compiler calls it: `kernel[grid](...)` on a compiled kernel makes a record for profilers of Triton
+first, which takes as long as the launch, and is left to them.
 """
 
 from __future__ import annotations
@@ -12,6 +14,10 @@ from typing import Any
 import torch
 import triton
 from torch import Tensor
+from triton import knobs
+from triton.runtime import driver
+
+from attn_n.template import template
 
 # Triton's own launch is not for several threads at a time: while one of them loads a kernel onto the GPU another takes
 # it for loaded, and the interpreter keeps the program that it is in where all threads find it.
@@ -20,7 +26,6 @@ _one_at_a_time = threading.RLock()
 # Compiled kernels by Triton's specialisation, so that a new length reuses a kernel compiled for another length.
 _compiled: dict[tuple[Any, ...], Any] = {}
 
-# For each device one byte, so that `empty_like` allocates the workspace of a launch: `torch.empty` takes twice as long.
 _workspaces: dict[tuple[int, int], Tensor] = {}
 
 
@@ -37,12 +42,10 @@ class Launch:
         self._options, self._descriptors = options, descriptors
         self._constants = {name: constants[name] for name in kernel.arg_names if name in constants}
         self._rest = (*numbers, *self._constants.values())
-        self._found: dict[tuple[type, ...], Any] = {}
+        self._found: dict[tuple[type, ...], tuple[Any, ...]] = {}
         self._one_of_several = device.type == "cuda" and torch.cuda.device_count() > 1
 
     def __call__(self, *arguments: Tensor | float | None) -> None:
-        if self._descriptors:
-            triton.set_allocator(_workspace)  # of this thread, and backward has another than forward
         if self._one_of_several and self._device.index != torch.cuda.current_device():
             with torch.cuda.device(self._device):  # Triton launches on the current device
                 self._launch(arguments)
@@ -50,28 +53,38 @@ class Launch:
             self._launch(arguments)
 
     def _launch(self, arguments: tuple[Tensor | float | None, ...]) -> None:
+        if self._descriptors:
+            triton.set_allocator(_workspace)  # of this thread, and backward has another than forward
         # Addresses, where Triton's launcher would ask each tensor for its own, and the driver what it points to.
-        pointers = [x.data_ptr() if isinstance(x, Tensor) else x for x in arguments]
-        aligned = not any([x & 15 for x in pointers if x.__class__ is int])
-        kinds = tuple([x.__class__ for x in arguments])
-        if aligned:
-            found = self._found.get(kinds) or self._find(kinds, arguments)
-            if found is not None:
-                found(*pointers, *self._rest)
-                return
+        values: list[float | None] = []
+        bits = 0
+        for x in arguments:
+            if x is None or x.__class__ is float:
+                values.append(x)
+            else:
+                address = x.data_ptr()  # type: ignore[union-attr]
+                values.append(address)
+                bits |= address
+        aligned, kinds = not bits & 15, tuple([x.__class__ for x in arguments])
+        found = (self._found.get(kinds) or self._find(kinds, arguments)) if aligned else None
+        if found is not None and not _profiled():
+            run, stream, function, metadata = found
+            run(self.programs, 1, 1, stream(self._device.index), function, metadata, None, None, None, *values,
+                *self._rest)  # fmt: skip
+            return
         with _one_at_a_time:
             compiled = self._kernel[self.programs,](*arguments, *self._numbers, **self._constants, **self._options)
         if aligned and compiled is not None:  # Triton's interpreter compiles nothing
-            self._found[kinds] = compiled[self.programs, 1, 1]
+            self._found[kinds] = _loaded(compiled)
             key = self._specialization(arguments)
             if key is not None:
                 _compiled[key] = compiled
 
-    def _find(self, kinds: tuple[type, ...], arguments: tuple[Tensor | float | None, ...]) -> Any:
+    def _find(self, kinds: tuple[type, ...], arguments: tuple[Tensor | float | None, ...]) -> tuple[Any, ...] | None:
         """Return the kernel that was compiled for another launch of the same specialisation."""
         compiled = _compiled.get(self._specialization(arguments))  # type: ignore[arg-type]
         if compiled is not None:
-            self._found[kinds] = compiled[self.programs, 1, 1]
+            self._found[kinds] = _loaded(compiled)
         return self._found.get(kinds)
 
     def _specialization(self, arguments: tuple[Tensor | float | None, ...]) -> tuple[Any, ...] | None:
@@ -100,10 +113,21 @@ def _kinds(numbers: tuple[Any, ...]) -> tuple[Any, ...]:
     ])  # fmt: skip
 
 
+def _loaded(compiled: Any) -> tuple[Any, ...]:
+    """What launches a compiled kernel, which is on the GPU then."""
+    return compiled.run, driver.active.get_current_stream, compiled.function, compiled.packed_metadata
+
+
+def _profiled() -> bool:
+    """Return True if a profiler of Triton waits for launches."""
+    enter, leave = knobs.runtime.launch_enter_hook, knobs.runtime.launch_exit_hook
+    return bool(getattr(enter, "calls", enter) or getattr(leave, "calls", leave))  # Triton 3.4 has one hook, or None
+
+
 def _workspace(size: int, alignment: int, stream: int | None) -> Tensor:
     """Memory for the descriptors that a kernel writes for itself."""
     key = torch.cuda.current_device(), size
     like = _workspaces.get(key)
     if like is None:
-        like = _workspaces[key] = torch.empty(1, dtype=torch.int8, device="cuda").expand(size)
+        like = _workspaces[key] = template((size,), torch.int8, torch.device("cuda", key[0]))
     return torch.empty_like(like)

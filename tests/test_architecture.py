@@ -13,7 +13,7 @@ ROOT = Path(__file__).parent.parent
 
 # The layers from the lowest up. A layer may import those before it, and its own modules.
 LAYERS = (
-    ("version", "compilation", "recent"),
+    ("version", "compilation", "recent", "template"),
     ("call",),
     ("launcher",),
     ("sink",),

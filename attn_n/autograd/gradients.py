@@ -69,10 +69,8 @@ def gradients(
             return _only_needed(found, needed, inputs)
     if dout is None:
         dout = torch.zeros_like(out)
-    if call is not None and call.has_run and not (batched or torch.is_grad_enabled() or transforms.needs_dispatcher(q)):
-        with autocast.suspended(q.device.type):
-            of_forward = Saved(q, k, v, out, lse, None, rng_state)
-            found = call.backward(dout, dlse, of_forward, n, needed[3], options)
+    if call is not None and call.serves(q, dout, dlse):
+        found = call.backward(dout, dlse, Saved(q, k, v, out, lse, None, rng_state), n, needed[3], options)
         return _only_needed(found, needed, inputs)
     arguments = (
         dout, dlse, q, k, v, out, lse, rng_state, n, n_is_logit,

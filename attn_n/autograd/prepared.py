@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from attn_n.autograd import passes
 from attn_n.backends import registry
 from attn_n.backends.base import Prepared
-from attn_n.call import Options, Saved, autocast, transforms
+from attn_n.call import Options, Saved, transforms
 
 
 class PreparedCall:
@@ -24,14 +25,16 @@ class PreparedCall:
             handed to an operator is a constant of a compiled graph, and each value would compile another one.
         lse_wanted: otherwise the lse that a call without gradients returns may lack n, which saves a launch.
         needs_grad: it will be differentiated.
+        under_autocast: autocast surrounds it, and is off while the backend runs.
     """
 
     def __init__(
         self, backend: str, options: Options, n_is_logit: bool, log_n: float | None, numbers: Tensor | None,
-        lse_wanted: bool, needs_grad: bool,
+        lse_wanted: bool, needs_grad: bool, under_autocast: bool,
     ) -> None:  # fmt: skip
         self.backend, self.options, self.n_is_logit, self.log_n = backend, options, n_is_logit, log_n
         self.numbers, self.lse_wanted, self.needs_grad = numbers, lse_wanted, needs_grad
+        self.under_autocast = under_autocast
         self._passes: Prepared | None = None
         self._applies_n = self._rows_may_be_empty = False
 
@@ -61,20 +64,19 @@ class PreparedCall:
         """Return this call for other lengths; the last two of `packing` are the longest sequences."""
         options = self.options._replace(max_seqlen_q=packing[2], max_seqlen_k=packing[3]) if packing else self.options
         return PreparedCall(
-            self.backend, options, self.n_is_logit, self.log_n, self.numbers, self.lse_wanted, self.needs_grad
-        )
+            self.backend, options, self.n_is_logit, self.log_n, self.numbers, self.lse_wanted, self.needs_grad,
+            self.under_autocast,
+        )  # fmt: skip
 
-    @property
-    def has_run(self) -> bool:
-        return self._passes is not None
-
-    def watched(self, q: Tensor, dout: Tensor | None, dlse: Tensor | None) -> bool:
-        """Return True where a dispatch mode, autocast or batched gradients ask for more than `backward`."""
-        return (
-            transforms.needs_dispatcher(q)
+    def serves(self, q: Tensor, dout: Tensor | None, dlse: Tensor | None) -> bool:
+        """Return False where `backward` does not: dispatch modes, autocast, batched or differentiable gradients."""
+        return not (
+            self._passes is None
+            or torch.is_grad_enabled()
+            or torch.is_autocast_enabled("cuda" if q.is_cuda else q.device.type)
             or transforms.is_batched(dout)
             or transforms.is_batched(dlse)
-            or autocast.enabled(q.device.type)
+            or transforms.needs_dispatcher(q)
         )
 
     def backward(

@@ -15,7 +15,12 @@ from attn_n.compilation import constant_when_compiled
 
 def enabled(device: str) -> bool:
     """Return True if autocast is on for this type of device."""
-    return _known(device) and torch.is_autocast_enabled(device)
+    return (device in ("cpu", "cuda") or _known(device)) and torch.is_autocast_enabled(device)
+
+
+def dtype(device: str) -> torch.dtype | None:
+    """Return the dtype that autocast casts to on this type of device, "cpu" or "cuda"; None if it is off."""
+    return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
 
 
 def suspended(device: str) -> contextlib.AbstractContextManager[Any]:

@@ -65,12 +65,16 @@ def _levels() -> tuple[str, ...]:
 
 
 def needs_dispatcher(x: Tensor) -> bool:
-    """Whether somebody looks at operators: a compiler, a subclass, a mode (checkpoints), functorch, forward-mode AD."""
+    """Whether somebody looks at operators: what `watched` names, or a tensor subclass."""
+    return watched() or type(x) not in PLAIN
+
+
+def watched() -> bool:
+    """Whether a compiler, a mode (checkpoints), functorch, a tracer or forward-mode AD looks at operators."""
     if torch.compiler.is_compiling():
         return True
     return (
-        type(x) not in PLAIN
-        or torch._C._len_torch_dispatch_stack() > 0
+        torch._C._len_torch_dispatch_stack() > 0
         or torch._C._are_functorch_transforms_active()
         or torch._C._is_tracing()
         or forward_ad._current_level >= 0

@@ -6,6 +6,7 @@ call, which is the case for a tensor of n and for `cu_seqlens` on a CPU.
 
 from __future__ import annotations
 
+import operator
 from types import NoneType
 from typing import Any
 
@@ -14,17 +15,18 @@ from torch import Tensor
 
 from attn_n.autograd.prepared import PreparedCall
 from attn_n.backends import registry
-from attn_n.call import Request, transforms
+from attn_n.call import Request, autocast, transforms
 from attn_n.call.checks import PLAIN
 from attn_n.dispatch import forced, similar
 from attn_n.recent import Recent
 
 Key = tuple[Any, ...]
 
+_of_tensor = operator.attrgetter("dtype", "device", "requires_grad")
+
 # The types of arguments that a key may hold: numbers and names, and tensors by their metadata.
 _NUMBERS = frozenset((NoneType, bool, int, float, str, tuple))
 _KEPT = _NUMBERS.union(PLAIN)
-_SIDES = frozenset((NoneType, int))
 _PACKING = frozenset((int, *PLAIN))
 
 _calls: Recent[Key, PreparedCall] = Recent()
@@ -36,45 +38,24 @@ def key(q: Tensor, k: Tensor, v: Tensor, request: Request, packing: tuple[Any, .
 
     `packing` are `cu_seqlens_q` and `cu_seqlens_k`, and the longest of their sequences.
     """
-    if (
-        transforms.needs_dispatcher(q)
-        or type(k) not in PLAIN
-        or type(v) not in PLAIN
-        or q.is_neg()
-        or k.is_neg()
-        or v.is_neg()
-    ):
+    if q.__class__ not in PLAIN or k.__class__ not in PLAIN or v.__class__ not in PLAIN or transforms.watched():
         return None
-    if not (q.is_cpu or q.is_cuda) or torch.is_autocast_enabled("cpu" if q.is_cpu else "cuda"):
+    if q.is_neg() or k.is_neg() or v.is_neg() or not (q.is_cuda or q.is_cpu):
         return None
-    types, window = [x.__class__ for x in request], request.window
-    if not _KEPT.issuperset(types):
-        return None
-    if window is not None and (window.__class__ is not tuple or not _SIDES.issuperset([x.__class__ for x in window])):
-        return None
-    # True equals 1, and must not be taken for it.
-    if types.count(bool) != 2 or request.causal.__class__ is not bool or request.return_lse.__class__ is not bool:
-        return None
+    types, window = tuple([x.__class__ for x in request]), request.window
+    values: tuple[Any, ...] = request
     try:
-        values: tuple[Any, ...] = request
-        if packing:
-            if not _PACKING.issuperset([x.__class__ for x in packing]):
-                return None
-            values = (*request, *packing, packing[0] is packing[1])
         if packing or not _NUMBERS.issuperset(types):
-            tensors = request.sm_n, request.sinks, request.attn_mask  # of others more than the metadata decides
-            if len([x for x in types if x in PLAIN]) != len([x for x in tensors if x.__class__ in PLAIN]):
-                return None
-            values = tuple([_metadata(x) if x.__class__ in PLAIN else x for x in values])
-        enabled = torch.is_grad_enabled()
-        needed = enabled and (q.requires_grad or k.requires_grad or v.requires_grad)
+            values = _metadata_of_all(request, types, packing)
+        if window is not None:  # its numbers, too, may equal another one of a type that is refused
+            types += tuple([x.__class__ for x in window])
         return (
-            values, q.shape, k.shape, v.shape, q.stride(), k.stride(), v.stride(), q.dtype, k.dtype, v.dtype,
-            q.device, k.device, v.device, enabled, needed,
-            forced.forced(request.backend), registry.generation(), torch.are_deterministic_algorithms_enabled(),
+            values, types, q.shape, k.shape, v.shape, q.stride(), k.stride(), v.stride(), *_of_tensor(q),
+            *_of_tensor(k), *_of_tensor(v), torch.is_grad_enabled(), autocast.dtype("cuda" if q.is_cuda else "cpu"),
+            forced.forced(request.backend), registry.generation(), torch._C._get_deterministic_algorithms(),
             q.dtype is torch.float32 and torch.get_float32_matmul_precision(),
         )  # fmt: skip
-    except (RuntimeError, _NoMetadata):  # sparse and nested tensors have no strides
+    except (RuntimeError, TypeError, _NoMetadata):  # sparse and nested tensors have no strides
         return None
 
 
@@ -82,10 +63,26 @@ class _NoMetadata(Exception):
     """A tensor is more than its metadata say."""
 
 
+def _metadata_of_all(request: Request, types: tuple[type, ...], packing: tuple[Any, ...]) -> tuple[Any, ...]:
+    """Return the arguments with metadata in place of the tensors."""
+    if not _KEPT.issuperset(types):
+        raise _NoMetadata
+    tensors = request.sm_n, request.sinks, request.attn_mask  # of others more than the metadata decides
+    if len([x for x in types if x in PLAIN]) != len([x for x in tensors if x.__class__ in PLAIN]):
+        raise _NoMetadata
+    values: tuple[Any, ...] = request
+    if packing:
+        of_packing = [x.__class__ for x in packing]
+        if not _PACKING.issuperset(of_packing):
+            raise _NoMetadata
+        values = (*request, *packing, packing[0] is packing[1])
+    return tuple([_metadata(x) if x.__class__ in PLAIN else x for x in values])
+
+
 def _metadata(x: Tensor) -> tuple[Any, ...]:
     if x.is_neg():
         raise _NoMetadata
-    return x.shape, x.stride(), x.dtype, x.device, x.requires_grad
+    return (x.shape, x.stride(), *_of_tensor(x))
 
 
 def get(key: Key | None) -> PreparedCall | None:
@@ -138,10 +135,10 @@ def _kind(
     of_shapes = similar.kind(q, k, v, request, packing)
     if of_shapes is None:
         return None
-    values, *_ = key
+    values, types, _, _, _, _, _, _, *rest = key
     if packing:  # without the lengths of the longest sequences
         values = values[: len(request) + 2]
-    return values, of_shapes, key[7:]
+    return values, types, of_shapes, *rest
 
 
 def clear() -> None:

@@ -23,7 +23,7 @@ def batch(q: Tensor, k: Tensor, v: Tensor, request: Request) -> Tensor | tuple[T
         return _run_known(known, q, k, v, request, known.options)
     if jagged.is_jagged(q):
         return _run_jagged(q, k, v, request)
-    prepared = canonical.batch(q, k, v, request, plain=key is not None)
+    prepared = canonical.batch(q, k, v, request, plain=key is not None and not autocast.enabled(q.device.type))
     return _run(prepared, request, key if prepared.as_it_came(q, k, v, request) else None)
 
 
@@ -58,7 +58,11 @@ def _run_known(
     mask = request.attn_mask
     if mask is not None:
         options = options._replace(mask=canonical.with_dimensions(mask, 4))
-    out, lse = function.attend_eagerly(q, k, v, n, options, known)
+    if known.under_autocast:
+        with autocast.suspended(q.device.type):
+            out, lse = function.attend_eagerly(q, k, v, n, options, known)
+    else:
+        out, lse = function.attend_eagerly(q, k, v, n, options, known)
     return (out, lse) if request.return_lse else out
 
 
@@ -85,8 +89,8 @@ def _run(
         # With dropout the backward has to run where the forward ran, which an open choice does not promise.
         if torch.compiler.is_exporting() and forced.forced(request.backend)[0] is None and not options.dropout_p:
             name = passes.ANY_BACKEND
-        bare = options.without_tensors()
-        known = PreparedCall(name, bare, n_is_logit, log_n, numbers, call.return_lse, call.needs_grad)
+        bare, under_autocast = options.without_tensors(), autocast.enabled(q.device.type)
+        known = PreparedCall(name, bare, n_is_logit, log_n, numbers, call.return_lse, call.needs_grad, under_autocast)
         with autocast.suspended(q.device.type):
             out, lse = function.attend(q, k, v, tensor_n, options, known)
         if key is not None:

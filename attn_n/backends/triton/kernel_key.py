@@ -99,7 +99,10 @@ def fits_descriptors(strides: Strides, itemsize: int) -> bool:
 
 def aligned(*tensors: Tensor) -> bool:
     """Return True if all tensors begin at multiples of 16 bytes."""
-    return not any([x.data_ptr() & 15 for x in tensors])
+    for x in tensors:  # noqa: SIM110  (a generator takes three times as long)
+        if x.data_ptr() & 15:
+            return False
+    return True
 
 
 def describe(tensors: tuple[Tensor, ...], log_n: float | Tensor | None, options: Options) -> KernelKey:

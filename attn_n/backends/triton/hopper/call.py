@@ -6,35 +6,43 @@ import torch
 from torch import Tensor
 
 from attn_n.backends.base import Prepared
-from attn_n.backends.triton.allocation import Layout, layout, template
+from attn_n.backends.triton.allocation import template_like
 from attn_n.backends.triton.hopper import prepare
 from attn_n.backends.triton.hopper.prepare import list_of_tiles
-from attn_n.backends.triton.kernel_key import KernelKey, Strides, aligned, describe, fits_descriptors
+from attn_n.backends.triton.kernel_key import (
+    KernelKey,
+    Strides,
+    aligned,
+    describe,
+    fits_descriptors,
+    kernel_strides,
+)
 from attn_n.backends.triton.portable import prepare as portable
 from attn_n.backends.triton.portable.prepare import log_n_of
 from attn_n.call import Gradients, Grads, Options, Saved
 from attn_n.recent import Recent
+from attn_n.template import template
 
 
 class HopperCall:
     """A prepared call: the launches of both passes, and templates of what they allocate."""
 
     def __init__(self, key: KernelKey, q: Tensor, k: Tensor, v: Tensor) -> None:
-        self._out = layout(q)
+        self._out = template_like(q)
         self._lse = template(q.shape[:-1], torch.float32, q.device)
-        self._launches = prepare.forward(key, self._out.of_kernel)
-        self._backwards: dict[tuple[Strides, ...], BackwardCall] = {}
+        self._launches = prepare.forward(key, kernel_strides(self._out.stride()))
+        self._backwards: dict[tuple[Strides | None, ...], BackwardCall] = {}
 
     def forward(
         self, q: Tensor, k: Tensor, v: Tensor, log_n: float | Tensor | None, options: Options
     ) -> tuple[Tensor, Tensor, Tensor | None]:
         if not aligned(q, k, v):
             return portable.call_for(q, k, v, log_n, options).forward(q, k, v, log_n, options)
-        out, lse = self._out.empty(q), torch.empty_like(self._lse)
+        out, lse, launches = torch.empty_like(self._out), torch.empty_like(self._lse), self._launches
         sinks, number = (log_n, None) if isinstance(log_n, Tensor) else (None, log_n)
         starts_q, starts_k = options.cu_seqlens_q, options.cu_seqlens_k
-        table = list_of_tiles(self._launches, q, starts_q, starts_k)
-        self._launches.main(q, k, v, out, lse, sinks, number, starts_q, starts_k, table)
+        table = list_of_tiles(launches, q, starts_q, starts_k)
+        launches.main(q, k, v, out, lse, sinks, number, starts_q, starts_k, table)
         return out, lse, None
 
     def backward(self, grads: Grads, saved: Saved, options: Options) -> Gradients:
@@ -42,13 +50,12 @@ class HopperCall:
         if torch.are_deterministic_algorithms_enabled() or not aligned(q, k, v):
             return portable.call_for(q, k, v, saved.log_n, options).backward(grads, saved, options)
         # The gradient of a sum is expanded, and that of a slice may be unaligned.
-        if not fits_descriptors(dout.stride(), dout.itemsize) or dout.data_ptr() % 16:
+        if not (dout.is_contiguous() or fits_descriptors(dout.stride(), dout.itemsize)) or not aligned(dout):
             dout = dout.clone(memory_format=torch.contiguous_format)
         lse, dlse = lse.contiguous(), None if dlse is None else dlse.contiguous()
         ready = self._backward((q, k, v, out, dout), log_n, options)
         launches = ready.launches
-        of_q, of_k, of_v = ready.layouts
-        dq, dk, dv = of_q.empty(q), of_k.empty(k), of_v.empty(v)
+        dq, dk, dv = torch.empty_like(ready.dq), torch.empty_like(ready.dk), torch.empty_like(ready.dv)
         stats, dq_sum = torch.empty_like(ready.stats), torch.empty_like(ready.dq_sum)
         shares = None if grads.of_n is None else torch.empty_like(ready.shares)
         starts_q, starts_k = options.cu_seqlens_q, options.cu_seqlens_k
@@ -65,25 +72,24 @@ class HopperCall:
 
     def _backward(self, tensors: tuple[Tensor, ...], log_n: Tensor | None, options: Options) -> BackwardCall:
         *_, out, dout = tensors
-        kind = out.stride(), dout.stride(), (0,) if log_n is None else (1, log_n.stride(0))
+        kind = out.stride(), dout.stride(), None if log_n is None else log_n.stride()
         ready = self._backwards.get(kind)
         if ready is None:
-            key = describe(tensors, log_n, options)
-            ready = self._backwards[kind] = BackwardCall(key, *[layout(x) for x in tensors[:3]])
+            ready = self._backwards[kind] = BackwardCall(describe(tensors, log_n, options), *tensors[:3])
         return ready
 
 
 class BackwardCall:
-    """The launches of a backward, and templates of the workspaces that they share."""
+    """The launches of a backward, and templates of its gradients and of the workspaces that the launches share."""
 
-    def __init__(self, key: KernelKey, dq: Layout, dk: Layout, dv: Layout) -> None:
-        p, self.layouts = key, (dq, dk, dv)
-        self.launches = prepare.backward(p, dq.of_kernel, dk.of_kernel, dv.of_kernel)
-        self.stats = template((self.launches.stats,), torch.float32, p.device)
-        self.dq_sum = template((self.launches.dq_sum,), torch.float32, p.device)
-        batch = 1 if p.varlen else p.batch
-        tiles = self.launches.preprocess.programs // (batch * p.heads)
-        self.shares = template((batch, p.heads, tiles), torch.float32, p.device)
+    def __init__(self, key: KernelKey, q: Tensor, k: Tensor, v: Tensor) -> None:
+        self.dq, self.dk, self.dv = template_like(q), template_like(k), template_like(v)
+        self.launches = prepare.backward(key, *[kernel_strides(x.stride()) for x in (self.dq, self.dk, self.dv)])
+        self.stats = template((self.launches.stats,), torch.float32, key.device)
+        self.dq_sum = template((self.launches.dq_sum,), torch.float32, key.device)
+        batch = 1 if key.varlen else key.batch
+        tiles = self.launches.preprocess.programs // (batch * key.heads)
+        self.shares = template((batch, key.heads, tiles), torch.float32, key.device)
 
 
 _calls: Recent[KernelKey, Prepared] = Recent()

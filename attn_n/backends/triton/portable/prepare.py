@@ -8,8 +8,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from attn_n.backends.triton.allocation import Layout, layout, template
-from attn_n.backends.triton.kernel_key import KernelKey, Strides, aligned, describe
+from attn_n.backends.triton.allocation import template_like
+from attn_n.backends.triton.kernel_key import KernelKey, Strides, aligned, describe, kernel_strides
 from attn_n.backends.triton.portable import configs
 from attn_n.backends.triton.portable.backward import dkdv_kernel, dq_kernel
 from attn_n.backends.triton.portable.configs import Config
@@ -18,6 +18,7 @@ from attn_n.backends.triton.portable.tile import ROW_PADDING
 from attn_n.call import Gradients, Grads, Options, Saved
 from attn_n.launcher import Launch
 from attn_n.recent import Recent
+from attn_n.template import template
 
 
 class PortableCall:
@@ -25,17 +26,17 @@ class PortableCall:
 
     def __init__(self, key: KernelKey, q: Tensor, k: Tensor, v: Tensor) -> None:
         self.key = key
-        self._out = layout(q, v.shape[-1])
+        self._out = template_like(q, v.shape[-1])
         self._lse = template(q.shape[:-1], torch.float32, q.device)
-        self._launch = launch("forward", key, (self._out.of_kernel,))
-        self._backwards: dict[tuple[Strides, ...], Backward] = {}
+        self._launch = launch("forward", key, (kernel_strides(self._out.stride()),))
+        self._backwards: dict[tuple[Any, ...], Backward] = {}
 
     def forward(
         self, q: Tensor, k: Tensor, v: Tensor, log_n: float | Tensor | None, options: Options
     ) -> tuple[Tensor, Tensor, Tensor | None]:
         if self.key.aligned is not aligned(q, k, v):
             return call_for(q, k, v, log_n, options).forward(q, k, v, log_n, options)
-        out, lse = self._out.empty(q), torch.empty_like(self._lse)
+        out, lse = torch.empty_like(self._out), torch.empty_like(self._lse)
         rng_state = None
         if options.dropout_p:
             # Two random numbers of torch's own generator: they follow its seed, also in a captured graph.
@@ -50,8 +51,7 @@ class PortableCall:
             dout = dout.contiguous()
         lse, dlse = lse.contiguous(), None if dlse is None else dlse.contiguous()
         ready = self._backward((q, k, v, out, dout), log_n, options)
-        of_q, of_k, of_v = ready.layouts
-        dq, dk, dv = of_q.empty(q), of_k.empty(k), of_v.empty(v)
+        dq, dk, dv = [torch.empty_like(x) for x in ready.gradients]
         lse_log2, delta = torch.empty_like(ready.rows), torch.empty_like(ready.rows)
         lost = torch.empty_like(ready.rows) if self.key.float_mask else None
         extras = _extras(rng_state, options)
@@ -66,19 +66,19 @@ class PortableCall:
 
     def _backward(self, tensors: tuple[Tensor, ...], log_n: Tensor | None, options: Options) -> Backward:
         *_, out, dout = tensors
-        kind = out.stride(), dout.stride(), (0,) if log_n is None else (1, log_n.stride(0)), (aligned(*tensors),)
+        kind = out.stride(), dout.stride(), None if log_n is None else log_n.stride(), aligned(*tensors)
         ready = self._backwards.get(kind)
         if ready is None:
             key = describe(tensors, log_n, options)
             q, k, v, *_ = tensors
-            ready = self._backwards[kind] = backward(key, (layout(q), layout(k), layout(v)))
+            ready = self._backwards[kind] = backward(key, (template_like(q), template_like(k), template_like(v)))
         return ready
 
 
 class Backward(NamedTuple):
     """The launches of a backward, in their order, and templates of what they share."""
 
-    layouts: tuple[Layout, Layout, Layout]
+    gradients: tuple[Tensor, Tensor, Tensor]  # templates of dq, dk and dv
     dq: Launch
     of_keys: tuple[Launch, ...]
     rows: Tensor  # template of a number for each row, (H, rows)
@@ -93,12 +93,12 @@ def call_for(q: Tensor, k: Tensor, v: Tensor, log_n: float | Tensor | None, opti
 _calls: Recent[KernelKey, PortableCall] = Recent()
 
 
-def backward(key: KernelKey, layouts: tuple[Layout, Layout, Layout]) -> Backward:
-    """Return the launches of a backward; `layouts` are those of dq, dk and dv."""
-    p, strides = key, [x.of_kernel for x in layouts]
+def backward(key: KernelKey, gradients: tuple[Tensor, Tensor, Tensor]) -> Backward:
+    """Return the launches of a backward; `gradients` are templates of dq, dk and dv."""
+    p, strides = key, [kernel_strides(x.stride()) for x in gradients]
     dq = launch("dq", p, strides)
     return Backward(
-        layouts,
+        gradients,
         dq,
         tuple([launch(kernel, p, strides) for kernel in configs.kernels_of_keys(p)]),
         template((p.heads, padded_rows(p)), torch.float32, p.device),
