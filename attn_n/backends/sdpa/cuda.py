@@ -15,9 +15,9 @@ from torch import Tensor
 from attn_n.backends.adapt import flash2
 from attn_n.backends.adapt.efficient import MemoryEfficientBackend
 from attn_n.backends.adapt.flash import FlashBackend, sequences
-from attn_n.backends.adapt.layout import aligned_bias, of_width, rounds_bias
+from attn_n.backends.adapt.layout import aligned_bias, is_of_width, of_width, rounds_bias
 from attn_n.backends.adapt.signatures import changed_operator
-from attn_n.backends.base import HALF, Backend, empty_in_order, lies_in_order, memory_order
+from attn_n.backends.base import HALF, Backend, Prepared, empty_in_order, lies_in_order, memory_order
 from attn_n.call import AttentionCall, Gradients, Grads, Options, Saved
 from attn_n.compilation import constant_when_compiled
 
@@ -43,6 +43,14 @@ class FlashAttention(FlashBackend):
     def why_not(self, call: AttentionCall) -> str | None:
         return self.too_wide(call) or flash2.why_not_window(call) or changed_operator(*self._signatures)
 
+    def prepare(self, q: Tensor, k: Tensor, v: Tensor, log_n: float | Tensor | None, options: Options) -> Prepared:
+        prepared = super().prepare(q, k, v, log_n, options)
+        unbounded = options.window_left is None and options.window_right is None
+        full_or_causal = unbounded or (options.causal and q.shape[2] <= k.shape[2])
+        if prepared is self or not full_or_causal or options.dropout_p or changed_operator(*Batch.signatures):
+            return prepared
+        return Batch(prepared)
+
     def kernel_forward(self, q: Tensor, k: Tensor, v: Tensor, options: Options) -> tuple[Tensor, Tensor, Tensor | None]:
         lengths = sequences(options, q, k)
         causal, left, right, max_k = flash2.window_arguments(options, lengths)
@@ -62,6 +70,42 @@ class FlashAttention(FlashBackend):
             grads.dout, q, k, v, out, lse, *lengths[:3], max_k, options.dropout_p, causal,
             state, q.new_empty(0, dtype=torch.uint64), scale=options.scale,
             window_size_left=left, window_size_right=right,
+        )  # fmt: skip
+        return Gradients(dq, dk, dv)
+
+
+class Batch:
+    """A prepared call by the operators of SDPA itself, which cost the host half as much as those beneath them."""
+
+    signatures = (
+        "aten::_scaled_dot_product_flash_attention(query, key, value, dropout_p, is_causal, return_debug_mask, *,"
+        " scale) -> 9",
+        "aten::_scaled_dot_product_flash_attention_backward(grad_out, query, key, value, out, logsumexp, cum_seq_q,"
+        " cum_seq_k, max_q, max_k, dropout_p, is_causal, philox_seed, philox_offset, *, scale) -> 3",
+    )
+
+    def __init__(self, otherwise: Prepared) -> None:
+        self._otherwise = otherwise  # serves what is not aligned, and the gradient of lse
+
+    def forward(
+        self, q: Tensor, k: Tensor, v: Tensor, log_n: float | Tensor | None, options: Options
+    ) -> tuple[Tensor, Tensor, Tensor | None]:
+        if (q.data_ptr() | k.data_ptr() | v.data_ptr()) & 15:
+            return self._otherwise.forward(q, k, v, log_n, options)
+        out, lse, *_ = torch._scaled_dot_product_flash_attention(
+            q, k, v, 0.0, options.causal, False, scale=options.scale
+        )
+        return out, lse, None
+
+    def backward(self, grads: Grads, saved: Saved, options: Options) -> Gradients:
+        (dout, dlse, *_), (q, k, v, out, lse, *_) = grads, saved
+        aligned = not (q.data_ptr() | k.data_ptr() | v.data_ptr()) & 15
+        if dlse is not None or not (aligned and is_of_width(dout, q.shape[-1]) and lse.is_contiguous()):
+            return self._otherwise.backward(grads, saved, options)
+        no_dropout = q.new_empty(2, dtype=torch.uint64)
+        dq, dk, dv = torch.ops.aten._scaled_dot_product_flash_attention_backward.default(
+            dout, q, k, v, out, lse, None, None, q.shape[2], k.shape[2], 0.0, options.causal, no_dropout, no_dropout,
+            scale=options.scale,
         )  # fmt: skip
         return Gradients(dq, dk, dv)
 

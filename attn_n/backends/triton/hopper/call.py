@@ -20,6 +20,7 @@ from attn_n.backends.triton.kernel_key import (
 from attn_n.backends.triton.portable import prepare as portable
 from attn_n.backends.triton.portable.prepare import log_n_of
 from attn_n.call import Gradients, Grads, Options, Saved
+from attn_n.launcher import Part
 from attn_n.recent import Recent
 from attn_n.template import template
 
@@ -56,7 +57,9 @@ class HopperCall:
         ready = self._backward((q, k, v, out, dout), log_n, options)
         launches = ready.launches
         dq, dk, dv = torch.empty_like(ready.dq), torch.empty_like(ready.dk), torch.empty_like(ready.dv)
-        stats, dq_sum = torch.empty_like(ready.stats), torch.empty_like(ready.dq_sum)
+        workspace = torch.empty_like(ready.workspace)
+        dq_sum = Part(workspace, 0, launches.dq_sum)
+        stats = Part(workspace, launches.dq_sum, launches.stats)
         shares = None if grads.of_n is None else torch.empty_like(ready.shares)
         starts_q, starts_k = options.cu_seqlens_q, options.cu_seqlens_k
         table = list_of_tiles(launches, q, starts_k, starts_q)
@@ -80,13 +83,12 @@ class HopperCall:
 
 
 class BackwardCall:
-    """The launches of a backward, and templates of its gradients and of the workspaces that the launches share."""
+    """The launches of a backward, and templates of its gradients and of the workspace that the launches share."""
 
     def __init__(self, key: KernelKey, q: Tensor, k: Tensor, v: Tensor) -> None:
         self.dq, self.dk, self.dv = template_like(q), template_like(k), template_like(v)
         self.launches = prepare.backward(key, *[kernel_strides(x.stride()) for x in (self.dq, self.dk, self.dv)])
-        self.stats = template((self.launches.stats,), torch.float32, key.device)
-        self.dq_sum = template((self.launches.dq_sum,), torch.float32, key.device)
+        self.workspace = template((self.launches.dq_sum + self.launches.stats,), torch.float32, key.device)
         batch = 1 if key.varlen else key.batch
         tiles = self.launches.preprocess.programs // (batch * key.heads)
         self.shares = template((batch, key.heads, tiles), torch.float32, key.device)

@@ -16,7 +16,7 @@ from attn_n.backends.triton.portable.configs import Config
 from attn_n.backends.triton.portable.forward import forward_kernel
 from attn_n.backends.triton.portable.tile import ROW_PADDING
 from attn_n.call import Gradients, Grads, Options, Saved
-from attn_n.launcher import Launch
+from attn_n.launcher import Launch, Part
 from attn_n.recent import Recent
 from attn_n.template import template
 
@@ -52,8 +52,9 @@ class PortableCall:
         lse, dlse = lse.contiguous(), None if dlse is None else dlse.contiguous()
         ready = self._backward((q, k, v, out, dout), log_n, options)
         dq, dk, dv = [torch.empty_like(x) for x in ready.gradients]
-        lse_log2, delta = torch.empty_like(ready.rows), torch.empty_like(ready.rows)
-        lost = torch.empty_like(ready.rows) if self.key.float_mask else None
+        workspace, rows = torch.empty_like(ready.workspace), ready.rows
+        lse_log2, delta = Part(workspace, 0, rows), Part(workspace, rows, rows)
+        lost = Part(workspace, 2 * rows, rows) if self.key.float_mask else None
         extras = _extras(rng_state, options)
         shares = None
         if grads.of_n is not None:
@@ -81,7 +82,8 @@ class Backward(NamedTuple):
     gradients: tuple[Tensor, Tensor, Tensor]  # templates of dq, dk and dv
     dq: Launch
     of_keys: tuple[Launch, ...]
-    rows: Tensor  # template of a number for each row, (H, rows)
+    workspace: Tensor  # template of two or, beside a floating mask, three numbers of all rows of all heads
+    rows: int  # of all heads, and up to three more
     shares: Tensor  # template of each program's share of the gradient of n, (B, H, tiles)
 
 
@@ -97,11 +99,13 @@ def backward(key: KernelKey, gradients: tuple[Tensor, Tensor, Tensor]) -> Backwa
     """Return the launches of a backward; `gradients` are templates of dq, dk and dv."""
     p, strides = key, [kernel_strides(x.stride()) for x in gradients]
     dq = launch("dq", p, strides)
+    rows = -(-p.heads * padded_rows(p) // 4) * 4  # each of the arrays begins at a multiple of 16 bytes
     return Backward(
         gradients,
         dq,
         tuple([launch(kernel, p, strides) for kernel in configs.kernels_of_keys(p)]),
-        template((p.heads, padded_rows(p)), torch.float32, p.device),
+        template((rows * (3 if p.float_mask else 2),), torch.float32, p.device),
+        rows,
         template((p.batch, p.heads, dq.programs // (p.batch * p.heads)), torch.float32, p.device),
     )
 
