@@ -153,6 +153,42 @@ def test_a_returned_lse_is_another_call() -> None:
     registry._entries.pop("without lse")
 
 
+def test_a_call_under_autocast_is_kept(particular: Particular, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of tensors that autocast leaves as they are; the backend runs without autocast each time."""
+    under_autocast: list[bool] = []
+    forward = Particular.forward
+    monkeypatch.setattr(
+        Particular, "forward", lambda *x: under_autocast.append(torch.is_autocast_enabled("cpu")) or forward(*x)
+    )
+    halves, floats = inputs(dtype=torch.bfloat16), inputs()
+    flash_attention_n(*halves, backend="particular")
+    asked = len(particular.asked)
+    with torch.autocast("cpu", torch.bfloat16):
+        for _ in range(3):
+            flash_attention_n(*halves, backend="particular")
+        assert len(particular.asked) == asked + 1, "a call that is kept"
+        for _ in range(2):
+            flash_attention_n(*floats, backend="particular")
+        assert [call.dtype for call in particular.asked[asked + 1 :]] == [torch.bfloat16] * 2
+    with torch.autocast("cpu", torch.float16):  # which casts them
+        flash_attention_n(*halves, backend="particular")
+    assert particular.asked[-1].dtype == torch.float16
+    assert under_autocast == [False] * 7
+
+
+@pytest.mark.parametrize("mask", [None, torch.randn(6, 6)], ids=["linear", "float mask"])
+def test_what_is_kept_between_calls_holds_no_memory(mask: Tensor | None) -> None:
+    """It would be that of a CUDA graph if the first call is captured, or warmed up by torch.compile for a capture."""
+    portable = pytest.importorskip("attn_n.backends.triton.portable.prepare")
+    portable._calls.clear()
+    q, k, v = (x.requires_grad_() for x in inputs())
+    torch.autograd.grad(flash_attention_n(q, k, v, attn_mask=mask, backend="triton").sum(), (q, k, v))
+    (call,) = portable._calls.values()
+    (backward,) = call._backwards.values()
+    kept = [call._out, call._lse, *backward.gradients, backward.workspace, backward.shares]
+    assert [x.untyped_storage().nbytes() for x in kept] == [0] * len(kept)
+
+
 def test_what_was_put_last_is_kept(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(call_cache._calls, "most", 3)
     for length in range(2, 10):

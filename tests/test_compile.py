@@ -373,3 +373,29 @@ def test_an_exported_program_keeps_a_name(ran: list[str]) -> None:
     with use_backend("reference"):
         program(*x)
     assert ran == ["forward sdpa:cpu"]
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("backend", ["triton", "triton:portable", "sdpa"])
+def test_cuda_graphs_of_the_compiler(backend: str) -> None:
+    """The first call of a process is warmed up in the memory of the graph, of which nothing may be kept."""
+    steps = f"""
+import torch
+from attn_n import flash_attention_n
+
+def loss(q, k, v, sinks):
+    return flash_attention_n(q * 1.0, k, v, True, sinks=sinks, backend={backend!r}).float().square().mean()
+
+def gradients(loss):
+    torch.compiler.cudagraph_mark_step_begin()
+    return [x.clone() for x in torch.autograd.grad(loss(*inputs), inputs)]
+
+inputs = [torch.randn(1, 4, 256, 64, device="cuda", dtype=torch.bfloat16, requires_grad=True) for _ in range(3)]
+inputs.append(torch.randn(4, device="cuda", requires_grad=True))
+compiled = torch.compile(loss, mode="reduce-overhead")
+found = [gradients(compiled) for _ in range(4)][-1]
+for x, expected in zip(found, gradients(loss), strict=True):
+    torch.testing.assert_close(x, expected, rtol=1e-2, atol=1e-5)
+"""
+    finished = subprocess.run([sys.executable, "-c", steps], capture_output=True, text=True, check=False)
+    assert finished.returncode == 0, finished.stderr[-2000:]
