@@ -8,6 +8,7 @@ first, which takes as long as the launch, and is left to them.
 
 from __future__ import annotations
 
+import functools
 import threading
 from typing import Any, TypeAlias
 
@@ -17,16 +18,12 @@ from torch import Tensor
 from triton import knobs
 from triton.runtime import driver
 
-from attn_n.template import template
-
 # Triton's own launch is not for several threads at a time: while one of them loads a kernel onto the GPU another takes
 # it for loaded, and the interpreter keeps the program that it is in where all threads find it.
 _one_at_a_time = threading.RLock()
 
 # Compiled kernels by Triton's specialisation, so that a new length reuses a kernel compiled for another length.
 _compiled: dict[tuple[Any, ...], Any] = {}
-
-_workspaces: dict[tuple[int, int], Tensor] = {}
 
 
 class Part:
@@ -62,7 +59,7 @@ class Launch:
         self.programs = programs
         self._kernel, self._device, self._numbers = kernel, device, numbers
         self._options, self._descriptors = options, descriptors
-        self._constants = {name: constants[name] for name in kernel.arg_names if name in constants}
+        self._constants = {name: constants[name] for name in _in_order(kernel, tuple(constants))}
         self._rest = (*numbers, *self._constants.values())
         self._found: dict[tuple[type, ...], tuple[Any, ...]] = {}
         self._one_of_several = device.type == "cuda" and torch.cuda.device_count() > 1
@@ -126,6 +123,12 @@ class Launch:
         )
 
 
+@functools.cache
+def _in_order(kernel: Any, constants: tuple[str, ...]) -> tuple[str, ...]:
+    """Return the names of constants in the order of the kernel's parameters, without those that it has not."""
+    return tuple([name for name in kernel.arg_names if name in constants])
+
+
 def _kinds(numbers: tuple[Any, ...]) -> tuple[Any, ...]:
     """Integers that are 1, that are multiples of 16, and that need 64 bits have kernels of their own."""
     return tuple([
@@ -148,9 +151,5 @@ def _profiled() -> bool:
 
 
 def _workspace(size: int, alignment: int, stream: int | None) -> Tensor:
-    """Memory for the descriptors that a kernel writes for itself."""
-    key = torch.cuda.current_device(), size
-    like = _workspaces.get(key)
-    if like is None:
-        like = _workspaces[key] = template((size,), torch.int8, torch.device("cuda", key[0]))
-    return torch.empty_like(like)
+    """Memory on the current device, for the descriptors that a kernel writes for itself."""
+    return torch.empty_strided((size,), (1,), dtype=torch.int8, device="cuda")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import os
+import threading
 from collections.abc import Callable, Iterator
 from types import SimpleNamespace
 
@@ -58,29 +59,37 @@ def ran(monkeypatch: pytest.MonkeyPatch) -> list[str]:
         if backend is None:
             continue
         for kernel in backend.members.values() if isinstance(backend, Family) else (backend,):
-            ours = kernel.name.startswith("triton:")  # their forward is `prepare` and the forward of what that returns
-            for method in ("attend",) if kernel.differentiates else () if ours else ("forward", "backward"):
+            for method in ("attend",) if kernel.differentiates else ("forward", "backward"):
                 spied = _spied(getattr(kernel, method), f"{method} {kernel.name}", entered)
                 monkeypatch.setattr(kernel, method, spied)
-            prepare = functools.partial(_prepare, kernel, kernel.prepare, entered, ours)
-            monkeypatch.setattr(kernel, "prepare", prepare)
+            monkeypatch.setattr(kernel, "prepare", functools.partial(_prepare, kernel, kernel.prepare, entered))
     return entered
 
 
-def _prepare(
-    kernel: Backend, prepare: Callable[..., Prepared], entered: list[str], ours: bool, *arguments: object
-) -> Prepared:
+def _prepare(kernel: Backend, prepare: Callable[..., Prepared], entered: list[str], *arguments: object) -> Prepared:
     passes = prepare(*arguments)
     if passes is kernel:
         return passes
     forward = _spied(passes.forward, f"forward {kernel.name}", entered)
-    backward = _spied(passes.backward, f"backward {kernel.name}", entered) if ours else passes.backward
+    backward = _spied(passes.backward, f"backward {kernel.name}", entered)
     return SimpleNamespace(forward=forward, backward=backward)  # type: ignore[return-value]
 
 
+_within: set[tuple[int, str]] = set()
+
+
 def _spied(original: Callable[..., object], what: str, entered: list[str]) -> Callable[..., object]:
+    """Note that `original` is entered; a prepared call that hands on to its backend is entered once."""
+
     def spied(*args: object, **kwargs: object) -> object:
+        here = threading.get_ident(), what
+        if here in _within:
+            return original(*args, **kwargs)
         entered.append(what)
-        return original(*args, **kwargs)
+        _within.add(here)
+        try:
+            return original(*args, **kwargs)
+        finally:
+            _within.remove(here)
 
     return spied

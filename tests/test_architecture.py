@@ -13,7 +13,7 @@ ROOT = Path(__file__).parent.parent
 
 # The layers from the lowest up. A layer may import those before it, and its own modules.
 LAYERS = (
-    ("version", "compilation", "recent", "template"),
+    ("version", "compilation", "recent"),
     ("call",),
     ("launcher",),
     ("sink",),

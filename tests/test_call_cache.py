@@ -176,19 +176,6 @@ def test_a_call_under_autocast_is_kept(particular: Particular, monkeypatch: pyte
     assert under_autocast == [False] * 7
 
 
-@pytest.mark.parametrize("mask", [None, torch.randn(6, 6)], ids=["linear", "float mask"])
-def test_what_is_kept_between_calls_holds_no_memory(mask: Tensor | None) -> None:
-    """It would be that of a CUDA graph if the first call is captured, or warmed up by torch.compile for a capture."""
-    portable = pytest.importorskip("attn_n.backends.triton.portable.prepare")
-    portable._calls.clear()
-    q, k, v = (x.requires_grad_() for x in inputs())
-    torch.autograd.grad(flash_attention_n(q, k, v, attn_mask=mask, backend="triton").sum(), (q, k, v))
-    (call,) = portable._calls.values()
-    (backward,) = call._backwards.values()
-    kept = [call._out, call._lse, *backward.gradients, backward.workspace, backward.shares]
-    assert [x.untyped_storage().nbytes() for x in kept] == [0] * len(kept)
-
-
 def test_what_was_put_last_is_kept(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(call_cache._calls, "most", 3)
     for length in range(2, 10):

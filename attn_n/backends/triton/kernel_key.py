@@ -82,7 +82,8 @@ class KernelKey(NamedTuple):
     @property
     def fits_descriptors(self) -> bool:
         """True if TMA descriptors can address all inputs; they can always address what we allocate ourselves."""
-        return self.aligned and all(fits_descriptors(strides, self.dtype.itemsize) for strides in self.strides)
+        itemsize = self.dtype.itemsize
+        return self.aligned and all([fits_descriptors(strides, itemsize) for strides in self.strides])
 
 
 def fits_descriptors(strides: Strides, itemsize: int) -> bool:

@@ -6,32 +6,24 @@ import torch
 from torch import Tensor
 
 from attn_n.backends.base import Prepared
-from attn_n.backends.triton.allocation import template_like
+from attn_n.backends.triton import allocation
 from attn_n.backends.triton.hopper import prepare
 from attn_n.backends.triton.hopper.prepare import list_of_tiles
-from attn_n.backends.triton.kernel_key import (
-    KernelKey,
-    Strides,
-    aligned,
-    describe,
-    fits_descriptors,
-    kernel_strides,
-)
+from attn_n.backends.triton.kernel_key import KernelKey, Strides, aligned, describe, fits_descriptors
 from attn_n.backends.triton.portable import prepare as portable
 from attn_n.backends.triton.portable.prepare import log_n_of
 from attn_n.call import Gradients, Grads, Options, Saved
 from attn_n.launcher import Part
 from attn_n.recent import Recent
-from attn_n.template import template
 
 
 class HopperCall:
-    """A prepared call: the launches of both passes, and templates of what they allocate."""
+    """A prepared call: the launches of both passes, and what allocates their results."""
 
     def __init__(self, key: KernelKey, q: Tensor, k: Tensor, v: Tensor) -> None:
-        self._out = template_like(q)
-        self._lse = template(q.shape[:-1], torch.float32, q.device)
-        self._launches = prepare.forward(key, kernel_strides(self._out.stride()))
+        self._out, strides = allocation.empty_like(q)
+        self._lse = allocation.empty(q.shape[:-1], torch.float32, q.device)
+        self._launches = prepare.forward(key, strides)
         self._backwards: dict[tuple[Strides | None, ...], BackwardCall] = {}
 
     def forward(
@@ -39,7 +31,7 @@ class HopperCall:
     ) -> tuple[Tensor, Tensor, Tensor | None]:
         if not aligned(q, k, v):
             return portable.call_for(q, k, v, log_n, options).forward(q, k, v, log_n, options)
-        out, lse, launches = torch.empty_like(self._out), torch.empty_like(self._lse), self._launches
+        out, lse, launches = self._out(), self._lse(), self._launches
         sinks, number = (log_n, None) if isinstance(log_n, Tensor) else (None, log_n)
         starts_q, starts_k = options.cu_seqlens_q, options.cu_seqlens_k
         table = list_of_tiles(launches, q, starts_q, starts_k)
@@ -56,11 +48,10 @@ class HopperCall:
         lse, dlse = lse.contiguous(), None if dlse is None else dlse.contiguous()
         ready = self._backward((q, k, v, out, dout), log_n, options)
         launches = ready.launches
-        dq, dk, dv = torch.empty_like(ready.dq), torch.empty_like(ready.dk), torch.empty_like(ready.dv)
-        workspace = torch.empty_like(ready.workspace)
+        dq, dk, dv, workspace = ready.dq(), ready.dk(), ready.dv(), ready.workspace()
         dq_sum = Part(workspace, 0, launches.dq_sum)
         stats = Part(workspace, launches.dq_sum, launches.stats)
-        shares = None if grads.of_n is None else torch.empty_like(ready.shares)
+        shares = None if grads.of_n is None else ready.shares()
         starts_q, starts_k = options.cu_seqlens_q, options.cu_seqlens_k
         table = list_of_tiles(launches, q, starts_k, starts_q)
         launches.preprocess(out, dout, lse, dlse, stats, dq_sum, log_n, shares, starts_q)
@@ -83,15 +74,15 @@ class HopperCall:
 
 
 class BackwardCall:
-    """The launches of a backward, and templates of its gradients and of the workspace that the launches share."""
+    """The launches of a backward, and what allocates its gradients and the workspace that the launches share."""
 
     def __init__(self, key: KernelKey, q: Tensor, k: Tensor, v: Tensor) -> None:
-        self.dq, self.dk, self.dv = template_like(q), template_like(k), template_like(v)
-        self.launches = prepare.backward(key, *[kernel_strides(x.stride()) for x in (self.dq, self.dk, self.dv)])
-        self.workspace = template((self.launches.dq_sum + self.launches.stats,), torch.float32, key.device)
+        (self.dq, of_dq), (self.dk, of_dk), (self.dv, of_dv) = [allocation.empty_like(x) for x in (q, k, v)]
+        self.launches = prepare.backward(key, of_dq, of_dk, of_dv)
+        self.workspace = allocation.empty((self.launches.dq_sum + self.launches.stats,), torch.float32, key.device)
         batch = 1 if key.varlen else key.batch
         tiles = self.launches.preprocess.programs // (batch * key.heads)
-        self.shares = template((batch, key.heads, tiles), torch.float32, key.device)
+        self.shares = allocation.empty((batch, key.heads, tiles), torch.float32, key.device)
 
 
 _calls: Recent[KernelKey, Prepared] = Recent()

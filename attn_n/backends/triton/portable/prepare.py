@@ -8,8 +8,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from attn_n.backends.triton.allocation import template_like
-from attn_n.backends.triton.kernel_key import KernelKey, Strides, aligned, describe, kernel_strides
+from attn_n.backends.triton import allocation
+from attn_n.backends.triton.allocation import Allocation
+from attn_n.backends.triton.kernel_key import KernelKey, Strides, aligned, describe
 from attn_n.backends.triton.portable import configs
 from attn_n.backends.triton.portable.backward import dkdv_kernel, dq_kernel
 from attn_n.backends.triton.portable.configs import Config
@@ -18,17 +19,16 @@ from attn_n.backends.triton.portable.tile import ROW_PADDING
 from attn_n.call import Gradients, Grads, Options, Saved
 from attn_n.launcher import Launch, Part
 from attn_n.recent import Recent
-from attn_n.template import template
 
 
 class PortableCall:
-    """A prepared call: the launches of both passes, and templates of what they allocate."""
+    """A prepared call: the launches of both passes, and what allocates their results."""
 
     def __init__(self, key: KernelKey, q: Tensor, k: Tensor, v: Tensor) -> None:
         self.key = key
-        self._out = template_like(q, v.shape[-1])
-        self._lse = template(q.shape[:-1], torch.float32, q.device)
-        self._launch = launch("forward", key, (kernel_strides(self._out.stride()),))
+        self._out, strides = allocation.empty_like(q, v.shape[-1])
+        self._lse = allocation.empty(q.shape[:-1], torch.float32, q.device)
+        self._launch = launch("forward", key, (strides,))
         self._backwards: dict[tuple[Any, ...], Backward] = {}
 
     def forward(
@@ -36,7 +36,7 @@ class PortableCall:
     ) -> tuple[Tensor, Tensor, Tensor | None]:
         if self.key.aligned is not aligned(q, k, v):
             return call_for(q, k, v, log_n, options).forward(q, k, v, log_n, options)
-        out, lse = torch.empty_like(self._out), torch.empty_like(self._lse)
+        out, lse = self._out(), self._lse()
         rng_state = None
         if options.dropout_p:
             # Two random numbers of torch's own generator: they follow its seed, also in a captured graph.
@@ -51,15 +51,17 @@ class PortableCall:
             dout = dout.contiguous()
         lse, dlse = lse.contiguous(), None if dlse is None else dlse.contiguous()
         ready = self._backward((q, k, v, out, dout), log_n, options)
-        dq, dk, dv = [torch.empty_like(x) for x in ready.gradients]
-        workspace, rows = torch.empty_like(ready.workspace), ready.rows
+        dq, dk, dv = [allocate() for allocate in ready.gradients]
+        workspace, rows = ready.workspace(), ready.rows
         lse_log2, delta = Part(workspace, 0, rows), Part(workspace, rows, rows)
         lost = Part(workspace, 2 * rows, rows) if self.key.float_mask else None
         extras = _extras(rng_state, options)
         shares = None
         if grads.of_n is not None:
             # A program beyond the end of a sequence stores nothing.
-            shares = (torch.zeros_like if options.varlen else torch.empty_like)(ready.shares)
+            shares = ready.shares()
+            if options.varlen:
+                shares.zero_()
         ready.dq(q, k, v, out, dout, lse, dlse, lse_log2, delta, lost, dq, log_n, shares, *extras)
         for of_keys in ready.of_keys:
             of_keys(q, k, v, dout, lse_log2, delta, lost, dk, dv, *extras)
@@ -72,19 +74,19 @@ class PortableCall:
         if ready is None:
             key = describe(tensors, log_n, options)
             q, k, v, *_ = tensors
-            ready = self._backwards[kind] = backward(key, (template_like(q), template_like(k), template_like(v)))
+            ready = self._backwards[kind] = backward(key, q, k, v)
         return ready
 
 
 class Backward(NamedTuple):
-    """The launches of a backward, in their order, and templates of what they share."""
+    """The launches of a backward, in their order, and what allocates its gradients and what the launches share."""
 
-    gradients: tuple[Tensor, Tensor, Tensor]  # templates of dq, dk and dv
+    gradients: tuple[Allocation, ...]  # of dq, dk and dv
     dq: Launch
     of_keys: tuple[Launch, ...]
-    workspace: Tensor  # template of two or, beside a floating mask, three numbers of all rows of all heads
+    workspace: Allocation  # of two or, beside a floating mask, three numbers of all rows of all heads
     rows: int  # of all heads, and up to three more
-    shares: Tensor  # template of each program's share of the gradient of n, (B, H, tiles)
+    shares: Allocation  # of each program's share of the gradient of n, (B, H, tiles)
 
 
 def call_for(q: Tensor, k: Tensor, v: Tensor, log_n: float | Tensor | None, options: Options) -> PortableCall:
@@ -95,18 +97,18 @@ def call_for(q: Tensor, k: Tensor, v: Tensor, log_n: float | Tensor | None, opti
 _calls: Recent[KernelKey, PortableCall] = Recent()
 
 
-def backward(key: KernelKey, gradients: tuple[Tensor, Tensor, Tensor]) -> Backward:
-    """Return the launches of a backward; `gradients` are templates of dq, dk and dv."""
-    p, strides = key, [kernel_strides(x.stride()) for x in gradients]
+def backward(key: KernelKey, q: Tensor, k: Tensor, v: Tensor) -> Backward:
+    p = key
+    gradients, strides = zip(*[allocation.empty_like(x) for x in (q, k, v)], strict=True)
     dq = launch("dq", p, strides)
     rows = -(-p.heads * padded_rows(p) // 4) * 4  # each of the arrays begins at a multiple of 16 bytes
     return Backward(
         gradients,
         dq,
         tuple([launch(kernel, p, strides) for kernel in configs.kernels_of_keys(p)]),
-        template((rows * (3 if p.float_mask else 2),), torch.float32, p.device),
+        allocation.empty((rows * (3 if p.float_mask else 2),), torch.float32, p.device),
         rows,
-        template((p.batch, p.heads, dq.programs // (p.batch * p.heads)), torch.float32, p.device),
+        allocation.empty((p.batch, p.heads, dq.programs // (p.batch * p.heads)), torch.float32, p.device),
     )
 
 
