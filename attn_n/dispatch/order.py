@@ -21,6 +21,9 @@ ELSEWHERE = ("reference",)
 MANY, FEW, ONE = "many queries", "few queries", "one query"
 FEW_QUERIES = 128  # fewer than these
 
+# Operations of a forward that take an H100 about 20 us, which is less than the host's time for any backend.
+SHORT = 1e10
+
 
 class Row(NamedTuple):
     """Backends to try before the default order, for calls that match this row."""
@@ -33,12 +36,14 @@ class Row(NamedTuple):
     varlen: bool = False
     causal: bool = False  # True matches only causal calls
     queries: str = MANY
+    short: bool = False  # True matches only calls that take the host longer than the GPU, by SHORT
 
     def __str__(self) -> str:
         passes = {None: "", True: "training, ", False: "inference, "}[self.training]
         n = {None: "", True: "with n, ", False: "n = 0, "}[self.with_n]
         keys = f"from {self.keys} keys on"
         kinds = {"varlen": self.varlen, self.queries: self.queries != MANY, "causal": self.causal}
+        kinds[f"at most {SHORT:.0e} operations"] = self.short
         kind = "".join(f"{name}, " for name, is_so in kinds.items() if is_so)
         return f"{passes}{n}{kind}heads up to {self.widest}, {keys}"
 
@@ -56,6 +61,9 @@ class Row(NamedTuple):
 # PyTorch's FlashAttention-2 takes as little. Below 4,096 keys each of them takes less time than the host does for a new
 # length, which comes with each step of a decoder; there a kernel with n inside costs least (`pytest bench -k lengths`).
 #
+# Short calls without n: the host takes as long for a known length on each backend, and for a new one half as long on
+# PyTorch's FlashAttention-2, which prepares nothing (`pytest bench -k "host or lengths"`).
+#
 # The portable kernels are 1.2 to 1.9 times as fast as PyTorch's FlashAttention-2 at every point of the grid. Hence they
 # come before it for calls that the Hopper kernels do not serve.
 SM_90 = (
@@ -64,6 +72,7 @@ SM_90 = (
     Row(None, False, 256, 0, ("sdpa:flash", "flash_attn:3", "flash_attn:4", "triton"), queries=ONE),
     Row(False, None, 256, 1025, ("flash_attn:3", "flash_attn:4", "triton"), queries=FEW),
     Row(None, None, 256, 1025, ("triton",), queries=FEW),
+    Row(False, False, 256, 0, ("sdpa:flash", "triton"), short=True),
     Row(True, True, 128, 6000, ("flash_attn:4", "triton")),
     Row(True, True, 64, 1500, ("triton:hopper", "flash_attn:4", "triton"), causal=True),
     Row(True, True, 64, 1500, ("flash_attn:4", "triton")),
@@ -156,6 +165,8 @@ def _fits(row: Row, call: AttentionCall) -> bool:
     if row.training not in (None, call.needs_grad) or row.with_n not in (None, with_n):
         return False
     if row.causal and not call.causal:
+        return False
+    if row.short and call.flops > SHORT:
         return False
     if call.head_dim > row.widest or call.head_dim_v > row.widest:
         return False

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import math
 import random
 from collections.abc import Sequence
@@ -59,15 +60,18 @@ def streams(device: str) -> tuple[Stream, ...]:
         return Workload(length, True, batch=4 if cuda else 2, heads=heads["heads"] // 2, **one)  # type: ignore[arg-type]
 
     def others(most: int) -> list[int]:
-        # Triton compiles other kernels for multiples of 16, and libraries may take other kernels for long sequences.
-        return [middle, middle + 1, middle // 16 * 8, most - 1, most, most + 1]
+        # Triton compiles other kernels for multiples of 16, and by their length calls go to other kernels and backends.
+        lengths = [4]
+        while lengths[-1] * 3 // 2 < most - 2:
+            lengths.append(lengths[-1] * 3 // 2)
+        return [*lengths, middle, middle + 1, most - 1, most, most + 1]
 
     prompts = _as_in_text(count, middle, most, others(most))
     of_batches = _as_in_text(batches, middle, most // 2, others(most // 2))
     return (
         Stream(
             "growing cache", tuple(decoding(start + step) for step in range(steps)),
-            tuple(decoding(start // 2 + each) for each in (0, 1, 8, 16)), "per head", cached=True,
+            tuple(decoding(start + steps + each) for each in (0, 1, 8, 12)), "per head", cached=True,
         ),
         *(
             Stream(f"prompts n={n}", tuple(map(prompt, prompts)), tuple(map(prompt, others(most))), n)
@@ -84,4 +88,4 @@ def _as_in_text(count: int, middle: int, most: int, others: Sequence[int]) -> li
     """Draws log-normal lengths, none of which is among `others`."""
     lengths = [random.Random(seed).lognormvariate(math.log(middle), 1.0) for seed in range(count)]
     within = [min(max(int(length), 2), most - 2) for length in lengths]
-    return [length + 2 if length in others else length for length in within]
+    return [next(free for free in itertools.count(length) if free not in others) for length in within]
