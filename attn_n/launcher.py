@@ -8,7 +8,6 @@ first, which takes as long as the launch, and is left to them.
 
 from __future__ import annotations
 
-import functools
 import threading
 from typing import Any, TypeAlias
 
@@ -59,7 +58,7 @@ class Launch:
         self.programs = programs
         self._kernel, self._device, self._numbers = kernel, device, numbers
         self._options, self._descriptors = options, descriptors
-        self._constants = {name: constants[name] for name in _in_order(kernel, tuple(constants))}
+        self._constants = {name: constants[name] for name in kernel.arg_names if name in constants}
         self._rest = (*numbers, *self._constants.values())
         self._found: dict[tuple[type, ...], tuple[Any, ...]] = {}
         self._one_of_several = device.type == "cuda" and torch.cuda.device_count() > 1
@@ -121,12 +120,6 @@ class Launch:
         return self._kernel.warmup(
             *arguments, *self._numbers, **self._constants, **self._options, grid=(self.programs,)
         )
-
-
-@functools.cache
-def _in_order(kernel: Any, constants: tuple[str, ...]) -> tuple[str, ...]:
-    """Return the names of constants in the order of the kernel's parameters, without those that it has not."""
-    return tuple([name for name in kernel.arg_names if name in constants])
 
 
 def _kinds(numbers: tuple[Any, ...]) -> tuple[Any, ...]:

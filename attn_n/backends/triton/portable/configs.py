@@ -5,6 +5,7 @@ Nothing is tuned while a program runs. `python -m bench.kernels.tune` finds new 
 
 from __future__ import annotations
 
+import functools
 from typing import NamedTuple
 
 import torch
@@ -78,14 +79,18 @@ _LARGE = ((8, 0), (8, 7), (10, 0), (10, 3))
 
 def find(kernel: str, key: KernelKey) -> Config:
     """Return the tiles of a kernel on the GPU of the key."""
-    capability = None  # for ROCm and for the interpreter
-    if key.device.type == "cuda" and torch.version.hip is None:
-        capability = torch.cuda.get_device_capability(key.device)
+    capability = _capability(key.device)
     descriptors = capability is not None and capability >= (9, 0) and key.fits_descriptors
     of_keys = kernel in ("dk", "dv", "dk and dv")
     length = key.queries_on_average if of_keys else key.keys_on_average
     rows = table(capability, key.dtype)[kernel][max(64, widest(key))]
     return next(row for row in rows if length >= row.at_least and (descriptors or not row.descriptors))
+
+
+@functools.cache  # PyTorch takes 5 us to ask for it
+def _capability(device: torch.device) -> tuple[int, int] | None:
+    """Return the compute capability; None for ROCm and for the interpreter."""
+    return torch.cuda.get_device_capability(device) if device.type == "cuda" and torch.version.hip is None else None
 
 
 def table(capability: tuple[int, int] | None, dtype: torch.dtype) -> Table:
@@ -107,7 +112,7 @@ def widest(key: KernelKey) -> int:
 
 def tiles_of_widths(key: KernelKey) -> tuple[int, int]:
     """Return the columns of the tiles of q and k, and those of v."""
-    of_e, of_ev = (max(16, 1 << (width - 1).bit_length()) for width in (key.width, key.width_v))
+    of_e, of_ev = [max(16, 1 << (width - 1).bit_length()) for width in (key.width, key.width_v)]
     # Where v's tile is narrower than q's and than 64 columns, ptxas (12.8, sm_90) miscompiles the forward; without
     # optimisation it is right. tests/test_triton.py has such widths.
     return of_e, max(of_ev, min(of_e, 64))
