@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import statistics
+import subprocess
 from pathlib import Path
 
 import pytest
@@ -12,7 +13,7 @@ import torch
 from bench import report
 from bench.contenders.base import Contender
 from bench.method import lengths
-from bench.method.lengths import Library, Timed
+from bench.method.lengths import InTurns, Library, Timed
 from bench.reporting.record import Run, load
 from bench.workloads import Inputs
 from bench.workloads.streams import streams
@@ -45,20 +46,21 @@ def test_each_library_is_checked_and_timed(name: str, ran: list[str]) -> None:
         assert lengths.why_absent(library, stream) is None
         assert lengths.prepare(library, stream) is None
         ran.clear()
-        timed = lengths.run(library, stream)
-        assert timed.status == "measured"
-        assert len(timed.steps) == len(stream.workloads)
-        assert 0 < sum(timed.steps) <= timed.wall[0] * len(stream.workloads)
-        calls = len(stream.before) + len(stream.workloads)
+        in_turns = InTurns(library, stream)
+        turns = [in_turns.time(turn) for turn in range(lengths.turns_of(stream))]
+        assert sum(len(turn.steps) for turn in turns) == len(stream.workloads)
+        assert all(0 < sum(turn.steps) <= turn.wall * len(turn.steps) for turn in turns)
+        calls = len(stream.before) + len(stream.workloads) + len(turns)  # one call wakes the processor before each turn
+        served = lengths.backend_of(library, stream)
         if library.name == "attn_n":
             passes = ["forward sdpa:cpu", *(["backward sdpa:cpu"] if stream.training else [])]
             assert ran == passes * calls
-            assert timed.backend == "sdpa:cpu"
+            assert served == "sdpa:cpu"
         elif library.name == "attn_n reference":
             assert ran == ["attend reference"] * calls
         elif not library.name.startswith("attn_n"):
             assert ran == []
-            assert timed.backend is None
+            assert served is None
 
 
 def test_the_cache_grows_within_one_memory(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -71,7 +73,7 @@ def test_the_cache_grows_within_one_memory(monkeypatch: pytest.MonkeyPatch) -> N
 
     contender = library.of(STREAMS["growing cache"])
     watched: Contender = dataclasses.replace(contender, prepare=prepare)  # type: ignore[arg-type]
-    lengths.run(Library("attn_n", {"per head": watched}), STREAMS["growing cache"])
+    InTurns(Library("attn_n", {"per head": watched}), STREAMS["growing cache"])
     timed = seen[len(STREAMS["growing cache"].before) :]
     assert len({inputs.k.data_ptr() for inputs in timed}) == 1
     assert len({inputs.k.stride() for inputs in timed}) == 1
@@ -96,13 +98,16 @@ def test_what_is_wrong_is_not_timed() -> None:
     )
 
 
-def test_a_process_of_its_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_process_of_its_own(tmp_path: Path) -> None:
     """Both tasks, and what the results and the tables make of them."""
-    monkeypatch.setattr(lengths, "PROCESSES", 2)
     names = ["growing cache", "training"]
     assert lengths.prepare_all({"attn_n": names}) == {"attn_n": dict.fromkeys(names)}
-    timed = lengths.time_all({"attn_n": names})["attn_n"]
-    assert {len(found.wall) for found in timed.values()} == {lengths.PROCESSES}
+    of_all = lengths.time_all({"attn_n": names, "eager": names[:1]})
+    assert list(of_all["eager"]) == names[:1]
+    timed = of_all["attn_n"]
+    assert {name: (len(found.wall), len(found.steps)) for name, found in timed.items()} == {
+        name: (lengths.turns_of(STREAMS[name]), len(STREAMS[name].workloads)) for name in names
+    }
     run = Run({"device": "Chip", "kind": "cpu"}, "abc", "2026-11-27", "pytest bench")
     for name, found in timed.items():
         run.points += lengths.points(LIBRARIES["attn_n"], STREAMS[name], found)
@@ -116,6 +121,11 @@ def test_a_process_of_its_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
     assert len(rows) == 2
     assert all(row[-1] == "sdpa:cpu |" and float(row[1]) > 0 and float(row[3]) >= float(row[2]) for row in rows)
     assert "eager n=per head (out by 1)" in text
+
+
+def test_a_process_that_ends_is_an_error() -> None:
+    with pytest.raises(subprocess.CalledProcessError):
+        lengths.time_all({"no such library": ["training"]})
 
 
 @pytest.mark.gpu

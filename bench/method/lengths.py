@@ -2,10 +2,14 @@
 
 Each contender has a process of its own, to which all lengths of a stream are new: `python -m bench.method.lengths time
 "attn_n" "growing cache" prompts`. Another process has compiled to disk the kernels that can be kept there.
+
+The processes live side by side and take turns of a few calls, while the others wait. One after the other would compare
+the machine with itself: the speed of a host with neighbours was seen to change by 1.7 times within seconds.
 """
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import json
 import math
@@ -32,9 +36,8 @@ from bench.workloads import Inputs, Workload, make_inputs
 from bench.workloads.streams import SUITE, Stream, streams
 from bench.workloads.suites import DEVICE
 
-PROCESSES = 5
-LONG = 2.0  # seconds of a stream
-SECONDS = 240.0
+TURNS = 10
+ROOT = Path(__file__).parents[2]
 
 Step = Callable[[], object]
 
@@ -57,8 +60,8 @@ class Timed(NamedTuple):
     """The times of a library for a stream, or the reason why it was not timed.
 
     Attributes:
-        wall: seconds from the first call to the end of all work, divided by the calls; one number for each process.
-        steps: seconds of the host in each call of the first process, which does not wait for the GPU.
+        wall: of each turn, the seconds from its first call to the end of all work, divided by its calls.
+        steps: seconds of the host in each call, which does not wait for the GPU.
         backend: the backends of attn_n that served.
     """
 
@@ -89,46 +92,59 @@ def prepare_all(asked: Mapping[str, Sequence[str]]) -> dict[str, dict[str, str |
     """
     at_a_time = precompile.at_a_time() if DEVICE == "cuda" else os.cpu_count() or 1
     with ThreadPoolExecutor(at_a_time) as pool:
-        return dict(
-            zip(asked, pool.map(lambda library: _process("prepare", library, asked[library]), asked), strict=True)
-        )
+        return dict(zip(asked, pool.map(lambda library: _process(library, asked[library]), asked), strict=True))
 
 
 def time_all(asked: Mapping[str, Sequence[str]]) -> dict[str, dict[str, Timed]]:
-    """Times each library alone in a new process, PROCESSES times, for one process may be half as fast as another.
-
-    All libraries have a turn before one has its next, and nobody has a next one after SECONDS or with a stream that
-    takes longer than LONG. Returns the times by library and stream.
-    """
-    found: dict[str, dict[str, Timed]] = {}
-    end = time.monotonic() + SECONDS
-    for turn in range(PROCESSES):
-        for library in random.Random(turn).sample(sorted(asked), len(asked)):
-            before = found.get(library, {})
-            if before and (time.monotonic() > end or any(sum(timed.steps) > LONG for timed in before.values())):
-                continue
-            for name, timed in time_one(library, asked[library]).items():
-                known = before.get(name)
-                again = timed if known is None else known._replace(wall=known.wall + timed.wall)
-                found.setdefault(library, {})[name] = again
+    """Times each library in a process of its own, by turns; returns the times by library and stream."""
+    found: dict[str, dict[str, Timed]] = {library: {} for library in asked}
+    with contextlib.ExitStack() as stack:
+        processes = {library: stack.enter_context(_start(library, names)) for library, names in asked.items() if names}
+        for stream in streams(DEVICE):
+            those = sorted(library for library, names in asked.items() if stream.name in names)
+            for library in those:
+                found[library][stream.name] = Timed("measured", backend=_reply(processes[library])["backend"])
+            for turn in range(turns_of(stream)):
+                for library in random.Random(turn).sample(those, len(those)):
+                    before, process = found[library][stream.name], processes[library]
+                    assert process.stdin is not None
+                    process.stdin.write("your turn\n")
+                    process.stdin.flush()
+                    said = _reply(process)
+                    found[library][stream.name] = before._replace(
+                        wall=(*before.wall, said["wall"]), steps=(*before.steps, *said["steps"])
+                    )
     return found
 
 
-def time_one(library: str, names: Sequence[str]) -> dict[str, Timed]:
-    """Times the streams of one library in one new process."""
-    if not names:
-        return {}
-    return {
-        name: Timed(**{**timed, "wall": tuple(timed.get("wall", ())), "steps": tuple(timed.get("steps", ()))})
-        for name, timed in _process("time", library, names).items()
-    }
+def _start(library: str, names: Sequence[str]) -> subprocess.Popen[str]:
+    return subprocess.Popen(
+        _command("time", library, names), cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    )
 
 
-def _process(task: str, library: str, names: Sequence[str]) -> dict[str, Any]:
-    command = [sys.executable, "-m", "bench.method.lengths", task, library, *names]
-    root = Path(__file__).parents[2]
-    said = subprocess.run(command, cwd=root, stdout=subprocess.PIPE, check=True).stdout
-    found: dict[str, Any] = json.loads(said.splitlines()[-1])
+def _reply(process: subprocess.Popen[str]) -> dict[str, Any]:
+    """Returns the next line that the process says in JSON, after what libraries print."""
+    assert process.stdout is not None
+    for line in process.stdout:
+        if line.startswith("{"):
+            said: dict[str, Any] = json.loads(line)
+            return said
+    raise subprocess.CalledProcessError(process.wait(), process.args)
+
+
+def turns_of(stream: Stream) -> int:
+    return min(TURNS, len(stream.workloads))
+
+
+def _command(task: str, library: str, names: Sequence[str]) -> list[str]:
+    return [sys.executable, "-m", "bench.method.lengths", task, library, *names]
+
+
+def _process(library: str, names: Sequence[str]) -> dict[str, str | None]:
+    """Checks the library in a process of its own, so that what it compiles is found on disk by the next one."""
+    said = subprocess.run(_command("prepare", library, names), cwd=ROOT, stdout=subprocess.PIPE, check=True).stdout
+    found: dict[str, str | None] = json.loads(said.splitlines()[-1])
     return found
 
 
@@ -153,22 +169,38 @@ def why_absent(library: Library, stream: Stream) -> str | None:
     return next((reason for reason in reasons if reason is not None), None)
 
 
-def run(library: Library, stream: Stream) -> Timed:
-    """Times the stream, whose lengths are new to this process."""
+class Turn(NamedTuple):
+    wall: float
+    steps: tuple[float, ...]
+
+
+class InTurns:
+    """The calls of a stream, by turns; what is not timed has run when it is made."""
+
+    def __init__(self, library: Library, stream: Stream) -> None:
+        contender = library.of(stream)
+        self._known = list(_steps(contender, stream, stream.before))
+        for step in self._known:
+            step()
+        self._steps, self._turns = list(_steps(contender, stream, stream.workloads)), turns_of(stream)
+
+    def time(self, turn: int) -> Turn:
+        self._known[0]()  # while it waited, the processor may have gone to sleep
+        _wait()
+        marks = [time.perf_counter()]
+        steps = self._steps[turn :: self._turns]
+        for step in steps:
+            step()
+            marks.append(time.perf_counter())
+        _wait()
+        wall = (time.perf_counter() - marks[0]) / len(steps)
+        return Turn(wall, tuple(end - start for start, end in itertools.pairwise(marks)))
+
+
+def backend_of(library: Library, stream: Stream) -> str | None:
     contender = library.of(stream)
-    for step in _steps(contender, stream, stream.before):
-        step()
-    steps = list(_steps(contender, stream, stream.workloads))
-    _wait()
-    marks = [time.perf_counter()]
-    for step in steps:
-        step()
-        marks.append(time.perf_counter())
-    _wait()
-    wall = (time.perf_counter() - marks[0]) / len(steps)
     served = {contender.backend(workload, stream.training) for workload in stream.workloads} - {None}
-    host = tuple(end - start for start, end in itertools.pairwise(marks))
-    return Timed("measured", None, (wall,), host, ", ".join(sorted(map(str, served))) or None)
+    return ", ".join(sorted(map(str, served))) or None
 
 
 def points(library: Library, stream: Stream, timed: Timed) -> list[Point]:
@@ -219,11 +251,17 @@ def _wait() -> None:
 
 def main(task: str, name: str, *names: str) -> None:
     library = next(each for each in libraries(DEVICE) if each.name == name)
-    found: dict[str, Any] = {}
-    for stream in streams(DEVICE):
-        if stream.name in names:
-            found[stream.name] = prepare(library, stream) if task == "prepare" else run(library, stream)._asdict()
-    print(json.dumps(found))
+    asked = [stream for stream in streams(DEVICE) if stream.name in names]
+    if task == "prepare":
+        print(json.dumps({stream.name: prepare(library, stream) for stream in asked}))
+        return
+    for stream in asked:
+        served = backend_of(library, stream)  # asked before, for it may load a backend
+        in_turns = InTurns(library, stream)
+        print(json.dumps({"backend": served}), flush=True)
+        for turn in range(turns_of(stream)):
+            sys.stdin.readline()
+            print(json.dumps(in_turns.time(turn)._asdict()), flush=True)
 
 
 if __name__ == "__main__":
