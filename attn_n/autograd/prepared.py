@@ -10,7 +10,7 @@ from torch import Tensor
 from attn_n.autograd import passes
 from attn_n.backends import registry
 from attn_n.backends.base import Prepared
-from attn_n.call import Options, Saved, transforms
+from attn_n.call import Options, Saved, autocast, transforms
 
 
 class PreparedCall:
@@ -73,7 +73,7 @@ class PreparedCall:
         return not (
             self._passes is None
             or torch.is_grad_enabled()
-            or torch.is_autocast_enabled("cuda" if q.is_cuda else q.device.type)
+            or autocast.enabled("cuda" if q.is_cuda else q.device.type)
             or transforms.is_batched(dout)
             or transforms.is_batched(dlse)
             or transforms.needs_dispatcher(q)

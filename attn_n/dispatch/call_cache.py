@@ -52,7 +52,7 @@ def key(q: Tensor, k: Tensor, v: Tensor, request: Request, packing: tuple[Any, .
         return (
             values, types, q.shape, k.shape, v.shape, q.stride(), k.stride(), v.stride(), *_of_tensor(q),
             *_of_tensor(k), *_of_tensor(v), torch.is_grad_enabled(), autocast.dtype("cuda" if q.is_cuda else "cpu"),
-            forced.forced(request.backend), registry.generation(), torch._C._get_deterministic_algorithms(),
+            forced.forced(request.backend), registry.generation(), torch.are_deterministic_algorithms_enabled(),
             q.dtype is torch.float32 and torch.get_float32_matmul_precision(),
         )  # fmt: skip
     except (RuntimeError, TypeError, _NoMetadata):  # sparse and nested tensors have no strides

@@ -43,7 +43,7 @@ class HopperCall:
         if torch.are_deterministic_algorithms_enabled() or not aligned(q, k, v):
             return portable.call_for(q, k, v, saved.log_n, options).backward(grads, saved, options)
         # The gradient of a sum is expanded, and that of a slice may be unaligned.
-        if not (dout.is_contiguous() or fits_descriptors(dout.stride(), dout.itemsize)) or not aligned(dout):
+        if not (fits_descriptors(dout.stride(), dout.itemsize) and aligned(dout)):
             dout = dout.clone(memory_format=torch.contiguous_format)
         lse, dlse = lse.contiguous(), None if dlse is None else dlse.contiguous()
         ready = self._backward((q, k, v, out, dout), log_n, options)
