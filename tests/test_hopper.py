@@ -294,9 +294,12 @@ def test_deterministic_algorithms(width: int) -> None:
 
 
 @pytest.mark.parametrize("width", WIDTHS)
-@pytest.mark.parametrize("layout", ["sum", "over heads", "rows apart", "columns apart", "odd rows", "odd beginning"])
+@pytest.mark.parametrize(
+    "layout", ["sum", "over heads", "rows apart", "columns apart", "odd rows", "odd beginning", "one head"]
+)
 def test_gradients_of_out_in_any_layout(layout: str, width: int, ran: list[str]) -> None:
-    q, k, v = (torch.randn(2, 3, 300, width, device="cuda", dtype=torch.bfloat16, requires_grad=True) for _ in "qkv")
+    shape = (1, 1, 300, width) if layout == "one head" else (2, 3, 300, width)
+    q, k, v = (torch.randn(shape, device="cuda", dtype=torch.bfloat16, requires_grad=True) for _ in "qkv")
     dout = {
         "sum": lambda: torch.ones((), device="cuda", dtype=torch.bfloat16).expand(q.shape),
         "over heads": lambda: torch.randn_like(q[:, :1]).expand(q.shape),
@@ -304,6 +307,8 @@ def test_gradients_of_out_in_any_layout(layout: str, width: int, ran: list[str])
         "columns apart": lambda: torch.randn_like(q.mT.contiguous()).mT,
         "odd rows": lambda: torch.randn(2, 3, 300, width + 3).cuda().bfloat16()[..., :width],
         "odd beginning": lambda: torch.randn(1 + q.numel()).cuda().bfloat16()[1:].view(q.shape),
+        # Contiguous for PyTorch, whatever the strides of dimensions of size 1.
+        "one head": lambda: torch.randn(q.numel()).cuda().bfloat16().as_strided(q.shape, (3, 5, width, 1)),
     }[layout]()
     found = []
     for given in (dout, dout.clone(memory_format=torch.contiguous_format)):
