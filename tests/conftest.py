@@ -59,8 +59,11 @@ def ran(monkeypatch: pytest.MonkeyPatch) -> list[str]:
         if backend is None:
             continue
         for kernel in backend.members.values() if isinstance(backend, Family) else (backend,):
-            for method in ("attend",) if kernel.differentiates else ("forward", "backward"):
-                spied = _spied(getattr(kernel, method), f"{method} {kernel.name}", entered)
+            if kernel.differentiates:
+                monkeypatch.setattr(kernel, "attend", _spied(kernel.attend, f"attend {kernel.name}", entered))
+                continue
+            for method in ("forward", "backward"):
+                spied = _spied_once(getattr(kernel, method), f"{method} {kernel.name}", entered)
                 monkeypatch.setattr(kernel, method, spied)
             monkeypatch.setattr(kernel, "prepare", functools.partial(_prepare, kernel, kernel.prepare, entered))
     return entered
@@ -70,26 +73,38 @@ def _prepare(kernel: Backend, prepare: Callable[..., Prepared], entered: list[st
     passes = prepare(*arguments)
     if passes is kernel:
         return passes
-    forward = _spied(passes.forward, f"forward {kernel.name}", entered)
-    backward = _spied(passes.backward, f"backward {kernel.name}", entered)
+    forward = _spied_once(passes.forward, f"forward {kernel.name}", entered)
+    backward = _spied_once(passes.backward, f"backward {kernel.name}", entered)
     return SimpleNamespace(forward=forward, backward=backward)  # type: ignore[return-value]
 
 
-_within: set[tuple[int, str]] = set()
-
-
 def _spied(original: Callable[..., object], what: str, entered: list[str]) -> Callable[..., object]:
-    """Note that `original` is entered; a prepared call that hands on to its backend is entered once."""
+    def spied(*args: object, **kwargs: object) -> object:
+        entered.append(what)
+        return original(*args, **kwargs)
+
+    return spied
+
+
+class _OfThread(threading.local):
+    def __init__(self) -> None:
+        self.within: set[str] = set()
+
+
+_of_thread = _OfThread()
+
+
+def _spied_once(original: Callable[..., object], what: str, entered: list[str]) -> Callable[..., object]:
+    """Note that `original` is entered, but not again from within: a prepared call may hand on to its backend."""
 
     def spied(*args: object, **kwargs: object) -> object:
-        here = threading.get_ident(), what
-        if here in _within:
+        if what in _of_thread.within:
             return original(*args, **kwargs)
         entered.append(what)
-        _within.add(here)
+        _of_thread.within.add(what)
         try:
             return original(*args, **kwargs)
         finally:
-            _within.remove(here)
+            _of_thread.within.remove(what)
 
     return spied
