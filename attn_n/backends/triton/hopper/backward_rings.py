@@ -104,7 +104,10 @@ def visible(
 @gluon.jit
 def store_tile(tile, buffer, rings, slot, descriptor, varlen, key, column):
     """Store 64 rows of dK or dV by TMA, from that key and column of the tile on."""
-    staged = reinterpret(buffer, descriptor.dtype, [64, tile.shape[1]], gl.NVMMASharedLayout(128, 16))
+    WIDTH: gl.constexpr = tile.shape[1]
+    # A view has the size of the buffer: as many such tiles as fill it, of which the first is used.
+    COUNT: gl.constexpr = buffer.numel * buffer.dtype.primitive_bitwidth // (64 * WIDTH * 16)
+    staged = reinterpret(buffer, descriptor.dtype, [COUNT, 64, WIDTH], gl.NVMMASharedLayout(128, 16)).index(0)
     tma.store_wait(0)
     staged.store(tile.to(descriptor.dtype))
     fence_async_shared()

@@ -77,7 +77,7 @@ def consume(
     if SPEC.teams == 1:
         batch_dim = batches if varlen.table is None else None
         dx_desc = tile_descriptor(dx, batch_dim, heads // SPEC.team_heads, len_k, strides_dx, 64, E, HALF)
-    ds = reinterpret(ds_buffer, ds_buffer.dtype, [64, TILE_Q], ds_buffer.layout)
+    ds = ds_buffer.index(0)
     turn, slot = 0, 0  # as in the producer
     consumer_wait(rings.kv, State(0, slot))
     steps = mailbox_read(rings.mailbox, slot, FIELDS, "steps")
@@ -193,7 +193,7 @@ def by_threads(buffer, TILE_Q: gl.constexpr):
     LAYOUT: gl.constexpr = gl.SharedLinearLayout(
         [[0, 1], [8, 0], [0, 8], [0, 2], [0, 4], [1, 0], [2, 0], [4, 0], [16, 0], [32, 0], [0, 16], [0, 32]]
     )
-    return reinterpret(buffer, buffer.dtype, [64, TILE_Q], LAYOUT)
+    return reinterpret(buffer.index(0), buffer.dtype, [64, TILE_Q], LAYOUT)
 
 
 @gluon.jit(do_not_specialize=RUN_TIME)
@@ -207,9 +207,9 @@ def wide_kernel(
     dtype: gl.constexpr = q.dtype.element_ty
     TILED: gl.constexpr = gl.NVMMASharedLayout(128, 16)
     rings = allocate_rings(dtype, 1, SPEC)
-    # P and dS, which take [64, TILE_Q] of these; half of dV and of dK goes through them too.
-    p_buffer = gl.allocate_shared_memory(dtype, [64, SPEC.width // 2], TILED)
-    ds_buffer = gl.allocate_shared_memory(dtype, [64, SPEC.width // 2], TILED)
+    # P and dS are the first half of these; half of dV and of dK takes all of them.
+    p_buffer = gl.allocate_shared_memory(dtype, [2, 64, SPEC.tile_q], TILED)
+    ds_buffer = gl.allocate_shared_memory(dtype, [2, 64, SPEC.tile_q], TILED)
     fence_async_shared()
     varlen = Varlen(starts_q, starts_k, table)
     sizes = Sizes(batches, heads, len_q, len_k, sum_rows, left, right, swizzle, varlen)
