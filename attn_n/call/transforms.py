@@ -65,12 +65,12 @@ def _levels() -> tuple[str, ...]:
 
 
 def needs_dispatcher(x: Tensor) -> bool:
-    """Whether somebody looks at operators: what `watched` names, or a tensor subclass."""
+    """Return True if the call has to be an operator: under what `watched` names, and for a tensor subclass."""
     return watched() or type(x) not in PLAIN
 
 
 def watched() -> bool:
-    """Whether a compiler, a mode (checkpoints), functorch, a tracer or forward-mode AD looks at operators."""
+    """Return True under torch.compile, a dispatch mode (as checkpoints set), functorch, tracing and forward-mode AD."""
     if torch.compiler.is_compiling():
         return True
     return (

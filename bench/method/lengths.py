@@ -185,7 +185,7 @@ class InTurns:
         self._steps, self._turns = list(_steps(contender, stream, stream.workloads)), turns_of(stream)
 
     def time(self, turn: int) -> Turn:
-        self._known[0]()  # while it waited, the processor may have gone to sleep
+        self._known[0]()  # untimed: a core that was idle starts at a lower clock, with cold caches
         _wait()
         marks = [time.perf_counter()]
         steps = self._steps[turn :: self._turns]
