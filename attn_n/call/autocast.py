@@ -19,8 +19,8 @@ def enabled(device: str) -> bool:
 
 
 def dtype(device: str) -> torch.dtype | None:
-    """Return the dtype that autocast casts to on this type of device, "cpu" or "cuda"; None if it is off."""
-    return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
+    """Return the dtype that autocast casts to on this type of device; None if it is off."""
+    return torch.get_autocast_dtype(device) if enabled(device) else None
 
 
 def suspended(device: str) -> contextlib.AbstractContextManager[Any]:

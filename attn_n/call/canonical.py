@@ -185,10 +185,9 @@ def _autocast(q: Any, k: Any, v: Any) -> tuple[Any, Any, Any]:
     """Cast q, k and v to the dtype of an enclosing autocast, except float64 and what is no tensor."""
     if not isinstance(q, Tensor):
         return q, k, v
-    device = q.device.type
-    if not autocast.enabled(device):
+    dtype = autocast.dtype(q.device.type)
+    if dtype is None:
         return q, k, v
-    dtype = torch.get_autocast_dtype(device)
     cast = (torch.float16, torch.bfloat16, torch.float32)
     q, k, v = (x.to(dtype) if isinstance(x, Tensor) and x.dtype in cast else x for x in (q, k, v))
     return q, k, v

@@ -116,12 +116,6 @@ class AttentionCall:
         return keys if left is None or right is None else max(0, min(keys, left + right + 1))
 
     @property
-    def flops(self) -> int:
-        """The operations of a forward, if each query sees `keys_seen` keys."""
-        rows = self.q_shape[0] * (1 if self.varlen else self.q_shape[2])
-        return 2 * rows * self.heads_q * self.keys_seen * (self.head_dim + self.head_dim_v)
-
-    @property
     def heads_q(self) -> int:
         return self.q_shape[1]
 

@@ -21,8 +21,7 @@ ELSEWHERE = ("reference",)
 MANY, FEW, ONE = "many queries", "few queries", "one query"
 FEW_QUERIES = 128  # fewer than these
 
-# Operations of a forward that take an H100 about 20 us, which is less than the host's time for any backend.
-SHORT = 1e10
+SHORT = 1e10  # operations of a forward: they take an H100 about 20 us, less than any backend takes the host
 
 
 class Row(NamedTuple):
@@ -36,14 +35,16 @@ class Row(NamedTuple):
     varlen: bool = False
     causal: bool = False  # True matches only causal calls
     queries: str = MANY
-    short: bool = False  # True matches only calls that take the host longer than the GPU, by SHORT
+    short: bool = False  # True matches only calls that `is_short` finds to take the host longer than the GPU
 
     def __str__(self) -> str:
         passes = {None: "", True: "training, ", False: "inference, "}[self.training]
         n = {None: "", True: "with n, ", False: "n = 0, "}[self.with_n]
         keys = f"from {self.keys} keys on"
-        kinds = {"varlen": self.varlen, self.queries: self.queries != MANY, "causal": self.causal}
-        kinds[f"at most {SHORT:.0e} operations"] = self.short
+        kinds = {
+            "varlen": self.varlen, self.queries: self.queries != MANY, "causal": self.causal,
+            f"at most {SHORT:.0e} operations": self.short,
+        }  # fmt: skip
         kind = "".join(f"{name}, " for name, is_so in kinds.items() if is_so)
         return f"{passes}{n}{kind}heads up to {self.widest}, {keys}"
 
@@ -115,6 +116,14 @@ def reason(call: AttentionCall) -> str:
     return "automatic" if row is None else f"automatic, by speed on an H100: {row}"
 
 
+def is_short(queries: int, keys: int, columns: int) -> bool:
+    """Return True if a forward takes the host longer than the GPU.
+
+    `queries` are those of all heads, each of which sees `keys`, and `columns` are those of a key and of its value.
+    """
+    return 2 * queries * keys * columns <= SHORT
+
+
 def _masks_by_numbers(call: AttentionCall) -> bool:
     """Return True if rows may be masked by finite numbers such as -65504, in half-precision training on a GPU.
 
@@ -166,8 +175,10 @@ def _fits(row: Row, call: AttentionCall) -> bool:
         return False
     if row.causal and not call.causal:
         return False
-    if row.short and call.flops > SHORT:
-        return False
+    if row.short:
+        batch, heads, len_q, _ = call.q_shape
+        if not is_short(batch * heads * len_q, call.keys_seen, call.head_dim + call.head_dim_v):
+            return False
     if call.head_dim > row.widest or call.head_dim_v > row.widest:
         return False
     return call.keys_seen >= row.keys

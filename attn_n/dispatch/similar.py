@@ -47,10 +47,9 @@ def _of_batch(q: Tensor, k: Tensor, v: Tensor, request: Request) -> tuple[Any, .
     left = None if left is None or left >= len_k - 1 else left
     right = None if right is None or right >= len_q - 1 else right
     seen = len_k if left is None or right is None else min(len_k, left + right + 1)
-    flops = 2 * batch * heads * len_q * seen * (q.shape[3] + v.shape[3])
     return (
         batch, batch_k, heads, heads_kv, bisect_right(order.LENGTHS, len_q), bisect_right(order.LENGTHS, seen),
-        flops <= order.SHORT,
+        order.is_short(batch * heads * len_q, seen, q.shape[3] + v.shape[3]),
         len_q == len_k, len_q > len_k, len_q > len_k + 1, len_q > 2 * len_k, left is None, right is None, within,
     )  # fmt: skip
 

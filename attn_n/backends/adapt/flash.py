@@ -7,7 +7,7 @@ from typing import NamedTuple
 from torch import Tensor
 
 from attn_n.backends.adapt.layout import common_width, is_of_width, lse_as_value_column, narrowed, of_width
-from attn_n.backends.base import HALF, Backend, Prepared
+from attn_n.backends.base import HALF, Backend, Prepared, aligned
 from attn_n.call import AttentionCall, Gradients, Grads, Options, Saved
 
 
@@ -87,7 +87,7 @@ class FlashBatch:
     def forward(
         self, q: Tensor, k: Tensor, v: Tensor, log_n: float | Tensor | None, options: Options
     ) -> tuple[Tensor, Tensor, Tensor | None]:
-        if (q.data_ptr() | k.data_ptr() | v.data_ptr()) & 15:
+        if not aligned(q, k, v):
             return self._backend.forward(q, k, v, log_n, options)
         out, lse, rng_state = self._backend.kernel_forward(
             q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), options

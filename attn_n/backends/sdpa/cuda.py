@@ -17,7 +17,7 @@ from attn_n.backends.adapt.efficient import MemoryEfficientBackend
 from attn_n.backends.adapt.flash import FlashBackend, sequences
 from attn_n.backends.adapt.layout import aligned_bias, is_of_width, of_width, rounds_bias
 from attn_n.backends.adapt.signatures import changed_operator
-from attn_n.backends.base import HALF, Backend, Prepared, empty_in_order, lies_in_order, memory_order
+from attn_n.backends.base import HALF, Backend, Prepared, aligned, empty_in_order, lies_in_order, memory_order
 from attn_n.call import AttentionCall, Gradients, Grads, Options, Saved
 from attn_n.compilation import constant_when_compiled
 
@@ -90,7 +90,7 @@ class Batch:
     def forward(
         self, q: Tensor, k: Tensor, v: Tensor, log_n: float | Tensor | None, options: Options
     ) -> tuple[Tensor, Tensor, Tensor | None]:
-        if (q.data_ptr() | k.data_ptr() | v.data_ptr()) & 15:
+        if not aligned(q, k, v):
             return self._otherwise.forward(q, k, v, log_n, options)
         out, lse, *_ = torch._scaled_dot_product_flash_attention(
             q, k, v, 0.0, options.causal, False, scale=options.scale
@@ -99,8 +99,7 @@ class Batch:
 
     def backward(self, grads: Grads, saved: Saved, options: Options) -> Gradients:
         (dout, dlse, *_), (q, k, v, out, lse, *_) = grads, saved
-        aligned = not (q.data_ptr() | k.data_ptr() | v.data_ptr()) & 15
-        if dlse is not None or not (aligned and is_of_width(dout, q.shape[-1]) and lse.is_contiguous()):
+        if dlse is not None or not (aligned(q, k, v) and is_of_width(dout, q.shape[-1]) and lse.is_contiguous()):
             return self._otherwise.backward(grads, saved, options)
         no_dropout = q.new_empty(2, dtype=torch.uint64)
         dq, dk, dv = torch.ops.aten._scaled_dot_product_flash_attention_backward.default(

@@ -7,6 +7,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from attn_n.backends.base import aligned
 from attn_n.call import Options
 
 Strides = tuple[int, ...]
@@ -94,14 +95,6 @@ def fits_descriptors(strides: Strides, itemsize: int) -> bool:
     step = 16 // itemsize
     for stride in outer:  # noqa: SIM110  (a generator takes three times as long)
         if stride % step:
-            return False
-    return True
-
-
-def aligned(*tensors: Tensor) -> bool:
-    """Return True if all tensors begin at multiples of 16 bytes."""
-    for x in tensors:  # noqa: SIM110  (a generator takes three times as long)
-        if x.data_ptr() & 15:
             return False
     return True
 

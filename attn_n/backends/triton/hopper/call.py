@@ -5,11 +5,11 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from attn_n.backends.base import Prepared
+from attn_n.backends.base import Prepared, aligned
 from attn_n.backends.triton import allocation
 from attn_n.backends.triton.hopper import prepare
 from attn_n.backends.triton.hopper.prepare import list_of_tiles
-from attn_n.backends.triton.kernel_key import KernelKey, Strides, aligned, describe, fits_descriptors
+from attn_n.backends.triton.kernel_key import KernelKey, Strides, describe, fits_descriptors
 from attn_n.backends.triton.portable import prepare as portable
 from attn_n.backends.triton.portable.prepare import log_n_of
 from attn_n.call import Gradients, Grads, Options, Saved

@@ -8,9 +8,10 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from attn_n.backends.base import aligned
 from attn_n.backends.triton import allocation
 from attn_n.backends.triton.allocation import Allocation
-from attn_n.backends.triton.kernel_key import KernelKey, Strides, aligned, describe
+from attn_n.backends.triton.kernel_key import KernelKey, Strides, describe
 from attn_n.backends.triton.portable import configs
 from attn_n.backends.triton.portable.backward import dkdv_kernel, dq_kernel
 from attn_n.backends.triton.portable.configs import Config
@@ -98,8 +99,7 @@ _calls: Recent[KernelKey, PortableCall] = Recent()
 
 
 def backward(key: KernelKey, q: Tensor, k: Tensor, v: Tensor) -> Backward:
-    p = key
-    gradients, strides = zip(*[allocation.empty_like(x) for x in (q, k, v)], strict=True)
+    p, (gradients, strides) = key, zip(*[allocation.empty_like(x) for x in (q, k, v)], strict=True)
     dq = launch("dq", p, strides)
     rows = -(-p.heads * padded_rows(p) // 4) * 4  # each of the arrays begins at a multiple of 16 bytes
     return Backward(
