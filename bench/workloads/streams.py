@@ -48,7 +48,7 @@ def streams(device: str) -> tuple[Stream, ...]:
     cuda = device == "cuda"
     one = {"device": device, "dtype": torch.bfloat16 if cuda else torch.float32, "width": 64 if cuda else 16}
     heads = {"heads": 32, "heads_kv": 4} if cuda else {"heads": 4, "heads_kv": 2}
-    start, steps, count, batches, middle, most = (2000, 100, 200, 40, 512, 4096) if cuda else (40, 8, 10, 5, 32, 100)
+    start, steps, count, batches, middle, most = (2000, 400, 200, 100, 512, 4096) if cuda else (40, 8, 10, 5, 32, 100)
 
     def decoding(keys: int) -> Workload:
         return Workload(1, batch=8 if cuda else 2, keys=keys, **heads, **one)  # type: ignore[arg-type]
