@@ -17,6 +17,7 @@ from tests.test_registry import gpu_call
 
 RESULTS = Path(__file__).parent.parent / "bench" / "results"
 GRID, DECODE = "h100-2026-11-26-grid.json", "h100-2026-11-26-decode.json"
+LENGTHS = "h100-2026-11-28-lengths.json"
 # The choice is compared with backends that it may choose, so without cuDNN, which is slow for every new shape.
 OURS_AND_TORCHS = {"triton:hopper", "triton:portable", "sdpa:flash", "sdpa:efficient"}
 FAMILIES = {"triton": "triton:hopper", "sdpa": "sdpa:flash"}  # the members that serve the grid
@@ -75,9 +76,8 @@ def test_the_choice_for_a_few_queries(n: str, libraries: set[str]) -> None:
     assert slow_choices(found, n, False, OURS_AND_TORCHS | libraries) == []
 
 
-@pytest.mark.parametrize("path", sorted(RESULTS.glob("h100-*lengths*.json")), ids=lambda path: path.stem)
-def test_the_choice_counts_what_a_new_length_costs(path: Path) -> None:
-    found = load(path).points
+def test_the_choice_counts_what_a_new_length_costs() -> None:
+    found = points(LENGTHS)
     assert {point.suite for point in found} == {f"{streams.SUITE}{stream.name}" for stream in streams.streams("cuda")}
     assert slow_streams(found) == []
 

@@ -60,10 +60,10 @@ class Row(NamedTuple):
 #
 # Few queries: h100-2026-11-26-decode.json. FlashAttention 3 and 4 take half the time of all others, and for one query
 # PyTorch's FlashAttention-2 takes as little. Below 4,096 keys each of them takes less time than the host does for a new
-# length, which comes with each step of a decoder; there a kernel with n inside costs least (`pytest bench -k lengths`).
+# length, which comes with each step of a decoder; h100-2026-11-28-lengths.json has what each then takes.
 #
 # Short calls without n: the host takes as long for a known length on each backend, and for a new one half as long on
-# PyTorch's FlashAttention-2, which prepares nothing (`pytest bench -k "host or lengths"`).
+# PyTorch's FlashAttention-2, which prepares nothing: h100-2026-11-28-host.json and h100-2026-11-28-lengths.json.
 #
 # The portable kernels are 1.2 to 1.9 times as fast as PyTorch's FlashAttention-2 at every point of the grid. Hence they
 # come before it for calls that the Hopper kernels do not serve.
