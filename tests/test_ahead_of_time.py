@@ -18,9 +18,7 @@ from attn_n.backends.triton import hopper
 from attn_n.backends.triton.hopper.configs import BACKWARD, FORWARD
 from tests.places import slow
 
-on_tested_triton = pytest.mark.skipif(
-    not hopper.tested(), reason="Gluon changes between releases of Triton, and this one is not tested"
-)
+with_gluon = pytest.mark.skipif(hopper.release() < hopper.FIRST, reason="this Triton has no such Gluon")
 
 # What Triton 3.4 compiles is right but slower: it spills more in float32, and its ptxas serialises one matmul on sm_90.
 BOUNDED = not triton.__version__.startswith("3.4.")
@@ -56,14 +54,14 @@ def test_numbers_compile_nothing() -> None:
     compiling("tests.compiled", "numbers_compile_nothing")
 
 
-@on_tested_triton
+@with_gluon
 @pytest.mark.parametrize("width", [128, *slow(*(width for width in FORWARD if width != 128))])
 def test_variants_of_the_varlen_forward_ahead_of_time(width: int) -> None:
     """Variants with a window, softcap, or other boundaries for keys spill little; other numbers compile nothing new."""
     compiling("tests.compiled", "varlen_forward", width)
 
 
-@on_tested_triton
+@with_gluon
 @pytest.mark.parametrize("width", [128, *slow(*(width for width in BACKWARD if width != 128))])
 def test_variants_of_the_backward_ahead_of_time(width: int) -> None:
     """Windows, softcap and float16 spill little, no product waits for another, and numbers compile nothing.

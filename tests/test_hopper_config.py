@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import warnings
 from pathlib import Path
 
 import pytest
@@ -10,10 +11,12 @@ import torch
 
 pytest.importorskip("triton")
 
+from attn_n.backends import triton as triton_backend
 from attn_n.backends.triton import BACKEND, hopper
 from attn_n.backends.triton.hopper import HopperKernels, configs
 from attn_n.backends.triton.kernel_key import describe
 from attn_n.call import Options
+from attn_n.dispatch import choose, explanation
 from tests.calls import gpu_call, varlen
 
 WIDTHS = (64, 128, 256)
@@ -51,7 +54,7 @@ def test_query_heads_of_a_program(changes: dict[str, object], groups: int, heads
     assert configs.heads_of_item(key, 132) == heads
 
 
-@pytest.mark.skipif(not hopper.tested(), reason="Gluon changes between releases of Triton, and this one is not tested")
+@pytest.mark.skipif(hopper.release() < hopper.FIRST, reason="this Triton has no such Gluon")
 @pytest.mark.parametrize(
     ("changes", "counted"),
     [
@@ -92,15 +95,36 @@ def test_who_takes_tiles_by_a_counter(width: int, changes: dict[str, object], co
     ids=str,
 )  # fmt: skip
 def test_why_not(changes: dict[str, object], reason: str | None, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(hopper, "tested", lambda: True)  # whatever the Triton here
+    monkeypatch.setattr(hopper, "release", lambda: hopper.LAST)  # whatever the Triton here
     found = HopperKernels().refusal(gpu_call(**changes))
     assert (found is None) if reason is None else str(found).startswith(reason)
 
 
-def test_another_triton(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(hopper.triton, "__version__", "3.9.0")
-    assert HopperKernels().refusal(gpu_call()) == "was tested on Triton 3.6, found 3.9.0"
+def test_an_older_triton(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(hopper.triton, "__version__", "3.5.1")
+    assert HopperKernels().refusal(gpu_call()) == "needs Triton 3.6 or later, found 3.5.1"
     assert BACKEND.serving(gpu_call()) == "portable"
+
+
+@pytest.mark.parametrize("training", [False, True])
+def test_a_triton_newer_than_the_tests(training: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It runs by name alone, the loss is said once, and `explain` says so."""
+    monkeypatch.setattr(hopper.triton, "__version__", "3.10.1")
+    triton_backend._say_what_is_lost.cache_clear()
+    # One of these calls has `triton:hopper` itself first in its order, the other one `triton`.
+    call = gpu_call(
+        n_kind="float", needs_grad=training, window_right=0, q_shape=(1, 8, 4096, 64), k_shape=(1, 8, 4096, 64)
+    )
+    with pytest.warns(RuntimeWarning, match=r"tested on Triton 3.6 to 3.9, found 3.10.1, so that triton:portable runs"):
+        assert choose.choose(call, None)[0] == "triton:portable"
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert choose.choose(call, "triton:hopper")[0] == "triton:hopper"
+        assert choose.choose(call, "triton")[0] == "triton:portable"
+        said = str(explanation.explain(call, None))
+    reason = "serves it, when asked for by name: tested on Triton 3.6 to 3.9, found 3.10.1"
+    assert [line.split("  ")[-1] for line in said.splitlines() if "triton:hopper" in line] == [reason]
+    assert BACKEND.serving(gpu_call(capability=(8, 0))) == "portable"
 
 
 def test_private_names_of_gluon_are_in_one_file() -> None:

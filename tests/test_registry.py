@@ -343,7 +343,7 @@ def test_the_choice_on_other_machines(changes: dict[str, object], chosen: str, m
     from attn_n.backends.triton import hopper
 
     monkeypatch.setattr(torch.backends.cudnn, "is_available", lambda: True)
-    monkeypatch.setattr(hopper, "tested", lambda: True)  # whatever the Triton here
+    monkeypatch.setattr(hopper, "release", lambda: hopper.LAST)  # whatever the Triton here
     assert choose.choose(gpu_call(**changes), None)[0] == chosen
 
 
@@ -376,7 +376,7 @@ def test_the_choice_beside_flash_attention(
     from attn_n.backends.triton import hopper
 
     monkeypatch.setattr(torch.backends.cudnn, "is_available", lambda: True)
-    monkeypatch.setattr(hopper, "tested", lambda: True)
+    monkeypatch.setattr(hopper, "release", lambda: hopper.LAST)
     for version in ("3", "4"):
         monkeypatch.setattr(registry.find(f"flash_attn:{version}")[0], "why_not", lambda call: None)
     explained = explanation.explain(gpu_call(**changes), None)
@@ -404,7 +404,7 @@ def test_the_choice_can_be_compiled(
     """The choice can be traced with dynamic lengths, which make all comparisons with them symbolic."""
     from attn_n.backends.triton import hopper
 
-    monkeypatch.setattr(hopper, "tested", lambda: True)
+    monkeypatch.setattr(hopper, "release", lambda: hopper.LAST)
     fields = {
         name: value for name, value in vars(gpu_call(**changes, capability=capability)).items() if name[:2] not in
         ("q_", "k_", "v_", "se")

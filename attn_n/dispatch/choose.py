@@ -6,10 +6,9 @@ from attn_n.autograd import passes
 from attn_n.backends.base import Backend
 from attn_n.call import AttentionCall
 from attn_n.call.errors import UnsupportedError
-from attn_n.dispatch import order
 from attn_n.dispatch.explanation import refusal
 from attn_n.dispatch.forced import forced
-from attn_n.dispatch.serving import first
+from attn_n.dispatch.serving import automatic, first
 
 
 def choose(call: AttentionCall, backend: str | None) -> tuple[str, Backend]:
@@ -21,7 +20,7 @@ def choose(call: AttentionCall, backend: str | None) -> tuple[str, Backend]:
     """
     name, asked_by = forced(backend)
     try:
-        served = first(call, order.automatic(call) if name is None else (name,))
+        served = first(call, automatic(call) if name is None else (name,))
     except ValueError as error:
         raise ValueError(f"{asked_by}: {str(error).removeprefix('backend: ')}") from None
     if served is None:

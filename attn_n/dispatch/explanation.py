@@ -11,7 +11,7 @@ from attn_n.backends.base import Family
 from attn_n.call import AttentionCall
 from attn_n.dispatch import order
 from attn_n.dispatch.forced import forced
-from attn_n.dispatch.serving import first, why_not
+from attn_n.dispatch.serving import automatic, first, why_not
 
 
 @dataclass(frozen=True)
@@ -59,8 +59,8 @@ class Explanation:
 def explain(call: AttentionCall, backend: str | None) -> Explanation:
     """Ask each backend for its verdict on `call`, and choose the one that serves it."""
     name, asked_by = forced(backend)
-    automatic = order.automatic(call)
-    listed: dict[str, str | None] = dict.fromkeys([*automatic, *registry.names()])
+    candidates = automatic(call)
+    listed: dict[str, str | None] = dict.fromkeys([*candidates, *registry.names()])
     for known in tuple(listed):
         backend_known, _ = registry.find(known)
         if isinstance(backend_known, Family):
@@ -69,10 +69,10 @@ def explain(call: AttentionCall, backend: str | None) -> Explanation:
         registry.find(name)
         listed[name] = None
     verdicts = tuple(
-        Verdict(known, why_not(known, call), automatic.index(known) + 1 if known in automatic else None, by_name)
+        Verdict(known, why_not(known, call), candidates.index(known) + 1 if known in candidates else None, by_name)
         for known, by_name in listed.items()
     )
-    served = first(call, automatic if name is None else (name,))
+    served = first(call, candidates if name is None else (name,))
     chosen = None if served is None else served[0]
     return Explanation(call, chosen, order.reason(call) if name is None else asked_by, verdicts)
 

@@ -5,6 +5,18 @@ from __future__ import annotations
 from attn_n.backends import registry
 from attn_n.backends.base import Backend, Family
 from attn_n.call import AttentionCall
+from attn_n.dispatch import order
+
+
+def automatic(call: AttentionCall) -> tuple[str, ...]:
+    """Return the backends to try, in order, for a call that forces none."""
+    return tuple([name for name in order.automatic(call) if not _only_by_name(name, call)])
+
+
+def _only_by_name(name: str, call: AttentionCall) -> bool:
+    base, colon, member = name.partition(":")
+    family, _ = registry.find(base) if colon else (None, None)
+    return isinstance(family, Family) and member in family.by_name(call)
 
 
 def first(call: AttentionCall, candidates: tuple[str, ...]) -> tuple[str, Backend] | None:

@@ -73,7 +73,7 @@ class _NoGpu:
 
 def shipped(target: str) -> Iterator[tuple[str, int, Any, torch.dtype]]:
     """Yields kernel, width, configuration and dtype of all that is shipped for a GPU."""
-    if target == "sm_90" and hopper.tested():
+    if target == "sm_90" and hopper.release() >= hopper.FIRST:
         for width, found in FORWARD.items():
             for config in found:
                 yield "hopper forward", width, config, torch.bfloat16

@@ -15,8 +15,8 @@ from attn_n.backends.triton.kernel_key import fits_descriptors
 from attn_n.backends.triton.portable import PortableKernels
 from attn_n.call import AttentionCall, Options
 
-# Gluon changes between releases of Triton; with these the tests have passed on a GPU.
-_TESTED = ("3.6",)
+# Gluon changes between releases of Triton. From the first to the last of these the tests have passed on an H100.
+FIRST, LAST = (3, 6), (3, 9)
 WIDTHS = (64, 128, 256)
 
 
@@ -31,8 +31,8 @@ class HopperKernels(PortableKernels):
     def why_not(self, call: AttentionCall) -> str | None:
         if call.capability != (9, 0):
             return "runs on compute capability 9.0"
-        if not tested():
-            return f"was tested on Triton {', '.join(_TESTED)}, found {triton.__version__}"
+        if release() < FIRST:
+            return f"needs Triton {_dotted(FIRST)} or later, found {triton.__version__}"
         if call.head_dim != call.head_dim_v or call.head_dim not in WIDTHS:
             return f"takes heads of {', '.join(map(str, WIDTHS))} with E = Ev, got {call.head_dim}, {call.head_dim_v}"
         left, right = call.window_left, call.window_right
@@ -44,12 +44,23 @@ class HopperKernels(PortableKernels):
         return super().why_not(call)
 
     def prepare(self, q: Tensor, k: Tensor, v: Tensor, log_n: float | Tensor | None, options: Options) -> Prepared:
-        # Imported here, once the release of Gluon is known to be a tested one: on others the import may fail.
+        # Imported here, once the release of Gluon is known: on older ones the import fails.
         from attn_n.backends.triton.hopper.call import call_for
 
         return call_for(q, k, v, log_n, options)
 
 
-def tested() -> bool:
-    """Return True if the kernels were tested on the installed release of Triton."""
-    return triton.__version__.rpartition(".")[0] in _TESTED
+def release() -> tuple[int, int]:
+    major, minor = triton.__version__.split(".")[:2]
+    return int(major), int(minor)
+
+
+def untested() -> str | None:
+    """Return what there is to say of a release of Triton that is newer than the last one tested."""
+    if release() <= LAST:
+        return None
+    return f"tested on Triton {_dotted(FIRST)} to {_dotted(LAST)}, found {triton.__version__}"
+
+
+def _dotted(version: tuple[int, int]) -> str:
+    return ".".join(map(str, version))
