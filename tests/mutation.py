@@ -35,7 +35,7 @@ TESTS = {
     "attn_n/call/transforms.py": ("transforms", "ops", "call_cache"),
     "attn_n/call": ("errors", "edges", "registry", "masks", "call_cache", "attention"),
     "attn_n/dispatch/order.py": ("registry", "order", "call_cache"),
-    "attn_n/dispatch/similar.py": ("call_cache",),
+    "attn_n/dispatch/similar.py": ("call_cache", "errors"),
     "attn_n/dispatch/call_cache.py": ("call_cache", "threads"),
     "attn_n/dispatch": ("call_cache", "registry", "threads", "errors"),
     "attn_n/autograd/flops.py": ("compile",),
@@ -99,6 +99,8 @@ def mutants(source: str, count: int, seed: int) -> list[tuple[int, str, CodeType
         node, field, value = next(change for place, change in enumerate(changes(tree)) if place == number)
         before = ast.unparse(node)
         setattr(node, field, copy.deepcopy(value))
+        if ast.unparse(node) == before:
+            continue
         with contextlib.suppress(Exception):
             code = compile(ast.fix_missing_locations(tree), "mutant", "exec")
             made.append((getattr(node, "lineno", 0), f"{before}  ->  {ast.unparse(node)}", code))

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import dataclasses
 import random
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
+from torch.utils.flop_counter import FlopCounterMode
 
 import attn_n
 from attn_n import flash_attention_n, flash_attention_n_varlen
@@ -292,7 +293,69 @@ def test_what_has_no_kind() -> None:
     assert similar.kind(tokens, tokens, tokens, plain, (starts, starts[:2], 4, 4)) is None
     assert similar.kind(tokens, tokens, tokens, plain, (starts, starts, -1, 4)) is None
     assert similar.kind(tokens, tokens, tokens[:5], plain, (starts, starts, 4, 4)) is None
+    assert similar.kind(tokens[:1], tokens[:1], tokens[:1], plain, (starts, starts, 4, 4)) is not None
+    assert similar.kind(tokens[:0], tokens, tokens, plain, (starts, starts, 4, 4)) is None
+    assert similar.kind(tokens, tokens[:0], tokens[:0], plain, (starts, starts, 4, 4)) is None
     assert similar.kind(q, k, v, plain, (starts, starts, 4, 4)) is None
+
+
+class Marked(Tensor):
+    """A tensor subclass, of which more may matter than its metadata."""
+
+
+@pytest.mark.parametrize("place", [0, 1, 2], ids=["q", "k", "v"])
+@pytest.mark.parametrize(
+    "other",
+    [
+        lambda x: x.as_subclass(Marked),
+        lambda x: torch._neg_view(x),
+        lambda x: x.to("meta"),
+        lambda x: x.tolist(),
+    ],
+    ids=["subclass", "negative", "meta", "list"],
+)
+def test_what_has_no_key(place: int, other: Callable[[Tensor], Any]) -> None:
+    plain, tensors = Request(False, None, 1.0, *[None] * 5, 0.0, False, None), list(inputs())
+    assert call_cache.key(*tensors, plain) is not None
+    if other(tensors[0]).__class__ is Tensor and other(tensors[0]).is_meta:
+        tensors = [x.to("meta") if place else x for x in tensors]
+    tensors[place] = other(tensors[place])
+    assert call_cache.key(*tensors, plain) is None
+
+
+@pytest.mark.parametrize("place", [0, 1, 2], ids=["q", "k", "v"])
+def test_a_sparse_tensor_has_another_key(place: int) -> None:
+    """It says that its strides are 0, as a number that is expanded does."""
+    number = torch.zeros(()).expand(1, 2, 6, 8)
+    tensors = [number.to_sparse() if each == place else number for each in range(3)]
+    assert tensors[place].stride() == number.stride()
+    for _ in range(2):
+        flash_attention_n(number, number, number)
+    with pytest.raises(TypeError, match="expected a dense tensor"):
+        flash_attention_n(*tensors)
+
+
+def test_what_a_key_holds_of_other_arguments() -> None:
+    tensors, plain = inputs(), Request(False, None, 1.0, *[None] * 5, 0.0, False, None)
+    with FlopCounterMode(display=False):
+        assert call_cache.key(*tensors, plain) is None
+    for change in ({"alibi_slopes": torch.ones(2)}, {"attn_mask": torch._neg_view(torch.ones(6, 6))}, {"causal": [1]}):
+        assert call_cache.key(*tensors, plain._replace(**change)) is None
+    packing = torch.tensor([0, 6], dtype=torch.int32), 6, 6
+    equal, other = (packing[0], *packing), (packing[0].clone(), *packing)
+    keys = [call_cache.key(*(x[0].transpose(0, 1) for x in tensors), plain, each) for each in (equal, other)]
+    assert keys[0] is not None is not keys[1] != keys[0]
+    assert call_cache.key(*tensors, plain, (packing[0], packing[0].tolist(), 6, 6)) is None
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_precision_of_float32_products_is_part_of_its_keys(
+    dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tensors, plain = inputs(dtype=dtype), Request(False, None, 1.0, *[None] * 5, 0.0, False, None)
+    before = call_cache.key(*tensors, plain)
+    monkeypatch.setattr(torch, "get_float32_matmul_precision", lambda: "medium")
+    assert (call_cache.key(*tensors, plain) == before) == (dtype is torch.bfloat16)
 
 
 def tensors_in(x: object) -> list[Tensor]:

@@ -22,7 +22,7 @@ from attn_n.recent import Recent
 
 Key = tuple[Any, ...]
 
-_of_tensor = operator.attrgetter("dtype", "device", "requires_grad")
+_of_tensor = operator.attrgetter("dtype", "device", "requires_grad", "layout")
 
 # The types of arguments that a key may hold: numbers and names, and tensors by their metadata.
 _NUMBERS = frozenset((NoneType, bool, int, float, str, tuple))
@@ -55,7 +55,7 @@ def key(q: Tensor, k: Tensor, v: Tensor, request: Request, packing: tuple[Any, .
             forced.forced(request.backend), registry.generation(), torch.are_deterministic_algorithms_enabled(),
             q.dtype is torch.float32 and torch.get_float32_matmul_precision(),
         )  # fmt: skip
-    except (RuntimeError, TypeError, _NoMetadata):  # sparse and nested tensors have no strides
+    except (RuntimeError, TypeError, _NoMetadata):  # nested tensors and some sparse ones have no strides
         return None
 
 
