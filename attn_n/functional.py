@@ -84,7 +84,8 @@ def flash_attention_n(
         causal: query i sees the keys `j <= p`.
         sm_scale: factor of the logits; None is `1 / sqrt(E)`.
         sm_n: n >= 0: None is 0, plain softmax; a number; or a differentiable tensor `()` or `(Hq,)`.
-        sinks: differentiable logits `(Hq,)` of attention sinks: `log n` a head. Excludes `sm_n`.
+        sinks: differentiable logits of attention sinks: `log n` a head, `(Hq,)`, or a row, `(N, ..., Hq, L)` with 1 for
+            any of these sizes (of `(N, Hq)` pass `sinks[:, :, None]`). Excludes `sm_n`.
         attn_mask: broadcastable to `(N, ..., Hq, L, S)`; bool (True = attend) or floating (added to the logits). Or a
             `torch.nn.attention.bias.CausalBias`, which is served as a window, without a mask in memory.
         window: `(left, right)`: query i sees the keys `p - left <= j <= p + right`; None is unlimited on that side.

@@ -31,8 +31,9 @@ class Case:
     len_k: int = 33
     size: int = 16
     size_v: int = 16
-    n: float | str = 1.0  # a number, "scalar" (a tensor), "per head", "zero per head" or "sinks"
+    n: float | str = 1.0  # a number, "scalar" (a tensor), "per head", "zero per head", "sinks" or "sinks a row"
     sinks: tuple[float, ...] = ()
+    sinks_shape: tuple[int, ...] = ()  # of sinks a row; by default that of the lse
     shift: float = -3.0
     causal: bool = False
     scale: float | None = None
@@ -101,6 +102,10 @@ def _cases() -> list[Case]:
         Case("sinks of 20 and 100", n="sinks", sinks=(20.0, 100.0), shift=0.0, **few),
         Case("sinks of 20 and 100 at their height", n="sinks", sinks=(20.0, 18.0), shift=19.0, **few),
         Case("one sink is minus infinity", n="sinks", sinks=(-math.inf, 1.0), **few),
+        Case("sinks a row", n="sinks a row", shift=-1.0, **few),
+        Case("sinks a row, causal, GQA", n="sinks a row", heads_q=4, causal=True, len_q=70, len_k=90),
+        Case("sinks a batch", n="sinks a row", sinks_shape=(2, 2, 1), window=(3, 2), len_q=40, len_k=9),
+        Case("sinks a query, for all heads", n="sinks a row", sinks_shape=(1, 1, 5), **few),
         Case("causal", causal=True),
         Case("causal, n=0", causal=True, n=0.0),
         Case("causal, more keys", causal=True, len_q=19, len_k=50),
@@ -158,6 +163,14 @@ def _cases() -> list[Case]:
         Case(
             "varlen, GQA, sinks", lengths_q=(9, 8), lengths_k=(3, 8), heads_q=4, n="sinks", sinks=(0.0, 1.0, 2.0, -1.0)
         ),
+        Case(
+            "varlen, sinks a row, causal",
+            lengths_q=(5, 0, 17, 6),
+            lengths_k=(5, 4, 30, 0),
+            n="sinks a row",
+            causal=True,
+        ),
+        Case("varlen, sinks a token", lengths_q=(70, 17), lengths_k=(90, 30), n="sinks a row", sinks_shape=(87, 1)),
         Case("varlen, ALiBi, causal", lengths_q=(9, 18), lengths_k=(12, 18), alibi="per batch", causal=True),
         Case("varlen, causal window", lengths_q=(9, 18), lengths_k=(12, 18), causal=True, window=(4, None)),
         Case("varlen, window to the left", lengths_q=(40, 5), lengths_k=(9, 12), window=(3, None)),
@@ -251,6 +264,8 @@ def make(case: Case, dtype: torch.dtype, device: str, seed: int = 0) -> Inputs:
         inputs.n = heads
     elif case.n == "zero per head":
         inputs.n = torch.where(torch.arange(case.heads_q, device=device) % 2 == 0, 0.0, heads)
+    elif case.n == "sinks a row":
+        inputs.sinks = (case.shift + 1 + 2 * normal(*(case.sinks_shape or shapes[0]))).to(wide).to(device)
     elif case.n == "sinks":
         inputs.sinks = torch.tensor(case.sinks, dtype=wide, device=device)
     else:

@@ -48,14 +48,16 @@ def oracle(inputs: Inputs, dtype: torch.dtype, lse_grad: bool = True, ignore_n: 
     cast.mask = inputs.mask
     cast.alibi_slopes = None if inputs.alibi_slopes is None else inputs.alibi_slopes.to(dtype)
 
-    def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, slopes: Tensor | None) -> tuple[Tensor, Tensor]:
+    def attend(
+        q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, slopes: Tensor | None, sinks: Tensor | None
+    ) -> tuple[Tensor, Tensor]:
         n = 0.0 if ignore_n or cast.n is None else cast.n
         return attention_n(
             q,
             k,
             v,
             n,
-            None if ignore_n else cast.sinks,
+            None if ignore_n else sinks,
             case.causal,
             case.scale,
             mask,
@@ -64,7 +66,8 @@ def oracle(inputs: Inputs, dtype: torch.dtype, lse_grad: bool = True, ignore_n: 
             slopes,
         )
 
-    out, lse = _varlen(cast, attend) if case.varlen else attend(cast.q, cast.k, cast.v, cast.mask, cast.alibi_slopes)
+    tensors = cast.q, cast.k, cast.v, cast.mask, cast.alibi_slopes, cast.sinks
+    out, lse = _varlen(cast, attend) if case.varlen else attend(*tensors)
     return with_gradients(cast, out, lse if lse_grad else None)
 
 
@@ -79,12 +82,15 @@ def _varlen(inputs: Inputs, attend: Callable[..., tuple[Tensor, Tensor]]) -> tup
             mask = mask[:, :, : len_q if mask.shape[2] > 1 else 1, : len_k if mask.shape[3] > 1 else 1]
         if slopes is not None and slopes.dim() == 2:
             slopes = slopes[b]
+        sinks = inputs.sinks
+        if sinks is not None and sinks.dim() > 1:
+            sinks = (sinks[q_start : q_start + len_q] if sinks.shape[0] > 1 else sinks).t()[None]
         if len_k:
-            out, lse = attend(q, k, v, mask, slopes)
+            out, lse = attend(q, k, v, mask, slopes, sinks)
         else:  # for the oracle no keys are one key that is hidden
             one = q.new_zeros((1, k.shape[1], 1, q.shape[-1])), q.new_zeros((1, k.shape[1], 1, v.shape[-1]))
             hidden = torch.zeros((1, 1, 1, 1), dtype=torch.bool, device=q.device)
-            out, lse = attend(q, *one, hidden, None)
+            out, lse = attend(q, *one, hidden, None, sinks)
         outs.append(out[0].transpose(0, 1))
         lses.append(lse[0].transpose(0, 1))
         q_start, k_start = q_start + len_q, k_start + len_k

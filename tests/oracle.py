@@ -17,7 +17,7 @@ def attention_n(
     k: Tensor,  # (B, Hkv, S, E)
     v: Tensor,  # (B, Hkv, S, Ev)
     n: float | Tensor = 0.0,  # a number, (), or (Hq,)
-    sinks: Tensor | None = None,  # (Hq,) = log n
+    sinks: Tensor | None = None,  # (Hq,) = log n, or one a row: (B, Hq, L), or 1 for any of these
     causal: bool = False,
     scale: float | None = None,
     mask: Tensor | None = None,
@@ -59,16 +59,18 @@ def attention_n(
     wide = torch.promote_types(q.dtype, torch.float32)
     logits = logits.to(wide)
     per_head = torch.zeros(heads, dtype=wide, device=q.device)
-    if sinks is not None:
-        log_n = per_head + sinks
+    if sinks is not None and sinks.dim() > 1:
+        log_n = sinks.to(wide)
+    elif sinks is not None:
+        log_n = (per_head + sinks)[:, None]
     else:
         n = per_head + n
-        log_n = n.detach().log()
-    top = torch.cat([logits.detach(), log_n.detach()[:, None, None].expand(batch, -1, len_q, 1)], -1).amax(-1)
+        log_n = n.detach().log()[:, None]
+    top = torch.cat([logits.detach(), log_n.detach().expand(batch, heads, len_q)[..., None]], -1).amax(-1)
     top = top.masked_fill(top == -math.inf, 0.0)
     weights = (logits - top[..., None]).exp()
     # n itself, not exp(log n): it has a gradient at n = 0 too
-    nothing = n[:, None] * (-top).exp() if sinks is None else (log_n[:, None] - top).exp()
+    nothing = n[:, None] * (-top).exp() if sinks is None else (log_n - top).exp()
     total = weights.sum(-1) + nothing
     empty = total == 0
     total = total.masked_fill(empty, 1.0)

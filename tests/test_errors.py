@@ -145,6 +145,14 @@ BAD = [
         r"sinks: expected None together with sm_n",
     ),
     ("sinks shape", {"sinks": torch.zeros(())}, ValueError, r"sinks: expected shape \(4,\) for 4 heads of q, got \(\)"),
+    (
+        "sinks a batch",
+        {"sinks": torch.zeros(2, 4)},
+        ValueError,
+        r"sinks: expected \(4,\), one a head, or one a row: .*\(2, 4, 5\), .*; got \(2, 4\): pass sinks\[:, :, None\]$",
+    ),
+    ("sinks a row of another length", {"sinks": torch.zeros(2, 4, 6)}, ValueError, r"sinks: .*; got \(2, 4, 6\)$"),
+    ("sinks of other heads", {"sinks": torch.zeros(2, 2, 5)}, ValueError, r"sinks: .*; got \(2, 2, 5\)$"),
     ("sinks that overflow in base 2", {"sinks": torch.full((4,), 3e38)}, ValueError, r"sinks: expected logits below"),
     ("sinks are inf", {"sinks": torch.full((4,), math.inf)}, ValueError, r"sinks: expected logits below 1\.7e\+38"),
     (

@@ -25,11 +25,16 @@ LOG_N = {
     "1e4": math.log(1e4),
     "per head": (-2.0, 0.5, 3.0),
     "zero": (-math.inf, 1.0, 90.0),
+    "a row": "a row",
 }
 
 
-def log_n_of(kind: str, device: str) -> float | Tensor:
+def log_n_of(kind: str, layout: str, device: str) -> float | Tensor:
     log_n = LOG_N[kind]
+    if isinstance(log_n, str):
+        of_rows = torch.randn(BATCH, HEADS, ROWS, device=device) * 3
+        of_rows[:, :, ::7] = -math.inf  # n = 0, in some rows without visible keys and in others
+        return of_rows.transpose(1, 2).flatten(0, 1) if layout == "varlen" else of_rows
     return torch.tensor(log_n, device=device) if isinstance(log_n, tuple) else log_n
 
 
@@ -64,7 +69,7 @@ def test_add_sink(device: str, layout: str, width: int, kind: str, dtype: torch.
         laid_out(torch.randn(BATCH, HEADS, ROWS, width, device=device, dtype=dtype), layout),
         rows_of(layout, device),
     )
-    log_n = log_n_of(kind, device)
+    log_n = log_n_of(kind, layout, device)
     exact_n = log_n.double() if isinstance(log_n, Tensor) else log_n
     exact, exact_lse = out.double(), lse.double()
     rescale.scale_(exact, exact_lse, exact_n, varlen)
@@ -97,7 +102,7 @@ def test_rows_that_n_does_not_change(device: str, dtype: torch.dtype) -> None:
 
 @pytest.mark.parametrize("device", PLACES)
 @pytest.mark.parametrize("layout", LAYOUTS)
-@pytest.mark.parametrize("of", ["n", "log n"])
+@pytest.mark.parametrize("of", ["n", "log n", "log n a row"])
 @pytest.mark.parametrize("with_dlse", [True, False])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_gradient_of_n(device: str, layout: str, of: str, with_dlse: bool, dtype: torch.dtype) -> None:
@@ -105,6 +110,8 @@ def test_gradient_of_n(device: str, layout: str, of: str, with_dlse: bool, dtype
     out, dout = (laid_out(torch.randn(BATCH, HEADS, ROWS, 40, device=device, dtype=dtype), layout) for _ in range(2))
     lse, dlse = rows_of(layout, device), rows_of(layout, device).nan_to_num(0.0, neginf=0.3) if with_dlse else None
     log_n = torch.tensor([-1.0, -math.inf, 2.0], device=device) if of == "log n" else None
+    if of == "log n a row":
+        log_n = log_n_of("a row", layout, device)  # type: ignore[assignment]
     wide = [None if x is None else x.double() for x in (dout, dlse, out, lse, log_n)]
     exact = rescale.gradient_of_n(*wide, varlen)  # type: ignore[arg-type]
     for of_dout in (dout, dout[..., :1].expand(dout.shape)):

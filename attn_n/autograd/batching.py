@@ -33,6 +33,8 @@ def rule(operator: Callable[..., Results]) -> Callable[..., tuple[Results, tuple
             )
         # A mask may be one for all of a batch; of other tensors each batch, or sequence, has its own part.
         shared = all(x is None or (x is options.mask and x.shape[0] == 1) for x in options.tensors)
+        n = named["n"]
+        shared = shared and (n is None or n.dim() < 2 or n.shape[0] == 1)
         joins = shared and not (named.get("needs_n_grad", False) or options.dropout_p)
         if joins and all(dim is None or name in BY_BATCH for name, dim in zip(names, in_dims, strict=True)):
             results = _joined(operator, info.batch_size, names, in_dims, arguments)

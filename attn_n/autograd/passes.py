@@ -32,7 +32,7 @@ def forward(
     """out, lse (unless it is wanted maybe still without n), and the state of dropout."""
     if numbers is not None:
         log_n, options = with_numbers(numbers, log_n, options)
-    log_of_n = log_n if n is None else log_per_head(q, n, n_is_logit)
+    log_of_n = log_n if n is None else log_of(q, n, n_is_logit)
     if q.numel() == 0 or k.numel() == 0:
         out, lse = _nothing_to_see(q, v)
         return out, lse if log_of_n is None else rescale.add_to_lse(lse, log_of_n, options.varlen), None
@@ -65,7 +65,7 @@ def backward(
     if q.numel() == 0 or k.numel() == 0:
         dq, dk, dv, dn = torch.zeros_like(q), torch.zeros_like(k), torch.zeros_like(v), lse.new_empty(0)
         if needs_n_grad:
-            log_n = log_per_head(q, n, True) if n is not None and n_is_logit else None
+            log_n = log_of(q, n, True) if n is not None and n_is_logit else None
             dn = rescale.gradient_of_n(dout, dlse, out, lse, log_n, options.varlen)
         return dq, dk, dv, _shaped_as(dn, n)
     chosen = chosen_now(backend, q, k, v, n, options)
@@ -89,7 +89,7 @@ def backward_by(
     if dout.is_neg() or (dlse is not None and dlse.is_neg()):
         dout, dlse = dout.resolve_neg(), None if dlse is None else dlse.resolve_neg()
     q, k, v, out, lse, _, rng_state = saved
-    log_n = log_per_head(q, n, True) if n is not None and n_is_logit and needs_n_grad else None
+    log_n = log_of(q, n, True) if n is not None and n_is_logit and needs_n_grad else None
     if rows_may_be_empty:
         lse, dlse = rescale.lse_for_backward(lse, dlse)
     of_n: Any = None if not needs_n_grad else "n" if log_n is None else "log n"
@@ -109,7 +109,7 @@ def chosen_now(name: str, q: Tensor, k: Tensor, v: Tensor, n: Tensor | None, opt
         return registry.loaded(name)
     needs_grad = any(x is not None and x.requires_grad for x in (q, k, v, n))
     # What one of the two passes does not know is left out: whether a number n is 0, and whether lse has a gradient.
-    n_kind = "float" if n is None else "per head"
+    n_kind = "float" if n is None else "per row" if n.dim() > 1 else "per head"
     call = describe(q, k, v, options, n_kind=n_kind, return_lse=needs_grad, needs_grad=needs_grad)
     return _choose(call)
 
@@ -119,9 +119,11 @@ def with_numbers(numbers: Tensor, log_n: float | None, options: Options) -> tupl
     return None if log_n is None else log_of_n, options.replaced(scale=scale)
 
 
-def log_per_head(q: Tensor, n: Tensor, n_is_logit: bool) -> Tensor:
-    """log n as `(Hq,)` in the dtype of the lse, with a stride of 1, or 0 for a scalar."""
+def log_of(q: Tensor, n: Tensor, n_is_logit: bool) -> Tensor:
+    """log n in the dtype of the lse: `(Hq,)` with a stride of 1, or 0 for a scalar; or one a row, of lse's shape."""
     dtype = lse_dtype(q)
+    if n.dim() > 1:
+        return n.detach().to(dtype).expand(q.shape[:-1]).contiguous()
     if n_is_logit and n.dtype is dtype and n.dim() == 1 and n.is_contiguous():
         return n.detach()
     n = n.detach()
@@ -143,8 +145,10 @@ def rows_may_be_empty_in(q: Tensor, k: Tensor, options: Options) -> bool:
 
 
 def _shaped_as(dn: Tensor, n: Tensor | None) -> Tensor:
-    """The gradient of n per head as that of a scalar, if n is one."""
-    return dn.sum() if n is not None and n.dim() == 0 and dn.numel() else dn
+    """The gradient of n per head as that of a scalar, if n is one; that of one a row in the shape of n."""
+    if n is None or n.dim() == 1:
+        return dn
+    return dn.sum_to_size(n.shape) if n.dim() else dn.sum() if dn.numel() else dn
 
 
 def _nothing_to_see(q: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:

@@ -45,7 +45,7 @@ class PreparedCall:
         prepared = self._passes
         if prepared is None:
             return self._first_forward(q, k, v, n, options, lse_wanted)
-        log_n = self.log_n if n is None else passes.log_per_head(q, n, self.n_is_logit)
+        log_n = self.log_n if n is None else passes.log_of(q, n, self.n_is_logit)
         return passes.forward_by(prepared, self._applies_n, q, k, v, log_n, options, lse_wanted)
 
     def _first_forward(
@@ -53,7 +53,7 @@ class PreparedCall:
     ) -> tuple[Tensor, Tensor, Tensor | None]:
         served = registry.loaded(self.backend)
         if not (served.differentiates or q.numel() == 0 or k.numel() == 0):
-            log_n = self.log_n if n is None else passes.log_per_head(q, n, self.n_is_logit)
+            log_n = self.log_n if n is None else passes.log_of(q, n, self.n_is_logit)
             self._applies_n, self._rows_may_be_empty = served.applies_n, passes.rows_may_be_empty_in(q, k, options)
             # Last, because it tells other threads that all of this is known.
             self._passes = served.prepare(q, k, v, log_n if served.applies_n else None, options)

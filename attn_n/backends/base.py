@@ -72,6 +72,8 @@ class Backend:
             names = " and ".join([", ".join(taken[:-1]), taken[-1]] if len(taken) > 1 else taken)
             return f"takes {names}, not {str(call.dtype).removeprefix('torch.')}"
         asked = call.features
+        if not (self.applies_n or self.differentiates):
+            asked -= {"n a row"}
         if not asked.issubset(self.honours):
             missing = [words for feature, words in FEATURES.items() if feature in asked and feature not in self.honours]
             return f"has no {', no '.join(missing)}"
@@ -89,8 +91,9 @@ class Backend:
     ) -> tuple[Tensor, Tensor, Tensor | None]:
         """Compute attention of q `(B, Hq, L, E)`, k `(B, Hkv, S, E)` and v `(B, Hkv, S, Ev)`, or of varlen `(T, H, E)`.
 
-        No dimension is empty. `log_n` is None for n = 0, a number, or `(Hq,)`; only a backend that `applies_n`
-        is given anything but None.
+        No dimension is empty. `log_n` is None for n = 0, a number, or `(Hq,)`, in the dtype of lse; of
+        one that honours "n a row" also dense and of the shape of lse. Only a backend that `applies_n` is given anything
+        but None.
 
         Returns:
             `out` `(B, Hq, L, Ev)`; `lse` `(B, Hq, L)`, natural logarithm, float32 (float64 for float64 inputs),

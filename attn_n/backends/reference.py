@@ -24,7 +24,7 @@ class Reference(Backend):
     summary = "the formula as a sequence of differentiable PyTorch operations"
     honours = (
         "causal", "window", "negative window", "softcap", "dropout", "mask", "mask gradient", "alibi", "alibi gradient",
-        "varlen", "lse gradient",
+        "varlen", "lse gradient", "n a row",
     )  # fmt: skip
     applies_n = True
     differentiates = True
@@ -67,7 +67,7 @@ def _attend(
         logits = logits + bias
     # The result does not depend on what is subtracted, except by overflow: hence that needs no gradient.
     log_n = _log_n(q, n, n_is_logit)
-    row_max = log_n.detach()[:, None, None].expand(*logits.shape[:-1], 1)
+    row_max = log_n.detach().expand(*logits.shape[:-1], 1)
     if logits.shape[-1]:
         row_max = torch.maximum(row_max, logits.detach().amax(-1, keepdim=True))
     row_max = row_max.masked_fill(row_max == -math.inf, 0.0)  # in a row without visible keys at n = 0
@@ -75,7 +75,7 @@ def _attend(
     if n is not None and not n_is_logit:
         of_n = weight_of_n(n[:, None, None] if isinstance(n, Tensor) and n.dim() else n, row_max)
     else:
-        of_n = (log_n[:, None, None] - row_max).exp()
+        of_n = (log_n - row_max).exp()
     row_sum = weights.sum(-1, keepdim=True) + of_n
     empty = row_sum == 0
     row_sum = row_sum.masked_fill(empty, 1.0)
@@ -94,7 +94,10 @@ def _attend_varlen(
             one_by_one.batch_of_one(k, keys),
             one_by_one.batch_of_one(v, keys),
         )
-        out, lse = _attend(one_q, one_k, one_v, n, n_is_logit, alone, return_lse)
+        of_sequence = n
+        if isinstance(n, Tensor) and n.dim() > 1:  # (T, Hq)
+            of_sequence = (n if n.shape[0] == 1 else n[queries]).t()[None]
+        out, lse = _attend(one_q, one_k, one_v, of_sequence, n_is_logit, alone, return_lse)
         outs.append(out[0].transpose(0, 1))
         if lse is not None:
             lses.append(lse[0].transpose(0, 1))
@@ -102,12 +105,12 @@ def _attend_varlen(
 
 
 def _log_n(q: Tensor, n: float | Tensor | None, n_is_logit: bool) -> Tensor:
-    """Return log n, (Hq,) or (1,); if n is not a logit, without its gradient."""
+    """Return log n so that it broadcasts to (B, Hq, L, 1); if n is not a logit, without its gradient."""
     if n is None:
         return q.new_full((1,), -math.inf)
     if not isinstance(n, Tensor):
         return q.new_zeros(1) + (n if n_is_logit else as_tensor(n, q.device).log())
-    n = n.reshape(-1)
+    n = n[..., None] if n.dim() > 1 else n.reshape(-1, 1, 1)
     if n_is_logit:
         return n.to(q.dtype)
     return n.detach().to(torch.promote_types(n.dtype, q.dtype)).log().to(q.dtype)

@@ -122,8 +122,10 @@ def _describe(
         raise ValueError("sinks: expected None together with sm_n (a sink is log n), got both")
     n: float | Tensor | None
     if sinks is not None or isinstance(sm_n, Tensor):
-        n = _neg_resolved(checks.n_tensor(sm_n, sinks, q, heads))
-        n_kind = "per head" if n.dim() else "scalar tensor"
+        n = _neg_resolved(checks.n_tensor(sm_n, sinks, q, heads, out_shape))
+        n_kind = "per row" if n.dim() > 1 else "per head" if n.dim() else "scalar tensor"
+        if n.dim() > 1:
+            n = _of_rows(n, out_shape, 2 if options.varlen else 3)
     else:
         n = checks.n_number("sm_n", 0.0 if sm_n is None else sm_n)
         n, n_kind = (n, "float") if n > 0 else (None, "none")
@@ -236,6 +238,14 @@ def _canonical_mask(mask: Tensor, q_shape: Sequence[int]) -> Tensor:
         return mask
     leading = mask.shape[:-3] if all(size == 1 for size in mask.shape[:-3]) else q_shape[:-3]
     return mask.expand(*leading, *mask.shape[-3:]).reshape(math.prod(leading), *mask.shape[-3:])
+
+
+def _of_rows(n: Tensor, shape: Sequence[int], dims: int) -> Tensor:
+    """Reshape what broadcasts to rows of the shape (N, ..., H, L) to what broadcasts to (B, H, L)."""
+    if n.dim() == dims:
+        return n
+    leading = n.shape[:-2] if all(size == 1 for size in n.shape[:-2]) else shape[:-2]
+    return n.expand(*leading, *n.shape[-2:]).reshape(math.prod(leading), *n.shape[-2:])
 
 
 def _window(

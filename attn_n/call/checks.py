@@ -298,14 +298,18 @@ def n_values(name: str, n: Tensor) -> None:
             raise ValueError(f"{name}: expected finite numbers >= 0, got {values}")
 
 
-def n_tensor(sm_n: object, sinks: object, q: Tensor, heads: int) -> Tensor:
-    """Return n as a tensor: `sm_n`, a scalar or one number a head, or `sinks`, one logit a head."""
+def n_tensor(sm_n: object, sinks: object, q: Tensor, heads: int, rows: Sequence[int]) -> Tensor:
+    """Return n as a tensor: `sm_n`, a scalar or one number a head, or `sinks`, one logit a head or a row.
+
+    `rows` is the shape of the lse.
+    """
     name = "sm_n" if sinks is None else "sinks"
     n = floating(name, tensor(name, sm_n if sinks is None else sinks))
     same_kind(name, n, q)
-    shapes: tuple[tuple[int, ...], ...] = ((heads,),) if sinks is not None else ((), (heads,))
-    if tuple(n.shape) not in shapes:
-        expected = " or ".join(map(str, shapes))
+    if sinks is not None and n.dim() > 1:
+        _sinks_a_row(n, heads, rows)
+    elif tuple(n.shape) not in (((heads,),) if sinks is not None else ((), (heads,))):
+        expected = f"({heads},)" if sinks is not None else f"() or ({heads},)"
         raise ValueError(f"{name}: expected shape {expected} for {heads} heads of q, got {_shape(n)}")
     if n.device != q.device:
         raise ValueError(f"{name}: expected the device of q, {q.device}, got {n.device}")
@@ -314,6 +318,17 @@ def n_tensor(sm_n: object, sinks: object, q: Tensor, heads: int) -> Tensor:
     elif readable(n):
         sink_values(n, q)
     return n
+
+
+def _sinks_a_row(sinks: Tensor, heads: int, rows: Sequence[int]) -> None:
+    if sinks.dim() == len(rows) and all(size in (1, full) for size, full in zip(sinks.shape, rows, strict=True)):
+        return
+    said = (
+        f"sinks: expected ({heads},), one a head, or one a row: the shape of the lse, {tuple(rows)}, or 1 for any of it"
+    )
+    if len(rows) == 3 and tuple(sinks.shape) == tuple(rows[:2]):
+        raise ValueError(f"{said}; got {_shape(sinks)}: pass sinks[:, :, None]")
+    raise ValueError(f"{said}; got {_shape(sinks)}")
 
 
 _LARGEST_SINK = torch.finfo(torch.float32).max / 2

@@ -75,7 +75,7 @@ class Saved(NamedTuple):
     v: Tensor
     out: Tensor
     lse: Tensor  # +inf for rows without visible keys at n = 0, which makes their weights zero
-    log_n: float | Tensor | None = None  # a number, or (Hq,); None for n = 0
+    log_n: float | Tensor | None = None  # a number, (Hq,), or of the shape of lse; None for n = 0
     rng_state: Tensor | None = None  # the state of the dropout generator
 
 

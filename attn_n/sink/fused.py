@@ -27,8 +27,8 @@ def add_sink_(out: Tensor, lse: Tensor, log_n: float | Tensor) -> Tensor:
     lse_n = torch.empty_like(lse)
     sinks, number = (log_n, None) if isinstance(log_n, Tensor) else (None, float(log_n))
     launch = launch_for(
-        "scale", out.device, out.dtype, out.shape, (out.stride(),), (lse.stride(), lse_n.stride()),
-        0 if sinks is None else sinks.stride(0),
+        "scale", out.device, out.dtype, out.shape, (out.stride(),), (lse.stride(), lse_n.stride(), _a_row(sinks)),
+        _a_head(sinks),
     )  # fmt: skip
     launch(out, lse, lse_n, sinks, number)
     return lse_n
@@ -38,11 +38,23 @@ def gradient_of_n(dout: Tensor, dlse: Tensor | None, out: Tensor, lse: Tensor, l
     """Compute `rescale.gradient_of_n`: each program stores its share, and these are added up in a fixed order."""
     launch = launch_for(
         "gradient", out.device, out.dtype, out.shape, (dout.stride(), out.stride()),
-        (None if dlse is None else dlse.stride(), lse.stride()), 0 if log_n is None else log_n.stride(0),
+        (None if dlse is None else dlse.stride(), lse.stride(), _a_row(log_n)), _a_head(log_n),
     )  # fmt: skip
+    if log_n is not None and log_n.dim() > 1:
+        of_rows = torch.empty_like(log_n)
+        launch(dout, out, dlse, lse, log_n, of_rows)
+        return of_rows
     shares = torch.empty(launch.programs, dtype=torch.float32, device=out.device)
     launch(dout, out, dlse, lse, log_n, shares)
     return shares.view(-1, out.shape[1]).sum(0)
+
+
+def _a_head(log_n: Tensor | None) -> int:
+    return log_n.stride(0) if log_n is not None and log_n.dim() == 1 else 0
+
+
+def _a_row(log_n: Tensor | None) -> tuple[int, ...] | None:
+    return log_n.stride() if log_n is not None and log_n.dim() > 1 else None
 
 
 def _by_batch(strides: tuple[int, ...] | None, varlen: bool) -> tuple[int, ...] | None:

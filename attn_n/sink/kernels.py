@@ -11,14 +11,14 @@ _RUN_TIME = ("stride_n", "heads", "rows")  # no kernel is compiled again for the
 
 @triton.jit(do_not_specialize=_RUN_TIME)
 def scale_kernel(
-    out, lse, lse_n, sinks, number, strides, strides_lse, strides_lse_n, stride_n, heads, rows,
+    out, lse, lse_n, sinks, number, strides, strides_lse, strides_lse_n, strides_sinks, stride_n, heads, rows,
     WIDTH: tl.constexpr, TILE: tl.constexpr, TILE_E: tl.constexpr, UNCHANGED: tl.constexpr,
 ):  # fmt: skip
     # The last rows first: the kernel before stored them last, so that they may still be in L2.
     batch, head, first = place(tl.num_programs(0) - 1 - tl.program_id(0), heads, rows, TILE)
     row = first + tl.arange(0, TILE)
     inside = row < rows
-    log_n = number if sinks is None else tl.load(sinks + head * stride_n)
+    log_n = number if sinks is None else load_log_n(sinks, strides_sinks, stride_n, batch, head, row, inside)
     row_lse = tl.load(row_of(lse, strides_lse, batch, head, row), mask=inside, other=0.0)
     high, low = tl.maximum(row_lse, log_n), tl.minimum(row_lse, log_n)
     nothing = high == float("-inf")  # a row without visible keys at n = 0
@@ -34,7 +34,8 @@ def scale_kernel(
 
 @triton.jit(do_not_specialize=_RUN_TIME)
 def gradient_kernel(
-    dout, out, dlse, lse, sinks, shares, strides_dout, strides_out, strides_dlse, strides_lse, stride_n, heads, rows,
+    dout, out, dlse, lse, sinks, shares, strides_dout, strides_out, strides_dlse, strides_lse, strides_sinks, stride_n,
+    heads, rows,
     WIDTH: tl.constexpr, TILE: tl.constexpr, TILE_E: tl.constexpr,
 ):  # fmt: skip
     batch, head, first = place(tl.program_id(0), heads, rows, TILE)
@@ -48,13 +49,25 @@ def gradient_kernel(
     if dlse is not None:
         delta -= tl.load(row_of(dlse, strides_dlse, batch, head, row), mask=inside, other=0.0)
     row_lse = tl.load(row_of(lse, strides_lse, batch, head, row), mask=inside, other=float("inf"))
-    log_n = 0.0 if sinks is None else tl.load(sinks + head * stride_n)
+    log_n = 0.0 if sinks is None else load_log_n(sinks, strides_sinks, stride_n, batch, head, row, inside)
     # A large number instead of infinity: times a delta of zero that would be NaN, and so would be its sum with the
     # opposite. At n = 0 a row without visible keys has lse = log n = -inf, and n does not reach its zero output.
     power = log_n - row_lse
     share = tl.where(power > 88.7, 7.9e28, tl.exp(tl.minimum(power, 88.7)))  # 2**96
     share = tl.where(row_lse == float("-inf"), 0.0, share)
-    tl.store(shares + tl.program_id(0), -tl.sum(share * delta))
+    if strides_sinks is None:
+        tl.store(shares + tl.program_id(0), -tl.sum(share * delta))
+    else:
+        tl.store(row_of(shares, strides_sinks, batch, head, row), -share * delta, mask=inside)
+
+
+@triton.jit
+def load_log_n(sinks, strides_sinks, stride_n, batch, head, row, inside):
+    """Return log n of the head or, if it has `strides_sinks`, of each row."""
+    if strides_sinks is None:
+        return tl.load(sinks + head * stride_n)
+    else:
+        return tl.load(row_of(sinks, strides_sinks, batch, head, row), mask=inside, other=0.0)
 
 
 @triton.jit

@@ -21,9 +21,10 @@ from attn_n.sink.weight import bounded_exp
 
 
 def add_sink_(out: Tensor, lse: Tensor, log_n: float | Tensor, varlen: bool, lse_wanted: bool) -> Tensor:
-    """Rescale `out` from n = 0 to n in place, and return the lse at n. `log_n` is a number or `(Hq,)`.
+    """Rescale `out` from n = 0 to n in place, and return the lse at n.
 
-    Without `lse_wanted` the returned lse may still be that at n = 0, which saves a launch.
+    `log_n` is a number, `(Hq,)`, or one a row, of the shape of lse. Without `lse_wanted` the returned lse
+    may still be that at n = 0, which saves a launch.
     """
     fused = _fused(out, lse)
     if fused is not None:
@@ -34,7 +35,7 @@ def add_sink_(out: Tensor, lse: Tensor, log_n: float | Tensor, varlen: bool, lse
 
 
 def scale_(out: Tensor, lse: Tensor, log_n: float | Tensor, varlen: bool) -> None:
-    """Rescale `out` from n = 0 to n in place. `lse` is that at n = 0, and `log_n` a number or `(Hq,)`."""
+    """Rescale `out` from n = 0 to n in place. `lse` is that at n = 0; `log_n` as above."""
     # sigmoid(lse - log n) is exp(lse - lse_n) without the cancellation of two large numbers.
     if isinstance(log_n, Tensor):
         factor = (lse - per_row(log_n, varlen)).sigmoid_()
@@ -49,18 +50,18 @@ def add_to_lse(lse: Tensor, log_n: float | Tensor, varlen: bool) -> Tensor:
     return torch.logaddexp(lse, per_row(log_n, varlen) if isinstance(log_n, Tensor) else lse.new_full((), log_n))
 
 
-def per_row(per_head: Tensor, varlen: bool) -> Tensor:
+def per_row(log_n: Tensor, varlen: bool) -> Tensor:
     """Shape `(Hq,)` to broadcast with an lse `(B, Hq, L)`, or `(T, Hq)` of varlen tensors."""
-    return per_head if varlen else per_head[:, None]
+    return log_n if varlen or log_n.dim() > 1 else log_n[:, None]
 
 
 def gradient_of_n(
     dout: Tensor, dlse: Tensor | None, out: Tensor, lse: Tensor, log_n: Tensor | None, varlen: bool
 ) -> Tensor:
-    """Return the gradient of log n per head: `-sum_rows exp(log n - lse) * delta`.
+    """Return the gradient of log n per head, `-sum_rows exp(log n - lse) * delta`, or without the sum, per row.
 
-    There `delta = rowsum(dout * out) - dlse`. `log_n` is `(Hq,)`; None stands for zeros and gives the gradient of n
-    itself, which is finite at n = 0 too.
+    There `delta = rowsum(dout * out) - dlse`. `log_n` is `(Hq,)`, or of the shape of lse; None stands for zeros and
+    gives the gradient of n itself per head, which is finite at n = 0 too.
     """
     fused = _fused(out, lse)
     if fused is not None:
@@ -72,7 +73,7 @@ def gradient_of_n(
     share = bounded_exp(-lse if log_n is None else per_row(log_n, varlen) - lse)
     # A row without visible keys has lse = log n: at n = 0 that is -inf, and n does not reach its zero output.
     rows = (share * delta).masked_fill(lse == -math.inf, 0.0)
-    return -rows.sum(0 if varlen else (0, 2))
+    return -rows if log_n is not None and log_n.dim() > 1 else -rows.sum(0 if varlen else (0, 2))
 
 
 def _fused(out: Tensor, lse: Tensor) -> Any:

@@ -33,7 +33,7 @@ class KernelKey(NamedTuple):
     strides: tuple[Strides, ...]
     strides_mask: Strides | None
     strides_slopes: Strides | None
-    stride_n: int | None  # of log n per head; None if n is a number
+    stride_n: int | None  # of log n per head; None if n is a number, or log n one a row and dense
     scale: float
     left: int | None
     right: int | None
@@ -117,7 +117,7 @@ def describe(tensors: tuple[Tensor, ...], log_n: float | Tensor | None, options:
         q.device, q.dtype, batch, q.shape[1], k.shape[1], len_q, len_k, more_keys, starts is not None, rows,
         keys, q.shape[-1], v.shape[-1], tuple([kernel_strides(x.stride()) for x in tensors]),
         None if mask is None else _broadcast_strides(mask), None if slopes is None else slopes.stride(),
-        log_n.stride(0) if isinstance(log_n, Tensor) else None,
+        log_n.stride(0) if isinstance(log_n, Tensor) and log_n.dim() == 1 else None,
         options.scale, options.window_left, options.window_right, options.softcap, options.dropout_p,
         None if mask is None else mask.dtype, aligned(*tensors),
         q.dtype == torch.float32 and torch.get_float32_matmul_precision() != "highest",

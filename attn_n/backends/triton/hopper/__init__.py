@@ -23,7 +23,7 @@ WIDTHS = (64, 128, 256)
 class HopperKernels(PortableKernels):
     name = "triton:hopper"
     summary = "for the usual calls on sm_90; gradients vary in their last bits, but for deterministic algorithms"
-    honours = ("causal", "window", "negative window", "softcap", "varlen", "lse gradient")
+    honours = ("causal", "window", "negative window", "softcap", "varlen", "lse gradient", "n a row")
     devices = ("cuda",)
     dtypes = HALF
     rocm = False

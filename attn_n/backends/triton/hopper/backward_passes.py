@@ -9,7 +9,7 @@ tile of number `starts[b] // TILE_Q + b`, which leaves room enough and needs no 
 import triton
 import triton.language as tl
 
-from attn_n.backends.triton.portable.tile import LOG2E, base_of, load, locate, row_pointers, store
+from attn_n.backends.triton.portable.tile import LOG2E, base_of, load, load_sink, locate, row_pointers, store
 
 RUN_TIME = ("sequences", "stride_n", "heads", "len_q", "length")
 
@@ -78,11 +78,17 @@ def preprocess_kernel(
     if dn is not None:
         # The gradient of log n is the sum of -exp(log n - lse) * delta; without sinks this is that of n itself, which
         # is the sum of -exp(-lse) * delta.
-        sink = tl.load(sinks + head * stride_n) * LOG2E if sinks is not None else 0.0
+        sink = 0.0
+        if sinks is not None:
+            sink = LOG2E * load_sink(sinks, stride_n, batch, head, heads, first_q, rows, len_q, starts is not None)
         # A large number in place of infinity, since the shares of two rows could be infinite and of opposite sign.
         power = sink - row_lse
         share = tl.where(power > 127.9, 7.9e28, tl.exp2(tl.minimum(power, 127.9)))  # 2**96
-        tl.store(dn + tl.program_id(0), -tl.sum(share * row_delta))
+        if sinks is not None and stride_n is None:
+            of_dn = row_pointers(dn, batch, head, heads, first_q, rows, len_q, starts is not None)
+            tl.store(of_dn, -share * row_delta, mask=rows < len_q)
+        else:
+            tl.store(dn + tl.program_id(0), -tl.sum(share * row_delta))
 
 
 @triton.jit(do_not_specialize=RUN_TIME)

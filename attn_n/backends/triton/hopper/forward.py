@@ -105,8 +105,8 @@ class Results(NamedTuple):
 
     out_desc: gl.tensor
     lse: gl.tensor  # (B, H, L) or varlen (T, H), float32
-    sinks: gl.tensor  # log n of each head; or None, then log_n is the number for all heads, or None for n = 0
-    stride_n: gl.tensor
+    sinks: gl.tensor  # log n of each head, or of each row as lse; None: log_n is the number for all, or None for n = 0
+    stride_n: gl.tensor  # between heads; None if it is one of each row
     log_n: gl.tensor
     scale: gl.tensor
     softcap: gl.tensor
@@ -340,7 +340,13 @@ def finish_softmax(row_max, row_sum, rows, tile, results):
     len_q = tile.sizes.len_q
     rescale = gl.full([STRIP], 1.0, gl.float32, layout=rows.type.layout)
     if sinks is not None or log_n is not None:
-        sink = (log_n if sinks is None else gl.load(sinks + tile.head * stride_n)) * LOG2E
+        sink = log_n
+        if sinks is not None:
+            if stride_n is None:
+                sink = gl.load(pointers_to_rows(sinks, tile, rows), mask=rows < len_q, other=0.0)
+            else:
+                sink = gl.load(sinks + tile.head * stride_n)
+        sink *= LOG2E
         new_max = gl.maximum(row_max, sink)
         shift = finite(new_max, True)
         rescale = gl.exp2(row_max - shift)
@@ -349,12 +355,17 @@ def finish_softmax(row_max, row_sum, rows, tile, results):
     empty = row_sum == 0.0
     rescale = rescale / gl.where(empty, 1.0, row_sum)
     row_lse = gl.where(empty, float("-inf"), (row_max + gl.log2(row_sum)) * LN2)
-    if tile.batch_head is not None:
-        gl.store(lse + tile.batch_head.to(gl.int64) * len_q + rows, row_lse, mask=rows < len_q)
-    else:
-        of_lse = lse + (tile.rows_q.end - len_q + rows).to(gl.int64) * tile.sizes.heads + tile.head
-        gl.store(of_lse, row_lse, mask=rows < len_q)
+    gl.store(pointers_to_rows(lse, tile, rows), row_lse, mask=rows < len_q)
     return rescale
+
+
+@gluon.jit
+def pointers_to_rows(x, tile, rows):
+    """Return the pointers to the rows of a tile in a tensor of one number a row, `(B, H, L)` or varlen `(T, H)`."""
+    if tile.batch_head is not None:
+        return x + tile.batch_head.to(gl.int64) * tile.sizes.len_q + rows
+    else:
+        return x + (tile.rows_q.end - tile.sizes.len_q + rows).to(gl.int64) * tile.sizes.heads + tile.head
 
 
 @gluon.jit

@@ -26,6 +26,7 @@ class PortableKernels(Backend):
     summary = "for any argument, on every GPU that Triton supports"
     honours: Collection[str] = (
         "causal", "window", "negative window", "softcap", "dropout", "mask", "alibi", "varlen", "lse gradient",
+        "n a row",
     )  # fmt: skip
     devices: Sequence[str] = ("cuda", "cpu")
     dtypes: Sequence[torch.dtype] = (*HALF, torch.float32)

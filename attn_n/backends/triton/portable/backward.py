@@ -22,6 +22,7 @@ from attn_n.backends.triton.portable.tile import (
     head_pointer,
     keys_seen,
     load,
+    load_sink,
     locate,
     logits,
     padded_base,
@@ -85,11 +86,18 @@ def dq_kernel(
     if dn is not None:
         # The gradient of log n is the sum of -exp(log n - lse) * delta; without sinks this is that of n itself, which
         # is the sum of -exp(-lse) * delta.
-        sink = tl.load(sinks + head * stride_n) * (LOG2E / unit) if sinks is not None else 0.0
+        sink = 0.0
+        if sinks is not None:
+            sink = load_sink(sinks, stride_n, batch, head, heads, first_q, rows, len_q, starts_q is not None)
+            sink *= LOG2E / unit
         # A large number in place of infinity, since the shares of two rows could be infinite and of opposite sign.
         power = (sink - row_lse) * unit
         share = tl.where(power > 127.9, 7.9e28, tl.exp2(tl.minimum(power, 127.9)))  # 2**96
-        tl.store(dn + tl.program_id(0), -tl.sum(share * row_delta))
+        if sinks is not None and stride_n is None:
+            of_dn = row_pointers(dn, batch, head, heads, first_q, rows, len_q, starts_q is not None)
+            tl.store(of_dn, -share * row_delta, mask=rows < len_q)
+        else:
+            tl.store(dn + tl.program_id(0), -tl.sum(share * row_delta))
     view_k = view(of_k, 1, len_k, strides_k, WIDTH, TILE_K, TILE_E, DESCRIPTORS)
     view_v = view(of_v, 1, len_k, strides_v, WIDTH_V, TILE_K, TILE_V, DESCRIPTORS)
     factor = scale * LOG2E if LINEAR else 1.0

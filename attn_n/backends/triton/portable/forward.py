@@ -17,6 +17,7 @@ from attn_n.backends.triton.portable.tile import (
     head_pointer,
     keys_seen,
     load,
+    load_sink,
     locate,
     logits,
     row_pointers,
@@ -51,9 +52,11 @@ def forward_kernel(
     view_k = view(of_k, 1, len_k, strides_k, WIDTH, TILE_K, TILE_E, DESCRIPTORS)
     view_v = view(of_v, 1, len_k, strides_v, WIDTH_V, TILE_K, TILE_V, DESCRIPTORS)
     q_tile = load(view_q, 0, first_row, len_q, strides_q, WIDTH, TILE_Q, TILE_E, DESCRIPTORS)
-    # Issue this load early: it is needed only in the epilogue.
-    sink = log_n if sinks is None else tl.load(sinks + head * stride_n)
     rows = first_row + tl.arange(0, TILE_Q)
+    # Issue this load early: it is needed only in the epilogue.
+    sink = log_n
+    if sinks is not None:
+        sink = load_sink(sinks, stride_n, batch, head, heads, first_q, rows, len_q, starts_q is not None)
     factor = scale * LOG2E if LINEAR else 1.0  # which `logits` leaves to its caller
     unit: tl.constexpr = LOG2E if FLOAT_MASK else 1.0  # from the logits to base 2
     acc = tl.zeros((TILE_Q, TILE_V), tl.float32)

@@ -57,16 +57,13 @@ class PortableCall:
         lse_log2, delta = Part(workspace, 0, rows), Part(workspace, rows, rows)
         lost = Part(workspace, 2 * rows, rows) if self.key.float_mask else None
         extras = _extras(rng_state, options)
-        shares = None
-        if grads.of_n is not None:
-            # A program beyond the end of a sequence stores nothing.
-            shares = ready.shares()
-            if options.varlen:
-                shares.zero_()
+        shares = shares_of_n(grads, log_n, ready.shares)
+        if shares is not None and options.varlen:  # a program beyond the end of a sequence stores nothing
+            shares.zero_()
         ready.dq(q, k, v, out, dout, lse, dlse, lse_log2, delta, lost, dq, log_n, shares, *extras)
         for of_keys in ready.of_keys:
             of_keys(q, k, v, dout, lse_log2, delta, lost, dk, dv, *extras)
-        return Gradients(dq, dk, dv, None if shares is None else shares.sum((0, 2)))
+        return Gradients(dq, dk, dv, gradient_of_n(shares, log_n))
 
     def _backward(self, tensors: tuple[Tensor, ...], log_n: Tensor | None, options: Options) -> Backward:
         *_, out, dout = tensors
@@ -148,6 +145,20 @@ def launch(kernel: str, key: KernelKey, results: Sequence[Strides], config: Conf
 def log_n_of(grads: Grads, saved: Saved) -> Tensor | None:
     """Return log n if the kernels compute its gradient; None for that of n itself, and for neither."""
     return saved.log_n if grads.of_n == "log n" and isinstance(saved.log_n, Tensor) else None
+
+
+def shares_of_n(grads: Grads, log_n: Tensor | None, allocate: Allocation) -> Tensor | None:
+    """Return memory for the gradient of n: of each row if there is one log n a row, or the share of each program."""
+    if grads.of_n is None:
+        return None
+    return torch.empty_like(log_n) if log_n is not None and log_n.dim() > 1 else allocate()
+
+
+def gradient_of_n(shares: Tensor | None, log_n: Tensor | None) -> Tensor | None:
+    """Return the gradient from what the kernels stored in `shares_of_n`."""
+    if shares is None or (log_n is not None and log_n.dim() > 1):
+        return shares
+    return shares.sum((0, 2))
 
 
 def _extras(rng_state: Tensor | None, options: Options) -> tuple[Tensor | None, ...]:

@@ -12,7 +12,7 @@ batch before `batch * heads`. Only these stay within 32 bits:
 - Programs, and the tiles and items that they count: a grid has fewer than 2^31 programs.
 - Rows and keys within their sequence, and their distances: `why_not` refuses a length that is less than a tile below
   2^31, and a longer one has 64 bits by its value. `KernelKey` bounds the window and the longest sequence by lengths.
-- `head * stride_n`: the stride of log n is 0 or 1, as `attn_n.autograd.operators` makes it.
+- `head * stride_n`: the stride of log n is 0 or 1, as `attn_n.autograd.passes` makes it.
 - The columns of the tensors that we allocate ourselves, whose last stride is 1.
 - In the Hopper kernels, whose heads have 64 columns or more: the rows of all heads, also as coordinates of a TMA
   descriptor. 2^31 of them would take 512 GB in the sum for dQ.
@@ -112,6 +112,16 @@ def row_pointers(x, batch, head, heads, first_q, rows, len_q, VARLEN: tl.constex
         return x + (first_q + rows) * heads + head
     else:
         return x + (batch * heads + head) * len_q + rows
+
+
+@triton.jit
+def load_sink(sinks, stride_n, batch, head, heads, first_q, rows, len_q, VARLEN: tl.constexpr):
+    """Return log n of the head or, where it has no stride, of each row."""
+    if stride_n is None:
+        of_rows = row_pointers(sinks, batch, head, heads, first_q, rows, len_q, VARLEN)
+        return tl.load(of_rows, mask=rows < len_q, other=0.0)
+    else:
+        return tl.load(sinks + head * stride_n)
 
 
 @triton.jit
