@@ -174,6 +174,7 @@ def flash_attention_n_varlen(
         max_seqlen_q: at least the length of the longest query sequence. The same for `max_seqlen_k`.
         attn_mask: broadcastable to `(N, Hq, max_seqlen_q, max_seqlen_k)`; of sequence b its first rows and columns.
         alibi_slopes: `(Hq,)` or `(N, Hq)`.
+        sinks: `(Hq,)`, or one a row: `(Tq, Hq)` with 1 for any of these sizes.
 
     The other arguments are those of `flash_attention_n`, with L and S the lengths of each sequence.
 

@@ -37,6 +37,7 @@ TESTS = {
     "attn_n/dispatch/order.py": ("registry", "order", "call_cache"),
     "attn_n/dispatch/similar.py": ("call_cache", "errors"),
     "attn_n/dispatch/call_cache.py": ("call_cache", "threads"),
+    "attn_n/dispatch/run.py": ("call_cache", "masks", "edges", "errors", "compile"),
     "attn_n/dispatch": ("call_cache", "registry", "threads", "errors"),
     "attn_n/autograd/flops.py": ("compile",),
     "attn_n/autograd": ("call_cache", "ops", "transforms", "edges", "dropout", "attention"),

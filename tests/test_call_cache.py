@@ -56,6 +56,25 @@ def test_a_bad_call_after_a_good_one(change: dict[str, object]) -> None:
         flash_attention_n(q, k, v[:, :, :5], sm_n=1)
 
 
+def test_bad_boundaries_after_good_ones() -> None:
+    tokens = [x[0].transpose(0, 1) for x in inputs()]
+    good, bad = torch.tensor([0, 2, 6], dtype=torch.int32), torch.tensor([0, 7, 6], dtype=torch.int32)
+    flash_attention_n_varlen(*tokens, good, good, 4, 4)
+    for name, starts in (("cu_seqlens_q", (bad, good)), ("cu_seqlens_k", (good, bad))):
+        with pytest.raises(ValueError, match=name):
+            flash_attention_n_varlen(*tokens, *starts, 4, 4)
+
+
+@pytest.mark.parametrize("shape", [(6, 6), (2, 6, 6), (1, 1, 6, 6)], ids=str)
+def test_each_call_has_its_own_mask(shape: tuple[int, ...]) -> None:
+    q, k, v = inputs()
+    for _ in range(3):
+        mask = torch.randn(shape)
+        expected = attention_n(q, k, v, 1.0, mask=mask.expand(1, 2, 6, 6))[0]
+        assert torch.allclose(flash_attention_n(q, k, v, sm_n=1.0, attn_mask=mask), expected, atol=1e-5)
+    assert len(call_cache._calls) == 1
+
+
 def test_what_a_plan_depends_on(monkeypatch: pytest.MonkeyPatch, ran: list[str]) -> None:
     q, k, v = inputs()
     flash_attention_n(q, k, v, sm_n=1.0)
