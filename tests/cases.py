@@ -126,7 +126,17 @@ def _cases() -> list[Case]:
         Case("window, rows without keys, n=0", window=(3, 2), len_q=40, len_k=9, n=0.0),
         Case("long window in pieces", window=(40, 0), batch=1, len_q=600, len_k=600),
         Case("softcap", softcap=2.0, n=3.7, **few),
-        Case("softcap, causal", softcap=5.0, causal=True),
+        Case("softcap, causal, ALiBi, GQA", softcap=5.0, causal=True, heads_q=4, alibi="per head"),
+        Case(
+            "softcap in pieces, GQA, window, mask",
+            softcap=5.0,
+            heads_q=4,
+            batch=1,
+            len_q=300,
+            len_k=290,
+            window=(40, 0),
+            mask="hidden rows",
+        ),
         Case("bool mask", mask="bool"),
         Case("float mask", mask="float"),
         Case("key padding mask", mask="key padding"),
@@ -385,7 +395,7 @@ def must_serve(backend: str, device: str, dtype: torch.dtype, case: Case, lse_gr
     softcap_3 = {"softcap"} if version_3.left_out("SOFTCAP") else set()
     table = {
         "reference": True,
-        "sdpa:cpu": device == "cpu" and "softcap" not in features,
+        "sdpa:cpu": device == "cpu",
         "sdpa:flash": half_on_gpu and not features & (flash_2 | {"softcap", "alibi"}),
         "sdpa:cudnn": half_on_gpu and not features & cudnn_features and not (lse_grad and grad),
         "sdpa:efficient": efficient,

@@ -103,7 +103,7 @@ def test_the_text_has_a_line_for_each_finding() -> None:
         assert any(
             line[:1] == [row.backend] and [word for word in line if word in ("yes", "no")] == verdicts for line in lines
         )
-    assert ["(1)", "has", "no", "softcap"] in lines
+    assert ["(1)", "has", "no", "dropout"] in lines
     assert "not served" not in text.text(collected)
 
 

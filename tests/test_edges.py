@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from attn_n import UnsupportedError, flash_attention_n, flash_attention_n_varlen
+from attn_n.backends.adapt import matmuls
 from tests.cases import INTERPRETED
 from tests.oracle import attention_n
 
@@ -224,3 +225,18 @@ def test_the_gradient_of_n_is_exact_up_to_the_largest_number(backend: str) -> No
     n = torch.zeros(1, requires_grad=True)
     (dn,) = torch.autograd.grad(flash_attention_n(q, k, v, sm_scale=1.0, sm_n=n, backend=backend).sum(), n)
     assert dn.item() == pytest.approx(-0.5 * math.exp(88.3), rel=1e-4)
+
+
+def test_a_softcap_on_a_cpu_has_no_logits_of_all_queries(monkeypatch: pytest.MonkeyPatch) -> None:
+    sizes = []
+
+    def watched(logits: Tensor) -> tuple[Tensor, Tensor]:
+        sizes.append(logits.shape)
+        return softmax(logits)
+
+    softmax = matmuls._softmax
+    monkeypatch.setattr(matmuls, "_softmax", watched)
+    q, k = torch.randn(1, 4, 600, 8, requires_grad=True), torch.randn(1, 2, 700, 8)
+    flash_attention_n(q, k, k, True, softcap=5.0).sum().backward()
+    # Two query heads share keys, of which the first queries see some.
+    assert sizes == [(1, 2, 512, 356), (1, 2, 512, 612), (1, 2, 176, 700)] * 2

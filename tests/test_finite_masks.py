@@ -186,7 +186,7 @@ def calls(backend: str, few: bool = False) -> list[object]:
     """Return every case with every number; with `few`, every case with one number, and one case with all."""
     found = []
     for i, case in enumerate(CASES):
-        if case.softcap is not None and backend not in ("reference", "triton:portable"):
+        if case.softcap is not None and backend not in ("reference", "sdpa:cpu", "triton:portable"):
             continue
         for j, number in enumerate(NUMBERS):
             if backend in IN_BASE_2 and number == "-1e6":  # its lse is rounded to sixteenths

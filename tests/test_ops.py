@@ -22,11 +22,7 @@ from tests.cases import CASES, Case, make
 from tests.oracle import attention_n
 
 
-def served_by_cpu(case: Case) -> bool:
-    return case.softcap is None
-
-
-@pytest.mark.parametrize("case", [case for case in CASES if served_by_cpu(case)], ids=str)
+@pytest.mark.parametrize("case", CASES, ids=str)
 def test_opcheck(case: Case) -> None:
     """Schemas are right, and fakes promise the shapes, strides and dtypes that the kernels return."""
     inputs = make(case, torch.float32, "cpu")
@@ -36,7 +32,7 @@ def test_opcheck(case: Case) -> None:
     slopes = None if inputs.alibi_slopes is None else inputs.alibi_slopes.expand(batch, -1)
     mask = None if inputs.mask is None else inputs.mask[(None,) * (4 - inputs.mask.dim())]
     left, right = case.window or (None, None)
-    options = Options(0.25, left, 0 if case.causal else right, None, 0.0, mask, slopes, *packing)
+    options = Options(0.25, left, 0 if case.causal else right, case.softcap, 0.0, mask, slopes, *packing)
     log_n = torch.linspace(-1, 1, case.heads_q)
     checks = ("test_schema", "test_faketensor", "test_aot_dispatch_dynamic")
     torch.library.opcheck(

@@ -35,7 +35,7 @@ def test_automatic_is_sdpa_on_cpu(ran: list[str]) -> None:
 
 
 def test_automatic_falls_through_to_the_reference(ran: list[str]) -> None:
-    flash_attention_n(*inputs(), sm_n=1.0, softcap=3.0)
+    flash_attention_n(*inputs(), sm_n=1.0, dropout_p=0.25)
     assert ran == ["attend reference"]
 
 
@@ -139,11 +139,11 @@ def test_a_forced_backend_never_falls_back(how: str, ran: list[str], monkeypatch
         monkeypatch.setenv("ATTN_N_BACKEND", "sdpa")
     context = use_backend("sdpa") if how == "context" else contextlib.nullcontext()
     with context, pytest.raises(UnsupportedError) as caught:
-        flash_attention_n(*inputs(), softcap=3.0, backend="sdpa" if how == "argument" else None)
+        flash_attention_n(*inputs(), dropout_p=0.25, backend="sdpa" if how == "argument" else None)
     text = str(caught.value)
     assert text.startswith(f"backend 'sdpa' ({asked_by}) does not serve this call:\n  q (1, 2, 5, 8)")
-    assert "softcap 3" in text
-    assert "sdpa: cpu: has no softcap" in text
+    assert "dropout 0.25" in text
+    assert "sdpa: cpu: has no dropout" in text
     assert "To do: use reference or triton, or leave the choice to the library." in text
     assert ran == []
 
@@ -161,7 +161,7 @@ def test_explain(capsys: pytest.CaptureFixture[str], ran: list[str]) -> None:
     assert "-> reference   serves it, number 2 in the automatic order" in str(explanation)
     assert "chosen: reference (automatic)" in str(explanation)
     assert attn_n.explain(*inputs()).chosen == "sdpa:cpu"
-    assert attn_n.explain(*inputs(), softcap=2.0, backend="sdpa").chosen is None
+    assert attn_n.explain(*inputs(), dropout_p=0.25, backend="sdpa").chosen is None
     assert attn_n.explain(*inputs(), backend="sdpa:flash").chosen is None
     with use_backend("reference"):
         assert attn_n.explain(*inputs()).chosen == "reference"

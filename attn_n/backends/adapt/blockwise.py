@@ -14,7 +14,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from attn_n.backends.adapt import large_bias, one_by_one
+from attn_n.backends.adapt import large_bias, matmuls, one_by_one
 from attn_n.backends.adapt.dense_bias import dense_bias
 from attn_n.backends.adapt.layout import is_of_width, lse_as_value_column, narrowed, of_width
 from attn_n.backends.base import Backend, Prepared, empty_in_order, memory_order
@@ -56,7 +56,7 @@ class BlockwiseBackend(Backend):
             return self
         # On CUDA an address decides whether a tensor is read as it is.
         if q.is_cpu and all(is_of_width(x, x.shape[3]) for x in (q, k, v)):
-            blocks = self._blocks(q.shape[2], k.shape[2], options)
+            blocks = self._blocks(q, k, options)
             if len(blocks) == 1 and blocks[0].rows is None:
                 return OneBlock(self, blocks[0])
         return self
@@ -77,7 +77,7 @@ class BlockwiseBackend(Backend):
         size_v = v.shape[3]
         width, width_v = self.widths(q.shape[3], size_v)
         q, k, v = of_width(q, width), of_width(k, width), of_width(v, width_v)
-        blocks = self._blocks(q.shape[2], k.shape[2], options)
+        blocks = self._blocks(q, k, options)
         if len(blocks) == 1 and blocks[0].rows is None:
             out, lse = self.forward_of(blocks[0], q, k, v, options)
             return narrowed(out, size_v), lse
@@ -95,6 +95,8 @@ class BlockwiseBackend(Backend):
     def forward_of(self, block: Block, q: Tensor, k: Tensor, v: Tensor, options: Options) -> tuple[Tensor, Tensor]:
         bias = _bias(block, q, k, options)
         q, k, v = _some(q, block.rows), _some(k, block.keys), _some(v, block.keys)
+        if options.softcap is not None:
+            return matmuls.forward(q, k, v, bias, options.scale, options.softcap)
         if bias is None:
             return self.kernel_forward(q, k, v, block.causal, None, options.scale)
         given, row_max = large_bias.alone(bias) if self.base_2 and _adds_large(options) else (bias, None)
@@ -115,11 +117,12 @@ class BlockwiseBackend(Backend):
             dout, v, out = lse_as_value_column(dout, dlse, v, out, width_v)
         wide = Saved(of_width(q, width), of_width(k, width), of_width(v, width_v), of_width(out, width_v), lse)
         dout = of_width(dout, width_v)
-        blocks = self._blocks(q.shape[2], k.shape[2], options)
+        blocks = self._blocks(q, k, options)
         if len(blocks) == 1 and blocks[0].rows is blocks[0].keys is None:
             gradients = list(self._backward_of(blocks[0], dout, wide, options))
         else:
-            heads = q.shape[1], *((q if self.repeats_kv else k).shape[1],) * 2
+            of_kv = q if self.repeats_kv and options.softcap is None else k
+            heads = q.shape[1], *(of_kv.shape[1],) * 2
             shapes = ((x.shape[0], of_x, *x.shape[2:]) for x, of_x in zip(wide[:3], heads, strict=True))
             gradients = [q.new_zeros(shape, dtype=_accumulator(q)) for shape in shapes]
             for block in blocks:
@@ -134,6 +137,8 @@ class BlockwiseBackend(Backend):
         bias = _bias(block, q, k, options)
         q, dout, out, lse = (_some(x, block.rows) for x in (q, dout, out, lse))
         k, v = _some(k, block.keys), _some(v, block.keys)
+        if options.softcap is not None:
+            return matmuls.backward(dout, Saved(q, k, v, out, lse), bias, options.scale, options.softcap)[:3]
         if bias is not None and _adds(options):
             sums: Tensor | None = None
             if self.base_2 and _adds_large(options):
@@ -144,17 +149,22 @@ class BlockwiseBackend(Backend):
             dout = dout if sums is None else (dout / sums[..., None]).to(dout.dtype)
         return self.kernel_backward(dout, Saved(q, k, v, out, lse), block.causal, bias, options.scale)[:3]
 
-    def _blocks(self, len_q: int, len_k: int, options: Options) -> tuple[Block, ...]:
+    def _blocks(self, q: Tensor, k: Tensor, options: Options) -> tuple[Block, ...]:
+        batch, heads, len_q, _ = q.shape
+        len_k = k.shape[2]
         mask, slopes = options.mask, options.alibi_slopes
-        copies = 1  # of a bias, for batches and heads
-        if slopes is not None:
+        copies = 1  # of a bias, or of the logits, for batches and heads
+        if options.softcap is not None:
+            copies = batch * heads
+        elif slopes is not None:
             copies = slopes.numel()
         elif mask is not None:
             copies = mask.shape[0] * mask.shape[1]
         step = max(32, min(self.most_rows, self.bias_elements // (copies * len_k)))
         return _blocks(
-            len_q, len_k, options.window_left, options.window_right, mask is not None, slopes is not None, step
-        )
+            len_q, len_k, options.window_left, options.window_right, mask is not None, slopes is not None,
+            options.softcap is not None, step,
+        )  # fmt: skip
 
 
 class OneBlock:
@@ -187,12 +197,12 @@ class Block(NamedTuple):
 
 @functools.lru_cache(1024)
 def _blocks(
-    len_q: int, len_k: int, left: int | None, right: int | None, masked: bool, alibi: bool, step: int
+    len_q: int, len_k: int, left: int | None, right: int | None, masked: bool, alibi: bool, softcap: bool, step: int
 ) -> tuple[Block, ...]:
-    """Return the blocks of a call; those with a bias have up to `step` rows."""
-    if left is None and right is None and not alibi:
+    """Return the blocks of a call; those with a bias that is built here, or with a softcap, have up to `step` rows."""
+    if left is None and right is None and not alibi and not softcap:
         return (Block(None, None, biased=masked),)
-    if left is None and right is not None and not masked and not alibi:
+    if left is None and right is not None and not masked and not alibi and not softcap:
         return _causal_blocks(len_q, len_k, right)
     found = []
     for start in range(0, len_q, step):
