@@ -39,8 +39,11 @@ class Case:
     scale: float | None = None
     window: tuple[int | None, int | None] | None = None
     softcap: float | None = None
-    mask: str = ""  # "bool", "float", "key padding", "hidden rows", "per head", "late" (hides the first keys)
+    # "bool", "float", "key padding", "hidden rows", "per head", "late" (hides the first keys), "float per head", or
+    # "float of keys"
+    mask: str = ""
     alibi: str = ""  # "per head" or "per batch"
+    learned: bool = False  # the mask and the slopes have gradients
     layout: str = "heads first"  # of q, k and v, see LAYOUTS
     layout_of_dout: str = "heads first"
     lengths_q: tuple[int, ...] = ()  # varlen sequences, in place of batch and len_q
@@ -57,6 +60,7 @@ class Case:
             "softcap": self.softcap is not None,
             "mask": bool(self.mask),
             "alibi": bool(self.alibi),
+            "learned": self.learned,
             "window": self.window is not None,
             "causal, L != S": self.causal and (self.varlen or self.len_q != self.len_k) and self.len_q > 1,
             "varlen": self.varlen,
@@ -150,6 +154,35 @@ def _cases() -> list[Case]:
         Case("ALiBi, causal", alibi="per head", causal=True),
         Case("ALiBi per batch, causal", alibi="per batch", causal=True, len_q=20, len_k=31),
         Case("ALiBi, mask, window", alibi="per head", mask="float", window=(9, 9)),
+        Case("learned mask", mask="float", learned=True),
+        Case(
+            "learned mask per head, causal, GQA",
+            mask="float per head",
+            learned=True,
+            causal=True,
+            heads_q=4,
+            len_q=70,
+            len_k=90,
+        ),
+        Case("learned mask of keys, softcap", mask="float of keys", learned=True, softcap=5.0, len_k=70, n=20.0),
+        Case(
+            "learned mask and ALiBi, window",
+            mask="float",
+            alibi="per batch",
+            learned=True,
+            window=(9, 4),
+            len_q=40,
+            len_k=30,
+        ),
+        Case(
+            "learned ALiBi, causal, sinks",
+            alibi="per head",
+            learned=True,
+            causal=True,
+            n="sinks",
+            sinks=(0.0, -2.0),
+            len_k=70,
+        ),
         Case("GQA", heads_q=6, heads_kv=2, n="per head"),
         Case("MQA, causal", heads_q=4, heads_kv=1, causal=True, len_q=20, len_k=33),
         Case("GQA, mask per head", heads_q=4, heads_kv=2, mask="per head"),
@@ -187,6 +220,15 @@ def _cases() -> list[Case]:
         Case("varlen, window, ALiBi", lengths_q=(9, 18), lengths_k=(9, 18), window=(4, 2), alibi="per batch"),
         Case("varlen, mask", lengths_q=(9, 18), lengths_k=(3, 18), mask="per head"),
         Case("varlen, mask per sequence", lengths_q=(9, 18), lengths_k=(3, 18), mask="bool"),
+        Case(
+            "varlen, learned mask and ALiBi",
+            lengths_q=(9, 18, 0),
+            lengths_k=(12, 18, 3),
+            mask="float per head",
+            alibi="per head",
+            learned=True,
+            causal=True,
+        ),
         Case("varlen, softcap", lengths_q=(9, 8), lengths_k=(3, 8), softcap=2.0),
     ]
 
@@ -230,6 +272,10 @@ class Inputs:
             tensors["n"] = self.n
         if self.sinks is not None:
             tensors["sinks"] = self.sinks
+        if self.case.learned and self.mask is not None:
+            tensors["mask"] = self.mask
+        if self.case.learned and self.alibi_slopes is not None:
+            tensors["slopes"] = self.alibi_slopes
         return tensors
 
     def packing(self) -> tuple[Tensor, Tensor, int, int]:
@@ -293,10 +339,14 @@ def make(case: Case, dtype: torch.dtype, device: str, seed: int = 0) -> Inputs:
         inputs.mask = (normal(1, 1, rows, columns) > 0).logical_and(torch.arange(rows)[:, None] % 3 != 1).to(device)
     elif case.mask == "per head":
         inputs.mask = (normal(1, case.heads_q, 1, columns) > -0.5).to(device)
+    elif case.mask == "float per head":
+        inputs.mask = normal(1, case.heads_q, rows, columns).to(dtype).to(device)
+    elif case.mask == "float of keys":
+        inputs.mask = normal(batch, 1, 1, columns).to(dtype).to(device)
     elif case.mask == "late":
         inputs.mask = (torch.arange(columns) >= torch.arange(rows)[:, None] * 50).to(device)
     if case.alibi:
-        slopes = torch.linspace(0.1, 0.9, case.heads_q, dtype=torch.float32, device=device)
+        slopes = torch.linspace(0.1, 0.9, case.heads_q, dtype=wide if case.learned else torch.float32, device=device)
         batches = torch.arange(1.0, batch + 1, device=device)[:, None]
         inputs.alibi_slopes = slopes if case.alibi == "per head" else slopes * batches
 
@@ -385,17 +435,21 @@ def must_serve(backend: str, device: str, dtype: torch.dtype, case: Case, lse_gr
     """
     features, half = case.features, dtype in (torch.bfloat16, torch.float16)
     on_gpu, half_on_gpu = device == "cuda", device == "cuda" and half
-    flash = {"mask", "E > 256"}
+    flash = {"mask", "E > 256", "learned"}
     flash_2 = flash | {"window, open far before the keys"} | ({"E + 1 > 256"} if lse_grad and grad else set())
     cudnn_features = {
         "softcap", "mask", "alibi", "window", "causal, L != S", "varlen", "one query, one key", "E != Ev", "E % 8",
-        "E > 256",
+        "E > 256", "learned",
     }  # fmt: skip
-    efficient = on_gpu and dtype != torch.float64 and not features & ({"softcap", "alibi"} if half else {"softcap"})
+    efficient = (
+        on_gpu
+        and dtype != torch.float64
+        and not features & ({"softcap", "learned", "alibi"} if half else {"softcap", "learned"})
+    )
     softcap_3 = {"softcap"} if version_3.left_out("SOFTCAP") else set()
     table = {
         "reference": True,
-        "sdpa:cpu": device == "cpu",
+        "sdpa:cpu": device == "cpu" and "learned" not in features,
         "sdpa:flash": half_on_gpu and not features & (flash_2 | {"softcap", "alibi"}),
         "sdpa:cudnn": half_on_gpu and not features & cudnn_features and not (lse_grad and grad),
         "sdpa:efficient": efficient,

@@ -46,7 +46,10 @@ def oracle(inputs: Inputs, dtype: torch.dtype, lse_grad: bool = True, ignore_n: 
     cast.n = inputs.n.detach().to(wide).requires_grad_() if isinstance(inputs.n, Tensor) else inputs.n
     cast.sinks = None if inputs.sinks is None else inputs.sinks.detach().to(wide).requires_grad_()
     cast.mask = inputs.mask
-    cast.alibi_slopes = None if inputs.alibi_slopes is None else inputs.alibi_slopes.to(dtype)
+    cast.alibi_slopes = None if inputs.alibi_slopes is None else inputs.alibi_slopes.detach().to(dtype)
+    if case.learned:
+        cast.mask = None if inputs.mask is None else inputs.mask.detach().to(dtype).requires_grad_()
+        cast.alibi_slopes = None if cast.alibi_slopes is None else cast.alibi_slopes.requires_grad_()
 
     def attend(
         q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, slopes: Tensor | None, sinks: Tensor | None
@@ -140,12 +143,15 @@ def cancellation(name: str, inputs: Inputs, truth: Results) -> float:
     That is a subtraction in `dS = P (dout V^T - delta)` for dq and dk (of one key and n = 0 nothing is left), and for n
     a sum over the rows whose terms have both signs.
     """
-    if name in ("dn", "dsinks"):
+    if name in ("dn", "dsinks", "dslopes"):
         lse = truth["lse"] if "lse" in truth else oracle(inputs, torch.float64)["lse"]
         terms = (inputs.dout * truth["out"]).abs().sum(-1) + (inputs.dlse.abs() if "lse" in truth else 0.0)
+        if name == "dslopes":
+            return 4 * float(terms.sum()) * max(inputs.case.len_k, *inputs.case.lengths_k, 0)
         log_n = 0.0
         if inputs.sinks is not None:
-            log_n = inputs.sinks.detach() if inputs.case.varlen else inputs.sinks.detach()[:, None]
+            log_n, varlen = inputs.sinks.detach(), inputs.case.varlen
+            log_n = log_n if varlen or log_n.dim() > 1 else log_n[:, None]
         shares = (log_n - lse).exp().masked_fill(lse == -math.inf, 0.0)
         return 4 * float((shares * terms).sum())
     if name not in ("dq", "dk"):
@@ -167,7 +173,7 @@ def tolerance(name: str, exact: Tensor, plain: Tensor, dtype: torch.dtype) -> fl
     relative = roundings * torch.finfo(dtype).eps
     if name == "lse" and half:
         relative = 1e-4
-    elif name in ("dn", "dsinks") and half:
+    elif name in ("dn", "dsinks", "dslopes") and half:
         relative *= 8  # a sum over all rows, in which terms of both signs cancel
     # The smallest number that counts: float16 uses its subnormals, the wider dtypes may flush theirs to zero.
     limits = torch.finfo(dtype)
@@ -179,7 +185,7 @@ def tolerance(name: str, exact: Tensor, plain: Tensor, dtype: torch.dtype) -> fl
 
 def _dtype_of(name: str, inputs: Inputs) -> torch.dtype:
     wide = torch.promote_types(inputs.q.dtype, torch.float32)
-    return wide if name in ("lse", "dn", "dsinks") else inputs.q.dtype
+    return wide if name in ("lse", "dn", "dsinks", "dslopes") else inputs.q.dtype
 
 
 def error(x: Tensor, exact: Tensor) -> float:

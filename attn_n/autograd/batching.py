@@ -35,7 +35,8 @@ def rule(operator: Callable[..., Results]) -> Callable[..., tuple[Results, tuple
         shared = all(x is None or (x is options.mask and x.shape[0] == 1) for x in options.tensors)
         n = named["n"]
         shared = shared and (n is None or n.dim() < 2 or n.shape[0] == 1)
-        joins = shared and not (named.get("needs_n_grad", False) or options.dropout_p)
+        wanted = any(named.get(f"needs_{x}_grad", False) for x in ("n", "mask", "slopes"))
+        joins = shared and not (wanted or options.dropout_p)
         if joins and all(dim is None or name in BY_BATCH for name, dim in zip(names, in_dims, strict=True)):
             results = _joined(operator, info.batch_size, names, in_dims, arguments)
         else:

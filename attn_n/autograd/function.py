@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from attn_n.autograd import flops, gradients, operators
+from attn_n.autograd.passes import Needed
 from attn_n.autograd.prepared import PreparedCall
 from attn_n.call import Options, Saved, transforms
 
@@ -41,8 +42,13 @@ def attend_eagerly(
     if not call.needs_grad:
         out, lse, _ = call.forward(q, k, v, n, options, call.lse_wanted)
         return out, lse
-    attended: tuple[Tensor, Tensor] = _apply(q, k, v, n, options, call)
+    # Here autograd sees them as tensors, beside the options.
+    mask, slopes = options.mask if call.of_mask else None, options.alibi_slopes if call.of_slopes else None
+    attended: tuple[Tensor, Tensor] = _apply(q, k, v, n, mask, slopes, options, call)
     return attended
+
+
+_PLACES = (0, 1, 2, 3, 4, 5, None, None)  # the arguments of `_Attention`, by their places in `passes.Found`
 
 
 class _Attention(torch.autograd.Function):
@@ -50,8 +56,9 @@ class _Attention(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, q: Tensor, k: Tensor, v: Tensor, n: Tensor | None, options: Options, call: PreparedCall
-    ) -> tuple[Tensor, Tensor]:
+        ctx: Any, q: Tensor, k: Tensor, v: Tensor, n: Tensor | None, mask: Tensor | None, slopes: Tensor | None,
+        options: Options, call: PreparedCall,
+    ) -> tuple[Tensor, Tensor]:  # fmt: skip
         # The lse always has n here. Under a checkpoint the backward gets what is saved from a second forward, which can
         # run in another way than the first: nothing may be known of it but what it returned.
         out, lse, rng_state = call.forward(q, k, v, n, options, True)
@@ -61,7 +68,7 @@ class _Attention(torch.autograd.Function):
             ctx.set_materialize_grads(False)
         else:
             arguments = q, k, v, n, call.n_is_logit, call.log_n, None, call.backend
-            gradients.save(ctx, 6, arguments, options, out, lse, rng_state)
+            gradients.save(ctx, _PLACES, arguments, options, out, lse, rng_state)
         ctx.call = call
         return out, lse
 
@@ -69,16 +76,16 @@ class _Attention(torch.autograd.Function):
     def backward(ctx: Any, dout: Tensor | None, dlse: Tensor | None) -> Any:
         call = ctx.call
         if dout is None and dlse is None:
-            return None, None, None, None, None, None
+            return (None,) * len(_PLACES)
         q, k, v, out, lse, _, n, *rest = saved = ctx.saved_tensors
         if rest or not call.serves(q, dout, dlse):
-            ctx.rest = call.n_is_logit, call.log_n, call.backend, 6
+            ctx.rest = call.n_is_logit, call.log_n, call.backend, _PLACES
             return gradients.gradients(ctx, saved, dout, dlse, call)
         if dout is None:
             dout = torch.zeros_like(out)
         needs_n = n is not None and ctx.needs_input_grad[3]
-        dq, dk, dv, dn = call.backward(dout, dlse, Saved(q, k, v, out, lse), n, needs_n, ctx.options)
-        return dq, dk, dv, dn if needs_n else None, None, None
+        dq, dk, dv, dn, _, _ = call.backward(dout, dlse, Saved(q, k, v, out, lse), n, Needed(needs_n), ctx.options)
+        return dq, dk, dv, dn if needs_n else None, None, None, None, None
 
 
 # `Function.apply` looks for functorch first, which takes a quarter of its time on the host; `attend` has done so.

@@ -17,9 +17,10 @@ from attn_n.call.errors import UnsupportedError
 
 
 def save(
-    ctx: Any, inputs: int, arguments: Sequence[Any], options: Options, out: Tensor, lse: Tensor,
+    ctx: Any, places: Sequence[int | None], arguments: Sequence[Any], options: Options, out: Tensor, lse: Tensor,
     rng_state: Tensor | None,
 ) -> None:  # fmt: skip
+    """`places` says of each input of the function which of `passes.Found` is its gradient."""
     q, k, v, n, n_is_logit, log_n, numbers, backend = arguments
     checksum = _backend_checksum(backend) if options.dropout_p else None
     tensors = *options.tensors, numbers, checksum
@@ -31,16 +32,16 @@ def save(
     else:
         ctx.save_for_backward(*saved, *tensors)
         ctx.options = options.without_tensors()
-    ctx.rest = n_is_logit, log_n, backend, inputs
+    ctx.rest = n_is_logit, log_n, backend, places
     ctx.set_materialize_grads(False)
 
 
 def gradients(
     ctx: Any, saved: Sequence[Any], dout: Tensor | None, dlse: Tensor | None, call: PreparedCall | None = None
 ) -> tuple[Tensor | None, ...]:
-    n_is_logit, log_n, backend, inputs = ctx.rest
+    n_is_logit, log_n, backend, places = ctx.rest
     if dout is None and dlse is None:
-        return _only_needed((), (), inputs)
+        return (None,) * len(places)
     q, k, v, out, lse, rng_state, n, *tensors = saved
     options, numbers = ctx.options, None
     if tensors:
@@ -58,7 +59,8 @@ def gradients(
     if transforms.have_tangents(dout, dlse, q, k, v, out, lse, n):
         raise no_second_derivative(backend)
     found: Sequence[Tensor | None]
-    needed: tuple[bool, ...] = ctx.needs_input_grad
+    inputs: tuple[bool, ...] = ctx.needs_input_grad
+    needed = passes.Needed(*[inputs[places.index(of)] for of in range(3, 6)])
     batched = transforms.is_batched(dout) or transforms.is_batched(dlse)
     if backend == passes.ANY_BACKEND and not (batched or transforms.needs_dispatcher(q)):
         chosen = passes.chosen_now(backend, q, k, v, n, options)
@@ -66,15 +68,15 @@ def gradients(
             if numbers is not None:
                 log_n, options = passes.with_numbers(numbers, log_n, options)
             found = _by_autograd(chosen, dout, dlse, q, k, v, n, n_is_logit, log_n, options)
-            return _only_needed(found, needed, inputs)
+            return _of_inputs(found, places, inputs)
     if dout is None:
         dout = torch.zeros_like(out)
     if call is not None and call.serves(q, dout, dlse):
-        found = call.backward(dout, dlse, Saved(q, k, v, out, lse, None, rng_state), n, needed[3], options)
-        return _only_needed(found, needed, inputs)
+        found = call.backward(dout, dlse, Saved(q, k, v, out, lse, None, rng_state), n, needed, options)
+        return _of_inputs(found, places, inputs)
     arguments = (
         dout, dlse, q, k, v, out, lse, rng_state, n, n_is_logit,
-        log_n is None and passes.rows_may_be_empty_in(q, k, options), needed[3], numbers, backend,
+        log_n is None and passes.rows_may_be_empty_in(q, k, options), *needed, numbers, backend,
     )  # fmt: skip
     with autocast.suspended(q.device.type):
         if torch.is_grad_enabled():
@@ -84,28 +86,37 @@ def gradients(
             found = torch.ops.attn_n.backward(*arguments, *options)
         else:
             found = passes.backward(options, *arguments)
-    return _only_needed(found, needed, inputs)
+    return _of_inputs(found, places, inputs)
 
 
-def _only_needed(found: Sequence[Tensor | None], needed: Sequence[bool], inputs: int) -> tuple[Tensor | None, ...]:
-    """The gradients of all inputs, of which the first four, q, k, v and n, have one."""
-    wanted = [x if of_x else None for x, of_x in zip(found, needed, strict=False)]
-    return *wanted, *[None] * (inputs - len(wanted))
+def _of_inputs(
+    found: Sequence[Tensor | None], places: Sequence[int | None], needed: Sequence[bool]
+) -> tuple[Tensor | None, ...]:
+    """The gradients of all inputs, None for those that have or need none."""
+    return tuple([
+        None if place is None or not needs_it else found[place] for place, needs_it in zip(places, needed, strict=True)
+    ])  # fmt: skip
 
 
 def _by_autograd(
     chosen: Backend, dout: Tensor | None, dlse: Tensor | None, q: Tensor, k: Tensor, v: Tensor, n: Tensor | None,
     n_is_logit: bool, log_n: float | None, options: Options,
 ) -> list[Tensor | None]:  # fmt: skip
-    """dq, dk, dv and dn by a backend without a backward of its own, of an exported program whose forward it ran."""
+    """`passes.Found` by a backend without a backward of its own, of an exported program whose forward it ran."""
     q, k, v = (x.detach().requires_grad_() for x in (q, k, v))
     of_n: float | Tensor | None = log_n if n is None else n.detach().requires_grad_()
+    mask, slopes = [
+        x.detach().requires_grad_() if x is not None and x.is_floating_point() else x
+        for x in (options.mask, options.alibi_slopes)
+    ]
+    options = options.replaced(mask=mask, alibi_slopes=slopes)
     with torch.enable_grad(), autocast.suspended(q.device.type):
         results = chosen.attend(q, k, v, of_n, n_is_logit or n is None, options, True)
     given = [(x, dx) for x, dx in zip(results, (dout, dlse), strict=True) if x is not None and dx is not None]
-    leaves = [q, k, v, *([of_n] if isinstance(of_n, Tensor) else [])]
-    found = torch.autograd.grad([x for x, _ in given], leaves, [dx for _, dx in given], allow_unused=True)
-    return [*found, *[None] * (4 - len(found))]
+    inputs = (q, k, v, of_n, mask, slopes)
+    leaves = [x for x in inputs if isinstance(x, Tensor) and x.requires_grad]
+    found = iter(torch.autograd.grad([x for x, _ in given], leaves, [dx for _, dx in given], allow_unused=True))
+    return [next(found) if isinstance(x, Tensor) and x.requires_grad else None for x in inputs]
 
 
 class Backward(torch.autograd.Function):
@@ -114,13 +125,13 @@ class Backward(torch.autograd.Function):
     generate_vmap_rule = True
 
     @staticmethod
-    def forward(*arguments: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        gradients: tuple[Tensor, Tensor, Tensor, Tensor] = torch.ops.attn_n.backward(*arguments)
+    def forward(*arguments: Any) -> tuple[Tensor, ...]:
+        gradients: tuple[Tensor, ...] = torch.ops.attn_n.backward(*arguments)
         return gradients
 
     @staticmethod
     def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
-        ctx.backend = inputs[13]
+        ctx.backend = inputs[15]
 
     @staticmethod
     def backward(ctx: Any, *grads: Any) -> Any:

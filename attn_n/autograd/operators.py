@@ -26,7 +26,8 @@ _FORWARD = (
 )
 _BACKWARD = (
     "Tensor dout, Tensor? dlse, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse, Tensor? rng_state, Tensor? n,"
-    " bool n_is_logit, bool rows_may_be_empty, bool needs_n_grad, Tensor? numbers, str backend, " + _OPTIONS
+    " bool n_is_logit, bool rows_may_be_empty, bool needs_n_grad, bool needs_mask_grad, bool needs_slopes_grad,"
+    " Tensor? numbers, str backend, " + _OPTIONS
 )
 _PURE, _RANDOM = "forward", "forward_with_dropout"
 
@@ -42,7 +43,8 @@ _library.define(
     tags=(torch.Tag.pt2_compliant_tag, torch.Tag.nondeterministic_seeded),
 )
 _library.define(
-    f"backward({_BACKWARD}) -> (Tensor dq, Tensor dk, Tensor dv, Tensor dn)", tags=(torch.Tag.pt2_compliant_tag,)
+    f"backward({_BACKWARD}) -> (Tensor dq, Tensor dk, Tensor dv, Tensor dn, Tensor dmask, Tensor dslopes)",
+    tags=(torch.Tag.pt2_compliant_tag,),
 )
 
 
@@ -73,11 +75,17 @@ class Operator(torch.autograd.Function):
 
     @staticmethod
     def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
-        gradients.save(ctx, len(inputs), inputs[:8], options_of(inputs), *output)
+        gradients.save(ctx, _places(len(inputs)), inputs[:8], options_of(inputs), *output)
 
     @staticmethod
     def backward(ctx: Any, dout: Tensor | None, dlse: Tensor | None, _: Any) -> Any:
         return gradients.gradients(ctx, ctx.saved_tensors, dout, dlse)
+
+
+def _places(inputs: int) -> tuple[int | None, ...]:
+    """Of each input of a forward operator the place of its gradient in `passes.Found`."""
+    of_options = [{"mask": 4, "alibi_slopes": 5}.get(name) for name in Options._fields]
+    return (0, 1, 2, 3, None, None, None, None, *of_options, *[None] * (inputs - 8 - len(of_options)))
 
 
 def _forward_operator(*arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
@@ -89,11 +97,11 @@ def _forward_operator(*arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
     return _in_order(out, promised.out_dim_order(q)), _in_order(lse, promised.lse_dim_order(q)), rng_state
 
 
-def _backward_operator(*arguments: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    q, k, v, backend = *arguments[2:5], arguments[13]
-    dq, dk, dv, dn = passes.backward(Options(*arguments[14:]), *arguments[:14])
+def _backward_operator(*arguments: Any) -> tuple[Tensor, ...]:
+    q, k, v, backend = *arguments[2:5], arguments[15]
+    dq, dk, dv, *others = passes.backward(Options(*arguments[16:]), *arguments[:16])
     order = _promises(backend).gradient_dim_order
-    return _in_order(dq, order(q)), _in_order(dk, order(k)), _in_order(dv, order(v)), dn
+    return _in_order(dq, order(q)), _in_order(dk, order(k)), _in_order(dv, order(v)), *others
 
 
 def _fake_forward(*arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
@@ -103,12 +111,14 @@ def _fake_forward(*arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
     return out, lse, q.new_empty(2 if options.dropout_p else 0, dtype=torch.int64)
 
 
-def _fake_backward(*arguments: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    q, k, v, lse, n, needs_n_grad, promised = (
-        *arguments[2:5], arguments[6], arguments[8], arguments[11], _promises(arguments[13]),
-    )  # fmt: skip
+def _fake_backward(*arguments: Any) -> tuple[Tensor, ...]:
+    q, k, v, lse, n, promised = *arguments[2:5], arguments[6], arguments[8], _promises(arguments[15])
+    options = Options(*arguments[16:])
+    others = zip((n, options.mask, options.alibi_slopes), arguments[11:14], strict=True)
     dq, dk, dv = (empty_in_order(x, x.shape, promised.gradient_dim_order(x)) for x in (q, k, v))
-    return dq, dk, dv, lse.new_empty(n.shape if needs_n_grad else 0)
+    nothing = lse.new_empty(0)
+    of_n, *of_options = [x if needs_it else nothing for x, needs_it in others]
+    return dq, dk, dv, lse.new_empty(of_n.shape), *[x.new_empty(x.shape) for x in of_options]
 
 
 def _promises(backend: str) -> Backend:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -23,6 +23,18 @@ def choose_by(choose: Callable[[AttentionCall], Backend]) -> None:
     """What chooses then. It is handed in from above: the operators know backends, and not how one is chosen."""
     global _choose
     _choose = choose
+
+
+class Needed(NamedTuple):
+    """Which gradients are asked for beyond dq, dk and dv."""
+
+    n: bool = False
+    mask: bool = False
+    slopes: bool = False
+
+
+# dq, dk, dv, dn, dmask and dslopes.
+Found = tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None, Tensor | None]
 
 
 def forward(
@@ -58,16 +70,20 @@ def forward_by(
 def backward(
     options: Options, dout: Tensor, dlse: Tensor | None, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor,
     rng_state: Tensor | None, n: Tensor | None, n_is_logit: bool, rows_may_be_empty: bool, needs_n_grad: bool,
-    numbers: Tensor | None, backend: str,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    needs_mask_grad: bool, needs_slopes_grad: bool, numbers: Tensor | None, backend: str,
+) -> tuple[Tensor, ...]:  # fmt: skip
+    """As many tensors as `Found` has; those that are not asked for are empty."""
     if numbers is not None:
         _, options = with_numbers(numbers, None, options)
+    needed, nothing = Needed(needs_n_grad, needs_mask_grad, needs_slopes_grad), lse.new_empty(0)
     if q.numel() == 0 or k.numel() == 0:
-        dq, dk, dv, dn = torch.zeros_like(q), torch.zeros_like(k), torch.zeros_like(v), lse.new_empty(0)
-        if needs_n_grad:
+        dn = nothing
+        if needed.n:
             log_n = log_of(q, n, True) if n is not None and n_is_logit else None
-            dn = rescale.gradient_of_n(dout, dlse, out, lse, log_n, options.varlen)
-        return dq, dk, dv, _shaped_as(dn, n)
+            dn = _shaped_as(rescale.gradient_of_n(dout, dlse, out, lse, log_n, options.varlen), n)
+        of_options = zip((options.mask, options.alibi_slopes), needed[1:], strict=True)
+        zeros = [nothing if x is None or not needs_it else x.new_zeros(x.shape) for x, needs_it in of_options]
+        return torch.zeros_like(q), torch.zeros_like(k), torch.zeros_like(v), dn, *zeros
     chosen = chosen_now(backend, q, k, v, n, options)
     if chosen.differentiates:
         raise UnsupportedError(
@@ -75,42 +91,46 @@ def backward(
             "To do: name a backend that has a backward, by use_backend or ATTN_N_BACKEND."
         )
     saved = Saved(q, k, v, out, lse, None, rng_state)
-    dq, dk, dv, dn_found = backward_by(
-        chosen, dout, dlse, saved, n, n_is_logit, rows_may_be_empty, needs_n_grad, options
-    )
-    return dq, dk, dv, lse.new_empty(0) if dn_found is None else dn_found
+    found = backward_by(chosen, dout, dlse, saved, n, n_is_logit, rows_may_be_empty, needed, options)
+    return tuple([nothing if x is None else x for x in found])
 
 
 def backward_by(
     passes: Prepared, dout: Tensor, dlse: Tensor | None, saved: Saved, n: Tensor | None, n_is_logit: bool,
-    rows_may_be_empty: bool, needs_n_grad: bool, options: Options,
-) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:  # fmt: skip
+    rows_may_be_empty: bool, needed: Needed, options: Options,
+) -> Found:  # fmt: skip
     # The gradient of a complex loss may have its sign in a flag, which kernels do not see.
     if dout.is_neg() or (dlse is not None and dlse.is_neg()):
         dout, dlse = dout.resolve_neg(), None if dlse is None else dlse.resolve_neg()
     q, k, v, out, lse, _, rng_state = saved
-    log_n = log_of(q, n, True) if n is not None and n_is_logit and needs_n_grad else None
+    log_n = log_of(q, n, True) if n is not None and n_is_logit and needed.n else None
     if rows_may_be_empty:
         lse, dlse = rescale.lse_for_backward(lse, dlse)
-    of_n: Any = None if not needs_n_grad else "n" if log_n is None else "log n"
-    found = passes.backward(Grads(dout, dlse, of_n), Saved(q, k, v, out, lse, log_n, rng_state), options)
+    of_n: Any = None if not needed.n else "n" if log_n is None else "log n"
+    grads = Grads(dout, dlse, of_n, needed.mask, needed.slopes)
+    found = passes.backward(grads, Saved(q, k, v, out, lse, log_n, rng_state), options)
     dn = found.dn
-    if needs_n_grad:
+    if needed.n:
         if dn is None:
             dn = rescale.gradient_of_n(dout, dlse, out, lse, log_n, options.varlen)
         dn = _shaped_as(dn, n)
     heads_kv = k.shape[1]
-    return found.dq, _sum_groups(found.dk, heads_kv), _sum_groups(found.dv, heads_kv), dn
+    dk, dv = _sum_groups(found.dk, heads_kv), _sum_groups(found.dv, heads_kv)
+    return found.dq, dk, dv, dn, found.dmask, found.dslopes
 
 
 def chosen_now(name: str, q: Tensor, k: Tensor, v: Tensor, n: Tensor | None, options: Options) -> Backend:
     """The backend of that name, or that of the automatic order here and now (an exported program runs anywhere)."""
     if name != ANY_BACKEND:
         return registry.loaded(name)
-    needs_grad = any(x is not None and x.requires_grad for x in (q, k, v, n))
+    mask, slopes = [x is not None and x.requires_grad for x in (options.mask, options.alibi_slopes)]
+    needs_grad = mask or slopes or any(x is not None and x.requires_grad for x in (q, k, v, n))
     # What one of the two passes does not know is left out: whether a number n is 0, and whether lse has a gradient.
     n_kind = "float" if n is None else "per row" if n.dim() > 1 else "per head"
-    call = describe(q, k, v, options, n_kind=n_kind, return_lse=needs_grad, needs_grad=needs_grad)
+    call = describe(
+        q, k, v, options, n_kind=n_kind, return_lse=needs_grad, needs_grad=needs_grad, mask_needs_grad=mask,
+        alibi_needs_grad=slopes,
+    )  # fmt: skip
     return _choose(call)
 
 

@@ -25,16 +25,17 @@ class PreparedCall:
             handed to an operator is a constant of a compiled graph, and each value would compile another one.
         lse_wanted: otherwise the lse that a call without gradients returns may lack n, which saves a launch.
         needs_grad: it will be differentiated.
+        of_mask, of_slopes: by its mask, and by its ALiBi slopes.
         under_autocast: autocast surrounds it, and is off while the backend runs.
     """
 
     def __init__(
         self, backend: str, options: Options, n_is_logit: bool, log_n: float | None, numbers: Tensor | None,
-        lse_wanted: bool, needs_grad: bool, under_autocast: bool,
+        lse_wanted: bool, needs_grad: bool, of_mask: bool, of_slopes: bool, under_autocast: bool,
     ) -> None:  # fmt: skip
         self.backend, self.options, self.n_is_logit, self.log_n = backend, options, n_is_logit, log_n
         self.numbers, self.lse_wanted, self.needs_grad = numbers, lse_wanted, needs_grad
-        self.under_autocast = under_autocast
+        self.of_mask, self.of_slopes, self.under_autocast = of_mask, of_slopes, under_autocast
         self._passes: Prepared | None = None
         self._applies_n = self._rows_may_be_empty = False
 
@@ -65,7 +66,7 @@ class PreparedCall:
         options = self.options._replace(max_seqlen_q=packing[2], max_seqlen_k=packing[3]) if packing else self.options
         return PreparedCall(
             self.backend, options, self.n_is_logit, self.log_n, self.numbers, self.lse_wanted, self.needs_grad,
-            self.under_autocast,
+            self.of_mask, self.of_slopes, self.under_autocast,
         )  # fmt: skip
 
     def serves(self, q: Tensor, dout: Tensor | None, dlse: Tensor | None) -> bool:
@@ -80,11 +81,11 @@ class PreparedCall:
         )
 
     def backward(
-        self, dout: Tensor, dlse: Tensor | None, saved: Saved, n: Tensor | None, needs_n_grad: bool, options: Options
-    ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+        self, dout: Tensor, dlse: Tensor | None, saved: Saved, n: Tensor | None, needed: passes.Needed, options: Options
+    ) -> passes.Found:
         """`passes.backward`, with what the forward has found out."""
         assert self._passes is not None
         rows_may_be_empty = self.log_n is None and self._rows_may_be_empty
         return passes.backward_by(
-            self._passes, dout, dlse, saved, n, self.n_is_logit, rows_may_be_empty, needs_n_grad, options
+            self._passes, dout, dlse, saved, n, self.n_is_logit, rows_may_be_empty, needed, options
         )

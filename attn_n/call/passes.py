@@ -85,7 +85,8 @@ class Grads(NamedTuple):
     dout: Tensor
     dlse: Tensor | None = None
     of_n: Literal["n", "log n"] | None = None
-    of_bias: bool = False
+    of_mask: bool = False
+    of_slopes: bool = False
 
 
 class Gradients(NamedTuple):
@@ -93,11 +94,13 @@ class Gradients(NamedTuple):
 
     Attributes:
         dn: the gradient `(Hq,)` of n or of log n, whichever was asked for. None leaves it to the caller.
-        dbias: the gradient of a floating mask, if it was asked for.
+        dmask: the gradient of a floating mask, in its shape and dtype, if it was asked for.
+        dslopes: the gradient of the ALiBi slopes, `(B, Hq)`, if it was asked for.
     """
 
     dq: Tensor
     dk: Tensor
     dv: Tensor
     dn: Tensor | None = None
-    dbias: Tensor | None = None
+    dmask: Tensor | None = None
+    dslopes: Tensor | None = None

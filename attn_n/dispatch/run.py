@@ -90,7 +90,10 @@ def _run(
         if torch.compiler.is_exporting() and forced.forced(request.backend)[0] is None and not options.dropout_p:
             name = passes.ANY_BACKEND
         bare, under_autocast = options.without_tensors(), autocast.enabled(q.device.type)
-        known = PreparedCall(name, bare, n_is_logit, log_n, numbers, call.return_lse, call.needs_grad, under_autocast)
+        known = PreparedCall(
+            name, bare, n_is_logit, log_n, numbers, call.return_lse, call.needs_grad, call.mask_needs_grad,
+            call.alibi_needs_grad, under_autocast,
+        )  # fmt: skip
         with autocast.suspended(q.device.type):
             out, lse = function.attend(q, k, v, tensor_n, options, known)
         if key is not None:

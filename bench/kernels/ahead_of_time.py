@@ -25,7 +25,7 @@ from attn_n.backends.triton import hopper
 from attn_n.backends.triton.hopper.configs import BACKWARD, FORWARD
 from attn_n.backends.triton.kernel_key import describe, kernel_strides
 from attn_n.backends.triton.portable import configs
-from attn_n.backends.triton.portable.prepare import launch, padded_rows
+from attn_n.backends.triton.portable.prepare import launch, launch_of_dmask, padded_rows
 from attn_n.call import Options
 from attn_n.sink import fused
 
@@ -147,6 +147,8 @@ def launch_of(
             "postprocess": (launches.postprocess, (dq_sum, dq, starts[0])),
         }[kernel.split()[-1]]
         return functools.partial(chosen.compiled if compile_only else chosen, *arguments)
+    if kernel == "dmask" and options.mask is None:
+        options = options.replaced(mask=torch.empty(1, 1, q.shape[2], k.shape[2], dtype=q.dtype))
     extras = options.mask, options.alibi_slopes, None, None, None
     if kernel == "forward":
         key, arguments = describe((q, k, v), log_n, options), (q, k, v, out, lse, None, log_n, *extras)
@@ -156,7 +158,12 @@ def launch_of(
         lse_log2, delta, lost = q.new_zeros(3, key.heads, padded_rows(key), dtype=torch.float32)
         lost = lost if key.float_mask else None
         if kernel == "dq":
-            arguments = (q, k, v, out, dout, lse, None, lse_log2, delta, lost, dq, None, None, *extras)
+            arguments = (q, k, v, out, dout, lse, None, lse_log2, delta, lost, dq, None, None, None, *extras)
+        elif kernel == "dmask":
+            assert options.mask is not None
+            arguments = (q, k, v, dout, lse_log2, delta, lost, torch.empty_like(options.mask), *extras)
+            chosen = launch_of_dmask(key, options.mask.shape, config)
+            return functools.partial(chosen.compiled if compile_only else chosen, *arguments)
         else:
             arguments = (q, k, v, dout, lse_log2, delta, lost, dk, dv, *extras)
     chosen = launch(kernel, key, results, config)

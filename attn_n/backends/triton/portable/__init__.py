@@ -25,8 +25,8 @@ class PortableKernels(Backend):
     name = "triton:portable"
     summary = "for any argument, on every GPU that Triton supports"
     honours: Collection[str] = (
-        "causal", "window", "negative window", "softcap", "dropout", "mask", "alibi", "varlen", "lse gradient",
-        "n a row",
+        "causal", "window", "negative window", "softcap", "dropout", "mask", "mask gradient", "alibi", "alibi gradient",
+        "varlen", "lse gradient", "n a row",
     )  # fmt: skip
     devices: Sequence[str] = ("cuda", "cpu")
     dtypes: Sequence[torch.dtype] = (*HALF, torch.float32)

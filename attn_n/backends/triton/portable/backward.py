@@ -44,7 +44,8 @@ def weights_of(s, row_lse, row_lost):
 
 @triton.jit(do_not_specialize=RUN_TIME)
 def dq_kernel(
-    q, k, v, out, dout, lse, dlse, lse_log2, delta, lost, dq, sinks, dn, mask, slopes, rng_state, starts_q, starts_k,
+    q, k, v, out, dout, lse, dlse, lse_log2, delta, lost, dq, sinks, dn, dslopes, mask, slopes, rng_state,
+    starts_q, starts_k,
     strides_q, strides_k, strides_v, strides_out, strides_dout, strides_dq, strides_mask, strides_slopes, stride_n,
     padded, heads, len_q, len_k, left, right, scale, softcap, dropout_threshold, dropout_scale,
     GROUPS: tl.constexpr, WIDTH: tl.constexpr, WIDTH_V: tl.constexpr, TILE_E: tl.constexpr, TILE_V: tl.constexpr,
@@ -102,6 +103,8 @@ def dq_kernel(
     view_v = view(of_v, 1, len_k, strides_v, WIDTH_V, TILE_K, TILE_V, DESCRIPTORS)
     factor = scale * LOG2E if LINEAR else 1.0
     dq_tile = tl.zeros((TILE_Q, TILE_E), tl.float32)
+    if dslopes is not None:
+        of_slope = tl.zeros((TILE_Q,), tl.float32)
 
     begin, full_begin, full_end, end = keys_seen(first_row, len_q, len_k, left, right, TILE_Q, TILE_K)
     if FLOAT_MASK:
@@ -136,8 +139,14 @@ def dq_kernel(
         if rng_state is not None:
             keep = dropout_mask(rng_state, batch * heads + head, rows[:, None], keys, dropout_threshold)
             dweights = tl.where(keep, dweights * dropout_scale, 0.0)
-        ds = weights * (dweights - row_delta[:, None]) * cap_derivative
+        ds = weights * (dweights - row_delta[:, None])
+        if dslopes is not None:
+            distance = tl.abs(rows[:, None] + (len_k - len_q) - keys)
+            of_slope += tl.sum(ds * distance.to(tl.float32), 1)
+        ds *= cap_derivative
         dq_tile = add_dot(dq_tile, ds.to(k.dtype.element_ty), k_tile, PRECISION)
+    if dslopes is not None:
+        tl.store(dslopes + tl.program_id(0), -tl.sum(of_slope))
     store(of_dq, dq_tile * scale, first_row, len_q, strides_dq, WIDTH, TILE_Q, TILE_E)
 
 
@@ -220,3 +229,98 @@ def dkdv_kernel(
     if DV:
         of_dv = base_of(dv, strides_dv, batch, head_kv, first_k)
         store(of_dv, dv_tile, first_key, len_k, strides_dv, WIDTH_V, TILE_K, TILE_V)
+
+
+@triton.jit(do_not_specialize=RUN_TIME)
+def dmask_kernel(
+    q, k, v, dout, lse_log2, delta, lost, dmask, mask, slopes, rng_state, starts_q, starts_k,
+    strides_q, strides_k, strides_v, strides_dout, strides_dmask, strides_mask, strides_slopes, sizes,
+    padded, heads, batches, len_q, len_k, left, right, scale, softcap, dropout_threshold, dropout_scale,
+    GROUPS: tl.constexpr, WIDTH: tl.constexpr, WIDTH_V: tl.constexpr, TILE_E: tl.constexpr, TILE_V: tl.constexpr,
+    PRECISION: tl.constexpr, TILE_Q: tl.constexpr, TILE_K: tl.constexpr, ROWS: tl.constexpr, KEYS: tl.constexpr,
+):  # fmt: skip
+    """Compute the gradient of a floating mask, one program for each tile of it.
+
+    A program adds up the gradients of all logits that the mask is broadcast to, in a fixed order. `sizes` are those of
+    the mask, `(B or 1, Hq or 1, L or 1, S or 1)`; ROWS and KEYS say that it has all queries, and all keys.
+    """
+    tiles_q, tiles_k = tl.cdiv(len_q, TILE_Q), tl.cdiv(len_k, TILE_K)
+    program = tl.program_id(0)
+    tile_q, tile_k = 0, 0
+    if KEYS:
+        tile_k = program % tiles_k
+        program = program // tiles_k
+    if ROWS:
+        tile_q = program % tiles_q
+        program = program // tiles_q
+    own_head, own_batch = program % sizes[1], program // sizes[1]
+    acc = tl.zeros((TILE_Q, TILE_K), tl.float32)
+    for batch in tl.range(own_batch, own_batch + batches // sizes[0]):
+        for head in tl.range(own_head, own_head + heads // sizes[1]):
+            for at_q in tl.range(tile_q, tile_q + 1 if ROWS else tiles_q):
+                for at_k in tl.range(tile_k, tile_k + 1 if KEYS else tiles_k):
+                    acc = add_dlogits(
+                        acc, q, k, v, dout, lse_log2, delta, lost, mask, slopes, rng_state, starts_q, starts_k,
+                        strides_q, strides_k, strides_v, strides_dout, strides_mask, strides_slopes,
+                        tl.cast(batch, tl.int64), tl.cast(head, tl.int64), at_q * TILE_Q, at_k * TILE_K,
+                        padded, heads, len_q, len_k, left, right, scale, softcap, dropout_threshold, dropout_scale,
+                        GROUPS, WIDTH, WIDTH_V, TILE_E, TILE_V, PRECISION, TILE_Q, TILE_K,
+                    )  # fmt: skip
+    of_dmask = dmask + own_batch.to(tl.int64) * strides_dmask[0] + own_head.to(tl.int64) * strides_dmask[1]
+    rows, keys = tile_q * TILE_Q + tl.arange(0, TILE_Q), tile_k * TILE_K + tl.arange(0, TILE_K)
+    to_rows, to_keys = rows.to(tl.int64) * strides_dmask[2], keys.to(tl.int64) * strides_dmask[3]
+    dtype = dmask.dtype.element_ty
+    if ROWS and KEYS:
+        inside = (rows < len_q)[:, None] & (keys < len_k)[None, :]
+        tl.store(of_dmask + to_rows[:, None] + to_keys[None, :], acc.to(dtype), mask=inside)
+    elif ROWS:
+        tl.store(of_dmask + to_rows, tl.sum(acc, 1).to(dtype), mask=rows < len_q)
+    elif KEYS:
+        tl.store(of_dmask + to_keys, tl.sum(acc, 0).to(dtype), mask=keys < len_k)
+    else:
+        tl.store(of_dmask, tl.sum(tl.sum(acc, 1), 0).to(dtype))
+
+
+@triton.jit
+def add_dlogits(
+    acc, q, k, v, dout, lse_log2, delta, lost, mask, slopes, rng_state, starts_q, starts_k,
+    strides_q, strides_k, strides_v, strides_dout, strides_mask, strides_slopes, batch, head, first_row, first_key,
+    padded, heads, len_q, len_k, left, right, scale, softcap, dropout_threshold, dropout_scale,
+    GROUPS: tl.constexpr, WIDTH: tl.constexpr, WIDTH_V: tl.constexpr, TILE_E: tl.constexpr, TILE_V: tl.constexpr,
+    PRECISION: tl.constexpr, TILE_Q: tl.constexpr, TILE_K: tl.constexpr,
+):  # fmt: skip
+    """Add the gradients of the logits of a tile, after the softcap, to `acc`."""
+    first_q, first_k = batch * 0, batch * 0
+    if starts_q is not None:
+        first_q, first_k = tl.load(starts_q + batch).to(tl.int64), tl.load(starts_k + batch).to(tl.int64)
+        len_q = (tl.load(starts_q + batch + 1) - first_q).to(tl.int32)
+        len_k = (tl.load(starts_k + batch + 1) - first_k).to(tl.int32)
+    begin, full_begin, full_end, end = keys_seen(first_row, len_q, len_k, left, right, TILE_Q, TILE_K)
+    if (first_row < len_q) & (first_key < end) & (first_key + TILE_K > begin):
+        of_q, of_dout = base_of(q, strides_q, batch, head, first_q), base_of(dout, strides_dout, batch, head, first_q)
+        of_k = base_of(k, strides_k, batch, head // GROUPS, first_k)
+        of_v = base_of(v, strides_v, batch, head // GROUPS, first_k)
+        q_tile = load(of_q, 0, first_row, len_q, strides_q, WIDTH, TILE_Q, TILE_E, False)
+        dout_tile = load(of_dout, 0, first_row, len_q, strides_dout, WIDTH_V, TILE_Q, TILE_V, False)
+        k_tile = load(of_k, 0, first_key, len_k, strides_k, WIDTH, TILE_K, TILE_E, False)
+        v_tile = load(of_v, 0, first_key, len_k, strides_v, WIDTH_V, TILE_K, TILE_V, False)
+        rows, keys = first_row + tl.arange(0, TILE_Q), first_key + tl.arange(0, TILE_K)[None, :]
+        base = padded_base(lse_log2, batch, head, padded, first_q, len_q, starts_q is not None)
+        row_lse = tl.load(base + rows, mask=rows < len_q, other=float("inf"))
+        base = padded_base(delta, batch, head, padded, first_q, len_q, starts_q is not None)
+        row_delta = tl.load(base + rows, mask=rows < len_q, other=0.0)
+        base = padded_base(lost, batch, head, padded, first_q, len_q, starts_q is not None)
+        row_lost = tl.load(base + rows, mask=rows < len_q, other=0.0)
+        slope = None if slopes is None else tl.load(head_pointer(slopes, strides_slopes, batch, head))
+        s, _ = logits(
+            dot(q_tile, k_tile.T, PRECISION), rows[:, None], keys, len_q, len_k, left, right, scale, softcap,
+            head_pointer(mask, strides_mask, batch, head), strides_mask, slope,
+            (first_key < full_begin) | (first_key >= full_end), False, True,
+        )  # fmt: skip
+        weights = weights_of(s, row_lse[:, None], row_lost[:, None])
+        dweights = dot(dout_tile, v_tile.T, PRECISION)
+        if rng_state is not None:
+            keep = dropout_mask(rng_state, batch * heads + head, rows[:, None], keys, dropout_threshold)
+            dweights = tl.where(keep, dweights * dropout_scale, 0.0)
+        acc += weights * (dweights - row_delta[:, None])
+    return acc

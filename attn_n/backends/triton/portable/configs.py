@@ -45,6 +45,7 @@ SM_90: Table = {
     },
     "dk": {256: (Config(32, 128, 8, 3, True, 700), Config(32, 128, 8, 3))},
     "dv": {256: (Config(64, 64, 4, 3, True, 700), Config(64, 128, 8, 2))},
+    "dmask": {64: (Config(64, 64, 4, 1),), 128: (Config(64, 64, 8, 1),), 256: (Config(32, 64, 8, 1),)},
 }
 
 # Not measured: these fit the 163 KB of shared memory of an A100 and spill no registers on sm_80 and sm_100.
@@ -54,6 +55,7 @@ LARGE: Table = {
     "dk and dv": {64: (Config(32, 64, 4, 2),), 128: (Config(32, 64, 4, 2),)},
     "dk": {256: (Config(32, 64, 8, 2),)},
     "dv": {256: (Config(32, 64, 8, 2),)},
+    "dmask": {64: (Config(64, 64, 4, 1),), 128: (Config(64, 64, 8, 1),), 256: (Config(32, 64, 8, 1),)},
 }
 
 # Not measured: these fit 64 KB of shared memory (ROCm; consumer GPUs have 99 KB).
@@ -63,6 +65,7 @@ SMALL: Table = {
     "dk and dv": {64: (Config(32, 64, 4, 1),), 128: (Config(32, 32, 4, 1),)},
     "dk": {256: (Config(16, 32, 4, 1),)},
     "dv": {256: (Config(16, 32, 4, 1),)},
+    "dmask": {64: (Config(64, 32, 4, 1),), 128: (Config(32, 32, 4, 1),), 256: (Config(16, 32, 4, 1),)},
 }
 
 # float32: exact matmuls run on CUDA cores, from registers, and not on tensor cores. Measured as above at S = 1024.
@@ -72,6 +75,7 @@ FLOAT32: Table = {
     "dk and dv": {64: (Config(32, 64, 4, 1),), 128: (Config(16, 16, 4, 1),)},
     "dk": {256: (Config(16, 32, 8, 1),)},
     "dv": {256: (Config(16, 32, 8, 1),)},
+    "dmask": {64: (Config(32, 32, 8, 1),), 128: (Config(16, 16, 8, 1),), 256: (Config(16, 16, 8, 1),)},
 }
 
 _LARGE = ((8, 0), (8, 7), (10, 0), (10, 3))

@@ -8,12 +8,12 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from attn_n.backends.base import aligned
+from attn_n.backends.base import aligned, dense_strides
 from attn_n.backends.triton import allocation
 from attn_n.backends.triton.allocation import Allocation
 from attn_n.backends.triton.kernel_key import KernelKey, Strides, describe
 from attn_n.backends.triton.portable import configs
-from attn_n.backends.triton.portable.backward import dkdv_kernel, dq_kernel
+from attn_n.backends.triton.portable.backward import dkdv_kernel, dmask_kernel, dq_kernel
 from attn_n.backends.triton.portable.configs import Config
 from attn_n.backends.triton.portable.forward import forward_kernel
 from attn_n.backends.triton.portable.tile import ROW_PADDING
@@ -51,7 +51,7 @@ class PortableCall:
         if dout.stride(-1) != 1:  # as the gradient of a sum: it is loaded many times, so that one copy pays
             dout = dout.contiguous()
         lse, dlse = lse.contiguous(), None if dlse is None else dlse.contiguous()
-        ready = self._backward((q, k, v, out, dout), log_n, options)
+        ready = self._backward((q, k, v, out, dout), log_n, options, grads.of_mask)
         dq, dk, dv = [allocate() for allocate in ready.gradients]
         workspace, rows = ready.workspace(), ready.rows
         lse_log2, delta = Part(workspace, 0, rows), Part(workspace, rows, rows)
@@ -60,19 +60,31 @@ class PortableCall:
         shares = shares_of_n(grads, log_n, ready.shares)
         if shares is not None and options.varlen:  # a program beyond the end of a sequence stores nothing
             shares.zero_()
-        ready.dq(q, k, v, out, dout, lse, dlse, lse_log2, delta, lost, dq, log_n, shares, *extras)
+        of_slopes = None
+        if grads.of_slopes:
+            of_slopes = ready.shares().zero_() if options.varlen else ready.shares()
+        ready.dq(q, k, v, out, dout, lse, dlse, lse_log2, delta, lost, dq, log_n, shares, of_slopes, *extras)
         for of_keys in ready.of_keys:
             of_keys(q, k, v, dout, lse_log2, delta, lost, dk, dv, *extras)
-        return Gradients(dq, dk, dv, gradient_of_n(shares, log_n))
+        dmask = None
+        if ready.dmask is not None:
+            assert options.mask is not None
+            # Of varlen sequences a mask may have more rows and keys than the longest one.
+            allocate = torch.zeros if options.varlen else torch.empty
+            dmask = allocate(options.mask.shape, dtype=options.mask.dtype, device=q.device)
+            ready.dmask(q, k, v, dout, lse_log2, delta, lost, dmask, *extras)
+        dslopes = None if of_slopes is None else of_slopes.sum(2)
+        return Gradients(dq, dk, dv, gradient_of_n(shares, log_n), dmask, dslopes)
 
-    def _backward(self, tensors: tuple[Tensor, ...], log_n: Tensor | None, options: Options) -> Backward:
+    def _backward(self, tensors: tuple[Tensor, ...], log_n: Tensor | None, options: Options, of_mask: bool) -> Backward:
         *_, out, dout = tensors
-        kind = out.stride(), dout.stride(), None if log_n is None else log_n.stride(), aligned(*tensors)
+        mask = options.mask.shape if of_mask and options.mask is not None else None
+        kind = out.stride(), dout.stride(), None if log_n is None else log_n.stride(), aligned(*tensors), mask
         ready = self._backwards.get(kind)
         if ready is None:
             key = describe(tensors, log_n, options)
             q, k, v, *_ = tensors
-            ready = self._backwards[kind] = backward(key, q, k, v)
+            ready = self._backwards[kind] = backward(key, q, k, v, mask)
         return ready
 
 
@@ -82,6 +94,7 @@ class Backward(NamedTuple):
     gradients: tuple[Allocation, ...]  # of dq, dk and dv
     dq: Launch
     of_keys: tuple[Launch, ...]
+    dmask: Launch | None
     workspace: Allocation  # of two or, beside a floating mask, three numbers of all rows of all heads
     rows: int  # of all heads, and up to three more
     shares: Allocation  # of each program's share of the gradient of n, (B, H, tiles)
@@ -95,7 +108,8 @@ def call_for(q: Tensor, k: Tensor, v: Tensor, log_n: float | Tensor | None, opti
 _calls: Recent[KernelKey, PortableCall] = Recent()
 
 
-def backward(key: KernelKey, q: Tensor, k: Tensor, v: Tensor) -> Backward:
+def backward(key: KernelKey, q: Tensor, k: Tensor, v: Tensor, mask: Sequence[int] | None = None) -> Backward:
+    """`mask` is the shape of a mask that has a gradient."""
     p, (gradients, strides) = key, zip(*[allocation.empty_like(x) for x in (q, k, v)], strict=True)
     dq = launch("dq", p, strides)
     rows = -(-p.heads * padded_rows(p) // 4) * 4  # each of the arrays begins at a multiple of 16 bytes
@@ -103,6 +117,7 @@ def backward(key: KernelKey, q: Tensor, k: Tensor, v: Tensor) -> Backward:
         gradients,
         dq,
         tuple([launch(kernel, p, strides) for kernel in configs.kernels_of_keys(p)]),
+        None if mask is None else launch_of_dmask(p, mask),
         allocation.empty((rows * (3 if p.float_mask else 2),), torch.float32, p.device),
         rows,
         allocation.empty((p.batch, p.heads, dq.programs // (p.batch * p.heads)), torch.float32, p.device),
@@ -123,8 +138,7 @@ def launch(kernel: str, key: KernelKey, results: Sequence[Strides], config: Conf
         "TILE_Q": config.tile_q, "TILE_K": config.tile_k, "DESCRIPTORS": config.descriptors,
     }  # fmt: skip
     numbers: tuple[Any, ...] = (
-        p.heads, p.len_q, p.len_k, *p.window, p.scale, p.softcap,
-        min(int(p.dropout_p * 2**31), 2**31 - 1), 1 / (1 - p.dropout_p),
+        p.heads, p.len_q, p.len_k, *p.window, p.scale, p.softcap, *_dropout(p),
     )  # fmt: skip
     extras = p.strides_mask, p.strides_slopes
     programs_of_queries = p.batch * p.heads * -(-p.len_q // config.tile_q)
@@ -140,6 +154,29 @@ def launch(kernel: str, key: KernelKey, results: Sequence[Strides], config: Conf
     numbers = q, k, v, dout, dk, dv, *extras, *numbers
     constants |= {"DK": "dk" in kernel, "DV": "dv" in kernel}
     return Launch(dkdv_kernel, programs_of_keys, p.device, numbers, constants, options, config.descriptors)
+
+
+def launch_of_dmask(key: KernelKey, sizes: Sequence[int], config: Config | None = None) -> Launch:
+    """Return the launch that computes the gradient of a mask of these sizes."""
+    p, config = key, config or configs.find("dmask", key)
+    (batches, heads, rows, keys), (tile_e, tile_v) = sizes, configs.tiles_of_widths(p)
+    constants = {
+        "GROUPS": p.heads // p.heads_kv, "WIDTH": p.width, "WIDTH_V": p.width_v, "TILE_E": tile_e, "TILE_V": tile_v,
+        "PRECISION": "tf32" if p.tf32 else "ieee", "TILE_Q": config.tile_q, "TILE_K": config.tile_k,
+        "ROWS": rows > 1, "KEYS": keys > 1,
+    }  # fmt: skip
+    numbers = (
+        *p.strides[:3], p.strides[4], dense_strides(sizes, range(4)), p.strides_mask, p.strides_slopes, tuple(sizes),
+        padded_rows(p), p.heads, p.batch, p.len_q, p.len_k, *p.window, p.scale, p.softcap, *_dropout(p),
+    )  # fmt: skip
+    tiles = (-(-p.len_q // config.tile_q) if rows > 1 else 1) * (-(-p.len_k // config.tile_k) if keys > 1 else 1)
+    options = {"num_warps": config.num_warps, "num_stages": config.num_stages}
+    return Launch(dmask_kernel, batches * heads * tiles, p.device, numbers, constants, options, descriptors=False)
+
+
+def _dropout(key: KernelKey) -> tuple[int, float]:
+    """Return the 31-bit threshold below which a random number drops a weight, and the factor of the others."""
+    return min(int(key.dropout_p * 2**31), 2**31 - 1), 1 / (1 - key.dropout_p)
 
 
 def log_n_of(grads: Grads, saved: Saved) -> Tensor | None:

@@ -1,0 +1,147 @@
+"""The gradients of a floating mask and of ALiBi slopes; the case table has them on every backend."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch.utils.checkpoint import checkpoint
+
+import attn_n
+from attn_n import flash_attention_n
+from tests.cases import INTERPRETED
+from tests.oracle import attention_n
+from tests.places import PLACES
+
+pytest.importorskip("triton")
+
+SHAPES = ((2, 2, 34, 40), (1, 2, 34, 40), (2, 1, 34, 40), (2, 1, 1, 40), (1, 2, 34, 1), (1, 1, 1, 1), (40,))
+
+
+def inputs(device: str, mask: tuple[int, ...], dtype: torch.dtype = torch.float32) -> list[Tensor]:
+    """Return q, k, v with negative logits, a mask, and slopes."""
+    q, k, v = (torch.randn(2, *shape, 16, device=device, dtype=dtype) for shape in ((2, 34), (1, 40), (1, 40)))
+    q[..., 0], k[..., 0] = -2.0, 3.0
+    slopes = torch.linspace(0.1, 0.9, 2, device=device)
+    return [x.requires_grad_() for x in (q, k, v, torch.randn(mask, device=device), slopes)]
+
+
+def ours(*x: Tensor, **options: Any) -> Tensor:
+    return flash_attention_n(*x[:3], sm_n=2.0, attn_mask=x[3], alibi_slopes=x[4], window=(30, 20), **options)
+
+
+def exact(x: list[Tensor], dout: Tensor) -> tuple[Tensor, ...]:
+    wide = [each.detach().double().requires_grad_() for each in x]
+    mask = wide[3].expand(2, 2, 34, 40)
+    out = attention_n(*wide[:3], 2.0, mask=mask, window=(30, 20), alibi_slopes=wide[4])[0]
+    return torch.autograd.grad(out, wide, dout.double())
+
+
+def check(found: tuple[Tensor, ...], x: list[Tensor], dout: Tensor) -> None:
+    for got, expected, leaf in zip(found, exact(x, dout), x, strict=True):
+        assert (got.shape, got.dtype) == (leaf.shape, leaf.dtype)
+        assert torch.allclose(got.double(), expected, rtol=1e-4, atol=1e-5 * float(expected.abs().max()))
+
+
+@pytest.mark.parametrize("device", PLACES)
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_what_is_broadcast_is_added_up(shape: tuple[int, ...], device: str, ran: list[str]) -> None:
+    x = inputs(device, shape)
+    dout = torch.randn_like(x[0])
+    found = [torch.autograd.grad(ours(*x, backend="triton:portable"), x, dout) for _ in range(2)]
+    assert ran == ["forward triton:portable", "backward triton:portable"] * 2
+    check(found[0], x, dout)
+    assert all(torch.equal(a, b) for a, b in zip(*found, strict=True)), "the same bits each time"
+
+
+@pytest.mark.parametrize("device", PLACES)
+def test_an_expanded_mask(device: str) -> None:
+    """Its memory has one number for all heads, its gradient one for each."""
+    x = inputs(device, (2, 1, 34, 40))
+    x[3] = x[3].detach().expand(2, 2, 34, 40).requires_grad_()
+    dout = torch.randn_like(x[0])
+    check(torch.autograd.grad(ours(*x, backend="triton"), x, dout), x, dout)
+
+
+@pytest.mark.parametrize("device", PLACES)
+def test_a_float32_mask_beside_half_precision(device: str) -> None:
+    x = inputs(device, (1, 2, 34, 40), torch.bfloat16)
+    dout = torch.randn_like(x[0])
+    found = torch.autograd.grad(ours(*x, backend="triton"), x, dout)
+    assert [gradient.dtype for gradient in found[3:]] == [torch.float32, torch.float32]
+    for got, expected in zip(found[3:], exact(x, dout)[3:], strict=True):
+        assert float((got - expected).abs().max()) < 0.02 * float(expected.abs().max())
+
+
+def test_only_what_needs_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    from attn_n.backends.triton.portable import prepare
+
+    prepare._calls.clear()
+    made = []
+    launch = prepare.launch_of_dmask
+    monkeypatch.setattr(prepare, "launch_of_dmask", lambda *of: made.append(of) or launch(*of))
+    device = "cpu" if INTERPRETED else "cuda"
+    x = inputs(device, (1, 2, 34, 40))
+    without = [*x[:3], *[each.detach() for each in x[3:]]]
+    ours(*without, backend="triton").sum().backward()
+    ours(*x[:3], without[3], x[4], backend="triton").sum().backward()
+    assert x[4].grad is not None
+    assert made == []
+    ours(*[each.detach() for each in x[:3]], x[3], without[4], backend="triton").sum().backward()
+    assert x[3].grad is not None
+    assert len(made) == 1
+
+
+def under_func_grad(x: list[Tensor], dout: Tensor) -> tuple[Tensor, ...]:
+    return tuple(torch.func.grad(lambda *y: (ours(*y, backend="triton") * dout).sum(), tuple(range(5)))(*x))
+
+
+def under_a_checkpoint(x: list[Tensor], dout: Tensor) -> tuple[Tensor, ...]:
+    return torch.autograd.grad(checkpoint(lambda *y: ours(*y, backend="triton"), *x, use_reentrant=False), x, dout)
+
+
+def under_compile(x: list[Tensor], dout: Tensor) -> tuple[Tensor, ...]:
+    attend = torch.compile(lambda *y: ours(*y, backend="triton"), fullgraph=True, backend="aot_eager")
+    return torch.autograd.grad(attend(*x), x, dout)
+
+
+@pytest.mark.parametrize("device", PLACES)
+@pytest.mark.parametrize("run", [under_func_grad, under_a_checkpoint, under_compile])
+def test_other_ways_to_differentiate(run: Any, device: str) -> None:
+    x = inputs(device, (2, 1, 34, 40))
+    dout = torch.randn_like(x[0])
+    check(run(x, dout), x, dout)
+
+
+def test_vmap() -> None:
+    device = "cpu" if INTERPRETED else "cuda"
+    many = [inputs(device, (1, 2, 34, 40)) for _ in range(2)]
+    douts = [torch.randn_like(x[0]) for x in many]
+
+    def gradients(dout: Tensor, *x: Tensor) -> tuple[Tensor, ...]:
+        return tuple(torch.func.grad(lambda *y: (ours(*y, backend="triton") * dout).sum(), tuple(range(5)))(*x))
+
+    stacked = [torch.stack([x[i].detach() for x in many]) for i in range(5)]
+    found = torch.vmap(gradients)(torch.stack(douts), *stacked)
+    for i, (x, dout) in enumerate(zip(many, douts, strict=True)):
+        check(tuple(gradient[i] for gradient in found), x, dout)
+
+
+def test_no_keys() -> None:
+    q, mask = torch.randn(1, 2, 5, 8, requires_grad=True), torch.randn(1, 2, 5, 0, requires_grad=True)
+    k = torch.randn(1, 2, 0, 8)
+    out = flash_attention_n(q, k, k, sm_n=1.0, attn_mask=mask, backend="triton" if INTERPRETED else "reference")
+    of_mask, of_q = torch.autograd.grad(out.sum(), (mask, q))
+    assert of_mask.shape == mask.shape
+    assert not of_q.any()
+
+
+def test_who_serves_it() -> None:
+    q = torch.randn(1, 2, 5, 8)
+    said = attn_n.explain(q, q, q, attn_mask=torch.randn(5, 5, requires_grad=True), sm_n=1.0)
+    reasons = {verdict.name: verdict.reason for verdict in said.verdicts}
+    assert reasons["sdpa"] == "cpu: has no gradient of attn_mask"
+    assert reasons["reference"] is None
+    assert (reasons["triton"] is None) == INTERPRETED
