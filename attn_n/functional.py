@@ -86,11 +86,12 @@ def flash_attention_n(
         sm_n: n >= 0: None is 0, plain softmax; a number; or a differentiable tensor `()` or `(Hq,)`.
         sinks: differentiable logits of attention sinks: `log n` a head, `(Hq,)`, or a row, `(N, ..., Hq, L)` with 1 for
             any of these sizes (of `(N, Hq)` pass `sinks[:, :, None]`). Excludes `sm_n`.
-        attn_mask: broadcastable to `(N, ..., Hq, L, S)`; bool (True = attend) or floating (added to the logits). Or a
-            `torch.nn.attention.bias.CausalBias`, which is served as a window, without a mask in memory.
+        attn_mask: broadcastable to `(N, ..., Hq, L, S)`; bool (True = attend) or floating (added to the logits,
+            differentiable). Or a `torch.nn.attention.bias.CausalBias`, which is served as a window, without a mask in
+            memory.
         window: `(left, right)`: query i sees the keys `p - left <= j <= p + right`; None is unlimited on that side.
         softcap: c > 0: logits become `c tanh(s / c)` before masks.
-        alibi_slopes: `(Hq,)` or `(N, Hq)`: adds `-slope |p - j|` to the logits.
+        alibi_slopes: `(Hq,)` or `(N, Hq)`, differentiable: adds `-slope |p - j|` to the logits.
         dropout_p: in [0, 1): probability of dropping a weight; n is not dropped; follows `torch.manual_seed`.
         return_lse: also return `log(n + sum_j exp(s_ij))`, natural logarithm, differentiable.
         backend: the name of a backend, which then serves the call or says why not; None lets `use_backend`,
