@@ -16,7 +16,7 @@ from attn_n.backends.triton.portable import PortableKernels
 from attn_n.call import AttentionCall, Options
 
 # Gluon changes between releases of Triton. From the first to the last of these the tests have passed on an H100.
-FIRST, LAST = (3, 6), (3, 9)
+FIRST, LAST = (3, 6), (3, 7)
 WIDTHS = (64, 128, 256)
 
 
