@@ -162,3 +162,20 @@ def call_of(workload: Workload, n: str, training: bool) -> AttentionCall:
         needs_grad=training,
         n_kind={"0": "none", "1": "float", "per head": "per head"}[n],
     )
+
+
+@pytest.mark.parametrize(
+    ("capability", "first", "said"),
+    [
+        ((8, 0), ("sdpa", "flash_attn", "triton"), "automatic, not measured here: compute capability 8.0"),
+        ((8, 9), ("sdpa", "flash_attn", "triton"), "automatic, not measured here: compute capability 8.9"),
+        ((10, 0), ("flash_attn:4", "sdpa", "triton"), "automatic, not measured here: compute capability 10.0"),
+        ((12, 0), ("sdpa", "triton", "flash_attn"), "automatic, not measured here: compute capability 12.0"),
+    ],
+    ids=str,
+)
+def test_gpus_that_are_not_measured(capability: tuple[int, int], first: tuple[str, ...], said: str) -> None:
+    for call in (gpu_call(capability=capability), gpu_call(capability=capability, n_kind="float", needs_grad=False)):
+        assert order.automatic(call)[:3] == first
+        assert order.automatic(call)[-1] == "reference"
+        assert order.reason(call) == said

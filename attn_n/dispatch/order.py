@@ -15,6 +15,15 @@ DEFAULT = {
 }
 ELSEWHERE = ("reference",)
 
+# By the major compute capability of other GPUs, which we have not measured. sm_80 to sm_89: FlashAttention 2 was made
+# for them, and Triton's compiler does not beat its backward there. sm_100 to sm_110: FlashAttention 4 alone uses their
+# tensor memory. sm_120 has none and no kernel of its own in any of these libraries, and takes `DEFAULT`.
+UNMEASURED = {
+    8: ("sdpa", "flash_attn", "triton", "xformers", "reference"),
+    10: ("flash_attn:4", "sdpa", "triton", "flash_attn", "xformers", "reference"),
+    11: ("flash_attn:4", "sdpa", "triton", "flash_attn", "xformers", "reference"),
+}
+
 
 # A few queries over many keys need other kernels than many queries do: split-KV, or one tile for all query heads that
 # share a KV head.
@@ -101,8 +110,7 @@ _BY_KIND = {
 
 def automatic(call: AttentionCall) -> tuple[str, ...]:
     """Return the backends to try, in order, for a call that forces none."""
-    row = _row(call)
-    default = DEFAULT.get(call.device, ELSEWHERE)
+    row, default = _row(call), _default(call)
     if row is None and _masks_by_numbers(call):
         default = ("triton", *[name for name in default if name != "triton"])
     return default if row is None else (*row.first, *[name for name in default if name not in row.first])
@@ -113,7 +121,16 @@ def reason(call: AttentionCall) -> str:
     row = _row(call)
     if row is None and _masks_by_numbers(call):
         return "automatic, triton first: the gradients beside a floating mask are more accurate there"
-    return "automatic" if row is None else f"automatic, by speed on an H100: {row}"
+    if row is not None:
+        return f"automatic, by speed on an H100: {row}"
+    major, minor = call.capability or (9, 0)
+    return "automatic" if major == 9 else f"automatic, not measured here: compute capability {major}.{minor}"
+
+
+def _default(call: AttentionCall) -> tuple[str, ...]:
+    if call.capability is not None and torch.version.hip is None and call.capability[0] in UNMEASURED:
+        return UNMEASURED[call.capability[0]]
+    return DEFAULT.get(call.device, ELSEWHERE)
 
 
 def is_short(queries: int, keys: int, columns: int) -> bool:
