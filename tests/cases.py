@@ -193,6 +193,17 @@ def _cases() -> list[Case]:
         Case("E=64, Ev=128, causal", size=64, size_v=128, causal=True),
         Case("E=128", size=128, size_v=128, len_q=9),
         Case("E=256", size=256, size_v=256, len_q=9),
+        Case(
+            "E=512, MQA, sinks, causal",
+            size=512,
+            size_v=512,
+            heads_kv=1,
+            len_q=40,
+            len_k=40,
+            n="sinks",
+            sinks=(0.0, -2.0),
+            causal=True,
+        ),
         Case("E=300", size=300, size_v=300, len_q=9),
         Case("scale", scale=0.9, shift=-2.0, **few),
         Case("negative scale", scale=-0.4, shift=0.0, **few),
@@ -453,7 +464,7 @@ def must_serve(backend: str, device: str, dtype: torch.dtype, case: Case, lse_gr
         "sdpa:flash": half_on_gpu and not features & (flash_2 | {"softcap", "alibi"}),
         "sdpa:cudnn": half_on_gpu and not features & cudnn_features and not (lse_grad and grad),
         "sdpa:efficient": efficient,
-        "triton:portable": (on_gpu or INTERPRETED) and dtype != torch.float64 and "E > 256" not in features,
+        "triton:portable": (on_gpu or INTERPRETED) and dtype != torch.float64 and (half or "E > 256" not in features),
         "triton:hopper": half_on_gpu
         and HOPPER
         and not features & {"mask", "alibi", "E != Ev"}

@@ -39,8 +39,10 @@ class PortableKernels(Backend):
             return f"needs Triton {_OLDEST} or later, found {triton.__version__}"
         if call.device == "cpu" and not _INTERPRETED:
             return "runs on a GPU; on a CPU only under Triton's interpreter (TRITON_INTERPRET=1)"
-        if max(call.head_dim, call.head_dim_v) > 256:
-            return f"takes heads of up to 256, got {max(call.head_dim, call.head_dim_v)}"
+        widest = 256 if call.dtype == torch.float32 else 512
+        if max(call.head_dim, call.head_dim_v) > widest:
+            name = str(call.dtype).removeprefix("torch.")
+            return f"takes heads of up to {widest} in {name}, got {max(call.head_dim, call.head_dim_v)}"
         rows, keys = (shape[0] if call.varlen else shape[2] for shape in (call.q_shape, call.k_shape))
         if 0 < 2**31 - rows <= 256 or 0 < 2**31 - keys <= 256:  # longer ones make Triton count in 64 bits
             return f"counts rows tile by tile in 32 bits, up to 2**31 - 256, got {rows} and {keys}"
