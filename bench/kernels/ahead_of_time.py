@@ -177,9 +177,9 @@ def compiled_sinks(target: str) -> Iterator[tuple[str, int, Any]]:
     for width in (64, 96, 128, 256):
         out = torch.empty(1, 2, 256, width, dtype=torch.bfloat16)
         row, tile = lse.stride(), out.stride()
-        rescale = fused.launch_for("scale", out.device, out.dtype, out.shape, (tile,), (row, row), 0)
+        rescale = fused.launch_for("scale", out.device, out.dtype, out.shape, (tile,), (row, row, None), 0)
         yield "rescaling", width, rescale.compiled(out, lse, lse, None, 1.0)
-        gradient = fused.launch_for("gradient", out.device, out.dtype, out.shape, (tile, tile), (None, row), 1)
+        gradient = fused.launch_for("gradient", out.device, out.dtype, out.shape, (tile, tile), (None, row, None), 1)
         yield "gradient of n", width, gradient.compiled(out, out, None, lse, sinks, shares)
 
 
