@@ -126,7 +126,25 @@ def test_opcheck(case: Case) -> None:
     arguments: tuple[Any, ...] = (q, k, v, log_n, True, None, None, "sdpa:cpu", *options)
     torch.library.opcheck(torch.ops.attn_n.forward.default, arguments, test_utils=checks)
     out, lse, state = torch.ops.attn_n.forward(*arguments)
-    arguments = inputs.dout, inputs.dlse, q, k, v, out, lse, state, log_n, True, False, True, None, "sdpa:cpu", *options
+    arguments = (
+        inputs.dout,
+        inputs.dlse,
+        q,
+        k,
+        v,
+        out,
+        lse,
+        state,
+        log_n,
+        True,
+        False,
+        True,
+        False,
+        False,
+        None,
+        "sdpa:cpu",
+        *options,
+    )
     torch.library.opcheck(torch.ops.attn_n.backward.default, arguments, test_utils=checks)
 
 

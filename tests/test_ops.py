@@ -27,6 +27,10 @@ def test_opcheck(case: Case) -> None:
     """Schemas are right, and fakes promise the shapes, strides and dtypes that the kernels return."""
     inputs = make(case, torch.float32, "cpu")
     q, k, v = (x.detach() for x in (inputs.q, inputs.k, inputs.v))
+    if case.learned:
+        inputs.mask, inputs.alibi_slopes = (
+            None if x is None else x.detach() for x in (inputs.mask, inputs.alibi_slopes)
+        )
     packing: tuple[Any, ...] = inputs.packing() if case.varlen else (None, None, 0, 0)
     batch = len(case.lengths_q) or case.batch
     slopes = None if inputs.alibi_slopes is None else inputs.alibi_slopes.expand(batch, -1)
@@ -34,6 +38,8 @@ def test_opcheck(case: Case) -> None:
     left, right = case.window or (None, None)
     options = Options(0.25, left, 0 if case.causal else right, case.softcap, 0.0, mask, slopes, *packing)
     log_n = torch.linspace(-1, 1, case.heads_q)
+    if inputs.sinks is not None and inputs.sinks.dim() > 1:
+        log_n = inputs.sinks.detach()
     checks = ("test_schema", "test_faketensor", "test_aot_dispatch_dynamic")
     torch.library.opcheck(
         torch.ops.attn_n.forward.default,
@@ -44,7 +50,7 @@ def test_opcheck(case: Case) -> None:
     arguments = (torch.randn_like(out), torch.randn_like(lse), q, k, v, out, lse, state, log_n)
     torch.library.opcheck(
         torch.ops.attn_n.backward.default,
-        (*arguments, True, True, True, None, "sdpa:cpu", *options),
+        (*arguments, True, True, True, False, False, None, "sdpa:cpu", *options),
         test_utils=checks[:2],
     )
     if case.name in ("causal", "GQA", "varlen"):
@@ -312,9 +318,9 @@ def test_the_operators_on_meta_tensors() -> None:
     assert out.shape == q.shape
     assert lse.shape == q.shape[:3]
     gradients = torch.ops.attn_n.backward(
-        out, None, q, k, v, out, lse, state, n, True, False, True, None, "sdpa:cpu", *options
+        out, None, q, k, v, out, lse, state, n, True, False, True, False, False, None, "sdpa:cpu", *options
     )
-    assert [x.shape for x in gradients] == [q.shape, k.shape, v.shape, n.shape]
+    assert [x.shape for x in gradients] == [q.shape, k.shape, v.shape, n.shape, (0,), (0,)]
 
 
 def test_a_backend_with_other_strides_is_set_right(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -36,9 +36,12 @@ def tiles() -> Iterator[tuple[str, int, dict[str, Config]]]:
 
 @pytest.mark.parametrize("table", TABLES.values(), ids=TABLES)
 def test_the_tables_are_whole(table: configs.Table) -> None:
-    for kernel, widths in {"forward": {64, 128, 256}, "dq": {64, 128, 256}, "dk and dv": {64, 128}, "dk": {256},
-                           "dv": {256}}.items():  # fmt: skip
-        assert set(table[kernel]) == widths
+    wide = set() if table is configs.FLOAT32 else {512}
+    every = {64, 128, 256} | wide
+    assert {kernel: set(widths) for kernel, widths in table.items()} == {
+        "forward": every, "dq": every, "dmask": every, "dk and dv": {64, 128}, "dk": {256} | wide, "dv": {256} | wide,
+    }  # fmt: skip
+    for kernel in table:
         for found in table[kernel].values():
             assert not found[-1].descriptors
             assert found[-1].at_least == 0

@@ -75,14 +75,14 @@ def backward(
     """As many tensors as `Found` has; those that are not asked for are empty."""
     if numbers is not None:
         _, options = with_numbers(numbers, None, options)
-    needed, nothing = Needed(needs_n_grad, needs_mask_grad, needs_slopes_grad), lse.new_empty(0)
+    needed = Needed(needs_n_grad, needs_mask_grad, needs_slopes_grad)
     if q.numel() == 0 or k.numel() == 0:
-        dn = nothing
+        dn = lse.new_empty(0)
         if needed.n:
             log_n = log_of(q, n, True) if n is not None and n_is_logit else None
             dn = _shaped_as(rescale.gradient_of_n(dout, dlse, out, lse, log_n, options.varlen), n)
         of_options = zip((options.mask, options.alibi_slopes), needed[1:], strict=True)
-        zeros = [nothing if x is None or not needs_it else x.new_zeros(x.shape) for x, needs_it in of_options]
+        zeros = [lse.new_empty(0) if x is None or not needs_it else x.new_zeros(x.shape) for x, needs_it in of_options]
         return torch.zeros_like(q), torch.zeros_like(k), torch.zeros_like(v), dn, *zeros
     chosen = chosen_now(backend, q, k, v, n, options)
     if chosen.differentiates:
@@ -92,7 +92,7 @@ def backward(
         )
     saved = Saved(q, k, v, out, lse, None, rng_state)
     found = backward_by(chosen, dout, dlse, saved, n, n_is_logit, rows_may_be_empty, needed, options)
-    return tuple([nothing if x is None else x for x in found])
+    return tuple([lse.new_empty(0) if x is None else x for x in found])
 
 
 def backward_by(
