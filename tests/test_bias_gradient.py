@@ -21,8 +21,9 @@ SHAPES = ((2, 2, 34, 40), (1, 2, 34, 40), (2, 1, 34, 40), (2, 1, 1, 40), (1, 2, 
 
 
 def inputs(device: str, mask: tuple[int, ...], dtype: torch.dtype = torch.float32) -> list[Tensor]:
-    """Return q, k, v with negative logits, a mask, and slopes."""
-    q, k, v = (torch.randn(2, *shape, 16, device=device, dtype=dtype) for shape in ((2, 34), (1, 40), (1, 40)))
+    """Return q, k, v with negative logits, a mask, and slopes; several tiles of them, or few if the mask has few."""
+    len_q, len_k = (5, 7) if mask[-1] == 7 else (34, 40)
+    q, k, v = (torch.randn(2, *shape, 16, device=device, dtype=dtype) for shape in ((2, len_q), (1, len_k), (1, len_k)))
     q[..., 0], k[..., 0] = -2.0, 3.0
     slopes = torch.linspace(0.1, 0.9, 2, device=device)
     return [x.requires_grad_() for x in (q, k, v, torch.randn(mask, device=device), slopes)]
@@ -34,7 +35,7 @@ def ours(*x: Tensor, **options: Any) -> Tensor:
 
 def exact(x: list[Tensor], dout: Tensor) -> tuple[Tensor, ...]:
     wide = [each.detach().double().requires_grad_() for each in x]
-    mask = wide[3].expand(2, 2, 34, 40)
+    mask = wide[3].expand(2, 2, x[0].shape[2], x[1].shape[2])
     out = attention_n(*wide[:3], 2.0, mask=mask, window=(30, 20), alibi_slopes=wide[4])[0]
     return torch.autograd.grad(out, wide, dout.double())
 
@@ -59,15 +60,15 @@ def test_what_is_broadcast_is_added_up(shape: tuple[int, ...], device: str, ran:
 @pytest.mark.parametrize("device", PLACES)
 def test_an_expanded_mask(device: str) -> None:
     """Its memory has one number for all heads, its gradient one for each."""
-    x = inputs(device, (2, 1, 34, 40))
-    x[3] = x[3].detach().expand(2, 2, 34, 40).requires_grad_()
+    x = inputs(device, (2, 1, 5, 7))
+    x[3] = x[3].detach().expand(2, 2, 5, 7).requires_grad_()
     dout = torch.randn_like(x[0])
     check(torch.autograd.grad(ours(*x, backend="triton"), x, dout), x, dout)
 
 
 @pytest.mark.parametrize("device", PLACES)
 def test_a_float32_mask_beside_half_precision(device: str) -> None:
-    x = inputs(device, (1, 2, 34, 40), torch.bfloat16)
+    x = inputs(device, (1, 2, 5, 7), torch.bfloat16)
     dout = torch.randn_like(x[0])
     found = torch.autograd.grad(ours(*x, backend="triton"), x, dout)
     assert [gradient.dtype for gradient in found[3:]] == [torch.float32, torch.float32]
@@ -83,7 +84,7 @@ def test_only_what_needs_it(monkeypatch: pytest.MonkeyPatch) -> None:
     launch = prepare.launch_of_dmask
     monkeypatch.setattr(prepare, "launch_of_dmask", lambda *of: made.append(of) or launch(*of))
     device = "cpu" if INTERPRETED else "cuda"
-    x = inputs(device, (1, 2, 34, 40))
+    x = inputs(device, (1, 2, 5, 7))
     without = [*x[:3], *[each.detach() for each in x[3:]]]
     ours(*without, backend="triton").sum().backward()
     ours(*x[:3], without[3], x[4], backend="triton").sum().backward()
@@ -110,14 +111,14 @@ def under_compile(x: list[Tensor], dout: Tensor) -> tuple[Tensor, ...]:
 @pytest.mark.parametrize("device", PLACES)
 @pytest.mark.parametrize("run", [under_func_grad, under_a_checkpoint, under_compile])
 def test_other_ways_to_differentiate(run: Any, device: str) -> None:
-    x = inputs(device, (2, 1, 34, 40))
+    x = inputs(device, (2, 1, 5, 7))
     dout = torch.randn_like(x[0])
     check(run(x, dout), x, dout)
 
 
 def test_vmap() -> None:
     device = "cpu" if INTERPRETED else "cuda"
-    many = [inputs(device, (1, 2, 34, 40)) for _ in range(2)]
+    many = [inputs(device, (1, 2, 5, 7)) for _ in range(2)]
     douts = [torch.randn_like(x[0]) for x in many]
 
     def gradients(dout: Tensor, *x: Tensor) -> tuple[Tensor, ...]:
