@@ -155,7 +155,7 @@ def tanh(x):
     """Compute tanh by its series near zero, where the difference of two exponentials would cancel."""
     square = x * x
     series = 1 + square * (-1 / 3 + square * (2 / 15 + square * (-17 / 315 + square * (62 / 2835))))
-    return tl.where(tl.abs(x) < 0.3, x * series, 1 - 2 / (1 + tl.exp2(2 * LOG2E * x)))
+    return tl.where(tl.abs(x) < 0.3, x * series, 1 - 2 / (1 + tl.exp2(x * (2 * LOG2E))))
 
 
 @triton.jit
