@@ -319,7 +319,7 @@ def test_what_has_no_kind() -> None:
 
 
 class Marked(Tensor):
-    """A tensor subclass, of which more may matter than its metadata."""
+    """A tensor subclass: a call of it depends on more than metadata."""
 
 
 @pytest.mark.parametrize("place", [0, 1, 2], ids=["q", "k", "v"])

@@ -75,17 +75,17 @@ class Operator(torch.autograd.Function):
 
     @staticmethod
     def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
-        gradients.save(ctx, _places(len(inputs)), inputs[:8], options_of(inputs), *output)
+        gradients.save(ctx, _PLACES[: len(inputs)], inputs[:8], options_of(inputs), *output)
 
     @staticmethod
     def backward(ctx: Any, dout: Tensor | None, dlse: Tensor | None, _: Any) -> Any:
         return gradients.gradients(ctx, ctx.saved_tensors, dout, dlse)
 
 
-def _places(inputs: int) -> tuple[int | None, ...]:
-    """Of each input of a forward operator the place of its gradient in `passes.Found`."""
-    of_options = [{"mask": 4, "alibi_slopes": 5}.get(name) for name in Options._fields]
-    return (0, 1, 2, 3, None, None, None, None, *of_options, *[None] * (inputs - 8 - len(of_options)))
+# The inputs of a forward operator, with `drawn` at the end, by the places of their gradients in `passes.Found`.
+_PLACES = (
+    0, 1, 2, 3, None, None, None, None, *[{"mask": 4, "alibi_slopes": 5}.get(name) for name in Options._fields], None,
+)  # fmt: skip
 
 
 def _forward_operator(*arguments: Any) -> tuple[Tensor, Tensor, Tensor]:

@@ -236,16 +236,21 @@ def _canonical_mask(mask: Tensor, q_shape: Sequence[int]) -> Tensor:
     mask = with_dimensions(mask, dims)
     if dims == 4:
         return mask
-    leading = mask.shape[:-3] if all(size == 1 for size in mask.shape[:-3]) else q_shape[:-3]
-    return mask.expand(*leading, *mask.shape[-3:]).reshape(math.prod(leading), *mask.shape[-3:])
+    return _one_batch(mask, q_shape[:-3], 3)
 
 
 def _of_rows(n: Tensor, shape: Sequence[int], dims: int) -> Tensor:
     """Reshape what broadcasts to rows of the shape (N, ..., H, L) to what broadcasts to (B, H, L)."""
     if n.dim() == dims:
         return n
-    leading = n.shape[:-2] if all(size == 1 for size in n.shape[:-2]) else shape[:-2]
-    return n.expand(*leading, *n.shape[-2:]).reshape(math.prod(leading), *n.shape[-2:])
+    return _one_batch(n, shape[:-2], 2)
+
+
+def _one_batch(x: Tensor, leading: Sequence[int], others: int) -> Tensor:
+    """Merge the dimensions before the last `others`, which broadcast to `leading`, into one; it is 1 if all are."""
+    own, last = x.shape[:-others], x.shape[-others:]
+    leading = own if all(size == 1 for size in own) else leading
+    return x.expand(*leading, *last).reshape(math.prod(leading), *last)
 
 
 def _window(

@@ -28,9 +28,6 @@ Place = tuple[object, ...]
 def measured(folder: str, results: Path, selected: str) -> dict[Place, float]:
     """Runs the grid with one release, and returns our speed over that of cuDNN at each place."""
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, (folder, os.environ.get("PYTHONPATH"))))}
-    if folder:
-        # Kernels of several releases in one cache would be told apart by their source alone.
-        environment["TRITON_CACHE_DIR"] = str(Path(folder) / "cache")
     command = [sys.executable, "-m", "pytest", "bench", "-q", "-p", "no:cacheprovider", "-k", selected]
     subprocess.run([*command, "--results", str(results)], env=environment, stdout=subprocess.DEVNULL, check=True)
     medians = {(point.place, point.contender): point.median for point in load(results).points if point.values}
