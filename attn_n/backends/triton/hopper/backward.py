@@ -49,7 +49,7 @@ from attn_n.backends.triton.hopper.backward_rings import (
 )
 from attn_n.backends.triton.hopper.gluon_compat import async_reduce_add, reinterpret
 from attn_n.backends.triton.hopper.mailbox import mailbox_read
-from attn_n.backends.triton.hopper.ptx import add_accumulator, cast_operand, consumer_barrier, pin_here
+from attn_n.backends.triton.hopper.ptx import add_accumulator, cast_operand, consumer_barrier, pin_here, recomputed
 from attn_n.backends.triton.hopper.rings import State, consumer_release, consumer_wait, wait_turn
 from attn_n.backends.triton.hopper.scheduler import Varlen
 from attn_n.backends.triton.hopper.tma import tile_descriptor
@@ -97,9 +97,9 @@ def consume(
             wait_turn(rings.queries.full, turn)
         # S^T = K Q^T and dP^T = V dO^T begin also where no tile of queries is left, since a wgmma in flight cannot
         # cross a branch; nobody reads them then.
-        s = begin_matmul(kv.k.index(CONSUMER), queries.q.index(turn & 1), TILE_Q, S)
+        s = begin_matmul(kv.k.index(recomputed(CONSUMER)), queries.q.index(turn & 1), TILE_Q, S)
         if DP_AHEAD:
-            dp = begin_matmul(kv.v.index(CONSUMER), queries.dout.index(turn & 1), TILE_Q, S)
+            dp = begin_matmul(kv.v.index(recomputed(CONSUMER)), queries.dout.index(turn & 1), TILE_Q, S)
             s = warpgroup_mma_wait(1, deps=[s])
         else:
             s = warpgroup_mma_wait(0, deps=[s])
@@ -110,7 +110,9 @@ def consume(
             if not DP_AHEAD:
                 zeros = gl.zeros([64, TILE_Q], gl.float32, S)
                 minus_delta = pin_here(gl.broadcast(row_vector(queries.delta.index(stage), S), zeros)[0])
-                dp = warpgroup_mma(kv.v.index(CONSUMER), dout_tile.permute((1, 0)), minus_delta, is_async=True)
+                dp = warpgroup_mma(
+                    kv.v.index(recomputed(CONSUMER)), dout_tile.permute((1, 0)), minus_delta, is_async=True
+                )
             # (2) P^T = exp2(S^T - lse). P is masked, or with softcap, whose derivative needs S again, S is: either way
             # few registers stay alive.
             edge = (row < full_begin) | (row >= full_end)
@@ -148,11 +150,11 @@ def consume(
             turn = (turn + 1) & 3
             if step < steps * SPEC.team_heads:
                 wait_turn(rings.queries.full, turn)
-            s = begin_matmul(kv.k.index(CONSUMER), queries.q.index(turn & 1), TILE_Q, S)
+            s = begin_matmul(kv.k.index(recomputed(CONSUMER)), queries.q.index(turn & 1), TILE_Q, S)
             if DP_AHEAD:
                 # The next wgmma needs the registers of these.
                 dk_acc, ds_operand = warpgroup_mma_wait(1, deps=[dk_acc, ds_operand])
-                dp = begin_matmul(kv.v.index(CONSUMER), queries.dout.index(turn & 1), TILE_Q, S)
+                dp = begin_matmul(kv.v.index(recomputed(CONSUMER)), queries.dout.index(turn & 1), TILE_Q, S)
                 consumer_release(rings.queries, stage)
                 s = warpgroup_mma_wait(1, deps=[s])
             else:
@@ -193,7 +195,7 @@ def begin_dq(k_buffers, ds_buffers, stage, CONSUMER: gl.constexpr, E: gl.constex
     DQ: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, 64, 16])
     dq = gl.zeros([64, 64], gl.float32, DQ)
     for c in gl.static_range(2):
-        ds, k = ds_buffers.index(2 * stage + c), k_buffers.index(c)
+        ds, k = ds_buffers.index(2 * stage + c), k_buffers.index(recomputed(c))
         if E == 128:
             k = k.slice(64 * CONSUMER, 64, 1)
         else:

@@ -45,6 +45,7 @@ from attn_n.backends.triton.hopper.ptx import (
     cast_operand,
     consumer_barrier,
     pin_here,
+    recomputed,
 )
 from attn_n.backends.triton.hopper.rings import State, consumer_release, consumer_wait, wait_turn
 from attn_n.backends.triton.hopper.scheduler import Varlen
@@ -104,7 +105,7 @@ def consume(
                 consumer_barrier()
                 # (3) A half of dQ = dS K begins, and the second half of dX.
                 dq = gl.zeros([TILE_Q, HALF], gl.float32, OF_HALF)
-                keys = kv.k.index(0).slice(HALF * CONSUMER, HALF, 1)  # [64, HALF]
+                keys = kv.k.index(recomputed(0)).slice(HALF * CONSUMER, HALF, 1)  # [64, HALF]
                 dq = warpgroup_mma(ds.permute((1, 0)), keys, dq, use_acc=False, is_async=True)
                 second = warpgroup_mma(operand, x.slice(HALF, HALF, 1), second, is_async=True)
                 # (4) dQ is added to global memory, from registers: the wgmmas alone take up most of what shared memory
@@ -148,7 +149,9 @@ def weights(
     dtype: gl.constexpr = kv.k.dtype
     factor = (scale if softcap is None else softcap) * LOG2E
     s = gl.zeros([64, TILE_Q], gl.float32, S)
-    s = warpgroup_mma(kv.k.index(0), queries.q.index(stage).permute((1, 0)), s, use_acc=False, is_async=True)
+    s = warpgroup_mma(
+        kv.k.index(recomputed(0)), queries.q.index(stage).permute((1, 0)), s, use_acc=False, is_async=True
+    )
     lse = row_vector(queries.lse.index(stage), S)
     s = warpgroup_mma_wait(0, deps=[s])
     full_begin = mailbox_read(rings.mailbox, slot, FIELDS, "full_begin")
@@ -177,7 +180,7 @@ def dscores(rings, p_buffer, ds, stage, TILE_Q: gl.constexpr, S: gl.constexpr, O
     kv, queries = rings.kv.buffers, rings.queries.buffers
     zeros = gl.zeros([64, TILE_Q], gl.float32, S)
     dp = pin_here(gl.broadcast(row_vector(queries.delta.index(stage), S), zeros)[0])
-    dp = warpgroup_mma(kv.v.index(0), queries.dout.index(stage).permute((1, 0)), dp, is_async=True)
+    dp = warpgroup_mma(kv.v.index(recomputed(0)), queries.dout.index(stage).permute((1, 0)), dp, is_async=True)
     dp = warpgroup_mma_wait(0, deps=[dp])
     await_p()
     p = by_threads(p_buffer, TILE_Q).load(S)
