@@ -469,8 +469,9 @@ def must_serve(backend: str, device: str, dtype: torch.dtype, case: Case, lse_gr
         "triton:portable": (on_gpu or INTERPRETED) and dtype != torch.float64 and (half or "E > 256" not in features),
         "triton:hopper": half_on_gpu
         and HOPPER
-        and not features & {"mask", "alibi", "E != Ev"}
-        and case.size in (64, 128, 256)
+        and not features & {"mask", "alibi"}
+        and 32 < max(case.size, case.size_v) <= 256
+        and case.size % 8 == case.size_v % 8 == 0
         and case.layout not in NO_DESCRIPTORS,
         "flash_attn:2": half_on_gpu and not features & flash_2,
         "flash_attn:3": half_on_gpu

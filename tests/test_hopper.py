@@ -15,7 +15,7 @@ pytest.importorskip("triton")
 import attn_n
 from attn_n import flash_attention_n, flash_attention_n_varlen
 from attn_n.backends.triton.hopper import configs
-from attn_n.backends.triton.hopper.configs import FORWARD, Config
+from attn_n.backends.triton.hopper.configs import FORWARD, TILE_V, Config
 from tests import compare
 from tests.calls import boundaries
 from tests.cases import CASES, HOPPER, Case, make, must_serve
@@ -23,11 +23,14 @@ from tests.cases import CASES, HOPPER, Case, make, must_serve
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not HOPPER, reason="no GPU of compute capability 9.0")]
 
 WIDTHS = (64, 128, 256)
+TILES = ((64, 64), (128, 128), (192, 128), (256, 256))
+# Heads that their tiles hold with zeros beside them.
+SIZES = (*TILES, (40, 40), (96, 96), (80, 112), (56, 200), (160, 72), (192, 192))
 HALF = (torch.bfloat16, torch.float16)
 
 
-def at_width(case: Case, width: int) -> Case:
-    return dataclasses.replace(case, size=width, size_v=width)
+def of_size(case: Case, size: int, size_v: int) -> Case:
+    return dataclasses.replace(case, size=size, size_v=size_v)
 
 
 SERVED = [
@@ -38,10 +41,10 @@ SERVED = [
 
 
 @pytest.mark.parametrize("dtype", HALF, ids=str)
-@pytest.mark.parametrize("width", WIDTHS)
+@pytest.mark.parametrize(("size", "size_v"), [*TILES, (96, 80)])
 @pytest.mark.parametrize("case", SERVED, ids=str)
-def test_cases(case: Case, width: int, dtype: torch.dtype, ran: list[str]) -> None:
-    case = at_width(case, width)
+def test_cases(case: Case, size: int, size_v: int, dtype: torch.dtype, ran: list[str]) -> None:
+    case = of_size(case, size, size_v)
     assert must_serve("triton:hopper", "cuda", dtype, case, lse_grad=True)
     inputs = make(case, dtype, "cuda")
     excess = compare.excess(inputs, compare.library(inputs, "triton:hopper"))
@@ -53,10 +56,10 @@ def test_cases(case: Case, width: int, dtype: torch.dtype, ran: list[str]) -> No
 LENGTHS = [(1, 1), (63, 65), (128, 128), (129, 127), (192, 384), (193, 1000), (1000, 193), (777, 4500), (4500, 4400)]
 
 
-@pytest.mark.parametrize("width", WIDTHS)
+@pytest.mark.parametrize(("size", "size_v"), TILES)
 @pytest.mark.parametrize(("len_q", "len_k"), LENGTHS)
-def test_lengths(len_q: int, len_k: int, width: int) -> None:
-    case = Case("", batch=2, heads_q=4, heads_kv=2, len_q=len_q, len_k=len_k, size=width, size_v=width, n="per head")
+def test_lengths(len_q: int, len_k: int, size: int, size_v: int) -> None:
+    case = Case("", batch=2, heads_q=4, heads_kv=2, len_q=len_q, len_k=len_k, size=size, size_v=size_v, n="per head")
     window = {"window": (len_k // 3, 40)}
     for changes in ({}, {"causal": True}, window, {"layout": "tokens first", "causal": True, "softcap": 3.0}):
         inputs = make(dataclasses.replace(case, **changes), torch.bfloat16, "cuda")
@@ -78,24 +81,24 @@ def fresh_launches() -> Iterator[None]:
 @pytest.mark.parametrize(("width", "row"), [(width, row) for width, rows in FORWARD.items() for row in rows], ids=str)
 def test_every_row(width: int, row: Config, monkeypatch: pytest.MonkeyPatch) -> None:
     """Each row of the forward's table is right on short calls and on more work than runs at once."""
-    monkeypatch.setattr(configs, "find", lambda key: row)
+    monkeypatch.setattr(configs, "find", lambda key, tile: row)
     cases = (
         Case("", batch=1, heads_q=4, heads_kv=2, len_q=150, len_k=170, window=(90, 10), n="per head"),
         Case("", batch=2, heads_q=40, heads_kv=40, len_q=700, len_k=700, causal=True),
         Case("", batch=2, heads_q=40, heads_kv=8, len_q=333, len_k=720, softcap=5.0, layout="tokens first"),
     )
     for case in cases:
-        inputs = make(at_width(case, width), torch.bfloat16, "cuda")
+        inputs = make(of_size(case, width, TILE_V[width]), torch.bfloat16, "cuda")
         excess = compare.excess(inputs, compare.library(inputs, "triton:hopper"))
         assert max(excess.values()) <= 1, (case, excess)
 
 
 @pytest.mark.parametrize("dtype", HALF, ids=str)
-@pytest.mark.parametrize("width", WIDTHS)
+@pytest.mark.parametrize(("width", "size_v"), TILES)
 @pytest.mark.parametrize("causal", [False, True])
-def test_growing_maxima(causal: bool, width: int, dtype: torch.dtype) -> None:
+def test_growing_maxima(causal: bool, width: int, size_v: int, dtype: torch.dtype) -> None:
     """Logits rise by 0 to 200 towards the first keys, which are processed last, so that only some rows are rescaled."""
-    case = Case("", batch=1, heads_q=2, heads_kv=2, len_q=1100, len_k=1500, size=width, size_v=width, causal=causal)
+    case = Case("", batch=1, heads_q=2, heads_kv=2, len_q=1100, len_k=1500, size=width, size_v=size_v, causal=causal)
     inputs = make(case, dtype, "cuda")
     rises = torch.tensor([0.0, 2.0, 8.0, 40.0, 200.0], device="cuda")
     with torch.no_grad():
@@ -106,11 +109,11 @@ def test_growing_maxima(causal: bool, width: int, dtype: torch.dtype) -> None:
 
 
 @pytest.mark.usefixtures("fresh_launches")
-@pytest.mark.parametrize("width", WIDTHS)
+@pytest.mark.parametrize(("size", "size_v"), TILES)
 @pytest.mark.parametrize("heads", [1, 2, 4])
-def test_parts_of_a_kv_head(heads: int, width: int, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_parts_of_a_kv_head(heads: int, size: int, size_v: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """dK and dV are right as sums over programs that take 1, 2 or 4 of 8 query heads each."""
-    monkeypatch.setattr(configs, "heads_of_item", lambda key, sm_count: heads)
+    monkeypatch.setattr(configs, "heads_of_item", lambda key, tile, sm_count: heads)
     usual = Case("", batch=2, heads_q=16, heads_kv=2, len_q=333, len_k=420, n="per head")
     lengths = {"lengths_q": (0, 70, 0, 200, 9, 0), "lengths_k": (50, 0, 0, 333, 9, 0)}
     cases = (
@@ -118,7 +121,7 @@ def test_parts_of_a_kv_head(heads: int, width: int, monkeypatch: pytest.MonkeyPa
         lengths | {"causal": True}, {"len_q": 1, "len_k": 1}, {"len_q": 900, "len_k": 40},
     )  # fmt: skip
     for changes in cases:
-        inputs = make(at_width(dataclasses.replace(usual, **changes), width), torch.bfloat16, "cuda")
+        inputs = make(of_size(dataclasses.replace(usual, **changes), size, size_v), torch.bfloat16, "cuda")
         excess = compare.excess(inputs, compare.library(inputs, "triton:hopper"))
         assert max(excess.values()) <= 1, (changes, excess)
 
@@ -141,13 +144,13 @@ PACKINGS = {
 }
 
 
-@pytest.mark.parametrize("width", WIDTHS)
+@pytest.mark.parametrize(("size", "size_v"), TILES)
 @pytest.mark.parametrize("packing", PACKINGS)
-def test_packings(packing: str, width: int, ran: list[str]) -> None:
+def test_packings(packing: str, size: int, size_v: int, ran: list[str]) -> None:
     queries, keys = PACKINGS[packing]
     many = sum(queries) > 10000
     case = Case(
-        "", heads_q=4, heads_kv=2, lengths_q=queries, lengths_k=keys, size=width, size_v=width, n="per head",
+        "", heads_q=4, heads_kv=2, lengths_q=queries, lengths_k=keys, size=size, size_v=size_v, n="per head",
     )  # fmt: skip
     for changes in ({"causal": True},) if many else ({}, {"causal": True}, {"window": (40, 9)}, {"softcap": 3.0}):
         inputs = make(dataclasses.replace(case, **changes), torch.bfloat16, "cuda")
@@ -226,10 +229,10 @@ def test_random_shapes(seed: int) -> None:
         window = pick.choice(
             [None, (pick.randint(0, 300), pick.randint(0, 300)), (None, 9), (pick.randint(0, 90), None)]
         )
-        width = pick.choice(WIDTHS)
+        size, size_v = pick.choice(SIZES)
         case = Case(
             "", batch=pick.randint(1, 3), heads_q=heads_kv * pick.choice([1, 2, 5]), heads_kv=heads_kv, len_q=len_q,
-            len_k=len_k, size=width, size_v=width, causal=pick.random() < 0.4, window=window,
+            len_k=len_k, size=size, size_v=size_v, causal=pick.random() < 0.4, window=window,
             softcap=pick.choice([None, None, 5.0]), n=pick.choice([0.0, 1.0, 3.7, "per head"]),
             layout=pick.choice(["heads first", "tokens first", "expanded over the batch"]),
         )  # fmt: skip
@@ -246,10 +249,10 @@ def test_a_thousand_shapes(part: int) -> None:
     for seed in range(100 * part, 100 * part + 100):
         pick = random.Random(10_000 + seed)
         kind = pick.choice(["full", "causal", "window", "varlen"])
-        heads_kv, width = pick.randint(1, 4), pick.choice(WIDTHS)
+        heads_kv, (size, size_v) = pick.randint(1, 4), pick.choice(TILES)
         case = Case(
             "", batch=pick.randint(1, 4), heads_q=2 * heads_kv, heads_kv=heads_kv, len_q=pick.randint(1, 1800),
-            len_k=pick.randint(1, 2200), size=width, size_v=width, n="per head", causal=kind in ("causal", "varlen"),
+            len_k=pick.randint(1, 2200), size=size, size_v=size_v, n="per head", causal=kind in ("causal", "varlen"),
             window=(90, 20) if kind == "window" else None,
         )  # fmt: skip
         if kind == "varlen":

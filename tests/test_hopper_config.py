@@ -51,7 +51,7 @@ def test_query_heads_of_a_program(changes: dict[str, object], groups: int, heads
     usual = describe((q,) * 5, None, Options(0.1))._replace(heads_kv=2)
     key = usual._replace(**changes)
     key = key._replace(heads=groups * key.heads_kv)
-    assert configs.heads_of_item(key, 132) == heads
+    assert configs.heads_of_item(key, key.width, 132) == heads
 
 
 @pytest.mark.skipif(hopper.release() < hopper.FIRST, reason="this Triton has no such Gluon")
@@ -72,8 +72,26 @@ def test_who_takes_tiles_by_a_counter(width: int, changes: dict[str, object], co
 
     q = torch.empty(1, 16, 16384, width, device="meta", dtype=torch.bfloat16)
     key = describe((q,) * 3, None, Options(0.1))._replace(**changes)
-    assert configs.find(key).counted == counted
+    assert configs.find(key, width).counted == counted
     assert forward(key, q.stride()).table == counted
+
+
+@pytest.mark.parametrize(
+    ("size", "size_v", "tile"),
+    [
+        (64, 64, 64), (40, 64, 64), (64, 72, 128), (72, 64, 128), (128, 128, 128), (136, 128, 192), (192, 128, 192),
+        (192, 136, 256), (128, 136, 256), (200, 64, 256), (256, 256, 256), (264, 64, None), (64, 264, None),
+    ],
+)  # fmt: skip
+def test_the_tile_of_a_head(size: int, size_v: int, tile: int | None) -> None:
+    """Each head gets the narrowest tile that holds it."""
+    found = configs.widths(size, size_v)
+    assert (found and found.tile) == tile
+    if found is not None:
+        assert (found.head_dim, found.head_dim_v) == (size, size_v)
+        assert found.tile_v >= size_v
+        assert found.padded >= found.tile
+        assert found.padded & (found.padded - 1) == 0
 
 
 @pytest.mark.parametrize(
@@ -84,7 +102,9 @@ def test_who_takes_tiles_by_a_counter(width: int, changes: dict[str, object], co
         ({"capability": (9, 0), "dtype": torch.float32}, "takes float16 and bfloat16, not float32"),
         ({"capability": (8, 0)}, "runs on compute capability 9.0"),
         ({"capability": (10, 0)}, "runs on compute capability 9.0"),
-        ({"v_shape": (2, 8, 256, 128)}, "takes heads of 64, 128, 256 with E = Ev, got 64, 128"),
+        ({"v_shape": (2, 8, 256, 128)}, None),
+        ({"v_shape": (2, 8, 256, 264)}, "takes E and Ev up to 256, multiples of 8, the larger above 32, got 64, 264"),
+        ({"v_shape": (2, 8, 256, 60)}, "takes E and Ev up to 256, multiples of 8, the larger above 32, got 64, 60"),
         (varlen, None),
         (varlen | {"k_stride": (512, 0, 1)}, "reads strides that are multiples of 16 bytes, and nothing expanded"),
         (varlen | {"v_stride": (516, 64, 1)}, "reads strides that are multiples of 16 bytes, and nothing expanded"),
@@ -115,14 +135,14 @@ def test_a_triton_newer_than_the_tests(training: bool, monkeypatch: pytest.Monke
     call = gpu_call(
         n_kind="float", needs_grad=training, window_right=0, q_shape=(1, 8, 4096, 64), k_shape=(1, 8, 4096, 64)
     )
-    with pytest.warns(RuntimeWarning, match=r"tested on Triton 3.6 to 3.7, found 3.10.1, so that triton:portable runs"):
+    with pytest.warns(RuntimeWarning, match=r"tested on Triton 3.6 to 3.9, found 3.10.1, so that triton:portable runs"):
         assert choose.choose(call, None)[0] == "triton:portable"
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         assert choose.choose(call, "triton:hopper")[0] == "triton:hopper"
         assert choose.choose(call, "triton")[0] == "triton:portable"
         said = str(explanation.explain(call, None))
-    reason = "serves it, when asked for by name: tested on Triton 3.6 to 3.7, found 3.10.1"
+    reason = "serves it, when asked for by name: tested on Triton 3.6 to 3.9, found 3.10.1"
     assert [line.split("  ")[-1] for line in said.splitlines() if "triton:hopper" in line] == [reason]
     assert BACKEND.serving(gpu_call(capability=(8, 0))) == "portable"
 

@@ -10,29 +10,42 @@ import torch
 
 pytest.importorskip("triton")
 
-from attn_n.backends.triton.hopper.configs import BACKWARD
+from attn_n.backends.triton.hopper import configs
+from attn_n.backends.triton.hopper.configs import BACKWARD, TILE_V, BackwardSpec
 from tests.calls import boundaries
 from tests.places import PLACES
 
-# The tiles of queries, and those of keys, for whose sums the last kernel is used too.
-TILES = sorted({(width, tile) for width, tiles in BACKWARD.items() for tile in tiles})
+# The tiles of queries, and those of keys, for whose sums the last kernel is used too; and heads that fill no tile.
+TILES = [
+    *sorted({(width, TILE_V[width], tile) for width, tiles in BACKWARD.items() for tile in tiles}),
+    (80, 112, 64),
+    (200, 40, 64),
+]
+
+
+def spec_of(size: int, size_v: int, tile_q: int) -> BackwardSpec:
+    widths = configs.widths(size, size_v)
+    assert widths is not None
+    return BackwardSpec(widths, tile_q, 1, 1)
 
 
 @pytest.mark.parametrize("device", PLACES)
-@pytest.mark.parametrize(("width", "tile_q"), TILES)
-def test_the_passes_around_the_backward(width: int, tile_q: int, device: str) -> None:
+@pytest.mark.parametrize(("size", "size_v", "tile_q"), TILES)
+def test_the_passes_around_the_backward(size: int, size_v: int, tile_q: int, device: str) -> None:
     """With 150 queries a head, the first kernel fills whole tiles of rows, and the last one makes dq out of such."""
     from attn_n.backends.triton.hopper.backward_passes import postprocess_kernel, preprocess_kernel
 
     batch, heads, length, tiles = 2, 3, 150, -(-150 // tile_q)
-    out, dout = (torch.randn(batch, heads, length, width, device=device).half() for _ in "od")
+    spec = spec_of(size, size_v, tile_q)
+    padded = spec.widths.padded
+    out, dout = (torch.randn(batch, heads, length, size_v, device=device).half() for _ in "od")
     lse, dlse = (torch.randn(batch, heads, length, device=device) for _ in "ld")
     log_n, programs = torch.randn(heads, device=device), batch * heads * tiles
     stats = torch.full((2 * programs * tile_q + 1,), math.nan, device=device)
-    dq_sum, shares = stats.new_full((programs * tile_q, width), math.nan), stats.new_full((programs,), math.nan)
+    dq_sum, shares = stats.new_full((programs * tile_q, padded), math.nan), stats.new_full((programs,), math.nan)
     preprocess_kernel[(programs,)](
         out, dout, lse, dlse, stats, dq_sum, log_n, shares, None, out.stride(), dout.stride(), None, 1, heads, length,
-        width, tile_q,
+        spec,
     )  # fmt: skip
     delta = (out.double() * dout.double()).sum(-1) - dlse
     lse_log2, minus_delta = stats[:-1].view(2, batch, heads, tiles * tile_q).double()
@@ -45,12 +58,12 @@ def test_the_passes_around_the_backward(width: int, tile_q: int, device: str) ->
     dn = -(torch.exp(log_n.double()[:, None] - lse) * delta).sum(-1)
     assert torch.allclose(shares.view(batch, heads, tiles).sum(-1).double(), dn, rtol=1e-3, atol=1e-3)
 
-    exact = torch.randn(programs, tile_q, width, device=device)
-    dq = torch.full_like(out, math.nan)
+    exact = torch.randn(programs, tile_q, padded, device=device)
+    dq = torch.full((batch, heads, length, size), math.nan, device=device).half()
     postprocess_kernel[(programs,)](
-        as_accumulators_lie(exact), dq, None, dq.stride(), None, heads, length, 0.5, width, tile_q
+        as_accumulators_lie(exact), dq, None, dq.stride(), None, heads, length, 0.5, size, tile_q, spec
     )
-    assert torch.equal(dq, (exact.view(batch, heads, -1, width)[:, :, :length] * 0.5).half())
+    assert torch.equal(dq, (exact.view(batch, heads, -1, padded)[:, :, :length, :size] * 0.5).half())
 
 
 def as_accumulators_lie(tiles: torch.Tensor) -> torch.Tensor:
@@ -65,28 +78,29 @@ def as_accumulators_lie(tiles: torch.Tensor) -> torch.Tensor:
 
 
 @pytest.mark.parametrize("device", PLACES)
-@pytest.mark.parametrize(("width", "tile_q"), TILES)
-def test_the_passes_of_varlen_sequences(width: int, tile_q: int, device: str) -> None:
+@pytest.mark.parametrize(("size", "size_v", "tile_q"), TILES)
+def test_the_passes_of_varlen_sequences(size: int, size_v: int, tile_q: int, device: str) -> None:
     """Each sequence begins with a tile of its own, and NaN in other tiles reaches none of its rows."""
     from attn_n.backends.triton.hopper.backward_passes import postprocess_kernel, preprocess_kernel
 
     lengths, heads = [5, 0, 150, 64, 1, 0, 128, 70, 0], 3
     starts = boundaries(lengths, device)
     rows, batch = sum(lengths), len(lengths)
-    tiles, strides = rows // tile_q + batch, (0, width, heads * width, 1)
-    out, dout = (torch.randn(rows, heads, width, device=device).half() for _ in "od")
+    spec, tiles = spec_of(size, size_v, tile_q), rows // tile_q + batch
+    padded, strides, strides_q = spec.widths.padded, (0, size_v, heads * size_v, 1), (0, size, heads * size, 1)
+    out, dout = (torch.randn(rows, heads, size_v, device=device).half() for _ in "od")
     lse, dlse = (torch.randn(rows, heads, device=device) for _ in "ld")
     out[5:155] = math.nan
     stats = torch.full((2 * heads * tiles * tile_q + 1,), math.nan, device=device)
-    dq_sum, shares = stats.new_full((heads * tiles * tile_q, width), math.nan), stats.new_full((heads * tiles,), 7.0)
+    dq_sum, shares = stats.new_full((heads * tiles * tile_q, padded), math.nan), stats.new_full((heads * tiles,), 7.0)
     preprocess_kernel[(heads * tiles,)](
         out, dout, lse, dlse, stats, dq_sum, None, shares, starts, strides, strides, batch, None, heads,
-        tiles * tile_q, width, tile_q,
+        tiles * tile_q, spec,
     )  # fmt: skip
-    exact = torch.randn(heads * tiles, tile_q, width, device=device)
-    dq = torch.full_like(out, math.nan)
+    exact = torch.randn(heads * tiles, tile_q, padded, device=device)
+    dq = torch.full((rows, heads, size), math.nan, device=device).half()
     postprocess_kernel[(heads * tiles,)](
-        as_accumulators_lie(exact), dq, starts, strides, batch, heads, tiles * tile_q, 0.5, width, tile_q
+        as_accumulators_lie(exact), dq, starts, strides_q, batch, heads, tiles * tile_q, 0.5, size, tile_q, spec
     )
     delta = (out.double() * dout.double()).sum(-1) - dlse
     lse_log2, minus_delta = stats[:-1].view(2, heads, tiles * tile_q).double()
@@ -96,7 +110,8 @@ def test_the_passes_of_varlen_sequences(width: int, tile_q: int, device: str) ->
         here, there = slice(first, first + length), slice(at, at + length)
         assert torch.allclose(lse_log2[:, there], lse[here].T.double() / math.log(2), atol=1e-5)
         assert torch.allclose(minus_delta[:, there], -delta[here].T, atol=1e-3, equal_nan=True)
-        assert torch.equal(dq[here], (exact.view(heads, -1, width)[:, there] * 0.5).half().transpose(0, 1))
+        expected = exact.view(heads, -1, padded)[:, there, :size] * 0.5
+        assert torch.equal(dq[here], expected.half().transpose(0, 1))
         assert not taken[there].any()
         taken[there], first = True, first + length
     assert bool((lse_log2[:, ~taken] == math.inf).all())

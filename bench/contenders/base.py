@@ -30,7 +30,7 @@ class Contender:
         name: what the tables call it.
         n: which of KINDS_OF_N it computes.
         prepare: makes its passes. What a user would do once, outside of the training step, is done here. `forward`
-            returns what is shaped like q, `backward` dq, dk and dv.
+            returns what is shaped like `dout`, `backward` dq, dk and dv.
         why_not: the reason why it does not take part in a workload, such as a library that is not installed.
         measures: the passes that it has: a library built without a backward has "forward" alone.
         backend: which backend of attn_n serves the workload, with gradients or without.

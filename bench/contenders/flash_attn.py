@@ -86,6 +86,10 @@ def _why_not(version: Version, n: str) -> Callable[[Workload], str | None]:
             return "no CPU kernel"
         if workload.dtype not in (torch.float16, torch.bfloat16):
             return "half precision only"
+        if workload.width_v is not None and version is _2:
+            return "E = Ev only"
+        if workload.width > 256:
+            return "heads up to 256"
         return why_absent(version.module) or (None if n == "0" else _why_no_sink(version))
 
     return why_not

@@ -102,15 +102,14 @@ def _attend(backend: str | None, n: str) -> Callable[[Inputs], Attend]:
 
 def _call(workload: Workload, n: str, needs_grad: bool) -> AttentionCall:
     """Describes the call that the library will see, with contiguous tensors."""
-    heads_kv = workload.num_heads_kv
-    if workload.sequences:
-        shapes = [(workload.length, heads, workload.width) for heads in (workload.heads, heads_kv)]
-    else:
-        shapes = [
-            (workload.batch, heads, length, workload.width)
-            for heads, length in ((workload.heads, workload.length), (heads_kv, workload.len_k))
-        ]
-    of_q, of_k = (torch.empty(shape, device="meta").stride() for shape in shapes)
+    heads, heads_kv, width, width_v = workload.heads, workload.num_heads_kv, workload.width, workload.columns_of_v
+    shapes: tuple[tuple[int, ...], ...] = tuple(
+        (length, count, columns) if workload.sequences else (workload.batch, count, length, columns)
+        for count, length, columns in (
+            (heads, workload.length, width), (heads_kv, workload.len_k, width), (heads_kv, workload.len_k, width_v)
+        )
+    )  # fmt: skip
+    of_q, of_k, of_v = (torch.empty(shape, device="meta").stride() for shape in shapes)
     cuda = workload.device == "cuda"
     return AttentionCall(
         device=workload.device,
@@ -118,10 +117,10 @@ def _call(workload: Workload, n: str, needs_grad: bool) -> AttentionCall:
         dtype=workload.dtype,
         q_shape=shapes[0],
         k_shape=shapes[1],
-        v_shape=shapes[1],
+        v_shape=shapes[2],
         q_stride=of_q,
         k_stride=of_k,
-        v_stride=of_k,
+        v_stride=of_v,
         window_left=workload.window,
         window_right=0 if workload.causal else None,
         mask_shape=None if workload.mask is None else (workload.length, workload.len_k),

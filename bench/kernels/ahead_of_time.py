@@ -22,7 +22,7 @@ from torch import Tensor
 from triton.backends.compiler import GPUTarget
 
 from attn_n.backends.triton import hopper
-from attn_n.backends.triton.hopper.configs import BACKWARD, FORWARD
+from attn_n.backends.triton.hopper.configs import BACKWARD, FORWARD, TILE_V
 from attn_n.backends.triton.kernel_key import describe, kernel_strides
 from attn_n.backends.triton.portable import configs
 from attn_n.backends.triton.portable.prepare import launch, launch_of_dmask, padded_rows
@@ -97,12 +97,13 @@ def compiled(
     """
     triton.runtime.driver.set_active(_NoGpu(TARGETS[target].gpu))
 
-    def empty(heads: int) -> Tensor:
+    def empty(heads: int, width: int) -> Tensor:
         shape = (1, heads, length, width) if options.cu_seqlens_q is None else (length, heads, width)
         return torch.empty(shape, dtype=dtype)
 
-    q, k = empty(2 * groups), empty(2)
-    tensors = (q, k, k, q, q, q, k, k)
+    width_v = TILE_V[width] if kernel.startswith("hopper") else width
+    q, k, v, out = empty(2 * groups, width), empty(2, width), empty(2, width_v), empty(2 * groups, width_v)
+    tensors = (q, k, v, out, out, q, k, v)
     return launch_of(kernel, tensors, torch.empty(q.shape[:-1]), options, config, log_n, compile_only=True)()
 
 

@@ -36,10 +36,9 @@ def what_is_wrong(passes: Passes, n: str, inputs: Inputs, backward: bool = True)
     results = {"out": out.detach()}
     if backward:
         results |= dict(zip(("dq", "dk", "dv"), passes.backward(out), strict=True))
-    wrong = []
+    wrong, like = [], {"out": inputs.dout, "dq": inputs.q, "dk": inputs.k, "dv": inputs.v}
     for name, result in results.items():
-        like = inputs.k if name in ("dk", "dv") else inputs.q
-        if result.shape != like.shape:
+        if result.shape != like[name].shape:
             wrong.append(f"{name} has shape {tuple(result.shape)}")
         elif name in exact:
             distance = error(_checked(result, name, workload), exact[name])

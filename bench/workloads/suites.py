@@ -79,6 +79,13 @@ def _cuda() -> tuple[Suite, ...]:
         for lengths in ((2048,) * 8, _lengths(32, 16384), _lengths(256, 16384), _lengths(64, 65536))
     )
     window = tuple(_half(16384, True, heads=16, window=window) for window in (256, 1024, 4096))
+    heads = tuple(
+        _half(4096, True, batch=4, heads=heads, heads_kv=heads_kv, width=width, width_v=width_v)
+        for width, width_v, heads, heads_kv in (
+            (48, None, 32, None), (80, None, 24, None), (96, None, 24, None), (112, None, 16, None),
+            (192, 128, 16, None), (192, None, 16, None), (512, None, 16, 1),
+        )
+    )  # fmt: skip
     scaling = tuple(_half(512 << step, True, batch=1, heads=16) for step in range(9))
     return (
         Suite("grid", grid, tuple(p for p in grid if p.width == 128 and p.length == 8192 and p.causal)),
@@ -86,6 +93,7 @@ def _cuda() -> tuple[Suite, ...]:
         Suite("gqa", gqa, (), PASSES[:2]),
         Suite("varlen", varlen, varlen[1:2], PASSES[:2]),
         Suite("window", window, window[1:2], PASSES[:2]),
+        Suite("heads", heads, (), PASSES[:2]),
         Suite("scaling", scaling, (), PASSES[:2]),
     )
 

@@ -15,10 +15,12 @@ FORWARD = PASSES[:1]
 
 @dataclass(frozen=True)
 class Workload:
-    """Attention of one shape, E = Ev = width.
+    """Attention of one shape.
 
     Attributes:
         length: L, the number of queries.
+        width: E.
+        width_v: Ev; None is E.
         keys: S; None is L.
         heads_kv: None is `heads`.
         window: how many keys before its own a query sees; None is all.
@@ -31,6 +33,7 @@ class Workload:
     batch: int = 1
     heads: int = 8
     width: int = 64
+    width_v: int | None = None
     keys: int | None = None
     heads_kv: int | None = None
     window: int | None = None
@@ -41,6 +44,8 @@ class Workload:
 
     def __str__(self) -> str:
         parts = [f"E{self.width}", f"L{self.length}"]
+        if self.width_v is not None:
+            parts.insert(1, f"Ev{self.width_v}")
         if self.keys is not None:
             parts.append(f"S{self.keys}")
         if self.heads_kv is not None:
@@ -62,14 +67,20 @@ class Workload:
     def num_heads_kv(self) -> int:
         return self.heads if self.heads_kv is None else self.heads_kv
 
-    def forward_flops(self) -> float:
-        """Counts two matmuls of 2 E operations for each visible pair of query and key, as FlashAttention does."""
-        lengths = [(length, length) for length in self.sequences] or [(self.length, self.len_k)]
-        return 4.0 * self.width * self.heads * self.batch * sum(self._pairs(*each) for each in lengths)
+    @property
+    def columns_of_v(self) -> int:
+        return self.width if self.width_v is None else self.width_v
 
     def flops(self, measure: str) -> float:
-        """Counts the operations of "forward", "backward" (five matmuls instead of two) or "both"."""
-        return {"forward": 1.0, "backward": 2.5, "both": 3.5}[measure] * self.forward_flops()
+        """Counts the operations of "forward", "backward" or "both", as FlashAttention does.
+
+        For each visible pair of query and key the forward has a matmul of 2 E and one of 2 Ev operations (S and O), the
+        backward three and two (S, dQ, dK and dP, dV).
+        """
+        forward, backward = self.width + self.columns_of_v, 3 * self.width + 2 * self.columns_of_v
+        operations = {"forward": forward, "backward": backward, "both": forward + backward}[measure]
+        lengths = [(length, length) for length in self.sequences] or [(self.length, self.len_k)]
+        return 2.0 * operations * self.heads * self.batch * sum(self._pairs(*each) for each in lengths)
 
     def _pairs(self, len_q: int, len_k: int) -> float:
         if not self.causal:
@@ -85,7 +96,7 @@ class Workload:
 
 
 class Inputs(NamedTuple):
-    """The tensors of a workload: q `(B, H, L, E)`, k and v `(B, Hkv, S, E)`, or packed `(T, H, E)`; dout as q.
+    """The tensors of a workload: q `(B, H, L, E)`, k and v `(B, Hkv, S, E or Ev)`, or packed `(T, H, E)`; dout as out.
 
     q, k and v require gradients. `starts` is cu_seqlens of packed sequences.
     """
@@ -107,12 +118,13 @@ def make_inputs(workload: Workload) -> Inputs:
     """
     generator = torch.Generator(workload.device).manual_seed(0)
 
-    def normal(heads: int, length: int) -> Tensor:
+    def normal(heads: int, length: int, width: int) -> Tensor:
         shape = (length, heads) if workload.sequences else (workload.batch, heads, length)
-        return torch.randn(*shape, workload.width, generator=generator, dtype=workload.dtype, device=workload.device)
+        return torch.randn(*shape, width, generator=generator, dtype=workload.dtype, device=workload.device)
 
-    q, dout = (normal(workload.heads, workload.length) for _ in range(2))
-    k, v = (normal(workload.num_heads_kv, workload.len_k) for _ in range(2))
+    widths = workload.width, workload.columns_of_v
+    q, dout = (normal(workload.heads, workload.length, width) for width in widths)
+    k, v = (normal(workload.num_heads_kv, workload.len_k, width) for width in widths)
     # In place: a copy would raise the resident peak that bench.method.memory starts from.
     mean = math.sqrt(math.log(max(workload.sequences or (workload.len_k,))) / math.sqrt(workload.width))
     q.add_(mean)

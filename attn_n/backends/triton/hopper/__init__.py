@@ -11,13 +11,13 @@ import triton
 from torch import Tensor
 
 from attn_n.backends.base import HALF, Prepared
+from attn_n.backends.triton.hopper import configs
 from attn_n.backends.triton.kernel_key import fits_descriptors
 from attn_n.backends.triton.portable import PortableKernels
 from attn_n.call import AttentionCall, Options
 
 # Gluon changes between releases of Triton. From the first to the last of these the tests have passed on an H100.
-FIRST, LAST = (3, 6), (3, 7)
-WIDTHS = (64, 128, 256)
+FIRST, LAST = (3, 6), (3, 9)
 
 
 class HopperKernels(PortableKernels):
@@ -33,8 +33,9 @@ class HopperKernels(PortableKernels):
             return "runs on compute capability 9.0"
         if release() < FIRST:
             return f"needs Triton {_dotted(FIRST)} or later, found {triton.__version__}"
-        if call.head_dim != call.head_dim_v or call.head_dim not in WIDTHS:
-            return f"takes heads of {', '.join(map(str, WIDTHS))} with E = Ev, got {call.head_dim}, {call.head_dim_v}"
+        sizes = call.head_dim, call.head_dim_v
+        if configs.widths(*sizes) is None or max(sizes) <= 32 or any(size % 8 for size in sizes):
+            return f"takes E and Ev up to 256, multiples of 8, the larger above 32, got {sizes[0]}, {sizes[1]}"
         left, right = call.window_left, call.window_right
         if left is not None and right is not None and left + right < 0:  # consumers wait for at least one tile of keys
             return "takes no window that holds no key (left + right < 0)"

@@ -63,7 +63,7 @@ def consume(
 ):  # fmt: skip
     """A consumer warpgroup computes dK and dV of its 64 keys of each tile, and half of what the tile adds to dQ."""
     batches, heads, len_q, len_k, _sum_rows, left, right, _swizzle, varlen = sizes
-    E: gl.constexpr = SPEC.width
+    E: gl.constexpr = SPEC.widths.tile
     TILE_Q: gl.constexpr = SPEC.tile_q
     kv, queries = rings.kv.buffers, rings.queries.buffers
     rows = gl.cdiv(len_q, TILE_Q) * TILE_Q
@@ -79,8 +79,9 @@ def consume(
     )  # fmt: skip
     if SPEC.teams == 1:
         batch_dim = batches if varlen.table is None else None
-        dk_desc = tile_descriptor(dk, batch_dim, heads // SPEC.team_heads, len_k, strides_dk, 64, E)
-        dv_desc = tile_descriptor(dv, batch_dim, heads // SPEC.team_heads, len_k, strides_dv, 64, E)
+        heads_kv = heads // SPEC.team_heads
+        dk_desc = tile_descriptor(dk, batch_dim, heads_kv, len_k, strides_dk, 64, SPEC.widths.head_dim, E)
+        dv_desc = tile_descriptor(dv, batch_dim, heads_kv, len_k, strides_dv, 64, SPEC.widths.head_dim_v, E)
     factor = (scale if softcap is None else softcap) * LOG2E
     turn, slot = 0, 0  # as in the producer
     consumer_wait(rings.kv, State(0, slot))
@@ -211,6 +212,7 @@ def backward_kernel(
     batches, heads, len_q, len_k, sum_rows, left, right, scale, softcap, swizzle, SPEC: gl.constexpr,
 ):  # fmt: skip
     """At most as many programs as fit the GPU at once go through all tiles; `SPEC` is a `configs.BackwardSpec`."""
+    gl.static_assert(SPEC.widths.tile == SPEC.widths.tile_v)
     dtype: gl.constexpr = q.dtype.element_ty
     # As an accumulator lies in registers, and as `postprocess_kernel` reads it: by four numbers of a thread, then by
     # threads.

@@ -44,13 +44,16 @@ def rows_of_tile(starts, sequences, tile, TILE_Q: tl.constexpr):
 @triton.jit(do_not_specialize=RUN_TIME)
 def preprocess_kernel(
     out, dout, lse, dlse, stats, dq_sum, sinks, dn, starts,
-    strides_out, strides_dout, sequences, stride_n, heads, len_q,
-    E: tl.constexpr, TILE_Q: tl.constexpr,
+    strides_out, strides_dout, sequences, stride_n, heads, len_q, SPEC: tl.constexpr,
 ):  # fmt: skip
     """Write lse in base 2, `-delta = dlse - rowsum(dout * out)`, zeros in dq_sum, and this tile's share of dn.
 
     lse is infinite and delta 0 beyond the end of a sequence.
     """
+    TILE_Q: tl.constexpr = SPEC.tile_q
+    EV: tl.constexpr = SPEC.widths.head_dim_v
+    TILE_V: tl.constexpr = SPEC.widths.tile_v
+    PADDED: tl.constexpr = SPEC.widths.padded
     tile, head, batch, first_q, _, _, _ = locate(None, None, heads, len_q, len_q, tl.cdiv(len_q, TILE_Q))
     first_row = tile * TILE_Q
     if starts is not None:
@@ -60,8 +63,8 @@ def preprocess_kernel(
         base_of(out, strides_out, batch, head, first_q),
         base_of(dout, strides_dout, batch, head, first_q),
     )
-    out_tile = load(of_out, 0, first_row, len_q, strides_out, E, TILE_Q, E, False)  # [TILE_Q, E]
-    dout_tile = load(of_dout, 0, first_row, len_q, strides_dout, E, TILE_Q, E, False)
+    out_tile = load(of_out, 0, first_row, len_q, strides_out, EV, TILE_Q, TILE_V, False)  # [TILE_Q, TILE_V]
+    dout_tile = load(of_dout, 0, first_row, len_q, strides_dout, EV, TILE_Q, TILE_V, False)
     of_lse = row_pointers(lse, batch, head, heads, first_q, rows, len_q, starts is not None)
     row_lse = tl.load(of_lse, mask=rows < len_q, other=float("inf")) * LOG2E
     row_delta = tl.sum(out_tile.to(tl.float32) * dout_tile.to(tl.float32), 1)
@@ -72,7 +75,7 @@ def preprocess_kernel(
     first, all_rows = tl.program_id(0).to(tl.int64) * TILE_Q, tl.num_programs(0).to(tl.int64) * TILE_Q
     tl.store(stats + first + tl.arange(0, TILE_Q), row_lse)
     tl.store(stats + all_rows + first + tl.arange(0, TILE_Q), -row_delta)
-    tl.store(dq_sum + first * E + tl.arange(0, TILE_Q * E), tl.zeros((TILE_Q * E,), tl.float32))
+    tl.store(dq_sum + first * PADDED + tl.arange(0, TILE_Q * PADDED), tl.zeros((TILE_Q * PADDED,), tl.float32))
     if tl.program_id(0) == 0:
         tl.store(counter_of(stats, all_rows), 0)
     if dn is not None:
@@ -93,18 +96,21 @@ def preprocess_kernel(
 
 @triton.jit(do_not_specialize=RUN_TIME)
 def postprocess_kernel(
-    x_sum, x, starts, strides, sequences, heads, length, scale, E: tl.constexpr, TILE: tl.constexpr,
+    x_sum, x, starts, strides, sequences, heads, length, scale,
+    E: tl.constexpr, TILE: tl.constexpr, SPEC: tl.constexpr,
 ):  # fmt: skip
-    """Convert a float32 sum to dQ, or to dK or dV where several programs add to these.
+    """Convert a float32 sum to dQ `[..., E]`, or to dK or dV where several programs add to these.
 
     The sum consists of tiles of 64 x 64 in the order in which a wgmma's accumulator lies in registers: 8 columns by 8;
     then 4 warps of 16 rows, of each 8 x 4 threads, of each 2 x 2 numbers, which are 8 rows apart.
     """
     tile, head, batch, first, _, _, _ = locate(None, None, heads, length, length, tl.cdiv(length, TILE))
-    at = tl.program_id(0).to(tl.int64) * TILE * E
-    found = tl.load(x_sum + at + tl.arange(0, TILE * E)) * scale
-    found = found.reshape(TILE // 64, E // 64, 8, 4, 8, 4, 2, 2).permute(0, 3, 6, 4, 1, 2, 5, 7).reshape(TILE, E)
+    WIDTH: tl.constexpr = SPEC.widths.padded
+    at = tl.program_id(0).to(tl.int64) * TILE * WIDTH
+    found = tl.load(x_sum + at + tl.arange(0, TILE * WIDTH)) * scale
+    found = found.reshape(TILE // 64, WIDTH // 64, 8, 4, 8, 4, 2, 2).permute(0, 3, 6, 4, 1, 2, 5, 7)
+    found = found.reshape(TILE, WIDTH)
     first_row = tile * TILE
     if starts is not None:
         first_row, first, length = rows_of_tile(starts, sequences, tile, TILE)
-    store(base_of(x, strides, batch, head, first), found, first_row, length, strides, E, TILE, E)
+    store(base_of(x, strides, batch, head, first), found, first_row, length, strides, E, TILE, WIDTH)

@@ -48,7 +48,10 @@ def produce(
     batches, heads, len_q, len_k, sum_rows, left, right, _swizzle, varlen = sizes
     TEAM_HEADS: gl.constexpr = SPEC.team_heads
     TILE_Q: gl.constexpr = SPEC.tile_q
-    E: gl.constexpr = SPEC.width
+    E: gl.constexpr = SPEC.widths.head_dim
+    EV: gl.constexpr = SPEC.widths.head_dim_v
+    PADDED: gl.constexpr = SPEC.widths.padded
+    TILE_V: gl.constexpr = SPEC.widths.tile_v
     teams, heads_kv = heads // TEAM_HEADS, heads // (TEAM_HEADS * SPEC.teams)
     kv, queries = rings.kv.buffers, rings.queries.buffers
     PARTS: gl.constexpr = kv.k.shape[0]
@@ -56,10 +59,10 @@ def produce(
     tiles, rows = gl.cdiv(len_k, TILE_K), gl.cdiv(len_q, TILE_Q) * TILE_Q
     items = batches * teams * tiles if varlen.table is None else gl.load(varlen.table + 1) * teams
     batch_dim = batches if varlen.table is None else None
-    q_desc = tile_descriptor(q, batch_dim, heads, len_q, strides_q, TILE_Q, E)
-    k_desc = tile_descriptor(k, batch_dim, heads_kv, len_k, strides_k, 64, E)
-    v_desc = tile_descriptor(v, batch_dim, heads_kv, len_k, strides_v, 64, E)
-    dout_desc = tile_descriptor(dout, batch_dim, heads, len_q, strides_dout, TILE_Q, E)
+    q_desc = tile_descriptor(q, batch_dim, heads, len_q, strides_q, TILE_Q, E, PADDED)
+    k_desc = tile_descriptor(k, batch_dim, heads_kv, len_k, strides_k, 64, E, PADDED)
+    v_desc = tile_descriptor(v, batch_dim, heads_kv, len_k, strides_v, 64, EV, TILE_V)
+    dout_desc = tile_descriptor(dout, batch_dim, heads, len_q, strides_dout, TILE_Q, EV, TILE_V)
     stats_desc = tma.make_tensor_descriptor(
         stats, [2 * batches * heads, rows], [rows.to(gl.int64), 1], [1, TILE_Q], gl.NVMMASharedLayout(0, 32)
     )
@@ -101,8 +104,8 @@ def produce(
         mbarrier.arrive(kv_full, count=1)
         mbarrier.expect(kv_full, PARTS * (tile_bytes(k_desc) + tile_bytes(v_desc)))
         for c in gl.static_range(PARTS):
-            tma_load(k_desc, rows_k, head_kv, first_key + 64 * c, kv_full, kv.k.index(c))
-            tma_load(v_desc, rows_k, head_kv, first_key + 64 * c, kv_full, kv.v.index(c))
+            tma_load(k_desc, rows_k, head_kv, first_key + 64 * c, 0, kv_full, kv.k.index(c))
+            tma_load(v_desc, rows_k, head_kv, first_key + 64 * c, 0, kv_full, kv.v.index(c))
         slot ^= 1
         for i in range(TEAM_HEADS):
             for step in range(steps):
@@ -110,10 +113,10 @@ def produce(
                 head, stats_row = first_head + i, batch_head + i
                 mbarrier.wait(rings.queries.empty.index(stage), (turn >> 1) ^ 1)
                 full = rings.queries.full.index(stage)
-                mbarrier.expect(full, 2 * (tile_bytes(q_desc) + tile_bytes(stats_desc)))
-                tma_load(q_desc, rows_q, head, row, full, queries.q.index(stage))
+                mbarrier.expect(full, tile_bytes(q_desc) + tile_bytes(dout_desc) + 2 * tile_bytes(stats_desc))
+                tma_load(q_desc, rows_q, head, row, 0, full, queries.q.index(stage))
                 async_load(stats_desc, [stats_row, work.first_row + row], full, queries.lse.index(stage))
-                tma_load(dout_desc, rows_q, head, row, full, queries.dout.index(stage))
+                tma_load(dout_desc, rows_q, head, row, 0, full, queries.dout.index(stage))
                 of_delta = [batches * heads + stats_row, work.first_row + row]
                 async_load(stats_desc, of_delta, full, queries.delta.index(stage))
                 turn = (turn + 1) & 3

@@ -16,14 +16,14 @@ class KvBuffers(NamedTuple):
     """These hold a tile of keys and values, in parts of 64."""
 
     k: gl.shared_memory_descriptor  # [PARTS, 64, E]
-    v: gl.shared_memory_descriptor  # [PARTS, 64, E]
+    v: gl.shared_memory_descriptor  # [PARTS, 64, EV]
 
 
 class QueryBuffers(NamedTuple):
     """These hold two tiles of queries, and what belongs to them."""
 
     q: gl.shared_memory_descriptor  # [2, TILE_Q, E]
-    dout: gl.shared_memory_descriptor  # [2, TILE_Q, E]
+    dout: gl.shared_memory_descriptor  # [2, TILE_Q, EV]
     lse: gl.shared_memory_descriptor  # [2, 1, TILE_Q] float32, in base 2
     delta: gl.shared_memory_descriptor  # [2, 1, TILE_Q] float32, -delta
 
@@ -55,17 +55,18 @@ FIELDS = gl.constexpr(
 
 @gluon.jit
 def allocate_rings(dtype: gl.constexpr, PARTS: gl.constexpr, SPEC: gl.constexpr):
-    E: gl.constexpr = SPEC.width
+    E: gl.constexpr = SPEC.widths.padded
+    EV: gl.constexpr = SPEC.widths.tile_v
     TILE_Q: gl.constexpr = SPEC.tile_q
     TILED: gl.constexpr = gl.NVMMASharedLayout(128, 16)
     ROW: gl.constexpr = gl.NVMMASharedLayout(0, 32)
     kv = KvBuffers(
         gl.allocate_shared_memory(dtype, [PARTS, 64, E], TILED),
-        gl.allocate_shared_memory(dtype, [PARTS, 64, E], TILED),
+        gl.allocate_shared_memory(dtype, [PARTS, 64, EV], TILED),
     )
     queries = QueryBuffers(
         gl.allocate_shared_memory(dtype, [2, TILE_Q, E], TILED),
-        gl.allocate_shared_memory(dtype, [2, TILE_Q, E], TILED),
+        gl.allocate_shared_memory(dtype, [2, TILE_Q, EV], TILED),
         gl.allocate_shared_memory(gl.float32, [2, 1, TILE_Q], ROW),
         gl.allocate_shared_memory(gl.float32, [2, 1, TILE_Q], ROW),
     )

@@ -1,4 +1,4 @@
-"""The backward kernel for Hopper, for heads of 256: dQ, dK and dV together, by tiles of keys.
+"""The backward kernel for Hopper, for heads of more than 128: dQ, dK and dV together, by tiles of keys.
 
 As in `backward`, with which it shares the producer, but for what does not fit: a tile has 64 keys, and dK and dV of one
 are all that the registers of two consumers hold. Hence each has one of them, half of the matmuls, and half of dQ:
@@ -14,6 +14,8 @@ are all that the registers of two consumers hold. Hence each has one of them, ha
     the second half of dV                         the second half of dK
       meanwhile dQ is added to global memory        meanwhile dQ is added to global memory
     -> queries.empty                              -> queries.empty
+
+Of q and k only the first 192 columns are used if there are no more, in parts of 128 and 64.
 
 One buffer each is enough for P and dS. The next P is written when that one has been read, since both have passed their
 barrier then; and the next dS when the next P has come, which is after dQ.
@@ -66,25 +68,36 @@ def consume(
     Where several teams share a KV head, dx is the sum for it.
     """
     batches, heads, len_q, len_k, _sum_rows, left, right, _swizzle, varlen = sizes
-    E: gl.constexpr = SPEC.width
+    PADDED: gl.constexpr = SPEC.widths.padded
     TILE_Q: gl.constexpr = SPEC.tile_q
-    HALF: gl.constexpr = E // 2
+    EX: gl.constexpr = SPEC.widths.head_dim_v if CONSUMER == VALUES else SPEC.widths.head_dim
+    FIRST: gl.constexpr = (SPEC.widths.tile_v if CONSUMER == VALUES else PADDED) // 2  # columns of the halves of dX
+    SECOND: gl.constexpr = second_half(FIRST, EX)
+    HALF: gl.constexpr = PADDED // 2
+    DQ: gl.constexpr = HALF if CONSUMER == VALUES else second_half(HALF, SPEC.widths.head_dim)  # columns of its dQ
     kv, queries = rings.kv.buffers, rings.queries.buffers
     rows = gl.cdiv(len_q, TILE_Q) * TILE_Q
     S: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, TILE_Q, 16])
-    OF_HALF: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, HALF, 16])
-    OPERAND: gl.constexpr = gl.DotOperandLayout(0, OF_HALF, 2)
+    OF_FIRST: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, FIRST, 16])
+    OF_SECOND: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, SECOND, 16])
+    OF_DQ: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, DQ, 16])
+    OPERAND: gl.constexpr = gl.DotOperandLayout(0, OF_FIRST, 2)
+    OPERAND_2: gl.constexpr = gl.DotOperandLayout(0, OF_SECOND, 2)
 
     if SPEC.teams == 1:
         batch_dim = batches if varlen.table is None else None
-        dx_desc = tile_descriptor(dx, batch_dim, heads // SPEC.team_heads, len_k, strides_dx, 64, E, HALF)
+        heads_kv = heads // SPEC.team_heads
+        first_desc = tile_descriptor(dx, batch_dim, heads_kv, len_k, strides_dx, 64, EX, FIRST)
+        second_desc = first_desc
+        if SECOND != FIRST:
+            second_desc = tile_descriptor(dx, batch_dim, heads_kv, len_k, strides_dx, 64, EX, SECOND)
     ds = ds_buffer.index(0)
     turn, slot = 0, 0  # as in the producer
     consumer_wait(rings.kv, State(0, slot))
     steps = mailbox_read(rings.mailbox, slot, FIELDS, "steps")
     while steps >= 0:
-        first = gl.zeros([64, HALF], gl.float32, OF_HALF)
-        second = gl.zeros([64, HALF], gl.float32, OF_HALF)
+        first = gl.zeros([64, FIRST], gl.float32, OF_FIRST)
+        second = gl.zeros([64, SECOND], gl.float32, OF_SECOND)
         begin = mailbox_read(rings.mailbox, slot, FIELDS, "begin")
         sum_row = mailbox_read(rings.mailbox, slot, FIELDS, "sum_row")
         for _ in range(SPEC.team_heads):
@@ -93,36 +106,37 @@ def consume(
                 # (1) P^T or dS^T, in shared memory and as an operand.
                 wait_turn(rings.queries.full, turn)
                 if CONSUMER == VALUES:
-                    x = queries.dout.index(stage)  # [TILE_Q, E]
+                    x = queries.dout.index(stage)  # [TILE_Q, TILE_V]
                     operand = weights(
-                        rings, p_buffer, slot, stage, row, len_k, left, right, scale, softcap, TILE_Q, S, OPERAND
+                        rings, p_buffer, slot, stage, row, len_k, left, right, scale, softcap, SPEC, S, OPERAND
                     )
                 else:
-                    x = queries.q.index(stage)
-                    operand = dscores(rings, p_buffer, ds, stage, TILE_Q, S, OPERAND)
+                    x = queries.q.index(stage)  # [TILE_Q, PADDED]
+                    operand = dscores(rings, p_buffer, ds, stage, SPEC, S, OPERAND)
                 # (2) The first half of dX += operand @ x begins.
-                first = warpgroup_mma(operand, x.slice(0, HALF, 1), first, is_async=True)
+                first = warpgroup_mma(operand, x.slice(0, FIRST, 1), first, is_async=True)
                 consumer_barrier()
                 # (3) A half of dQ = dS K begins, and the second half of dX.
-                dq = gl.zeros([TILE_Q, HALF], gl.float32, OF_HALF)
-                keys = kv.k.index(recomputed(0)).slice(HALF * CONSUMER, HALF, 1)  # [64, HALF]
+                dq = gl.zeros([TILE_Q, DQ], gl.float32, OF_DQ)
+                keys = kv.k.index(recomputed(0)).slice(HALF * CONSUMER, DQ, 1)  # [64, DQ]
                 dq = warpgroup_mma(ds.permute((1, 0)), keys, dq, use_acc=False, is_async=True)
-                second = warpgroup_mma(operand, x.slice(HALF, HALF, 1), second, is_async=True)
+                for_second = operand if SECOND == FIRST else gl.convert_layout(operand, OPERAND_2, assert_trivial=True)
+                second = warpgroup_mma(for_second, x.slice(FIRST, SECOND, 1), second, is_async=True)
                 # (4) dQ is added to global memory, from registers: the wgmmas alone take up most of what shared memory
                 # can bring.
                 first, dq = warpgroup_mma_wait(1, deps=[first, dq])
-                of_sum = dq_sum + ((sum_row + row).to(gl.int64) * E + TILE_Q * HALF * CONSUMER)
-                add_accumulator(of_sum, dq, OF_HALF)
+                of_sum = dq_sum + ((sum_row + row).to(gl.int64) * PADDED + TILE_Q * HALF * CONSUMER)
+                add_accumulator(of_sum, dq, OF_DQ)
                 # (5) dX is complete, and the tile of queries is released.
-                second, operand = warpgroup_mma_wait(0, deps=[second, operand])
+                second, for_second = warpgroup_mma_wait(0, deps=[second, for_second])
                 consumer_release(rings.queries, stage)
                 turn = (turn + 1) & 3
             sum_row += rows
         consumer_release(rings.kv, 0)
         if SPEC.teams > 1:
-            of_sums = dx + mailbox_read(rings.mailbox, slot, FIELDS, "key_row").to(gl.int64) * E
-            add_accumulator(of_sums, first, OF_HALF)
-            add_accumulator(of_sums + 64 * HALF, second, OF_HALF)
+            of_sums = dx + mailbox_read(rings.mailbox, slot, FIELDS, "key_row").to(gl.int64) * PADDED
+            add_accumulator(of_sums, first, OF_FIRST)
+            add_accumulator(of_sums + 64 * FIRST, second, OF_SECOND)
         else:
             if CONSUMER == VALUES:
                 buffer = p_buffer
@@ -131,27 +145,49 @@ def consume(
                 first *= scale
                 second *= scale
             consumer_barrier()  # the last dS has been read
-            store_tile(first, buffer, rings, slot, dx_desc, varlen, 0, 0)
-            store_tile(second, buffer, rings, slot, dx_desc, varlen, 0, HALF)
+            store_tile(first, buffer, rings, slot, first_desc, varlen, 0, 0)
+            store_tile(second, buffer, rings, slot, second_desc, varlen, 0, FIRST)
             tma.store_wait(0)
         slot ^= 1
         consumer_wait(rings.kv, State(0, slot))
         steps = mailbox_read(rings.mailbox, slot, FIELDS, "steps")
 
 
+@gluon.constexpr_function
+def second_half(half, head_dim):
+    """Return how many columns behind the first half are used: half as many if the head has no more."""
+    return half // 2 if 2 * head_dim <= 3 * half else half
+
+
+@gluon.jit
+def begin_matmul(of_keys, of_queries, acc, USE_ACC: gl.constexpr, E: gl.constexpr):
+    """Begin `acc + of_keys @ of_queries^T`, over the columns that heads of E use, or without `acc`."""
+    HALF: gl.constexpr = of_keys.shape[1] // 2
+    SECOND: gl.constexpr = second_half(HALF, E)
+    if SECOND < HALF and HALF >= 128:
+        acc = warpgroup_mma(
+            of_keys.slice(0, HALF, 1), of_queries.slice(0, HALF, 1).permute((1, 0)), acc, use_acc=USE_ACC, is_async=True
+        )
+        acc = warpgroup_mma(
+            of_keys.slice(HALF, SECOND, 1), of_queries.slice(HALF, SECOND, 1).permute((1, 0)), acc, is_async=True
+        )
+    else:
+        acc = warpgroup_mma(of_keys, of_queries.permute((1, 0)), acc, use_acc=USE_ACC, is_async=True)
+    return acc
+
+
 @gluon.jit
 def weights(
     rings, p_buffer, slot, stage, row, len_k, left, right, scale, softcap,
-    TILE_Q: gl.constexpr, S: gl.constexpr, OPERAND: gl.constexpr,
+    SPEC: gl.constexpr, S: gl.constexpr, OPERAND: gl.constexpr,
 ):  # fmt: skip
     """Return P^T `[64, TILE_Q]`, and hand it to the other consumer: with softcap times the derivative of that."""
     kv, queries = rings.kv.buffers, rings.queries.buffers
     dtype: gl.constexpr = kv.k.dtype
+    TILE_Q: gl.constexpr = SPEC.tile_q
     factor = (scale if softcap is None else softcap) * LOG2E
     s = gl.zeros([64, TILE_Q], gl.float32, S)
-    s = warpgroup_mma(
-        kv.k.index(recomputed(0)), queries.q.index(stage).permute((1, 0)), s, use_acc=False, is_async=True
-    )
+    s = begin_matmul(kv.k.index(recomputed(0)), queries.q.index(stage), s, False, SPEC.widths.head_dim)
     lse = row_vector(queries.lse.index(stage), S)
     s = warpgroup_mma_wait(0, deps=[s])
     full_begin = mailbox_read(rings.mailbox, slot, FIELDS, "full_begin")
@@ -175,12 +211,13 @@ def weights(
 
 
 @gluon.jit
-def dscores(rings, p_buffer, ds, stage, TILE_Q: gl.constexpr, S: gl.constexpr, OPERAND: gl.constexpr):
+def dscores(rings, p_buffer, ds, stage, SPEC: gl.constexpr, S: gl.constexpr, OPERAND: gl.constexpr):
     """Return dS^T `[64, TILE_Q]`, and store it to shared memory."""
     kv, queries = rings.kv.buffers, rings.queries.buffers
+    TILE_Q: gl.constexpr = SPEC.tile_q
     zeros = gl.zeros([64, TILE_Q], gl.float32, S)
     dp = pin_here(gl.broadcast(row_vector(queries.delta.index(stage), S), zeros)[0])
-    dp = warpgroup_mma(kv.v.index(recomputed(0)), queries.dout.index(stage).permute((1, 0)), dp, is_async=True)
+    dp = begin_matmul(kv.v.index(recomputed(0)), queries.dout.index(stage), dp, True, SPEC.widths.head_dim_v)
     dp = warpgroup_mma_wait(0, deps=[dp])
     await_p()
     p = by_threads(p_buffer, TILE_Q).load(S)
@@ -206,7 +243,7 @@ def wide_kernel(
     batches, heads, len_q, len_k, sum_rows, left, right, scale, softcap, swizzle, SPEC: gl.constexpr,
 ):  # fmt: skip
     """At most as many programs as fit the GPU at once go through all tiles; `SPEC` is a `configs.BackwardSpec`."""
-    gl.static_assert(SPEC.width == 256 and SPEC.tile_q == 64)
+    gl.static_assert(SPEC.widths.padded == 256 and SPEC.tile_q == 64)
     dtype: gl.constexpr = q.dtype.element_ty
     TILED: gl.constexpr = gl.NVMMASharedLayout(128, 16)
     rings = allocate_rings(dtype, 1, SPEC)

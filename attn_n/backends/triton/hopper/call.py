@@ -21,7 +21,7 @@ class HopperCall:
     """A prepared call: the launches of both passes, and what allocates their results."""
 
     def __init__(self, key: KernelKey, q: Tensor, k: Tensor, v: Tensor) -> None:
-        self._out, strides = allocation.empty_like(q)
+        self._out, strides = allocation.empty_like(q, v.shape[-1])
         self._lse = allocation.empty(q.shape[:-1], torch.float32, q.device)
         self._launches = prepare.forward(key, strides)
         self._backwards: dict[tuple[Strides | None, ...], BackwardCall] = {}

@@ -37,7 +37,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_wait,
 )
 
-from attn_n.backends.triton.hopper.gluon_compat import tile_bytes
+from attn_n.backends.triton.hopper.gluon_compat import reinterpret, tile_bytes
 from attn_n.backends.triton.hopper.mailbox import mailbox_read, mailbox_write, new_mailbox
 from attn_n.backends.triton.hopper.masks import kv_blocks_seen, masked_logits
 from attn_n.backends.triton.hopper.ptx import branch_fence, cast_operand, multiply_unless_one
@@ -69,10 +69,10 @@ RUN_TIME = (
 class Shared(NamedTuple):
     """The roles share this memory, and the barriers on it."""
 
-    q: Ring  # [CONSUMERS, 64, E]: each consumer has a buffer of its own
-    k: Ring  # [STAGES, TILE_K, E]
-    v: Ring  # [STAGES, TILE_K, E]
-    out: gl.shared_memory_descriptor  # [CONSUMERS, 64, E], or the buffers of q
+    q: Ring  # [CONSUMERS, 64, PADDED]: each consumer has a buffer of its own
+    k: Ring  # [STAGES * PANELS, TILE_K, PANEL], see `panel_of`
+    v: Ring  # [STAGES, TILE_K, TILE_V]
+    out: gl.shared_memory_descriptor  # [CONSUMERS, 64, TILE_V], or the buffers of q, a number of such tiles each
     mailbox: gl.shared_memory_descriptor  # of this tile of queries and of the next one
     mailbox_full: gl.shared_memory_descriptor  # a slot is free again when the q of the tile between them are
 
@@ -161,22 +161,44 @@ def load_tile(smem, q_desc, k_desc, v_desc, tile, state, q_phase, SPEC: gl.const
     )
     head_kv, last = tile.head // SPEC.group_size, end - 1
     # The first keys before the queries, whose buffers become free one by one.
-    load_block(k_desc, tile.rows_k, head_kv, last * TILE_K, smem.k, state)
+    PANELS: gl.constexpr = SPEC.widths.tile // panel_of(SPEC)
+    load_block(k_desc, tile.rows_k, head_kv, last * TILE_K, smem.k, state, PANELS)
     for c in gl.static_range(CONSUMERS):
-        load_block(q_desc, tile.rows_q, tile.head, tile.first + c * STRIP, smem.q, State(c, q_phase))
+        load_block(q_desc, tile.rows_q, tile.head, tile.first + c * STRIP, smem.q, State(c, q_phase), 1)
     for block in range(last, begin - 1, -1):
-        load_block(v_desc, tile.rows_k, head_kv, block * TILE_K, smem.v, state)
+        load_block(v_desc, tile.rows_k, head_kv, block * TILE_K, smem.v, state, 1)
         state = advance(state, smem.k)
         if block > begin:
-            load_block(k_desc, tile.rows_k, head_kv, (block - 1) * TILE_K, smem.k, state)
+            load_block(k_desc, tile.rows_k, head_kv, (block - 1) * TILE_K, smem.k, state, PANELS)
     return state
 
 
 @gluon.jit
-def load_block(descriptor, rows, head, row, ring, state):
-    """Load a block of rows into a buffer of a ring, when that is empty."""
-    producer_acquire(ring, state, tile_bytes(descriptor))
-    tma_load(descriptor, rows, head, row, ring.full.index(state.stage), ring.buffers.index(state.stage))
+def load_block(descriptor, rows, head, row, ring, state, PANELS: gl.constexpr):
+    """Load a block of rows into a buffer of a ring, or into its panels of columns, when that is empty."""
+    producer_acquire(ring, state, PANELS * tile_bytes(descriptor))
+    for p in gl.static_range(PANELS):
+        buffer = ring.buffers.index(state.stage * PANELS + p)
+        tma_load(descriptor, rows, head, row, p * buffer.shape[1], ring.full.index(state.stage), buffer)
+
+
+@gluon.constexpr_function
+def panel_of(spec):
+    """Return how many columns of K a buffer holds: shapes are powers of two, so 192 columns are three panels of 64."""
+    return spec.widths.tile if spec.widths.tile == spec.widths.padded else 64
+
+
+@gluon.jit
+def begin_scores(q, k_ring, stage, s, PANEL: gl.constexpr, PANELS: gl.constexpr):
+    """Begin S = Q K^T; s is what its registers have held."""
+    if PANELS == 1:
+        s = warpgroup_mma(q, k_ring.buffers.index(stage).permute((1, 0)), s, use_acc=False, is_async=True)
+    else:
+        for p in gl.static_range(PANELS):
+            panel = k_ring.buffers.index(stage * PANELS + p)  # [TILE_K, PANEL]
+            q_panel = q.slice(p * PANEL, PANEL, 1)
+            s = warpgroup_mma(q_panel, panel.permute((1, 0)), s, use_acc=p > 0, is_async=True)
+    return s
 
 
 @gluon.jit
@@ -211,7 +233,9 @@ def attend(CONSUMER: gl.constexpr, smem, tile, results, factor, state, q_phase, 
     """Compute out and lse of the 64 queries of a consumer, and return how far it has gone in the rings of K and V."""
     TILE_K: gl.constexpr = SPEC.tiles.tile_k
     TILE_Q: gl.constexpr = SPEC.tiles.consumers * STRIP
-    E: gl.constexpr = SPEC.width
+    TILE_V: gl.constexpr = SPEC.widths.tile_v
+    PANEL: gl.constexpr = panel_of(SPEC)
+    PANELS: gl.constexpr = SPEC.widths.tile // PANEL
     Q_IN_REGISTERS: gl.constexpr = SPEC.tiles.q_in_registers
     OUT_APART: gl.constexpr = SPEC.tiles.out_apart
     LAZY: gl.constexpr = SPEC.tiles.lazy
@@ -219,7 +243,7 @@ def attend(CONSUMER: gl.constexpr, smem, tile, results, factor, state, q_phase, 
     len_q, len_k = tile.sizes.len_q, tile.sizes.len_k
     dtype: gl.constexpr = out_desc.dtype
     S: gl.constexpr = gl.NVMMADistributedLayout(version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, TILE_K, 16])
-    OUT: gl.constexpr = gl.NVMMADistributedLayout(version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, E, 16])
+    OUT: gl.constexpr = gl.NVMMADistributedLayout(version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, TILE_V, 16])
     P: gl.constexpr = gl.DotOperandLayout(operand_index=0, parent=OUT, k_width=2)
     ROWS: gl.constexpr = gl.SliceLayout(1, S)
     # [64, 4]: of the sums that each thread makes of its own numbers.
@@ -244,16 +268,18 @@ def attend(CONSUMER: gl.constexpr, smem, tile, results, factor, state, q_phase, 
 
     consumer_wait(smem.q, State(CONSUMER, q_phase))
     if Q_IN_REGISTERS:
-        q = smem.q.buffers.index(CONSUMER).load(gl.DotOperandLayout(operand_index=0, parent=S, k_width=2))  # [64, E]
+        q = smem.q.buffers.index(CONSUMER).load(
+            gl.DotOperandLayout(operand_index=0, parent=S, k_width=2)
+        )  # [64, PADDED]
         fence_async_shared()
         consumer_release(smem.q, CONSUMER)
     else:
-        q = smem.q.buffers.index(CONSUMER)  # [64, E]
+        q = smem.q.buffers.index(CONSUMER)  # [64, PADDED]
     if BOUNDED:
         state = skip_blocks(smem, end - own_end, state)
     consumer_wait(smem.k, state)
     s = gl.zeros([STRIP, TILE_K], gl.float32, layout=S)
-    s = warpgroup_mma(q, smem.k.buffers.index(state.stage).permute((1, 0)), s, use_acc=False, is_async=True)
+    s = begin_scores(q, smem.k, state.stage, s, PANEL, PANELS)
     s = warpgroup_mma_wait(0, deps=[s])
     consumer_release(smem.k, state.stage)
     s = capped(s, scale, softcap)
@@ -263,7 +289,7 @@ def attend(CONSUMER: gl.constexpr, smem, tile, results, factor, state, q_phase, 
     p = gl.exp2(s * factor - gl.expand_dims(finite(row_max, MAYBE_EMPTY), 1))  # [64, TILE_K]
     sums = sums_of_threads(p, TILE_K, PARTS)  # [64, 4]
     p_operand = cast_operand(p, P, dtype)  # [64, TILE_K]
-    acc = gl.zeros([STRIP, E], gl.float32, layout=OUT)  # O, not divided by row_sum
+    acc = gl.zeros([STRIP, TILE_V], gl.float32, layout=OUT)  # O, not divided by row_sum
 
     # Loop: S and P of each block before, while O takes in the block behind it.
     for i in range(1, own_end - own_begin):
@@ -271,8 +297,7 @@ def attend(CONSUMER: gl.constexpr, smem, tile, results, factor, state, q_phase, 
         next_state = advance(state, smem.k)
         # (1) S = Q K^T of this block begins.
         consumer_wait(smem.k, next_state)
-        k_block = smem.k.buffers.index(next_state.stage)  # [TILE_K, E]
-        s = warpgroup_mma(q, k_block.permute((1, 0)), p, use_acc=False, is_async=True)
+        s = begin_scores(q, smem.k, next_state.stage, p, PANEL, PANELS)
         # (2) O += P V of the block behind begins.
         consumer_wait(smem.v, state)
         acc = warpgroup_mma(p_operand, smem.v.buffers.index(state.stage), acc, is_async=True)
@@ -319,10 +344,10 @@ def attend(CONSUMER: gl.constexpr, smem, tile, results, factor, state, q_phase, 
 
     acc = acc * as_column(rescale, OUT)
     if OUT_APART:
-        out_strip = smem.out.index(CONSUMER)  # [64, E]
+        out_strip = smem.out.index(CONSUMER)  # [64, TILE_V]
         tma.store_wait(0)
     else:
-        out_strip = smem.q.buffers.index(CONSUMER)
+        out_strip = smem.out.index(CONSUMER * (SPEC.widths.padded // TILE_V))
     out_strip.store(acc.to(dtype))
     fence_async_shared()
     if first < len_q:
@@ -418,23 +443,32 @@ def forward_kernel(
     STAGES: gl.constexpr = SPEC.tiles.stages
     OUT_APART: gl.constexpr = SPEC.tiles.out_apart
     VARLEN: gl.constexpr = starts_q is not None
-    E: gl.constexpr = SPEC.width
+    E: gl.constexpr = SPEC.widths.head_dim
+    EV: gl.constexpr = SPEC.widths.head_dim_v
+    TILE_V: gl.constexpr = SPEC.widths.tile_v
+    PADDED: gl.constexpr = SPEC.widths.padded
+    PANEL: gl.constexpr = panel_of(SPEC)
+    PANELS: gl.constexpr = SPEC.widths.tile // PANEL
     gl.static_assert(
         OUT_APART or not SPEC.tiles.q_in_registers, "out waits in the buffer of q, which is then free already"
     )
     dtype: gl.constexpr = q.dtype.element_ty
     heads_kv = heads // SPEC.group_size
-    q_desc = tile_descriptor(q, batch, heads, len_q, strides_q, STRIP, E)
-    k_desc = tile_descriptor(k, batch, heads_kv, len_k, strides_k, TILE_K, E)
-    v_desc = tile_descriptor(v, batch, heads_kv, len_k, strides_v, TILE_K, E)
-    out_desc = tile_descriptor(out, batch, heads, len_q, strides_out, STRIP, E)
+    q_desc = tile_descriptor(q, batch, heads, len_q, strides_q, STRIP, E, PADDED)
+    k_desc = tile_descriptor(k, batch, heads_kv, len_k, strides_k, TILE_K, E, PANEL)
+    v_desc = tile_descriptor(v, batch, heads_kv, len_k, strides_v, TILE_K, EV, TILE_V)
+    out_desc = tile_descriptor(out, batch, heads, len_q, strides_out, STRIP, EV, TILE_V)
 
-    STRIPS: gl.constexpr = gl.NVMMASharedLayout.get_default_for([STRIP, E], dtype)
-    BLOCKS: gl.constexpr = gl.NVMMASharedLayout.get_default_for([TILE_K, E], dtype)
-    q_strips = gl.allocate_shared_memory(dtype, [CONSUMERS, STRIP, E], STRIPS)
-    k_blocks = gl.allocate_shared_memory(dtype, [STAGES, TILE_K, E], BLOCKS)
-    v_blocks = gl.allocate_shared_memory(dtype, [STAGES, TILE_K, E], BLOCKS)
-    out_strips = gl.allocate_shared_memory(dtype, [CONSUMERS, STRIP, E], STRIPS) if OUT_APART else q_strips
+    TILED: gl.constexpr = gl.NVMMASharedLayout(128, 16)
+    q_strips = gl.allocate_shared_memory(dtype, [CONSUMERS, STRIP, PADDED], TILED)
+    k_blocks = gl.allocate_shared_memory(dtype, [STAGES * PANELS, TILE_K, PANEL], TILED)
+    v_blocks = gl.allocate_shared_memory(dtype, [STAGES, TILE_K, TILE_V], TILED)
+    if OUT_APART:
+        out_strips = gl.allocate_shared_memory(dtype, [CONSUMERS, STRIP, TILE_V], TILED)
+    elif PADDED == TILE_V:
+        out_strips = q_strips
+    else:
+        out_strips = reinterpret(q_strips, dtype, [CONSUMERS * PADDED // TILE_V, STRIP, TILE_V], TILED)
     q_ring = Ring(q_strips, barriers(CONSUMERS, 1), barriers(CONSUMERS, 1))
     k_ring = Ring(k_blocks, barriers(STAGES, 1), barriers(STAGES, CONSUMERS))
     v_ring = Ring(v_blocks, barriers(STAGES, 1), barriers(STAGES, CONSUMERS))

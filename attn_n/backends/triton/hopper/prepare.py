@@ -12,7 +12,7 @@ from attn_n.backends.triton.hopper import configs
 from attn_n.backends.triton.hopper.backward import backward_kernel
 from attn_n.backends.triton.hopper.backward_passes import postprocess_kernel, preprocess_kernel
 from attn_n.backends.triton.hopper.backward_wide import wide_kernel
-from attn_n.backends.triton.hopper.configs import BackwardSpec, Config, ForwardSpec
+from attn_n.backends.triton.hopper.configs import BackwardSpec, Config, ForwardSpec, Widths
 from attn_n.backends.triton.hopper.forward import STRIP, forward_kernel
 from attn_n.backends.triton.hopper.schedule import BLOCK, HEADER, schedule_kernel
 from attn_n.backends.triton.kernel_key import KernelKey, Strides
@@ -29,7 +29,8 @@ class Forward(NamedTuple):
 
 def forward(key: KernelKey, out: Strides, config: Config | None = None) -> Forward:
     """Return the launches of a forward; `config` replaces that of the table."""
-    p, config = key, config or configs.find(key)
+    p, widths = key, _widths(key)
+    config = config or configs.find(key, widths.tile)
     left, right = p.window
     tile_q = config.tiles.consumers * STRIP.value
     tiles_of_head = _cdiv(p.len_q, tile_q)
@@ -39,7 +40,7 @@ def forward(key: KernelKey, out: Strides, config: Config | None = None) -> Forwa
     swizzle = None
     if config.counted and right is not None and not p.varlen:
         # These heads take turns: as many as have 32 MB of keys and values, and enough for three rounds of all programs.
-        swizzle = max((1 << 23) // (p.len_k * p.width) * (p.heads // p.heads_kv), _cdiv(3 * at_once, tiles_of_head))
+        swizzle = max((1 << 23) // (p.len_k * widths.tile) * (p.heads // p.heads_kv), _cdiv(3 * at_once, tiles_of_head))
         swizzle = _cdiv(p.batch * p.heads, max(1, p.batch * p.heads // swizzle))
     elif p.causal and not p.varlen:
         items = p.heads * p.batch * _cdiv(tiles_of_head, 2)  # an item is a pair of tiles
@@ -50,7 +51,7 @@ def forward(key: KernelKey, out: Strides, config: Config | None = None) -> Forwa
     one_edge = left is None and (
         right is None or (p.more_keys is not None and (p.more_keys + right + 1) % STRIP.value <= 1)
     )
-    constants = {"SPEC": ForwardSpec(config.tiles, p.width, p.heads // p.heads_kv, one_edge)}
+    constants = {"SPEC": ForwardSpec(config.tiles, widths, p.heads // p.heads_kv, one_edge)}
     # The registers of the SM are divided among the consumers, the producer and the idle warps that complete its four.
     options = {"num_warps": 4, "maxnreg": {1: 128, 2: 168, 3: 128}[config.tiles.consumers]}
     programs = min(items, at_once)
@@ -103,13 +104,14 @@ class Backward(NamedTuple):
 
 def backward(key: KernelKey, dq: Strides, dk: Strides, dv: Strides) -> Backward:
     """Return the launches of a backward; the strides are those of the gradients."""
-    p, (tile_q, tile_k) = key, configs.BACKWARD[key.width]
+    p, widths = key, _widths(key)
+    tile_q, tile_k = configs.BACKWARD[widths.tile]
     q, k, v, out, dout = p.strides
-    kernel = backward_kernel if p.width <= 128 else wide_kernel
+    kernel = backward_kernel if widths.tile <= 128 else wide_kernel
     sm_count = _sm_count(p.device)
-    team_heads = configs.heads_of_item(p, sm_count)
+    team_heads = configs.heads_of_item(p, widths.tile, sm_count)
     teams = p.heads // p.heads_kv // team_heads
-    constants = {"SPEC": BackwardSpec(p.width, tile_q, team_heads, teams), "E": p.width, "TILE_Q": tile_q}
+    spec = BackwardSpec(widths, tile_q, team_heads, teams)
     left, right = p.window
     if p.varlen:  # one batch, whole tiles for each sequence; only the GPU knows the lengths
         batch, tiles_q, tiles_k = 1, most_tiles(p, p.rows, tile_q), most_tiles(p, p.keys, tile_k)
@@ -126,29 +128,35 @@ def backward(key: KernelKey, dq: Strides, dk: Strides, dv: Strides) -> Backward:
     of_rows = (out, dout, sequences, p.stride_n, p.heads, len_q)
     small = {"num_warps": 4}
 
-    def postprocess(strides: Strides, heads: int, length: int, scale: float, programs: int, tile: int) -> Launch:
-        of_sum = (strides, sequences, heads, length, scale)
-        return Launch(
-            postprocess_kernel, programs, p.device, of_sum, constants | {"TILE": tile}, small, descriptors=False
-        )
+    def postprocess(
+        strides: Strides, heads: int, length: int, scale: float, programs: int, tile: int, width: int
+    ) -> Launch:
+        of_sum, constants = (strides, sequences, heads, length, scale), {"E": width, "TILE": tile, "SPEC": spec}
+        return Launch(postprocess_kernel, programs, p.device, of_sum, constants, small, descriptors=False)
 
-    def postprocess_keys(strides: Strides, scale: float) -> Launch:
-        return postprocess(strides, p.heads_kv, sum_rows if p.varlen else len_k, scale, key_tiles, tile_k)
+    def postprocess_keys(strides: Strides, scale: float, width: int) -> Launch:
+        return postprocess(strides, p.heads_kv, sum_rows if p.varlen else len_k, scale, key_tiles, tile_k, width)
 
     return Backward(
         _schedule(p, tile_k) if p.varlen else None,
-        Launch(preprocess_kernel, tiles, p.device, of_rows, constants, small, descriptors=False),
+        Launch(preprocess_kernel, tiles, p.device, of_rows, {"SPEC": spec}, small, descriptors=False),
         Launch(
-            kernel, min(key_tiles * teams, sm_count), p.device, numbers, constants, small | {"maxnreg": 168},
+            kernel, min(key_tiles * teams, sm_count), p.device, numbers, {"SPEC": spec}, small | {"maxnreg": 168},
             descriptors=True,
         ),
-        postprocess(dq, p.heads, len_q, p.scale, tiles, tile_q),
-        (postprocess_keys(dk, p.scale), postprocess_keys(dv, 1.0)) if teams > 1 else (),
+        postprocess(dq, p.heads, len_q, p.scale, tiles, tile_q, p.width),
+        (postprocess_keys(dk, p.scale, p.width), postprocess_keys(dv, 1.0, p.width_v)) if teams > 1 else (),
         HEADER.value + 2 * tiles_k if p.varlen else 0,
         2 * tiles * tile_q + 1,
-        tiles * tile_q * p.width,
-        key_tiles * tile_k * p.width,
+        tiles * tile_q * widths.padded,
+        key_tiles * tile_k * widths.padded,
     )  # fmt: skip
+
+
+def _widths(key: KernelKey) -> Widths:
+    widths = configs.widths(key.width, key.width_v)
+    assert widths is not None
+    return widths
 
 
 def _cdiv(a: int, b: int) -> int:

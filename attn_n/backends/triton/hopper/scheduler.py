@@ -58,7 +58,7 @@ def query_tiles(item, tiles, sizes, varlen, TILE_Q: gl.constexpr, SPEC: gl.const
     count, len_q, len_k, end_q, end_k = 1, sizes.len_q, sizes.len_k, 0, 0
     if varlen.starts_q is not None:
         # Heads whose keys and values together take 32 MB.
-        IN_L2: gl.constexpr = (1 << 23) // SPEC.width
+        IN_L2: gl.constexpr = (1 << 23) // SPEC.widths.tile
         sequence, inside = sequence_of(varlen.table, item, sizes.heads)
         start_q, len_q = rows_of_sequence(varlen.starts_q, sequence)
         start_k, len_k = rows_of_sequence(varlen.starts_k, sequence)
@@ -118,7 +118,7 @@ def kv_tile(item, tiles, teams, sizes, TILE_K: gl.constexpr, SPEC: gl.constexpr)
     else:
         varlen = sizes.varlen
         # Teams whose queries, dout and sums for dQ together take 32 MB.
-        IN_L2: gl.constexpr = (1 << 22) // (SPEC.width * SPEC.team_heads)
+        IN_L2: gl.constexpr = (1 << 22) // (SPEC.widths.tile * SPEC.team_heads)
         sequence, inside = sequence_of(varlen.table, item, teams)
         start_q, len_q = rows_of_sequence(varlen.starts_q, sequence)
         start_k, len_k = rows_of_sequence(varlen.starts_k, sequence)

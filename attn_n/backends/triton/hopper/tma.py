@@ -28,13 +28,13 @@ UNBOUNDED = gl.constexpr(0x7FFF0000)
 
 @gluon.jit
 def tile_descriptor(
-    x, batch, heads, rows, strides, ROWS: gl.constexpr, E: gl.constexpr, COLUMNS: gl.constexpr = None,
+    x, batch, heads, rows, strides, ROWS: gl.constexpr, E: gl.constexpr, WIDTH: gl.constexpr,
 ):  # fmt: skip
-    """Make a descriptor of tiles `[ROWS, COLUMNS or E]` of `(B, H, L, E)`, or if batch is None of varlen `(T, H, E)`.
+    """Make a descriptor of tiles `[ROWS, WIDTH]` of `(B, H, L, E)`, or if batch is None of varlen `(T, H, E)`.
 
-    The kernel does so, because the host takes longer for one than a short kernel runs.
+    Zeros fill up what a tile has beyond the E columns, which are not stored. The kernel makes the descriptor, because
+    the host takes longer for one than a short kernel runs.
     """
-    WIDTH: gl.constexpr = E if COLUMNS is None else COLUMNS
     if batch is not None:
         LAYOUT: gl.constexpr = gl.NVMMASharedLayout.get_default_for([1, 1, ROWS, WIDTH], x.dtype.element_ty)
         return tma.make_tensor_descriptor(
@@ -56,12 +56,12 @@ def boxed(buffer, descriptor):
 
 
 @gluon.jit
-def tma_load(descriptor, rows, head, row, full, buffer):
-    """Begin to load the tile whose first row is `row` of its sequence; the barrier `full` counts the bytes."""
+def tma_load(descriptor, rows, head, row, column: gl.constexpr, full, buffer):
+    """Begin to load the tile whose first row and column these are; the barrier `full` counts the bytes."""
     if rows.batch is not None:
-        async_load(descriptor, [rows.batch, head, row, 0], full, boxed(buffer, descriptor))
+        async_load(descriptor, [rows.batch, head, row, column], full, boxed(buffer, descriptor))
     else:
-        at = [SHIFT, rows.end, head, SHIFT - rows.length + row, 0]
+        at = [SHIFT, rows.end, head, SHIFT - rows.length + row, column]
         async_load(descriptor, at, full, boxed(buffer, descriptor))
 
 
