@@ -1,4 +1,7 @@
-"""xFormers, called by the explicit forward and backward of memory_efficient_attention; `attn_n.sink` applies n."""
+"""xFormers, called by the explicit forward and backward of memory_efficient_attention; `attn_n.sink` applies n.
+
+xFormers 0.0.35 is the last with that function; it lives on in MSLK, in the same words. Whichever is installed is used.
+"""
 
 from __future__ import annotations
 
@@ -23,12 +26,12 @@ from attn_n.compilation import constant_when_compiled
 
 
 def load(module: str) -> Any:
-    """Import a module of xFormers, with `flash_attn` hidden where only FlashAttention 4 is installed.
+    """Import a module of xFormers or MSLK, with `flash_attn` hidden where only FlashAttention 4 is installed.
 
-    xFormers takes any `flash_attn` for FlashAttention 2, and fails on the namespace package of FlashAttention 4.
-    Without `flash_attn` it runs PyTorch's kernels.
+    They take any `flash_attn` for FlashAttention 2, and fail on the namespace package of FlashAttention 4. Without
+    `flash_attn` they run PyTorch's kernels.
     """
-    only_4 = "xformers.ops" not in sys.modules and _has("flash_attn") and not _has("flash_attn.flash_attn_interface")
+    only_4 = module not in sys.modules and _has("flash_attn") and not _has("flash_attn.flash_attn_interface")
     if not only_4:
         return importlib.import_module(module)
     with IMPORTING:
@@ -46,16 +49,23 @@ def _has(module: str) -> bool:
     return importlib.util.find_spec(module) is not None
 
 
-LIBRARY = Library("xformers", "xformers.ops", "pip install xformers", ("xformers",), oldest="0.0.32", load=load)
+LIBRARY = Library("xformers", "xformers.ops.fmha", "pip install xformers", ("xformers",), oldest="0.0.32", load=load)
+SUCCESSOR = Library("MSLK", "mslk.attention.fmha", "pip install mslk-cuda", ("mslk-cuda",), oldest="1.1.0", load=load)
+
+
+def library() -> Library:
+    """Return MSLK if it can be used and xFormers cannot, else xFormers."""
+    return SUCCESSOR if LIBRARY.why_not() is not None and SUCCESSOR.why_not() is None else LIBRARY
 
 
 @constant_when_compiled
 def why_not_usable(kernel: str) -> str | None:
     """Return the reason why the operators of `kernel`, "flash" or "cutlass", cannot be used; None if they can."""
-    reason = LIBRARY.why_not()
+    found = library()
+    reason = found.why_not()
     if reason is not None:
         return reason
-    if not importlib.import_module("xformers._cpp_lib")._built_with_cuda:
+    if found is LIBRARY and not importlib.import_module("xformers._cpp_lib")._built_with_cuda:
         return (
             f"the operators of xformers {LIBRARY.version()} cannot be loaded: it was built for another PyTorch, or its"
             " CUDA libraries are missing (pip install nvidia-cuda-runtime-cu12 for a wheel that was built with CUDA 12)"
@@ -63,7 +73,7 @@ def why_not_usable(kernel: str) -> str | None:
     fmha = _fmha()
     operators = getattr(fmha, kernel)
     if not (operators.FwOp.is_available() and operators.BwOp.is_available()):
-        return f"xformers {LIBRARY.version()} has no {kernel} kernels here"
+        return f"{found.name} {found.version()} has no {kernel} kernels here"
     arguments = "query", "key", "value", "attn_bias", "scale", "op"
     return changed_function(fmha, "memory_efficient_attention_forward_requires_grad", *arguments) or changed_function(
         fmha, "memory_efficient_attention_backward", "grad", "output", "lse", *arguments
@@ -71,7 +81,7 @@ def why_not_usable(kernel: str) -> str | None:
 
 
 def _fmha() -> Any:
-    return importlib.import_module("xformers.ops.fmha")
+    return importlib.import_module(library().module)
 
 
 def _why_not_capability(call: AttentionCall) -> str | None:

@@ -112,7 +112,7 @@ def _how_to_convert(x: object) -> str:
     module, name = type(x).__module__, type(x).__name__
     if name == "BlockMask":
         return ": pass torch.nn.attention.flex_attention.create_mask(mask_mod, B, H, L, S), or causal= and window="
-    if module.startswith("xformers."):
+    if module.startswith(("xformers.", "mslk.")):
         return ": pass causal=True or window= for what it says, or its materialize((L, S))"
     if name == "MaskedTensor":
         return ": pass get_data(), and what is masked as attn_mask"

@@ -17,7 +17,7 @@ from attn_n.call import AttentionCall
 from attn_n.dispatch import order, serving
 from attn_n.doctor import selfcheck, timing
 
-DISTRIBUTIONS = ("triton", "flash-attn", "flash-attn-3", "tokenspeed-fa3", "flash-attn-4", "xformers")
+DISTRIBUTIONS = ("triton", "flash-attn", "flash-attn-3", "tokenspeed-fa3", "flash-attn-4", "xformers", "mslk-cuda")
 
 
 @dataclass(frozen=True)

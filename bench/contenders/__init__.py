@@ -13,7 +13,7 @@ from bench.workloads.calls import Call, calls
 
 _PACKAGES = (
     "flash-attn", "flash-attn-3", "tokenspeed-fa3", "flash-attn-4", "nvidia-cutlass-dsl", "quack-kernels", "xformers",
-    "fla-core", "triton",
+    "mslk-cuda", "fla-core", "triton",
 )  # fmt: skip
 
 

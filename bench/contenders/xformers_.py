@@ -6,19 +6,19 @@ from typing import Any
 
 from torch import Tensor
 
-from attn_n.backends.xformers import load
+from attn_n.backends.xformers import library, load
 from bench.contenders.base import Attend, Contender, by_autograd
 from bench.contenders.library import why_absent
 from bench.workloads import Inputs, Workload
 
 
 def _attend(inputs: Inputs) -> Attend:
-    operators, packed = load("xformers.ops"), bool(inputs.workload.sequences)
-    operators.fmha._set_use_fa3(False)  # it takes any FlashAttention 3 for one that has a backward pass
-    bias = (_bias_packed if packed else _bias)(operators.fmha.attn_bias, inputs.workload)
+    fmha, packed = load(library().module), bool(inputs.workload.sequences)
+    fmha._set_use_fa3(False)  # it takes any FlashAttention 3 for one that has a backward pass
+    bias = (_bias_packed if packed else _bias)(fmha.attn_bias, inputs.workload)
 
     def attend(q: Tensor, k: Tensor, v: Tensor, sinks: Tensor | None) -> Tensor:
-        out: Tensor = operators.memory_efficient_attention(q, k, v, attn_bias=bias)
+        out: Tensor = fmha.memory_efficient_attention(q, k, v, attn_bias=bias)
         return out
 
     return (lambda q, k, v, sinks: attend(q[None], k[None], v[None], sinks)[0]) if packed else attend
@@ -44,7 +44,7 @@ def _why_not(workload: Workload) -> str | None:
         return "grouped heads in the forward pass alone"
     if workload.window is not None and not workload.causal:
         return "a window only with a causal mask"
-    return why_absent("xformers.ops", load)
+    return why_absent(library().module, load)
 
 
 CONTENDERS = (Contender("xformers n=0", "0", by_autograd(_attend, "0", token_first=True), _why_not),)
