@@ -155,8 +155,8 @@ def consume(
 
 @gluon.constexpr_function
 def second_half(half, head_dim):
-    """Return how many columns behind the first half are used: half as many if the head has no more."""
-    return half // 2 if 2 * head_dim <= 3 * half else half
+    """Return how many columns behind the first half are used: 64 of 128 if the head has no more."""
+    return 64 if half == 128 and head_dim <= 192 else half
 
 
 @gluon.jit
@@ -164,7 +164,7 @@ def begin_matmul(of_keys, of_queries, acc, USE_ACC: gl.constexpr, E: gl.constexp
     """Begin `acc + of_keys @ of_queries^T`, over the columns that heads of E use, or without `acc`."""
     HALF: gl.constexpr = of_keys.shape[1] // 2
     SECOND: gl.constexpr = second_half(HALF, E)
-    if SECOND < HALF and HALF >= 128:
+    if SECOND < HALF:
         acc = warpgroup_mma(
             of_keys.slice(0, HALF, 1), of_queries.slice(0, HALF, 1).permute((1, 0)), acc, use_acc=USE_ACC, is_async=True
         )
