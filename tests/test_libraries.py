@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import importlib.metadata
 import math
 import re
 import sys
@@ -123,7 +124,7 @@ def test_how_a_library_is_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     (tmp_path / "some_namespace").mkdir()
     monkeypatch.syspath_prepend(tmp_path)
     importlib.invalidate_caches()
-    found = torch.__version__
+    found = importlib.metadata.version("torch")
     not_installed = "needs some library (pip install some), which is not installed"
     assert library("some_missing").why_not() == not_installed
     assert library("some_namespace.kernels").why_not() == not_installed
