@@ -18,6 +18,7 @@ from torch import Tensor
 import attn_n
 from attn_n import AttentionCall, Backend, UnsupportedError, flash_attention_n, use_backend
 from attn_n.backends import registry
+from attn_n.call import FEATURES
 from attn_n.dispatch import choose, explanation, order
 from tests.calls import Eager, gpu_call, inputs, varlen
 
@@ -266,6 +267,53 @@ wide = {
 
 
 @pytest.mark.parametrize(
+    ("changes", "features", "said"),
+    [
+        ({}, (), ""),
+        ({"window_right": 0}, ("causal",), ", causal"),
+        ({"window_left": 3}, ("window",), ", window (3, None)"),
+        ({"window_left": 3, "window_right": 0}, ("window",), ", window (3, 0)"),
+        ({"window_right": 2}, ("window",), ", window (None, 2)"),
+        ({"window_right": -2}, ("window", "negative window"), ", window (None, -2)"),
+        ({"softcap": 2.5}, ("softcap",), ", softcap 2.5"),
+        (float_mask, ("mask",), ", bfloat16 mask (1, 1, 256, 256)"),
+        (bool_mask | {"mask_needs_grad": True}, ("mask", "mask gradient"), ", bool mask (1, 1, 256, 256)"),
+        ({"alibi": True}, ("alibi",), ", ALiBi"),
+        ({"alibi": True, "alibi_needs_grad": True}, ("alibi", "alibi gradient"), ", ALiBi"),
+        ({"dropout_p": 0.5}, ("dropout",), ", dropout 0.5"),
+        ({"n_kind": "float"}, (), ", n: float"),
+        ({"n_kind": "per row"}, ("n a row",), ", n: per row"),
+        ({"return_lse": True}, (), ", returns lse"),
+        ({"needs_grad": True}, (), ", needs gradients"),
+        ({"return_lse": True, "needs_grad": True}, ("lse gradient",), ", returns lse, needs gradients"),
+        ({"transform": "forward-mode AD"}, (), ", forward-mode AD"),
+        *(({name.replace(" ", "_"): True}, (name,), "") for name in ("seqused", "leftpad", "cache", "block table")),
+    ],
+    ids=str,
+)
+def test_what_a_call_asks_for(changes: dict[str, object], features: tuple[str, ...], said: str) -> None:
+    """Each argument has its name in refusals, and the text of a call shows it."""
+    shapes = {"q_shape": (2, 8, 5, 64), "k_shape": (2, 4, 6, 64), "v_shape": (2, 4, 6, 32), "needs_grad": False}
+    call = gpu_call(**shapes | changes)
+    assert call.features == frozenset(features)
+    assert call.features.issubset(FEATURES)
+    assert str(call) == (
+        "q (2, 8, 5, 64), k (2, 4, 6, 64), v (2, 4, 6, 32), read as B = 2, Hq = 8, Hkv = 4, L = 5, S = 6, E = 64,"
+        f" Ev = 32, bfloat16 on cuda sm_90{said}"
+    )
+
+
+def test_the_text_of_a_varlen_call() -> None:
+    shapes = {"q_shape": (9, 8, 64), "k_shape": (7, 4, 64), "v_shape": (7, 4, 32)}
+    call = gpu_call(**shapes, sequences=3, device="cpu", capability=None, dtype=torch.float32)
+    assert call.features == {"varlen"}
+    assert str(call) == (
+        "varlen q (9, 8, 64), k (7, 4, 64), v (7, 4, 32), read as sequences = 3, Hq = 8, Hkv = 4, Tq = 9, Tk = 7,"
+        " E = 64, Ev = 32, float32 on cpu, needs gradients"
+    )
+
+
+@pytest.mark.parametrize(
     ("changes", "keys"),
     [
         ({}, 256),
@@ -277,6 +325,11 @@ wide = {
         ({"window_left": 200, "window_right": 100}, 256),
         (varlen, 250),
         (varlen | {"window_left": 10, "window_right": 5}, 16),
+        (varlen | {"sequences": 0}, 500),
+        ({"window_right": -1}, 255),
+        ({"window_right": -300}, 0),
+        ({"window_left": 10, "window_right": -4}, 7),
+        ({"window_left": 1, "window_right": -4}, 0),
     ],
     ids=str,
 )
