@@ -196,6 +196,23 @@ def test_a_call_under_autocast_is_kept(particular: Particular, monkeypatch: pyte
     assert under_autocast == [False] * 7
 
 
+@pytest.mark.parametrize("place", [0, 1, 2], ids=["q", "k", "v"])
+def test_a_call_that_autocast_casts_in_part_is_not_kept(place: int) -> None:
+    tensors = [x.bfloat16() for x in inputs()]
+    expected = flash_attention_n(*tensors, sm_n=1.0)
+    tensors[place] = tensors[place].float()
+    with torch.autocast("cpu", torch.bfloat16):
+        for _ in range(2):
+            assert torch.equal(flash_attention_n(*tensors, sm_n=1.0), expected)
+
+
+def test_a_mask_beyond_float32_is_clamped_each_time() -> None:
+    q, k, v = inputs()
+    for _ in range(2):
+        out = flash_attention_n(q, k, v, attn_mask=torch.full((6, 6), -1e300, dtype=torch.float64))
+        assert torch.allclose(out, v.mean(2, keepdim=True).expand_as(out), atol=1e-6)
+
+
 def test_what_was_put_last_is_kept(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(call_cache._calls, "most", 3)
     for length in range(2, 10):
