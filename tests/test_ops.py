@@ -16,6 +16,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
 from attn_n import Backend, flash_attention_n, flash_attention_n_varlen, register_backend, use_backend
+from attn_n.autograd.passes import rows_may_be_empty_in
 from attn_n.backends import registry
 from attn_n.call import Gradients, Grads, Options, Saved
 from tests.cases import CASES, Case, make
@@ -210,6 +211,28 @@ def test_only_one_pass_is_watched(forward_watched: bool, monkeypatch: pytest.Mon
             gradients.append(torch.autograd.grad(loss, (*inputs, n)))
     assert states == [None, None]
     assert all(torch.equal(a, b) for a, b in zip(*gradients, strict=True))
+
+
+@pytest.mark.parametrize(
+    ("len_q", "len_k", "options", "expected"),
+    [
+        (9, 5, {}, False),
+        (5, 5, {"window_right": 0}, False),
+        (6, 5, {"window_right": 0}, True),
+        (5, 5, {"window_left": 2}, False),
+        (6, 5, {"window_left": 2}, True),
+        (5, 9, {"window_right": -1}, True),
+        (5, 0, {}, True),
+        (5, 5, {"mask": torch.ones(1, 1, 1, 1)}, True),
+        (5, 5, {"cu_seqlens_q": torch.zeros(1)}, True),
+    ],
+    ids=str,
+)
+def test_which_calls_may_have_rows_without_keys(
+    len_q: int, len_k: int, options: dict[str, Any], expected: bool
+) -> None:
+    q, k = torch.empty(1, 1, len_q, 8), torch.empty(1, 1, len_k, 8)
+    assert rows_may_be_empty_in(q, k, Options(1.0, **options)) == expected
 
 
 @pytest.mark.parametrize("backend", ["sdpa", "reference"])
