@@ -303,6 +303,26 @@ def test_what_a_call_asks_for(changes: dict[str, object], features: tuple[str, .
     )
 
 
+def test_the_description_of_a_call() -> None:
+    q, k = torch.randn(2, 7, 4, 16).transpose(1, 2), torch.randn(2, 2, 9, 16)
+    v, mask, slopes = torch.randn(2, 2, 9, 8), torch.randn(7, 9, requires_grad=True), torch.rand(4)
+    options = {"attn_mask": mask, "window": (3, 2), "softcap": 5.0, "alibi_slopes": slopes, "dropout_p": 0.25}
+    assert attn_n.explain(q, k, v, sm_n=1.0, return_lse=True, **options).call == AttentionCall(
+        device="cpu", capability=None, dtype=torch.float32, q_shape=(2, 4, 7, 16), k_shape=(2, 2, 9, 16),
+        v_shape=(2, 2, 9, 8), q_stride=(448, 16, 64, 1), k_stride=(288, 144, 16, 1), v_stride=(144, 72, 8, 1),
+        window_left=3, window_right=2, softcap=5.0, dropout_p=0.25, mask_shape=(1, 1, 7, 9), mask_dtype=torch.float32,
+        alibi=True, n_kind="float", return_lse=True, needs_grad=True, mask_needs_grad=True,
+    )  # fmt: skip
+    q, starts = torch.randn(6, 2, 8, requires_grad=True), torch.tensor([0, 2, 6], dtype=torch.int32)
+    slopes.requires_grad_()
+    found = attn_n.explain(q, q, q, starts, starts, 4, 4, True, sinks=torch.zeros(2), alibi_slopes=slopes[:2])
+    of_x = {f"{x}_{name}": value for x in "qkv" for name, value in (("shape", (6, 2, 8)), ("stride", (16, 8, 1)))}
+    assert found.call == AttentionCall(
+        device="cpu", capability=None, dtype=torch.float32, **of_x, window_right=0, alibi=True, n_kind="per head",
+        sequences=2, needs_grad=True, alibi_needs_grad=True,
+    )  # fmt: skip
+
+
 def test_the_text_of_a_varlen_call() -> None:
     shapes = {"q_shape": (9, 8, 64), "k_shape": (7, 4, 64), "v_shape": (7, 4, 32)}
     call = gpu_call(**shapes, sequences=3, device="cpu", capability=None, dtype=torch.float32)
