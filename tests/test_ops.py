@@ -18,7 +18,7 @@ from torch.utils.checkpoint import checkpoint
 from attn_n import Backend, flash_attention_n, flash_attention_n_varlen, register_backend, use_backend
 from attn_n.autograd.passes import rows_may_be_empty_in
 from attn_n.backends import registry
-from attn_n.call import Gradients, Grads, Options, Saved
+from attn_n.call import Gradients, Grads, Options, Saved, autocast
 from tests.cases import CASES, Case, make
 from tests.oracle import attention_n
 
@@ -250,6 +250,19 @@ def test_autocast(backend: str) -> None:
     with torch.autocast("cpu", torch.bfloat16):
         doubles = [x.detach().double() for x in (q, k, v)]
         assert flash_attention_n(*doubles, backend=backend).dtype == torch.float64
+
+
+def test_on_which_devices_autocast_is_on() -> None:
+    """On one that PyTorch was built without, too; "meta" has none, and PyTorch raises an error when it is asked."""
+    assert not any(autocast.enabled(device) for device in ("cpu", "cuda", "xpu", "meta"))
+    before = torch.is_autocast_enabled("xpu")
+    torch.set_autocast_enabled("xpu", True)
+    try:
+        assert autocast.enabled("xpu")
+        assert autocast.dtype("xpu") == torch.get_autocast_dtype("xpu")
+        assert autocast.dtype("cpu") is None
+    finally:
+        torch.set_autocast_enabled("xpu", before)
 
 
 @pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])

@@ -297,6 +297,7 @@ def test_what_a_call_asks_for(changes: dict[str, object], features: tuple[str, .
     call = gpu_call(**shapes | changes)
     assert call.features == frozenset(features)
     assert call.features.issubset(FEATURES)
+    assert hash(call) == hash(gpu_call(**shapes | changes))
     assert str(call) == (
         "q (2, 8, 5, 64), k (2, 4, 6, 64), v (2, 4, 6, 32), read as B = 2, Hq = 8, Hkv = 4, L = 5, S = 6, E = 64,"
         f" Ev = 32, bfloat16 on cuda sm_90{said}"
