@@ -335,6 +335,92 @@ def test_what_has_no_kind() -> None:
     assert similar.kind(q, k, v, plain, (starts, starts, 4, 4)) is None
 
 
+def kind_of(
+    len_q: int = 10, len_k: int = 20, causal: bool = False, window: Any = None, heads: tuple[int, int] = (4, 2),
+    batch: int = 2, width: int = 64, row: int | None = None, dtype: torch.dtype = torch.bfloat16,
+) -> Any:  # fmt: skip
+    """Return the kind of a call whose q has rows of `row` elements."""
+    q = torch.empty(batch, heads[0], len_q, row or width, dtype=dtype, device="meta")[..., :width]
+    k = torch.empty(batch, heads[1], len_k, width, dtype=dtype, device="meta")
+    return similar.kind(q, k, k, Request(causal, None, None, None, None, window, None, None, 0.0, False, None), ())
+
+
+SAME_KINDS = [
+    ({}, {"len_q": 11, "len_k": 21}),
+    ({"len_q": 2}, {"len_q": 126, "len_k": 127}),
+    ({"len_k": 128}, {"len_k": 699}),
+    ({"len_q": 21}, {"len_q": 22, "len_k": 21}),
+    ({"len_q": 22}, {"len_q": 40}),
+    ({"len_q": 41}, {"len_q": 100}),
+    ({"causal": True, "len_q": 2}, {"causal": True, "len_q": 3}),
+    ({"causal": True, "len_q": 9, "len_k": 2}, {"causal": True, "len_q": 9, "len_k": 3}),
+    ({"window": (8, 3)}, {"window": (8, 3), "len_k": 11}),
+    ({"window": (8, 3)}, {"window": (60, 66), "len_k": 300, "len_q": 100}),
+    ({"window": (8, None)}, {"window": (9, None), "len_k": 100}),
+    ({"window": (None, 8)}, {"window": (None, 8), "len_k": 100}),
+    ({"row": 72}, {}),
+    ({"row": 68, "dtype": torch.float32}, {"dtype": torch.float32}),
+]
+OTHER_KINDS = [
+    ({"len_q": 1}, {"len_q": 2}),
+    ({"len_q": 127, "len_k": 200}, {"len_q": 128, "len_k": 200}),
+    ({"len_k": 699}, {"len_k": 700}),
+    ({"len_k": 1024}, {"len_k": 1025}),
+    ({"len_q": 19}, {"len_q": 20}),
+    ({"len_q": 20}, {"len_q": 21}),
+    ({"len_q": 21}, {"len_q": 22}),
+    ({"len_q": 40}, {"len_q": 41}),
+    ({}, {"causal": True}),
+    ({"window": (8, 3), "len_k": 9}, {"window": (8, 3), "len_k": 10, "len_q": 11}),
+    ({"window": (None, 8), "len_q": 9}, {"window": (None, 8)}),
+    ({"window": (None, 5), "len_k": 5, "len_q": 30}, {"window": (None, 5), "len_k": 6, "len_q": 30}),
+    ({"window": (60, 66), "len_k": 300}, {"window": (60, 67), "len_k": 300, "len_q": 100}),
+    ({"len_q": 3125, "len_k": 3125, "heads": (2, 2)}, {"len_q": 3126, "len_k": 3126, "heads": (2, 2)}),
+    ({}, {"heads": (4, 1)}),
+    ({}, {"heads": (2, 2)}),
+    ({}, {"batch": 3}),
+    ({}, {"width": 32}),
+    ({}, {"row": 68}),
+]
+
+
+@pytest.mark.parametrize(
+    ("one", "other", "same"),
+    [*((*pair, True) for pair in SAME_KINDS), *((*pair, False) for pair in OTHER_KINDS)],
+    ids=str,
+)
+def test_which_calls_are_of_one_kind(one: dict[str, Any], other: dict[str, Any], same: bool) -> None:
+    assert (kind_of(**one) == kind_of(**other)) == same
+
+
+@pytest.mark.parametrize(
+    ("strides", "expected"),
+    [
+        ((512, 64, 64, 1), (True, True, True)),
+        ((512, 72, 64, 1), (True, True, True)),
+        ((512, 68, 64, 1), (True, True, False)),
+        ((0, 64, 64, 1), (True, False, True)),
+        ((64, 8, 1, 8), (False, True, False)),
+    ],
+)
+def test_what_a_kind_holds_of_strides(strides: tuple[int, ...], expected: tuple[bool, bool, bool]) -> None:
+    x = torch.empty(4096, dtype=torch.bfloat16).as_strided((2, 2, 4, 8), strides)
+    assert similar._of_strides(x) == expected
+
+
+def test_the_kinds_of_varlen_calls() -> None:
+    def kind(tokens_k: int, sequences: int, longest: int = 4) -> Any:
+        q, k = torch.empty(6, 4, 64, device="meta"), torch.empty(tokens_k, 2, 64, device="meta")
+        starts = torch.empty(sequences + 1, dtype=torch.int32, device="meta")
+        request = Request(False, None, None, None, None, None, None, None, 0.0, False, None)
+        return similar.kind(q, k, k, request, (starts, starts, longest, longest))
+
+    assert kind(254, 2) == kind(255, 2) == kind(20, 2, longest=0) != kind(256, 2)
+    assert kind(20, 2) != kind(20, 1)
+    assert kind(1, 1) is not None
+    assert kind(1, 0) is None
+
+
 class Marked(Tensor):
     """A tensor subclass: a call of it depends on more than metadata."""
 
