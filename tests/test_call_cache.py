@@ -358,6 +358,7 @@ SAME_KINDS = [
     ({"window": (8, 3)}, {"window": (60, 66), "len_k": 300, "len_q": 100}),
     ({"window": (8, None)}, {"window": (9, None), "len_k": 100}),
     ({"window": (None, 8)}, {"window": (None, 8), "len_k": 100}),
+    ({"len_q": 3, "len_k": 1}, {"len_q": 4, "len_k": 1}),
     ({"row": 72}, {}),
     ({"row": 68, "dtype": torch.float32}, {"dtype": torch.float32}),
 ]
@@ -390,6 +391,7 @@ OTHER_KINDS = [
     ids=str,
 )
 def test_which_calls_are_of_one_kind(one: dict[str, Any], other: dict[str, Any], same: bool) -> None:
+    assert kind_of(**one) is not None is not kind_of(**other)
     assert (kind_of(**one) == kind_of(**other)) == same
 
 
