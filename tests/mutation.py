@@ -133,10 +133,11 @@ def mutants(source: str, path: str, count: int, seed: int) -> list[Change]:
         with contextlib.suppress(SyntaxError, ValueError):
             code = compile(ast.fix_missing_locations(tree), path, "exec")
             if after != before:
-                line, what = getattr(node, "lineno", 0), f"{before}  ->  {after}"
+                what = f"{before.splitlines()[0]}  ->  {after.splitlines()[0]}"
                 if isinstance(node, ast.Call):
                     dropped, *_ = [each for each in kept if each not in node.keywords]
                     what = f"{ast.unparse(node.func)}(...) without {ast.unparse(dropped)}"
+                line = getattr(node, "lineno", 0)
                 made.append(Change(line, what, statements[id(node)], code, ast.unparse(tree)))
         setattr(node, field, kept)
     return made

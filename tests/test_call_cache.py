@@ -482,6 +482,35 @@ def test_the_precision_of_float32_products_is_part_of_its_keys(
     assert (call_cache.key(*tensors, plain) == before) == (dtype is torch.bfloat16)
 
 
+MASK = torch.ones(6, 7)[:, :6]
+
+
+@pytest.mark.parametrize("name", ["attn_mask", "sm_n", "sinks"])
+@pytest.mark.parametrize(
+    "other",
+    [MASK[:1], MASK[None], MASK.bool(), MASK.clone(), MASK.to("meta"), MASK.clone().requires_grad_(), MASK.to_sparse()],
+    ids=["shape", "dimensions", "dtype", "strides", "device", "gradient", "layout"],
+)
+def test_a_key_holds_the_metadata_of_other_tensors(name: str, other: Tensor) -> None:
+    plain, tensors = Request(False, None, None, *[None] * 5, 0.0, False, None), inputs()
+    mask, same, different = (
+        call_cache.key(*tensors, plain._replace(**{name: x})) for x in (MASK, torch.zeros(6, 7)[:, :6], other)
+    )
+    assert mask is not None
+    assert mask == same != different
+
+
+def test_varlen_calls_of_any_longest_sequences_are_of_one_kind() -> None:
+    x, starts = inputs(12)[0][0].transpose(0, 1), torch.tensor([0, 6, 12], dtype=torch.int32)
+    flash_attention_n_varlen(x, x, x, starts, starts, 6, 6, sm_n=1.0)  # the backends are loaded now
+    call_cache.clear()
+    for longest_q, longest_k in ((6, 6), (7, 6), (6, 9), (12, 12)):
+        flash_attention_n_varlen(x, x, x, starts, starts, longest_q, longest_k, sm_n=1.0)
+    assert (len(call_cache._calls), len(call_cache._kinds)) == (4, 1)
+    flash_attention_n_varlen(x, x, x, starts, starts.clone(), 6, 6, sm_n=1.0)  # its keys are as many by chance
+    assert (len(call_cache._calls), len(call_cache._kinds)) == (5, 1)
+
+
 def tensors_in(x: object) -> list[Tensor]:
     if isinstance(x, tuple):
         return [tensor for y in x for tensor in tensors_in(y)]

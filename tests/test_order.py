@@ -7,6 +7,7 @@ from collections import defaultdict
 from pathlib import Path
 
 import pytest
+import torch
 
 from attn_n import AttentionCall
 from attn_n.dispatch import order
@@ -281,3 +282,36 @@ def test_where_the_order_changes(
 )
 def test_what_is_said_of_a_measured_order(call: AttentionCall, said: str) -> None:
     assert order.reason(call) == f"automatic, by speed on an H100: {said}"
+
+
+MASKED = {"mask_shape": (1, 1, 256, 256), "mask_dtype": torch.bfloat16, "capability": (8, 0)}
+TRITON_FIRST = "automatic, triton first: the gradients beside a floating mask are more accurate there"
+ELSEWHERE = "automatic, not measured here: compute capability 8.0"
+
+
+@pytest.mark.parametrize(
+    ("changes", "expected", "said"),
+    [
+        (MASKED, ("triton", "sdpa", "flash_attn", "xformers", "reference"), TRITON_FIRST),
+        (MASKED | INFERENCE, order.UNMEASURED[8], ELSEWHERE),
+        (MASKED | {"mask_dtype": torch.bool}, order.UNMEASURED[8], ELSEWHERE),
+        (MASKED | {"dtype": torch.float32}, order.UNMEASURED[8], ELSEWHERE),
+        (MASKED | {"mask_shape": None, "mask_dtype": None}, order.UNMEASURED[8], ELSEWHERE),
+        (MASKED | {"device": "cpu", "capability": None}, ("sdpa", "reference"), "automatic"),
+        ({"device": "mps", "capability": None}, ("reference",), "automatic"),
+        ({"dtype": torch.float32}, DEFAULT, "automatic"),
+        ({"dropout_p": 0.5}, DEFAULT, "automatic"),
+    ],
+    ids=str,
+)
+def test_the_order_beside_what_was_measured(changes: dict[str, object], expected: tuple[str, ...], said: str) -> None:
+    call = gpu_call(**changes)
+    assert order.automatic(call) == expected
+    assert order.reason(call) == said
+
+
+@pytest.mark.parametrize("capability", [(8, 0), (9, 0)])
+def test_rocm_takes_the_default_order(capability: tuple[int, int], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its devices have compute capabilities of their own."""
+    monkeypatch.setattr(torch.version, "hip", "6.4")
+    assert order.automatic(gpu_call(capability=capability)) == DEFAULT
