@@ -17,7 +17,7 @@ from attn_n import flash_attention_n, flash_attention_n_varlen
 from attn_n.backends import registry, xformers
 from attn_n.backends.flash_attn import version_2, version_3, version_4
 from attn_n.call import Options, Request, canonical
-from attn_n.dispatch import call_cache, choose, similar
+from attn_n.dispatch import call_cache, choose, order, similar
 from tests.oracle import attention_n
 
 
@@ -500,15 +500,39 @@ def test_a_key_holds_the_metadata_of_other_tensors(name: str, other: Tensor) -> 
     assert mask == same != different
 
 
-def test_varlen_calls_of_any_longest_sequences_are_of_one_kind() -> None:
+def test_varlen_calls_of_any_longest_sequences_are_of_one_kind(monkeypatch: pytest.MonkeyPatch) -> None:
     x, starts = inputs(12)[0][0].transpose(0, 1), torch.tensor([0, 6, 12], dtype=torch.int32)
     flash_attention_n_varlen(x, x, x, starts, starts, 6, 6, sm_n=1.0)  # the backends are loaded now
     call_cache.clear()
+    chosen, choice = [], choose.choose
+    monkeypatch.setattr(choose, "choose", lambda *x: chosen.append(choice(*x)) or chosen[-1])
     for longest_q, longest_k in ((6, 6), (7, 6), (6, 9), (12, 12)):
         flash_attention_n_varlen(x, x, x, starts, starts, longest_q, longest_k, sm_n=1.0)
     assert (len(call_cache._calls), len(call_cache._kinds)) == (4, 1)
     flash_attention_n_varlen(x, x, x, starts, starts.clone(), 6, 6, sm_n=1.0)  # its keys are as many by chance
     assert (len(call_cache._calls), len(call_cache._kinds)) == (5, 1)
+    assert len(chosen) == 1
+
+
+def test_varlen_calls_that_are_converted_are_not_kept() -> None:
+    x, starts = inputs(6)[0][0].transpose(0, 1), torch.tensor([0, 9, 2, 9, 6, 9], dtype=torch.int32)[::2]
+    same = starts.contiguous()
+    for of_q, of_k in ((starts, same), (same, starts)):
+        flash_attention_n_varlen(x, x, x, of_q, of_k, 4, 4)
+    with torch.autocast("cpu", torch.bfloat16):
+        flash_attention_n_varlen(x, x, x, same, same, 4, 4)
+    assert not call_cache._calls
+    flash_attention_n_varlen(x, x, x, same, same, 4, 4)
+    assert len(call_cache._calls) == 1
+
+
+@pytest.mark.parametrize(("name", "bad"), [("sm_n", -1.0), ("sm_n", float("inf")), ("sinks", float("inf"))])
+def test_bad_values_of_a_tensor_after_good_ones(name: str, bad: float) -> None:
+    q, k, v = inputs()
+    for _ in range(2):
+        flash_attention_n(q, k, v, **{name: torch.ones(2)})
+    with pytest.raises(ValueError, match=f"{name}: expected"):
+        flash_attention_n(q, k, v, **{name: torch.tensor([1.0, bad])})
 
 
 def tensors_in(x: object) -> list[Tensor]:
@@ -568,6 +592,20 @@ def test_a_backend_that_says_nothing_of_lengths_is_asked_for_each(particular: Pa
     asked = len(particular.asked)
     out = flash_attention_n(*inputs(9), backend="particular")
     assert (len(particular.asked), out.shape[2]) == (asked, 9)
+
+
+def test_a_backend_that_is_asked_before_and_says_nothing_of_lengths(
+    particular: Particular, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(order.DEFAULT, "cpu", ("particular", "sdpa", "reference"))
+    particular.reason = "not this one"
+    for compares, more in ((False, 3), (True, 1)):
+        particular.compares_lengths = compares
+        call_cache.clear()
+        asked = len(particular.asked)
+        for length in (5, 6, 7):
+            flash_attention_n(*inputs(length))
+        assert len(particular.asked) == asked + more
 
 
 @pytest.mark.gpu

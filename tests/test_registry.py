@@ -164,6 +164,9 @@ def test_explain(capsys: pytest.CaptureFixture[str], ran: list[str]) -> None:
     assert attn_n.explain(*inputs()).chosen == "sdpa:cpu"
     assert attn_n.explain(*inputs(), dropout_p=0.25, backend="sdpa").chosen is None
     assert attn_n.explain(*inputs(), backend="sdpa:flash").chosen is None
+    named = attn_n.explain(*inputs(), backend="sdpa:cpu")
+    assert (named.verdicts[-1].name, named.verdicts[-1].reason) == ("sdpa:cpu", None)
+    assert "-> sdpa:cpu " in str(named)
     with use_backend("reference"):
         assert attn_n.explain(*inputs()).chosen == "reference"
     varlen = torch.randn(5, 2, 8), torch.randn(5, 2, 8), torch.randn(5, 2, 8)
