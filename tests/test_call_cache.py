@@ -17,7 +17,7 @@ from attn_n import flash_attention_n, flash_attention_n_varlen
 from attn_n.backends import registry, xformers
 from attn_n.backends.flash_attn import version_2, version_3, version_4
 from attn_n.call import Options, Request, canonical
-from attn_n.dispatch import call_cache, choose, similar
+from attn_n.dispatch import call_cache, choose, order, similar
 from tests.oracle import attention_n
 
 
@@ -196,6 +196,23 @@ def test_a_call_under_autocast_is_kept(particular: Particular, monkeypatch: pyte
     assert under_autocast == [False] * 7
 
 
+@pytest.mark.parametrize("place", [0, 1, 2], ids=["q", "k", "v"])
+def test_a_call_that_autocast_casts_in_part_is_not_kept(place: int) -> None:
+    tensors = [x.bfloat16() for x in inputs()]
+    expected = flash_attention_n(*tensors, sm_n=1.0)
+    tensors[place] = tensors[place].float()
+    with torch.autocast("cpu", torch.bfloat16):
+        for _ in range(2):
+            assert torch.equal(flash_attention_n(*tensors, sm_n=1.0), expected)
+
+
+def test_a_mask_beyond_float32_is_clamped_each_time() -> None:
+    q, k, v = inputs()
+    for _ in range(2):
+        out = flash_attention_n(q, k, v, attn_mask=torch.full((6, 6), -1e300, dtype=torch.float64))
+        assert torch.allclose(out, v.mean(2, keepdim=True).expand_as(out), atol=1e-6)
+
+
 def test_what_was_put_last_is_kept(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(call_cache._calls, "most", 3)
     for length in range(2, 10):
@@ -318,6 +335,94 @@ def test_what_has_no_kind() -> None:
     assert similar.kind(q, k, v, plain, (starts, starts, 4, 4)) is None
 
 
+def kind_of(
+    len_q: int = 10, len_k: int = 20, causal: bool = False, window: Any = None, heads: tuple[int, int] = (4, 2),
+    batch: int = 2, width: int = 64, row: int | None = None, dtype: torch.dtype = torch.bfloat16,
+) -> Any:  # fmt: skip
+    """Return the kind of a call whose q has rows of `row` elements."""
+    q = torch.empty(batch, heads[0], len_q, row or width, dtype=dtype, device="meta")[..., :width]
+    k = torch.empty(batch, heads[1], len_k, width, dtype=dtype, device="meta")
+    return similar.kind(q, k, k, Request(causal, None, None, None, None, window, None, None, 0.0, False, None), ())
+
+
+SAME_KINDS = [
+    ({}, {"len_q": 11, "len_k": 21}),
+    ({"len_q": 2}, {"len_q": 126, "len_k": 127}),
+    ({"len_k": 128}, {"len_k": 699}),
+    ({"len_q": 21}, {"len_q": 22, "len_k": 21}),
+    ({"len_q": 22}, {"len_q": 40}),
+    ({"len_q": 41}, {"len_q": 100}),
+    ({"causal": True, "len_q": 2}, {"causal": True, "len_q": 3}),
+    ({"causal": True, "len_q": 9, "len_k": 2}, {"causal": True, "len_q": 9, "len_k": 3}),
+    ({"window": (8, 3)}, {"window": (8, 3), "len_k": 11}),
+    ({"window": (8, 3)}, {"window": (60, 66), "len_k": 300, "len_q": 100}),
+    ({"window": (8, None)}, {"window": (9, None), "len_k": 100}),
+    ({"window": (None, 8)}, {"window": (None, 8), "len_k": 100}),
+    ({"len_q": 3, "len_k": 1}, {"len_q": 4, "len_k": 1}),
+    ({"row": 72}, {}),
+    ({"row": 68, "dtype": torch.float32}, {"dtype": torch.float32}),
+]
+OTHER_KINDS = [
+    ({"len_q": 1}, {"len_q": 2}),
+    ({"len_q": 127, "len_k": 200}, {"len_q": 128, "len_k": 200}),
+    ({"len_k": 699}, {"len_k": 700}),
+    ({"len_k": 1024}, {"len_k": 1025}),
+    ({"len_q": 19}, {"len_q": 20}),
+    ({"len_q": 20}, {"len_q": 21}),
+    ({"len_q": 21}, {"len_q": 22}),
+    ({"len_q": 40}, {"len_q": 41}),
+    ({}, {"causal": True}),
+    ({"window": (8, 3), "len_k": 9}, {"window": (8, 3), "len_k": 10, "len_q": 11}),
+    ({"window": (None, 8), "len_q": 9}, {"window": (None, 8)}),
+    ({"window": (None, 5), "len_k": 5, "len_q": 30}, {"window": (None, 5), "len_k": 6, "len_q": 30}),
+    ({"window": (60, 66), "len_k": 300}, {"window": (60, 67), "len_k": 300, "len_q": 100}),
+    ({"len_q": 3125, "len_k": 3125, "heads": (2, 2)}, {"len_q": 3126, "len_k": 3126, "heads": (2, 2)}),
+    ({}, {"heads": (4, 1)}),
+    ({}, {"heads": (2, 2)}),
+    ({}, {"batch": 3}),
+    ({}, {"width": 32}),
+    ({}, {"row": 68}),
+]
+
+
+@pytest.mark.parametrize(
+    ("one", "other", "same"),
+    [*((*pair, True) for pair in SAME_KINDS), *((*pair, False) for pair in OTHER_KINDS)],
+    ids=str,
+)
+def test_which_calls_are_of_one_kind(one: dict[str, Any], other: dict[str, Any], same: bool) -> None:
+    assert kind_of(**one) is not None is not kind_of(**other)
+    assert (kind_of(**one) == kind_of(**other)) == same
+
+
+@pytest.mark.parametrize(
+    ("strides", "expected"),
+    [
+        ((512, 64, 64, 1), (True, True, True)),
+        ((512, 72, 64, 1), (True, True, True)),
+        ((512, 68, 64, 1), (True, True, False)),
+        ((0, 64, 64, 1), (True, False, True)),
+        ((64, 8, 1, 8), (False, True, False)),
+    ],
+)
+def test_what_a_kind_holds_of_strides(strides: tuple[int, ...], expected: tuple[bool, bool, bool]) -> None:
+    x = torch.empty(4096, dtype=torch.bfloat16).as_strided((2, 2, 4, 8), strides)
+    assert similar._of_strides(x) == expected
+
+
+def test_the_kinds_of_varlen_calls() -> None:
+    def kind(tokens_k: int, sequences: int, longest: int = 4) -> Any:
+        q, k = torch.empty(6, 4, 64, device="meta"), torch.empty(tokens_k, 2, 64, device="meta")
+        starts = torch.empty(sequences + 1, dtype=torch.int32, device="meta")
+        request = Request(False, None, None, None, None, None, None, None, 0.0, False, None)
+        return similar.kind(q, k, k, request, (starts, starts, longest, longest))
+
+    assert kind(254, 2) == kind(255, 2) == kind(20, 2, longest=0) != kind(256, 2)
+    assert kind(20, 2) != kind(20, 1)
+    assert kind(1, 1) is not None
+    assert kind(1, 0) is None
+
+
 class Marked(Tensor):
     """A tensor subclass: a call of it depends on more than metadata."""
 
@@ -377,6 +482,59 @@ def test_the_precision_of_float32_products_is_part_of_its_keys(
     assert (call_cache.key(*tensors, plain) == before) == (dtype is torch.bfloat16)
 
 
+MASK = torch.ones(6, 7)[:, :6]
+
+
+@pytest.mark.parametrize("name", ["attn_mask", "sm_n", "sinks"])
+@pytest.mark.parametrize(
+    "other",
+    [MASK[:1], MASK[None], MASK.bool(), MASK.clone(), MASK.to("meta"), MASK.clone().requires_grad_(), MASK.to_sparse()],
+    ids=["shape", "dimensions", "dtype", "strides", "device", "gradient", "layout"],
+)
+def test_a_key_holds_the_metadata_of_other_tensors(name: str, other: Tensor) -> None:
+    plain, tensors = Request(False, None, None, *[None] * 5, 0.0, False, None), inputs()
+    mask, same, different = (
+        call_cache.key(*tensors, plain._replace(**{name: x})) for x in (MASK, torch.zeros(6, 7)[:, :6], other)
+    )
+    assert mask is not None
+    assert mask == same != different
+
+
+def test_varlen_calls_of_any_longest_sequences_are_of_one_kind(monkeypatch: pytest.MonkeyPatch) -> None:
+    x, starts = inputs(12)[0][0].transpose(0, 1), torch.tensor([0, 6, 12], dtype=torch.int32)
+    flash_attention_n_varlen(x, x, x, starts, starts, 6, 6, sm_n=1.0)  # the backends are loaded now
+    call_cache.clear()
+    chosen, choice = [], choose.choose
+    monkeypatch.setattr(choose, "choose", lambda *x: chosen.append(choice(*x)) or chosen[-1])
+    for longest_q, longest_k in ((6, 6), (7, 6), (6, 9), (12, 12)):
+        flash_attention_n_varlen(x, x, x, starts, starts, longest_q, longest_k, sm_n=1.0)
+    assert (len(call_cache._calls), len(call_cache._kinds)) == (4, 1)
+    flash_attention_n_varlen(x, x, x, starts, starts.clone(), 6, 6, sm_n=1.0)  # its keys are as many by chance
+    assert (len(call_cache._calls), len(call_cache._kinds)) == (5, 1)
+    assert len(chosen) == 1
+
+
+def test_varlen_calls_that_are_converted_are_not_kept() -> None:
+    x, starts = inputs(6)[0][0].transpose(0, 1), torch.tensor([0, 9, 2, 9, 6, 9], dtype=torch.int32)[::2]
+    same = starts.contiguous()
+    for of_q, of_k in ((starts, same), (same, starts)):
+        flash_attention_n_varlen(x, x, x, of_q, of_k, 4, 4)
+    with torch.autocast("cpu", torch.bfloat16):
+        flash_attention_n_varlen(x, x, x, same, same, 4, 4)
+    assert not call_cache._calls
+    flash_attention_n_varlen(x, x, x, same, same, 4, 4)
+    assert len(call_cache._calls) == 1
+
+
+@pytest.mark.parametrize(("name", "bad"), [("sm_n", -1.0), ("sm_n", float("inf")), ("sinks", float("inf"))])
+def test_bad_values_of_a_tensor_after_good_ones(name: str, bad: float) -> None:
+    q, k, v = inputs()
+    for _ in range(2):
+        flash_attention_n(q, k, v, **{name: torch.ones(2)})
+    with pytest.raises(ValueError, match=f"{name}: expected"):
+        flash_attention_n(q, k, v, **{name: torch.tensor([1.0, bad])})
+
+
 def tensors_in(x: object) -> list[Tensor]:
     if isinstance(x, tuple):
         return [tensor for y in x for tensor in tensors_in(y)]
@@ -434,6 +592,20 @@ def test_a_backend_that_says_nothing_of_lengths_is_asked_for_each(particular: Pa
     asked = len(particular.asked)
     out = flash_attention_n(*inputs(9), backend="particular")
     assert (len(particular.asked), out.shape[2]) == (asked, 9)
+
+
+def test_a_backend_that_is_asked_before_and_says_nothing_of_lengths(
+    particular: Particular, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(order.DEFAULT, "cpu", ("particular", "sdpa", "reference"))
+    particular.reason = "not this one"
+    for compares, more in ((False, 3), (True, 1)):
+        particular.compares_lengths = compares
+        call_cache.clear()
+        asked = len(particular.asked)
+        for length in (5, 6, 7):
+            flash_attention_n(*inputs(length))
+        assert len(particular.asked) == asked + more
 
 
 @pytest.mark.gpu

@@ -83,9 +83,41 @@ BAD = [
         TypeError,
         r"q: expected float16.* got complex64",
     ),
+    (
+        "integers in all",
+        {x: torch.ones(2, 4, 5, 8, dtype=torch.int64) for x in "qkv"},
+        TypeError,
+        r"q: expected float16.* got int64",
+    ),
+    (
+        "no heads",
+        {"q": torch.randn(4, 5, 8), "k": torch.randn(6, 8), "v": torch.randn(6, 8)},
+        ValueError,
+        r"k: expected 3 dimensions .*: k\[None\] if all of the batch share it, k.unsqueeze\(-3\) if it has no heads",
+    ),
+    ("q without a batch", {"q": torch.randn(2, 4, 8)}, ValueError, r"k: expected 3 dimensions as q \(2, 4, 8\) has"),
+    ("S of v is E", {"v": torch.randn(2, 2, 8, 8)}, ValueError, r"v: expected as many keys as k, 6, got 8"),
+    ("S is Ev", {"v": torch.randn(2, 2, 7, 6)}, ValueError, r"v: expected as many keys as k, 6, got 7"),
+    ("heads of v are S", {"v": torch.randn(2, 6, 6, 8)}, ValueError, r"v: expected as many heads as k, 2, got 6"),
+    ("L % Hkv = 0", {"q": torch.randn(2, 3, 4, 8)}, ValueError, r"divides the 3 heads .* got 2"),
+    (
+        "Hq % S = 0",
+        {"q": torch.randn(2, 6, 5, 8), "k": torch.randn(2, 4, 6, 8), "v": torch.randn(2, 4, 6, 8)},
+        ValueError,
+        r"divides the 6 heads .* got 4",
+    ),
+    (
+        "Hq % Hkv without a batch",
+        {"q": torch.randn(4, 5, 8), "k": torch.randn(3, 6, 8), "v": torch.randn(3, 6, 8)},
+        ValueError,
+        r"divides the 4 heads .* got 3",
+    ),
+    ("no KV heads", {x: torch.randn(2, 0, 6, 8) for x in "kv"}, ValueError, r"divides the 4 heads .* got 0"),
+    ("Ev = 0", {"v": torch.randn(2, 2, 6, 0)}, ValueError, r"head sizes of at least 1"),
     ("no tensor", {"v": [[1.0]]}, TypeError, r"v: expected a torch.Tensor, got list"),
     ("numpy array", {"q": np.ones((2, 4, 5, 8))}, TypeError, r"q: expected a torch.Tensor, got ndarray"),
     ("scale is NaN", {"sm_scale": math.nan}, ValueError, r"sm_scale: expected None or a finite number, got nan"),
+    ("scale is -inf", {"sm_scale": -math.inf}, ValueError, r"sm_scale: expected None or a finite number, got -inf"),
     ("scale is a tensor", {"sm_scale": torch.tensor(1.0)}, TypeError, r"sm_scale: expected .* got Tensor"),
     ("n < 0", {"sm_n": -0.5}, ValueError, r"sm_n: expected a finite number >= 0, got -0.5"),
     ("n is NaN", {"sm_n": math.nan}, ValueError, r"sm_n: expected a finite number >= 0 .*got nan"),
@@ -229,6 +261,8 @@ BAD = [
     ),
     ("a mask in the place of causal", {"causal": torch.ones(5, 6)}, TypeError, r"causal: .* got Tensor: .*attn_mask="),
     ("dropout in the place of causal", {"causal": 0.0}, TypeError, r"causal: .* got float: .*dropout_p="),
+    ("causal is a string", {"causal": "yes"}, TypeError, r"causal: expected True or False, got str$"),
+    ("return_lse is a float", {"return_lse": 0.0}, TypeError, r"return_lse: expected True or False, got float$"),
     ("causal is None", {"causal": None}, TypeError, r"causal: expected True or False, got NoneType"),
     ("return_lse is a string", {"return_lse": "no"}, TypeError, r"return_lse: expected True or False, got str"),
     ("return_lse is a tensor", {"return_lse": torch.tensor([1, 0])}, TypeError, r"return_lse: .*, got Tensor$"),
@@ -365,17 +399,34 @@ def test_numbers_of_other_kinds() -> None:
         assert torch.equal(flash_attention_n(**tensors(**options, softcap=number(3.0))), expected)
         sizes = {"max_seqlen_q": integer(5), "max_seqlen_k": integer(5), "window": (integer(1), None)}
         assert torch.equal(flash_attention_n_varlen(**sequences | sizes), expected_of_sequences)
+        described = attn_n.explain(**tensors(**options)).call
+        assert type(described.window_left) is type(described.window_right) is int
+
+
+def test_the_smallest_sizes() -> None:
+    """Also without a batch, which is checked in another way."""
+    for leading in ((), (2,)):
+        for length in (0, 1):
+            q, k, v = (torch.randn(*leading, 3, size, 1) for size in (length, 1, 1))
+            assert flash_attention_n(q, k, v, sm_n=1.0).shape == (*leading, 3, length, 1)
+
+
+def test_the_largest_scales() -> None:
+    for largest in (torch.finfo(torch.float32).max, -torch.finfo(torch.float32).max):
+        assert attn_n.explain(**tensors(sm_scale=largest)).chosen is not None
 
 
 def test_values_that_only_float64_holds() -> None:
     """Values beyond float32 are valid for float64 inputs."""
     call = {name: x.double() for name, x in tensors().items()}
     for options in (
-        {"softcap": 1e39}, {"sm_scale": 1e39}, {"sinks": torch.full((4,), 1e39, dtype=torch.float64)},
+        {"softcap": 1e39}, {"sm_scale": 1e39}, {"sinks": torch.full((4,), 8.9e307, dtype=torch.float64)},
         {"alibi_slopes": torch.full((4,), 1e39, dtype=torch.float64)},
     ):  # fmt: skip
         assert flash_attention_n(**call, **options).isfinite().all()
     assert torch.allclose(flash_attention_n(**call, softcap=1e39), flash_attention_n(**call))
+    with pytest.raises(ValueError, match=r"sinks: expected logits below 9\.0e\+307"):
+        flash_attention_n(**call, sinks=torch.full((4,), 1e308, dtype=torch.float64))
 
 
 @pytest.mark.parametrize("backend", ["reference", "sdpa:cpu", *(["triton:portable"] if INTERPRETED else [])])
@@ -406,14 +457,14 @@ def test_a_scale_below_the_normal_numbers_counts_where_the_logits_are_large() ->
 def test_most_rows_without_keys(monkeypatch: pytest.MonkeyPatch, recwarn: pytest.WarningsRecorder) -> None:
     """A call with (B, L, H, E) in place of (B, H, L, E) warns once, and names the line of the call."""
     monkeypatch.setattr(canonical, "_warned", False)
-    q, k = torch.randn(2, 12, 8, 16), torch.randn(2, 12, 2, 16)
+    q, k = torch.randn(2, 12, 5, 16), torch.randn(2, 12, 2, 16)
     flash_attention_n(q, k, k)
     flash_attention_n(q[:, :, :4], k, k, causal=True)  # half of the rows are no more than half
     flash_attention_n(q, k[:, :, :0], k[:, :, :0], causal=True)
     flash_attention_n(q, k, k, window=(1, 1))
     assert not recwarn.list
     with pytest.warns(
-        UserWarning, match=r"^6 of 8 rows see no key .*q \(2, 12, 8, 16\) .*q.transpose\(1, 2\)"
+        UserWarning, match=r"^3 of 5 rows see no key .*q \(2, 12, 5, 16\) .*q.transpose\(1, 2\)"
     ) as caught:
         flash_attention_n(q, k, k, causal=True)
     assert caught[0].filename == __file__

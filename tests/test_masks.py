@@ -15,7 +15,7 @@ from torch.testing._internal.two_tensor import TwoTensor
 import attn_n
 from attn_n import UnsupportedError, explain, flash_attention_n, flash_attention_n_varlen
 from attn_n.backends import registry
-from attn_n.call import AttentionCall, Options
+from attn_n.call import AttentionCall, Options, Request, canonical
 from attn_n.dispatch import serving
 from tests import compare
 from tests.calls import gpu_call
@@ -158,6 +158,105 @@ def test_causal_bias_of_other_lengths() -> None:
     starts, x = torch.tensor([0, 2, 5], dtype=torch.int32), torch.randn(5, 2, 8)
     with pytest.raises(TypeError, match=r"attn_mask: a CausalBias has one pair of lengths.*causal=True"):
         flash_attention_n_varlen(x, x, x, starts, starts, 3, 3, attn_mask=causal_lower_right(3, 3))
+
+
+@pytest.mark.parametrize(
+    ("causal", "window", "expected"),
+    [
+        (False, None, (None, None)),
+        (True, None, (None, 0)),
+        (False, (7, 3), (7, 3)),
+        (False, (8, 4), (None, None)),
+        (True, (7, 3), (7, 0)),
+        (False, (0, 0), (0, 0)),
+        (False, (None, 3), (None, 3)),
+    ],
+)
+def test_a_side_that_bounds_nothing_is_none(
+    causal: bool, window: tuple[int | None, int | None] | None, expected: tuple[int | None, int | None]
+) -> None:
+    """Of five queries and nine keys the last query is at the last key."""
+    q, k = torch.randn(1, 1, 5, 8), torch.randn(1, 1, 9, 8)
+    request = Request(causal, None, None, None, None, window, None, None, 0.0, False, None)
+    options = canonical.batch(q, k, k, request).options
+    assert (options.window_left, options.window_right) == expected
+
+
+@pytest.mark.parametrize("place", [0, 1, 2], ids=["q", "k", "v"])
+def test_each_of_them_may_have_the_leading_dimensions(place: int) -> None:
+    shapes = [[1, 1, 2, length, 8] for length in (5, 9, 9)]
+    shapes[place][:2] = 3, 4
+    request = Request(False, None, None, None, None, None, None, None, 0.0, False, None)
+    found = canonical.batch(*(torch.randn(shape) for shape in shapes), request)
+    assert [x.shape for x in found[:3]] == [(12, 2, length, 8) for length in (5, 9, 9)]
+    assert found.out_shape == (3, 4, 2, 5)
+
+
+@pytest.mark.parametrize(
+    ("shape", "expected"),
+    [
+        ((9,), (1, 1, 1, 9)),
+        ((2, 5, 1), (1, 2, 5, 1)),
+        ((1, 1, 1, 5, 9), (1, 1, 5, 9)),
+        ((4, 1, 5, 9), (12, 1, 5, 9)),
+        ((3, 1, 2, 1, 9), (12, 2, 1, 9)),
+    ],
+)
+def test_a_mask_of_all_batches_stays_one(shape: tuple[int, ...], expected: tuple[int, ...]) -> None:
+    x = torch.randn(3, 4, 2, 5, 8), torch.randn(3, 4, 2, 9, 8), torch.randn(3, 4, 2, 9, 8)
+    request = Request(False, None, None, None, torch.randn(shape), None, None, None, 0.0, False, None)
+    mask = canonical.batch(*x, request).options.mask
+    assert mask is not None
+    assert mask.shape == expected
+    full = request.attn_mask.expand(3, 4, 2, 5, 9).reshape(12, 2, 5, 9)  # type: ignore[union-attr]
+    assert torch.equal(mask.expand(12, 2, 5, 9), full)
+
+
+@pytest.mark.parametrize(
+    ("given", "kind", "shape"),
+    [
+        ({}, "none", None),
+        ({"sm_n": 0.0}, "none", None),
+        ({"sm_n": 2}, "float", None),
+        ({"sm_n": torch.ones(())}, "scalar tensor", ()),
+        ({"sm_n": torch.ones(2)}, "per head", (2,)),
+        ({"sinks": torch.ones(2)}, "per head", (2,)),
+        ({"sinks": torch.ones(1, 2, 5)}, "per row", (1, 2, 5)),
+    ],
+    ids=str,
+)
+def test_the_kinds_of_n(given: dict[str, Any], kind: str, shape: tuple[int, ...] | None) -> None:
+    q = torch.randn(1, 2, 5, 8)
+    request = Request(False, None, None, None, None, None, None, None, 0.0, False, None)._replace(**given)
+    found = canonical.batch(q, q, q, request)
+    assert found.call.n_kind == kind
+    assert (found.n.shape if isinstance(found.n, Tensor) else None) == shape
+
+
+def test_nothing_needs_gradients_where_they_are_off() -> None:
+    q, mask, slopes = (torch.randn(shape, requires_grad=True) for shape in ((1, 2, 5, 8), (5, 5), (2,)))
+    request = Request(False, None, 1.0, None, mask, None, None, slopes, 0.0, False, None)
+    for enabled in (True, False):
+        with torch.set_grad_enabled(enabled):
+            call = canonical.batch(q, q, q, request).call
+        assert call.needs_grad == call.mask_needs_grad == call.alibi_needs_grad == enabled
+
+
+def test_the_canonical_form_has_no_negative_bit() -> None:
+    """Kernels read memory. Torch's own operators, of which some backends are made, would see the bit."""
+    q, n, slopes, mask = (torch._neg_view(torch.rand(shape)) for shape in ((1, 2, 5, 8), (2,), (2,), (5, 5)))
+    positive = torch._neg_view(-torch.rand(2))
+    request = Request(False, None, positive, None, mask, None, None, slopes, 0.0, False, None)
+    found = canonical.batch(q, q, q, request)
+    of_sinks = canonical.batch(q, q, q, request._replace(sm_n=None, sinks=n))
+    tensors = (*found[:4], found.options.mask, found.options.alibi_slopes, of_sinks.n)
+    for x, given in zip(tensors, (q, q, q, positive, mask, slopes, n), strict=True):
+        assert isinstance(x, Tensor)
+        assert not x.is_neg()
+        assert torch.equal(x.flatten(), given.flatten())
+    tokens, starts = q[0].transpose(0, 1), torch.tensor([0, 5], dtype=torch.int32)
+    packed = canonical.varlen(tokens, tokens, tokens, starts, starts, 5, 5, request)
+    assert not any(x.is_neg() for x in (packed.q, packed.k, packed.v, packed.options.mask))
 
 
 @pytest.mark.parametrize("backend", [*FLASH, "flash_attn:3", "sdpa:cudnn"])

@@ -16,8 +16,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
 from attn_n import Backend, flash_attention_n, flash_attention_n_varlen, register_backend, use_backend
+from attn_n.autograd.passes import rows_may_be_empty_in
 from attn_n.backends import registry
-from attn_n.call import Gradients, Grads, Options, Saved
+from attn_n.call import Gradients, Grads, Options, Saved, autocast
 from tests.cases import CASES, Case, make
 from tests.oracle import attention_n
 
@@ -212,6 +213,28 @@ def test_only_one_pass_is_watched(forward_watched: bool, monkeypatch: pytest.Mon
     assert all(torch.equal(a, b) for a, b in zip(*gradients, strict=True))
 
 
+@pytest.mark.parametrize(
+    ("len_q", "len_k", "options", "expected"),
+    [
+        (9, 5, {}, False),
+        (5, 5, {"window_right": 0}, False),
+        (6, 5, {"window_right": 0}, True),
+        (5, 5, {"window_left": 2}, False),
+        (6, 5, {"window_left": 2}, True),
+        (5, 9, {"window_right": -1}, True),
+        (5, 0, {}, True),
+        (5, 5, {"mask": torch.ones(1, 1, 1, 1)}, True),
+        (5, 5, {"cu_seqlens_q": torch.zeros(1)}, True),
+    ],
+    ids=str,
+)
+def test_which_calls_may_have_rows_without_keys(
+    len_q: int, len_k: int, options: dict[str, Any], expected: bool
+) -> None:
+    q, k = torch.empty(1, 1, len_q, 8), torch.empty(1, 1, len_k, 8)
+    assert rows_may_be_empty_in(q, k, Options(1.0, **options)) == expected
+
+
 @pytest.mark.parametrize("backend", ["sdpa", "reference"])
 def test_autocast(backend: str) -> None:
     q, k, v, n = leaves(9)
@@ -227,6 +250,19 @@ def test_autocast(backend: str) -> None:
     with torch.autocast("cpu", torch.bfloat16):
         doubles = [x.detach().double() for x in (q, k, v)]
         assert flash_attention_n(*doubles, backend=backend).dtype == torch.float64
+
+
+def test_on_which_devices_autocast_is_on() -> None:
+    """On one that PyTorch was built without, too; "meta" has none, and PyTorch raises an error when it is asked."""
+    assert not any(autocast.enabled(device) for device in ("cpu", "cuda", "xpu", "meta"))
+    before = torch.is_autocast_enabled("xpu")
+    torch.set_autocast_enabled("xpu", True)
+    try:
+        assert autocast.enabled("xpu")
+        assert autocast.dtype("xpu") == torch.get_autocast_dtype("xpu")
+        assert autocast.dtype("cpu") is None
+    finally:
+        torch.set_autocast_enabled("xpu", before)
 
 
 @pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])

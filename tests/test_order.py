@@ -7,6 +7,7 @@ from collections import defaultdict
 from pathlib import Path
 
 import pytest
+import torch
 
 from attn_n import AttentionCall
 from attn_n.dispatch import order
@@ -179,3 +180,138 @@ def test_gpus_that_are_not_measured(capability: tuple[int, int], first: tuple[st
         assert order.automatic(call)[:3] == first
         assert order.automatic(call)[-1] == "reference"
         assert order.reason(call) == said
+
+
+def sized(
+    queries: int, keys: int, width: int = 64, width_v: int | None = None, heads: int = 16, batch: int = 32,
+    **changes: object,
+) -> AttentionCall:  # fmt: skip
+    """Make a call for an H100 that no forward is too short for, unless it says so."""
+    width_v = width if width_v is None else width_v
+    shapes = {
+        name: (batch, heads, length, size)
+        for name, length, size in (("q", queries, width), ("k", keys, width), ("v", keys, width_v))
+    }
+    return gpu_call(**{f"{name}_shape": shape for name, shape in shapes.items()}, **changes)
+
+
+def packed(tokens: int, width: int = 64, width_v: int | None = None, **changes: object) -> AttentionCall:
+    """Make a call of ten sequences of `tokens` in all."""
+    sizes = {"q": width, "k": width, "v": width if width_v is None else width_v}
+    return gpu_call(**{f"{name}_shape": (tokens, 8, size) for name, size in sizes.items()}, sequences=10, **changes)
+
+
+INFERENCE, CAUSAL, WITH_N = {"needs_grad": False}, {"window_right": 0}, {"n_kind": "float"}
+DEFAULT = ("sdpa", "triton", "flash_attn", "xformers", "reference")
+FA_4, FA_3, PYTORCHS = ("flash_attn:4", "triton"), ("flash_attn:3", "flash_attn:4", "triton"), ("sdpa:flash", "triton")
+HOPPER_FA_3, OURS = ("triton:hopper", *FA_3[:2]), ("triton", "sdpa")
+PORTABLE, BOTH, FA_3_HOPPER = ("triton:portable", "sdpa"), ("triton:hopper", *FA_4), ("flash_attn:3", "triton:hopper")
+ONE_QUERY = ("sdpa:flash", *FA_3)
+
+
+@pytest.mark.parametrize(
+    ("before", "first_before", "after", "first_after"),
+    [
+        # by the number of keys
+        (sized(1, 4095, **WITH_N), OURS, sized(1, 4096, **WITH_N), ONE_QUERY),
+        (sized(4, 1024, **INFERENCE, **WITH_N), OURS, sized(4, 1025, **INFERENCE, **WITH_N), FA_3),
+        (sized(500, 5999, 128, **WITH_N), OURS, sized(500, 6000, 128, **WITH_N), FA_4),
+        (sized(500, 1499, **WITH_N, **CAUSAL), OURS, sized(500, 1500, **WITH_N, **CAUSAL), BOTH),
+        (sized(500, 1499, **WITH_N), OURS, sized(500, 1500, **WITH_N), FA_4),
+        (sized(500, 1499, 128), OURS, sized(500, 1500, 128), FA_4),
+        (
+            sized(500, 1499, 128, **INFERENCE, **CAUSAL), HOPPER_FA_3,
+            sized(500, 1500, 128, **INFERENCE, **CAUSAL), FA_3_HOPPER,
+        ),
+        (
+            sized(500, 1024, **INFERENCE, **WITH_N), OURS,
+            sized(500, 1025, **INFERENCE, **WITH_N), HOPPER_FA_3,
+        ),
+        (sized(500, 699, **CAUSAL), PORTABLE, sized(500, 700, **CAUSAL), OURS),
+        (packed(1279), PORTABLE, packed(1280), OURS),
+        # by the number of queries
+        (sized(1, 3000), ONE_QUERY, sized(2, 3000), OURS),
+        (sized(127, 3000), OURS, sized(128, 3000), FA_4),
+        (sized(127, 3000, **INFERENCE), FA_3, sized(128, 3000, **INFERENCE), HOPPER_FA_3),
+        # by the operations of a forward
+        (
+            sized(3125, 3125, heads=4, batch=1, **INFERENCE), PYTORCHS,
+            sized(3125, 3126, heads=4, batch=1, **INFERENCE), HOPPER_FA_3,
+        ),
+        # by the head size
+        (sized(1, 5000, 256), ONE_QUERY, sized(1, 5000, 257), DEFAULT),
+        (sized(1, 300, 256), ONE_QUERY, sized(1, 300, 256, 257), DEFAULT),
+        (sized(1, 300, 256, **WITH_N), OURS, sized(1, 300, 257, **WITH_N), DEFAULT),
+        (sized(4, 3000, 256, **INFERENCE), FA_3, sized(4, 3000, 257, **INFERENCE), DEFAULT),
+        (sized(4, 3000, 256), OURS, sized(4, 3000, 257), DEFAULT),
+        (sized(8, 8, 256, **INFERENCE), PYTORCHS, sized(8, 8, 257, **INFERENCE), DEFAULT),
+        (sized(500, 6000, 128, **WITH_N), FA_4, sized(500, 6000, 129, **WITH_N), OURS),
+        (sized(500, 1500, **WITH_N, **CAUSAL), BOTH, sized(500, 1500, 65, **WITH_N, **CAUSAL), OURS),
+        (sized(500, 1500, **WITH_N), FA_4, sized(500, 1500, 65, **WITH_N), OURS),
+        (sized(500, 1500, 128), FA_4, sized(500, 1500, 128, 129), OURS),
+        (
+            sized(500, 1500, 128, **INFERENCE, **CAUSAL), FA_3_HOPPER,
+            sized(500, 1500, 129, **INFERENCE, **CAUSAL), HOPPER_FA_3,
+        ),
+        (sized(500, 1500, 256, **INFERENCE), HOPPER_FA_3, sized(500, 1500, 257, **INFERENCE), DEFAULT),
+        (sized(500, 500, **CAUSAL), PORTABLE, sized(500, 500, 65, **CAUSAL), OURS),
+        (sized(500, 500, 256), OURS, sized(500, 500, 257), DEFAULT),
+        (packed(1000, 128), PORTABLE, packed(1000, 129), OURS),
+        (packed(5000, 256), OURS, packed(5000, 257), DEFAULT),
+    ],
+)  # fmt: skip
+def test_where_the_order_changes(
+    before: AttentionCall, first_before: tuple[str, ...], after: AttentionCall, first_after: tuple[str, ...]
+) -> None:
+    """Both sides of each boundary, on an H100."""
+    for call, first in ((before, first_before), (after, first_after)):
+        found = order.automatic(call)
+        assert found[: len(first)] == first
+        assert sorted(name for name in found if ":" not in name) == sorted(DEFAULT)
+
+
+@pytest.mark.parametrize(
+    ("call", "said"),
+    [
+        (sized(1, 4096), "one query, heads up to 256, from 4096 keys on"),
+        (sized(4, 2000, **INFERENCE), "inference, few queries, heads up to 256, from 1025 keys on"),
+        (sized(8, 8, **INFERENCE), "inference, n = 0, at most 1e+10 operations, heads up to 256, from 0 keys on"),
+        (sized(500, 1500, **WITH_N, **CAUSAL), "training, with n, causal, heads up to 64, from 1500 keys on"),
+        (packed(1280), "training, varlen, heads up to 128, from 128 keys on"),
+    ],
+)
+def test_what_is_said_of_a_measured_order(call: AttentionCall, said: str) -> None:
+    assert order.reason(call) == f"automatic, by speed on an H100: {said}"
+
+
+MASKED = {"mask_shape": (1, 1, 256, 256), "mask_dtype": torch.bfloat16, "capability": (8, 0)}
+TRITON_FIRST = "automatic, triton first: the gradients beside a floating mask are more accurate there"
+ELSEWHERE = "automatic, not measured here: compute capability 8.0"
+
+
+@pytest.mark.parametrize(
+    ("changes", "expected", "said"),
+    [
+        (MASKED, ("triton", "sdpa", "flash_attn", "xformers", "reference"), TRITON_FIRST),
+        (MASKED | INFERENCE, order.UNMEASURED[8], ELSEWHERE),
+        (MASKED | {"mask_dtype": torch.bool}, order.UNMEASURED[8], ELSEWHERE),
+        (MASKED | {"dtype": torch.float32}, order.UNMEASURED[8], ELSEWHERE),
+        (MASKED | {"mask_shape": None, "mask_dtype": None}, order.UNMEASURED[8], ELSEWHERE),
+        (MASKED | {"device": "cpu", "capability": None}, ("sdpa", "reference"), "automatic"),
+        ({"device": "mps", "capability": None}, ("reference",), "automatic"),
+        ({"dtype": torch.float32}, DEFAULT, "automatic"),
+        ({"dropout_p": 0.5}, DEFAULT, "automatic"),
+    ],
+    ids=str,
+)
+def test_the_order_beside_what_was_measured(changes: dict[str, object], expected: tuple[str, ...], said: str) -> None:
+    call = gpu_call(**changes)
+    assert order.automatic(call) == expected
+    assert order.reason(call) == said
+
+
+@pytest.mark.parametrize("capability", [(8, 0), (9, 0)])
+def test_rocm_takes_the_default_order(capability: tuple[int, int], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its devices have compute capabilities of their own."""
+    monkeypatch.setattr(torch.version, "hip", "6.4")
+    assert order.automatic(gpu_call(capability=capability)) == DEFAULT

@@ -18,6 +18,7 @@ from torch import Tensor
 import attn_n
 from attn_n import AttentionCall, Backend, UnsupportedError, flash_attention_n, use_backend
 from attn_n.backends import registry
+from attn_n.call import FEATURES
 from attn_n.dispatch import choose, explanation, order
 from tests.calls import Eager, gpu_call, inputs, varlen
 
@@ -163,6 +164,9 @@ def test_explain(capsys: pytest.CaptureFixture[str], ran: list[str]) -> None:
     assert attn_n.explain(*inputs()).chosen == "sdpa:cpu"
     assert attn_n.explain(*inputs(), dropout_p=0.25, backend="sdpa").chosen is None
     assert attn_n.explain(*inputs(), backend="sdpa:flash").chosen is None
+    named = attn_n.explain(*inputs(), backend="sdpa:cpu")
+    assert (named.verdicts[-1].name, named.verdicts[-1].reason) == ("sdpa:cpu", None)
+    assert "-> sdpa:cpu " in str(named)
     with use_backend("reference"):
         assert attn_n.explain(*inputs()).chosen == "reference"
     varlen = torch.randn(5, 2, 8), torch.randn(5, 2, 8), torch.randn(5, 2, 8)
@@ -266,6 +270,74 @@ wide = {
 
 
 @pytest.mark.parametrize(
+    ("changes", "features", "said"),
+    [
+        ({}, (), ""),
+        ({"window_right": 0}, ("causal",), ", causal"),
+        ({"window_left": 3}, ("window",), ", window (3, None)"),
+        ({"window_left": 3, "window_right": 0}, ("window",), ", window (3, 0)"),
+        ({"window_right": 2}, ("window",), ", window (None, 2)"),
+        ({"window_right": -2}, ("window", "negative window"), ", window (None, -2)"),
+        ({"softcap": 2.5}, ("softcap",), ", softcap 2.5"),
+        (float_mask, ("mask",), ", bfloat16 mask (1, 1, 256, 256)"),
+        (bool_mask | {"mask_needs_grad": True}, ("mask", "mask gradient"), ", bool mask (1, 1, 256, 256)"),
+        ({"alibi": True}, ("alibi",), ", ALiBi"),
+        ({"alibi": True, "alibi_needs_grad": True}, ("alibi", "alibi gradient"), ", ALiBi"),
+        ({"dropout_p": 0.5}, ("dropout",), ", dropout 0.5"),
+        ({"n_kind": "float"}, (), ", n: float"),
+        ({"n_kind": "per row"}, ("n a row",), ", n: per row"),
+        ({"return_lse": True}, (), ", returns lse"),
+        ({"needs_grad": True}, (), ", needs gradients"),
+        ({"return_lse": True, "needs_grad": True}, ("lse gradient",), ", returns lse, needs gradients"),
+        ({"transform": "forward-mode AD"}, (), ", forward-mode AD"),
+        *(({name.replace(" ", "_"): True}, (name,), "") for name in ("seqused", "leftpad", "cache", "block table")),
+    ],
+    ids=str,
+)
+def test_what_a_call_asks_for(changes: dict[str, object], features: tuple[str, ...], said: str) -> None:
+    """Each argument has its name in refusals, and the text of a call shows it."""
+    shapes = {"q_shape": (2, 8, 5, 64), "k_shape": (2, 4, 6, 64), "v_shape": (2, 4, 6, 32), "needs_grad": False}
+    call = gpu_call(**shapes | changes)
+    assert call.features == frozenset(features)
+    assert call.features.issubset(FEATURES)
+    assert hash(call) == hash(gpu_call(**shapes | changes))
+    assert str(call) == (
+        "q (2, 8, 5, 64), k (2, 4, 6, 64), v (2, 4, 6, 32), read as B = 2, Hq = 8, Hkv = 4, L = 5, S = 6, E = 64,"
+        f" Ev = 32, bfloat16 on cuda sm_90{said}"
+    )
+
+
+def test_the_description_of_a_call() -> None:
+    q, k = torch.randn(2, 7, 4, 16).transpose(1, 2), torch.randn(2, 2, 9, 16)
+    v, mask, slopes = torch.randn(2, 2, 9, 8), torch.randn(7, 9, requires_grad=True), torch.rand(4)
+    options = {"attn_mask": mask, "window": (3, 2), "softcap": 5.0, "alibi_slopes": slopes, "dropout_p": 0.25}
+    assert attn_n.explain(q, k, v, sm_n=1.0, return_lse=True, **options).call == AttentionCall(
+        device="cpu", capability=None, dtype=torch.float32, q_shape=(2, 4, 7, 16), k_shape=(2, 2, 9, 16),
+        v_shape=(2, 2, 9, 8), q_stride=(448, 16, 64, 1), k_stride=(288, 144, 16, 1), v_stride=(144, 72, 8, 1),
+        window_left=3, window_right=2, softcap=5.0, dropout_p=0.25, mask_shape=(1, 1, 7, 9), mask_dtype=torch.float32,
+        alibi=True, n_kind="float", return_lse=True, needs_grad=True, mask_needs_grad=True,
+    )  # fmt: skip
+    q, starts = torch.randn(6, 2, 8, requires_grad=True), torch.tensor([0, 2, 6], dtype=torch.int32)
+    slopes.requires_grad_()
+    found = attn_n.explain(q, q, q, starts, starts, 4, 4, True, sinks=torch.zeros(2), alibi_slopes=slopes[:2])
+    of_x = {f"{x}_{name}": value for x in "qkv" for name, value in (("shape", (6, 2, 8)), ("stride", (16, 8, 1)))}
+    assert found.call == AttentionCall(
+        device="cpu", capability=None, dtype=torch.float32, **of_x, window_right=0, alibi=True, n_kind="per head",
+        sequences=2, needs_grad=True, alibi_needs_grad=True,
+    )  # fmt: skip
+
+
+def test_the_text_of_a_varlen_call() -> None:
+    shapes = {"q_shape": (9, 8, 64), "k_shape": (7, 4, 64), "v_shape": (7, 4, 32)}
+    call = gpu_call(**shapes, sequences=3, device="cpu", capability=None, dtype=torch.float32)
+    assert call.features == {"varlen"}
+    assert str(call) == (
+        "varlen q (9, 8, 64), k (7, 4, 64), v (7, 4, 32), read as sequences = 3, Hq = 8, Hkv = 4, Tq = 9, Tk = 7,"
+        " E = 64, Ev = 32, float32 on cpu, needs gradients"
+    )
+
+
+@pytest.mark.parametrize(
     ("changes", "keys"),
     [
         ({}, 256),
@@ -277,6 +349,11 @@ wide = {
         ({"window_left": 200, "window_right": 100}, 256),
         (varlen, 250),
         (varlen | {"window_left": 10, "window_right": 5}, 16),
+        (varlen | {"sequences": 0}, 500),
+        ({"window_right": -1}, 255),
+        ({"window_right": -300}, 0),
+        ({"window_left": 10, "window_right": -4}, 7),
+        ({"window_left": 1, "window_right": -4}, 0),
     ],
     ids=str,
 )

@@ -79,7 +79,8 @@ def slow(backend: attn_n.Backend, gate: Gate) -> registry._Entry:
 def first_call(backend: str | None) -> Tensor:
     q, k, v = inputs()
     out = flash_attention_n(q, k, v, True, sm_n=2.0, backend=backend)
-    assert torch.allclose(out.double(), attention_n(q.double(), k.double(), v.double(), causal=True, n=2.0)[0])
+    exact = attention_n(q.double(), k.double(), v.double(), causal=True, n=2.0)[0]
+    assert torch.allclose(out.double(), exact, atol=1e-6)  # threads draw in any order, so that an element may be small
     return out
 
 

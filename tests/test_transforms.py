@@ -274,6 +274,17 @@ def test_transforms_within_a_graph(backend: str | None) -> None:
     torch.compiler.reset()
 
 
+def test_forward_mode_around_a_graph() -> None:
+    x = inputs(1)
+    tangent = torch.rand_like(x[0])
+    expected = torch.func.jvp(lambda q: exact(q, *x[1:]), (x[0],), (tangent,))[1]
+    torch.compiler.reset()
+    compiled = torch.compile(ours, fullgraph=True, backend="eager")
+    with forward_ad.dual_level():
+        out = compiled(forward_ad.make_dual(x[0], tangent), *x[1:])
+        assert torch.allclose(forward_ad.unpack_dual(out).tangent, expected)
+
+
 @pytest.mark.filterwarnings("ignore:Attempted to insert a get_attr Node")  # by torch.func.linearize
 def test_odd_transforms(ran: list[str]) -> None:
     q, k, v, sinks = inputs(2)

@@ -45,7 +45,7 @@ def no_others(function: str, unknown: Iterable[str], known: Sequence[str]) -> No
     for name in unknown:
         said = SPELLINGS.get(name)
         if said is None:
-            near = difflib.get_close_matches(name, known, n=1)
+            near = difflib.get_close_matches(name, known)
             said = f"did you mean {near[0]}?" if near else f"it has {', '.join(known)}"
         raise TypeError(f"{function}() got an unexpected keyword argument {name!r}: {said}")
 
@@ -128,7 +128,7 @@ def causal_bias(attn_mask: object, len_q: int, len_k: int) -> int | None:
     if not _is_causal_bias(attn_mask):
         return None
     mask: Any = attn_mask
-    if not hasattr(mask, "seq_len_q") or not hasattr(mask, "variant"):
+    if not hasattr(mask, "variant"):
         raise TypeError(
             "attn_mask: a CausalBias that has lost its lengths and its corner, as detach(), clone() and a reentrant"
             " checkpoint return it: make it inside of what is checkpointed, or pass causal=True, which is"
@@ -154,8 +154,6 @@ def no_causal_bias(attn_mask: object) -> None:
 def _is_causal_bias(attn_mask: object) -> bool:
     """Return True for a CausalBias, found by name because its module need not have been imported."""
     kind = type(attn_mask)
-    if attn_mask is None or kind in PLAIN:
-        return False
     return kind.__name__ == "CausalBias" and kind.__module__ == "torch.nn.attention.bias"
 
 

@@ -93,14 +93,8 @@ def get(key: Key | None) -> PreparedCall | None:
 
 
 def put(key: Key, call: PreparedCall) -> None:
-    if _is_current(key):
-        _calls.put(key, call)
-
-
-def _is_current(key: Key) -> bool:
-    """Return False if backends were loaded or registered since: the call may be of those before."""
-    *_, generation, _, _ = key
-    return bool(generation == registry.generation())
+    """Keep a call. If backends were loaded or registered since its key was made, no key will be equal to that again."""
+    _calls.put(key, call)
 
 
 def get_similar(
@@ -125,7 +119,7 @@ def put_kind(
     key: Key, q: Tensor, k: Tensor, v: Tensor, request: Request, packing: tuple[Any, ...], call: PreparedCall
 ) -> None:
     kind = _kind(key, q, k, v, request, packing)
-    if kind is not None and _is_current(key):
+    if kind is not None:
         _kinds.put(kind, call)
 
 
