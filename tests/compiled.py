@@ -86,5 +86,16 @@ def _that_share_keys(width: int) -> Iterator[Any]:
         configs.heads_of_item = usual
 
 
+def heads_beside_their_tiles() -> None:
+    for size, size_v in ((40, 64), (80, 112), (160, 72), (56, 200)):
+        for kernel in ("forward", "backward preprocess", "backward main", "backward postprocess"):
+            found = compiled(
+                "sm_90", f"hopper {kernel}", size, None, torch.bfloat16, Options(0.1, window_right=0), width_v=size_v
+            )
+            said = resources(found, "sm_90")
+            assert said.spills <= 300, (kernel, size, size_v, said)
+            assert not said.warnings, (kernel, size, size_v, said)
+
+
 if __name__ == "__main__":
     globals()[sys.argv[1]](*map(int, sys.argv[2:]))

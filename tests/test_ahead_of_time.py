@@ -62,10 +62,13 @@ def test_variants_of_the_varlen_forward_ahead_of_time(width: int) -> None:
 
 
 @with_gluon
+@pytest.mark.slow
+def test_heads_that_do_not_fill_their_tiles_ahead_of_time() -> None:
+    compiling("tests.compiled", "heads_beside_their_tiles")
+
+
+@with_gluon
 @pytest.mark.parametrize("width", [128, *slow(*(width for width in BACKWARD if width != 128))])
 def test_variants_of_the_backward_ahead_of_time(width: int) -> None:
-    """Windows, softcap and float16 spill little, no product waits for another, and numbers compile nothing.
-
-    At E = 128 the next S and dP cost a dozen loads a step of what is spilled, and are worth more (+1 to 4 %).
-    """
+    """Windows, softcap and float16 spill little, no product waits for another, and numbers compile nothing."""
     compiling("tests.compiled", "backward", width)

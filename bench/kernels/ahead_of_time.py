@@ -89,7 +89,7 @@ def shipped(target: str) -> Iterator[tuple[str, int, Any, torch.dtype]]:
 
 def compiled(
     target: str, kernel: str, width: int, config: Any, dtype: torch.dtype, options: Options,
-    length: int = 256, log_n: float = 0.0, groups: int = 1,
+    length: int = 256, log_n: float = 0.0, groups: int = 1, width_v: int | None = None,
 ) -> Any:  # fmt: skip
     """Compiles one of the kernels of `configs` for heads of `width`; without `config` it takes the tiles of the table.
 
@@ -101,7 +101,8 @@ def compiled(
         shape = (1, heads, length, width) if options.cu_seqlens_q is None else (length, heads, width)
         return torch.empty(shape, dtype=dtype)
 
-    width_v = TILE_V[width] if kernel.startswith("hopper") else width
+    if width_v is None:
+        width_v = TILE_V[width] if kernel.startswith("hopper") else width
     q, k, v, out = empty(2 * groups, width), empty(2, width), empty(2, width_v), empty(2 * groups, width_v)
     tensors = (q, k, v, out, out, q, k, v)
     return launch_of(kernel, tensors, torch.empty(q.shape[:-1]), options, config, log_n, compile_only=True)()
