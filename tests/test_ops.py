@@ -14,6 +14,7 @@ from torch import Tensor
 from torch._subclasses import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
+from torch.utils.flop_counter import FlopCounterMode
 
 from attn_n import Backend, flash_attention_n, flash_attention_n_varlen, register_backend, use_backend
 from attn_n.autograd.passes import rows_may_be_empty_in
@@ -250,6 +251,53 @@ def test_autocast(backend: str) -> None:
     with torch.autocast("cpu", torch.bfloat16):
         doubles = [x.detach().double() for x in (q, k, v)]
         assert flash_attention_n(*doubles, backend=backend).dtype == torch.float64
+
+
+class Blocked(torch.autograd.Function):
+    """The identity, without a gradient."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx: Any, dx: Tensor) -> None:
+        return None
+
+
+@pytest.mark.parametrize("watched", [False, True])
+def test_a_backward_without_gradients(watched: bool) -> None:
+    q, k, v, n = leaves(5)
+    with FlopCounterMode(display=False) if watched else contextlib.nullcontext():
+        out, lse = flash_attention_n(q, k, v, sm_n=n, return_lse=True, backend="sdpa")
+    (Blocked.apply(out).sum() + Blocked.apply(lse).sum()).backward()
+    assert q.grad is k.grad is v.grad is n.grad is None
+
+
+def test_rows_without_keys_in_the_backward_operator() -> None:
+    q, k, v, _ = leaves(5)
+    mask = torch.ones(5, 8, dtype=torch.bool)
+    mask[2] = False
+    gradients = []
+    for watched in (False, True):
+        out = flash_attention_n(q, k, v, attn_mask=mask, backend="sdpa")
+        with FlopCounterMode(display=False) if watched else contextlib.nullcontext():
+            gradients.append(torch.autograd.grad(out.square().sum(), (q, k, v)))
+    for a, b in zip(*gradients, strict=True):
+        assert b.isfinite().all()
+        assert torch.equal(a, b)
+
+
+@pytest.mark.parametrize("name", ["attn_mask", "alibi_slopes"])
+def test_what_is_changed_before_the_backward(name: str) -> None:
+    """PyTorch sees that a saved tensor has changed, in a call that is known as well."""
+    q, k, v, _ = leaves(5)
+    for _ in range(2):
+        given = torch.ones(5, 8) if name == "attn_mask" else torch.ones(4)
+        out = flash_attention_n(q, k, v, sm_n=1.0, backend="sdpa", **{name: given})
+        given.mul_(2.0)
+        with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+            out.sum().backward()
 
 
 def test_on_which_devices_autocast_is_on() -> None:
