@@ -19,6 +19,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from attn_n import Backend, flash_attention_n, flash_attention_n_varlen, register_backend, use_backend
 from attn_n.autograd.passes import rows_may_be_empty_in
 from attn_n.backends import registry
+from attn_n.backends.base import lies_in_order
 from attn_n.call import Gradients, Grads, Options, Saved, autocast
 from tests.cases import CASES, Case, make
 from tests.oracle import attention_n
@@ -272,6 +273,31 @@ def test_a_backward_without_gradients(watched: bool) -> None:
         out, lse = flash_attention_n(q, k, v, sm_n=n, return_lse=True, backend="sdpa")
     (Blocked.apply(out).sum() + Blocked.apply(lse).sum()).backward()
     assert q.grad is k.grad is v.grad is n.grad is None
+
+
+class _Names(TorchDispatchMode):
+    def __init__(self) -> None:
+        super().__init__()
+        self.names: list[str] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func.namespace == "attn_n":
+            self.names.append(func.name())
+        return func(*args, **(kwargs or {}))
+
+
+def test_the_operators_that_run() -> None:
+    """Without dropout these are pure ones. Results lie in memory as promised for q, wherever k and v lie."""
+    q, k, v, n = leaves(5)
+    tokens_first = q.detach().transpose(1, 2).contiguous().transpose(1, 2).requires_grad_()
+    for of_q in (q, tokens_first):
+        with _Names() as mode:
+            out = flash_attention_n(of_q, k, v, sm_n=n, backend="sdpa")
+            (dq,) = torch.autograd.grad(out.sum(), of_q)
+        assert mode.names == ["attn_n::forward", "attn_n::backward"]
+        promised = registry.loaded("sdpa:cpu")
+        assert lies_in_order(out, promised.out_dim_order(of_q))
+        assert lies_in_order(dq, promised.gradient_dim_order(of_q))
 
 
 def test_rows_without_keys_in_the_backward_operator() -> None:
