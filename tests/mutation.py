@@ -50,7 +50,7 @@ TESTS = {
     ),
     "attn_n/autograd": (
         "ops", "call_cache", "transforms", "edges", "dropout", "compile", "sinks_a_row", "bias_gradient", "masks",
-        "attention",
+        "adapt", "attention",
     ),
     "attn_n/sink": ("sink", "edges", "sinks_a_row", "ops", "masks", "finite_masks", "attention"),
     "attn_n/backends/adapt": (

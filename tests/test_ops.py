@@ -17,7 +17,7 @@ from torch.utils.checkpoint import checkpoint
 from torch.utils.flop_counter import FlopCounterMode
 
 from attn_n import Backend, flash_attention_n, flash_attention_n_varlen, register_backend, use_backend
-from attn_n.autograd.passes import rows_may_be_empty_in
+from attn_n.autograd.passes import log_of, rows_may_be_empty_in
 from attn_n.backends import registry
 from attn_n.backends.base import lies_in_order
 from attn_n.call import Gradients, Grads, Options, Saved, autocast
@@ -273,6 +273,35 @@ def test_a_backward_without_gradients(watched: bool) -> None:
         out, lse = flash_attention_n(q, k, v, sm_n=n, return_lse=True, backend="sdpa")
     (Blocked.apply(out).sum() + Blocked.apply(lse).sum()).backward()
     assert q.grad is k.grad is v.grad is n.grad is None
+
+
+SINKS = torch.tensor([-1.0, 0.5, 2.0, -torch.inf])
+
+
+@pytest.mark.parametrize(
+    ("n", "n_is_logit", "expected"),
+    [
+        (SINKS, True, SINKS),
+        (SINKS.double(), True, SINKS),
+        (SINKS.bfloat16(), True, SINKS),
+        (SINKS.repeat_interleave(2)[::2], True, SINKS),
+        (SINKS[0], True, SINKS[:1].expand(4)),
+        (SINKS.exp(), False, SINKS),
+        (torch.tensor(2.0), False, torch.full((4,), 2.0).log()),
+        (torch.tensor(1e-50, dtype=torch.float64), False, torch.full((4,), 1e-50, dtype=torch.float64).log()),
+        (SINKS[None, :, None], True, SINKS[None, :, None].expand(2, 4, 5)),
+        (SINKS[None, :, None].double(), True, SINKS[None, :, None].expand(2, 4, 5)),
+    ],
+)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.float64])
+def test_log_n_as_kernels_get_it(n: Tensor, n_is_logit: bool, expected: Tensor, dtype: torch.dtype) -> None:
+    """It has the dtype of the lse, and is dense in its last dimension."""
+    q = torch.empty(2, 4, 5, 8, dtype=dtype)
+    found = log_of(q, n.detach().requires_grad_(), n_is_logit)
+    assert found.dtype == torch.promote_types(dtype, torch.float32)
+    assert not found.requires_grad
+    assert torch.allclose(found.double(), expected.double(), rtol=1e-6)
+    assert found.stride() == ((20, 5, 1) if found.dim() > 1 else (0,) if n.dim() == 0 else (1,))
 
 
 class _Names(TorchDispatchMode):
