@@ -8,6 +8,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from itertools import pairwise
+from typing import Any
 
 import pytest
 import torch
@@ -16,6 +17,9 @@ from torch import Tensor
 import attn_n
 from attn_n.backends import registry
 from attn_n.backends.adapt import flash2, layout
+from attn_n.backends.adapt.blockwise import Block
+from attn_n.backends.adapt.blockwise import _blocks as blocks_of
+from attn_n.backends.adapt.dense_bias import dense_bias
 from attn_n.backends.adapt.efficient import MemoryEfficientBackend
 from attn_n.backends.adapt.flash import FlashBackend, Sequences, sequences
 from attn_n.call import AttentionCall, Gradients, Grads, Options, Saved
@@ -232,6 +236,61 @@ def test_head_sizes_of_flash_attention(
 )
 def test_the_memory_efficient_kernel(case: Case, lse_grad: bool) -> None:
     is_exact(case, Efficient(), lse_grad)
+
+
+SHORT = 0, 0, 0, 32  # no mask, no ALiBi, no softcap, and blocks of up to 32 rows
+BLOCKS = [
+    # L, S, left, right, mask, ALiBi, softcap, rows
+    ((5, 9, None, None, *SHORT), [Block(None, None)]),
+    ((5, 9, None, None, 1, 0, 0, 2), [Block(None, None, biased=True)]),
+    ((5, 9, None, None, 0, 0, 1, 3), [Block((0, 3), None), Block((3, 5), None)]),
+    ((5, 9, None, None, 0, 1, 0, 3), [Block((0, 3), None, biased=True), Block((3, 5), None, biased=True)]),
+    ((5, 9, None, 1, 1, 0, 0, 3), [Block((0, 3), (0, 8), biased=True), Block((3, 5), None, biased=True)]),
+    ((9, 9, None, 0, *SHORT), [Block(None, None, causal=True)]),
+    ((9, 12, None, 0, *SHORT), [Block(None, (0, 3), alone=False), Block((0, 9), (3, 12), causal=True, alone=False)]),
+    ((12, 9, None, 0, *SHORT), [Block((3, 12), None, causal=True)]),
+    (
+        (9, 12, None, 5, *SHORT),
+        [
+            Block(None, (0, 8), alone=False),
+            Block((0, 4), (8, 12), causal=True, alone=False),
+            Block((4, 9), (8, 12), alone=False),
+        ],
+    ),
+    ((9, 12, None, 9, *SHORT), [Block(None, None)]),
+    ((12, 9, None, 2, *SHORT), [Block((1, 10), None, causal=True), Block((10, 12), None)]),
+    ((1, 9, None, 0, *SHORT), [Block(None, (0, 8), alone=False), Block((0, 1), (8, 9), alone=False)]),
+    ((9, 2, None, -3, *SHORT), []),
+    ((6, 6, 1, 1, 0, 0, 0, 4), [Block((0, 4), (0, 5), biased=True), Block((4, 6), (3, 6), biased=True)]),
+    ((3, 5, 1, 0, 0, 0, 0, 1), [Block((0, 1), (1, 3)), Block((1, 2), (2, 4)), Block((2, 3), (3, 5))]),
+    ((4, 2, 0, 0, 0, 0, 0, 1), [Block((2, 3), (0, 1)), Block((3, 4), (1, 2))]),
+    ((2, 5, 5, None, *SHORT), [Block(None, None)]),
+    ((2, 5, 3, None, *SHORT), [Block(None, None, biased=True)]),
+]
+
+
+@pytest.mark.parametrize(("arguments", "expected"), BLOCKS)
+def test_the_blocks_of_a_call(arguments: tuple[Any, ...], expected: list[Block]) -> None:
+    assert list(blocks_of(*arguments)) == expected
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_a_dense_bias_has_the_dtype_of_the_logits(dtype: torch.dtype) -> None:
+    mask = torch.eye(5, 9, dtype=torch.bool)[None, None]
+    for options in (Options(1.0, mask=mask), Options(1.0, 2, 0), Options(1.0, mask=mask.half(), window_right=1)):
+        bias = dense_bias(options, 5, 9, (1, 4), (2, 9), dtype, torch.device("cpu"))
+        assert bias is not None
+        assert (bias.dtype, bias.shape) == (dtype, (1, 1, 3, 7))
+
+
+def test_head_sizes_are_filled_up_to_multiples() -> None:
+    assert [MemoryEfficientBackend().widths(*sizes) for sizes in ((5, 8), (8, 9), (16, 1))] == [
+        (8, 8),
+        (8, 16),
+        (16, 8),
+    ]
+    sizes = (8, 8), (9, 8), (8, 16), (8, 8, 1), (16, 8, 1), (8, 8, 0, 32), (8, 32, 1, 32)
+    assert [layout.common_width(*each) for each in sizes] == [8, 16, 16, 16, 16, 32, 64]
 
 
 NOTHING = Sequences(None, None, 5, 9)
