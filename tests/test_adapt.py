@@ -24,6 +24,7 @@ from attn_n.backends.adapt.efficient import MemoryEfficientBackend
 from attn_n.backends.adapt.flash import FlashBackend, Sequences, sequences
 from attn_n.call import AttentionCall, Gradients, Grads, Options, Saved
 from tests import compare
+from tests.calls import gpu_call
 from tests.cases import Case, make
 
 
@@ -316,6 +317,30 @@ def test_windows_of_flash_attention_2(
     options: Options, lengths: Sequences, expected: tuple[bool, int, int, int]
 ) -> None:
     assert flash2.window_arguments(options, lengths) == expected
+
+
+@pytest.mark.parametrize(
+    ("length", "window", "served"),
+    [
+        (10, (3, None), True),
+        (11, (3, None), False),
+        (11, (3, 8), True),
+        (11, (3, 9), False),
+        (11, (None, 9), False),
+        (11, (None, 0), True),
+        (11, (None, None), True),
+    ],
+)
+def test_a_window_that_is_open_far_before_the_keys(
+    length: int, window: tuple[int | None, int | None], served: bool
+) -> None:
+    """Nine keys. In varlen a side without a bound is given as one that bounds nothing."""
+    sides = {"window_left": window[0], "window_right": window[1]}
+    of_k = {"k_shape": (2, 8, 9, 64), "v_shape": (2, 8, 9, 64)}
+    reason = flash2.why_not_window(gpu_call(q_shape=(2, 8, length, 64), **of_k, **sides))
+    assert (reason is None) == served
+    of_k = {"k_shape": (9, 8, 64), "v_shape": (9, 8, 64)}
+    assert flash2.why_not_window(gpu_call(q_shape=(99, 80, 64), **of_k, **sides, sequences=2)) is None
 
 
 def test_a_bias_whose_rows_are_aligned() -> None:
