@@ -8,6 +8,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from itertools import pairwise
+from typing import Any
 
 import pytest
 import torch
@@ -16,10 +17,14 @@ from torch import Tensor
 import attn_n
 from attn_n.backends import registry
 from attn_n.backends.adapt import flash2, layout
+from attn_n.backends.adapt.blockwise import Block
+from attn_n.backends.adapt.blockwise import _blocks as blocks_of
+from attn_n.backends.adapt.dense_bias import dense_bias
 from attn_n.backends.adapt.efficient import MemoryEfficientBackend
 from attn_n.backends.adapt.flash import FlashBackend, Sequences, sequences
 from attn_n.call import AttentionCall, Gradients, Grads, Options, Saved
 from tests import compare
+from tests.calls import gpu_call
 from tests.cases import Case, make
 
 
@@ -234,6 +239,61 @@ def test_the_memory_efficient_kernel(case: Case, lse_grad: bool) -> None:
     is_exact(case, Efficient(), lse_grad)
 
 
+SHORT = 0, 0, 0, 32  # no mask, no ALiBi, no softcap, and blocks of up to 32 rows
+BLOCKS = [
+    # L, S, left, right, mask, ALiBi, softcap, rows
+    ((5, 9, None, None, *SHORT), [Block(None, None)]),
+    ((5, 9, None, None, 1, 0, 0, 2), [Block(None, None, biased=True)]),
+    ((5, 9, None, None, 0, 0, 1, 3), [Block((0, 3), None), Block((3, 5), None)]),
+    ((5, 9, None, None, 0, 1, 0, 3), [Block((0, 3), None, biased=True), Block((3, 5), None, biased=True)]),
+    ((5, 9, None, 1, 1, 0, 0, 3), [Block((0, 3), (0, 8), biased=True), Block((3, 5), None, biased=True)]),
+    ((9, 9, None, 0, *SHORT), [Block(None, None, causal=True)]),
+    ((9, 12, None, 0, *SHORT), [Block(None, (0, 3), alone=False), Block((0, 9), (3, 12), causal=True, alone=False)]),
+    ((12, 9, None, 0, *SHORT), [Block((3, 12), None, causal=True)]),
+    (
+        (9, 12, None, 5, *SHORT),
+        [
+            Block(None, (0, 8), alone=False),
+            Block((0, 4), (8, 12), causal=True, alone=False),
+            Block((4, 9), (8, 12), alone=False),
+        ],
+    ),
+    ((9, 12, None, 9, *SHORT), [Block(None, None)]),
+    ((12, 9, None, 2, *SHORT), [Block((1, 10), None, causal=True), Block((10, 12), None)]),
+    ((1, 9, None, 0, *SHORT), [Block(None, (0, 8), alone=False), Block((0, 1), (8, 9), alone=False)]),
+    ((9, 2, None, -3, *SHORT), []),
+    ((6, 6, 1, 1, 0, 0, 0, 4), [Block((0, 4), (0, 5), biased=True), Block((4, 6), (3, 6), biased=True)]),
+    ((3, 5, 1, 0, 0, 0, 0, 1), [Block((0, 1), (1, 3)), Block((1, 2), (2, 4)), Block((2, 3), (3, 5))]),
+    ((4, 2, 0, 0, 0, 0, 0, 1), [Block((2, 3), (0, 1)), Block((3, 4), (1, 2))]),
+    ((2, 5, 5, None, *SHORT), [Block(None, None)]),
+    ((2, 5, 3, None, *SHORT), [Block(None, None, biased=True)]),
+]
+
+
+@pytest.mark.parametrize(("arguments", "expected"), BLOCKS)
+def test_the_blocks_of_a_call(arguments: tuple[Any, ...], expected: list[Block]) -> None:
+    assert list(blocks_of(*arguments)) == expected
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_a_dense_bias_has_the_dtype_of_the_logits(dtype: torch.dtype) -> None:
+    mask = torch.eye(5, 9, dtype=torch.bool)[None, None]
+    for options in (Options(1.0, mask=mask), Options(1.0, 2, 0), Options(1.0, mask=mask.half(), window_right=1)):
+        bias = dense_bias(options, 5, 9, (1, 4), (2, 9), dtype, torch.device("cpu"))
+        assert bias is not None
+        assert (bias.dtype, bias.shape) == (dtype, (1, 1, 3, 7))
+
+
+def test_head_sizes_are_filled_up_to_multiples() -> None:
+    assert [MemoryEfficientBackend().widths(*sizes) for sizes in ((5, 8), (8, 9), (16, 1))] == [
+        (8, 8),
+        (8, 16),
+        (16, 8),
+    ]
+    sizes = (8, 8), (9, 8), (8, 16), (8, 8, 1), (16, 8, 1), (8, 8, 0, 32), (8, 32, 1, 32)
+    assert [layout.common_width(*each) for each in sizes] == [8, 16, 16, 16, 16, 32, 64]
+
+
 NOTHING = Sequences(None, None, 5, 9)
 STARTS = Sequences(torch.tensor([0, 3]), torch.tensor([0, 9]), 12, 9)
 
@@ -257,6 +317,30 @@ def test_windows_of_flash_attention_2(
     options: Options, lengths: Sequences, expected: tuple[bool, int, int, int]
 ) -> None:
     assert flash2.window_arguments(options, lengths) == expected
+
+
+@pytest.mark.parametrize(
+    ("length", "window", "served"),
+    [
+        (10, (3, None), True),
+        (11, (3, None), False),
+        (11, (3, 8), True),
+        (11, (3, 9), False),
+        (11, (None, 9), False),
+        (11, (None, 0), True),
+        (11, (None, None), True),
+    ],
+)
+def test_a_window_that_is_open_far_before_the_keys(
+    length: int, window: tuple[int | None, int | None], served: bool
+) -> None:
+    """Nine keys. In varlen a side without a bound is given as one that bounds nothing."""
+    sides = {"window_left": window[0], "window_right": window[1]}
+    of_k = {"k_shape": (2, 8, 9, 64), "v_shape": (2, 8, 9, 64)}
+    reason = flash2.why_not_window(gpu_call(q_shape=(2, 8, length, 64), **of_k, **sides))
+    assert (reason is None) == served
+    of_k = {"k_shape": (9, 8, 64), "v_shape": (9, 8, 64)}
+    assert flash2.why_not_window(gpu_call(q_shape=(99, 80, 64), **of_k, **sides, sequences=2)) is None
 
 
 def test_a_bias_whose_rows_are_aligned() -> None:

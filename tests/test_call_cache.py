@@ -512,6 +512,19 @@ def test_varlen_calls_of_any_longest_sequences_are_of_one_kind(monkeypatch: pyte
     flash_attention_n_varlen(x, x, x, starts, starts.clone(), 6, 6, sm_n=1.0)  # its keys are as many by chance
     assert (len(call_cache._calls), len(call_cache._kinds)) == (5, 1)
     assert len(chosen) == 1
+    fewer = torch.tensor([0, 3, 6], dtype=torch.int32)  # keys
+    for longest_q, longest_k in ((6, 3), (7, 4)):
+        for of_q, of_k, lengths in ((starts, fewer, (longest_q, longest_k)), (fewer, starts, (longest_k, longest_q))):
+            tokens = x[: int(of_q[-1])], x[: int(of_k[-1])]
+            out = flash_attention_n_varlen(tokens[0], tokens[1], tokens[1], of_q, of_k, *lengths, sm_n=1.0)
+            alone = attention_n(
+                *(
+                    y[: int(z[1])].transpose(0, 1)[None]
+                    for y, z in zip((tokens[0], tokens[1], tokens[1]), (of_q, of_k, of_k), strict=True)
+                ),
+                n=1.0,
+            )[0]
+            assert torch.allclose(out[: int(of_q[1])].transpose(0, 1)[None], alone, atol=1e-6)
 
 
 def test_varlen_calls_that_are_converted_are_not_kept() -> None:

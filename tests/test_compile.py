@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from torch._subclasses import FakeTensorMode
 from torch.torch_version import TorchVersion
 from torch.utils.checkpoint import checkpoint
 from torch.utils.flop_counter import FlopCounterMode
@@ -293,6 +294,14 @@ def test_flops_of_varlen_sequences() -> None:
     with FlopCounterMode(display=False) as counter:
         flash_attention_n_varlen(q, q, q, STARTS, STARTS, 7, 7, True, sm_n=1.0).sum().backward()
     assert counter.get_total_flops() == 2 * 2 * pairs * 7 * 16
+
+
+def test_flops_of_sequences_whose_lengths_cannot_be_read() -> None:
+    """Each counts as the longest one."""
+    with FakeTensorMode(), FlopCounterMode(display=False) as counter:
+        q, k, starts = torch.randn(10, 2, 16), torch.randn(10, 2, 16), torch.empty(4, dtype=torch.int32)
+        flash_attention_n_varlen(q, k, k, starts, starts, 5, 7, True, sm_n=1.0)
+    assert counter.get_total_flops() == 2 * 2 * (3 * 5 * 7) * 2 * 16
 
 
 def test_flops_of_a_backward_alone_in_a_new_process() -> None:

@@ -14,10 +14,12 @@ from torch import Tensor
 from torch._subclasses import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
+from torch.utils.flop_counter import FlopCounterMode
 
 from attn_n import Backend, flash_attention_n, flash_attention_n_varlen, register_backend, use_backend
-from attn_n.autograd.passes import rows_may_be_empty_in
+from attn_n.autograd.passes import log_of, rows_may_be_empty_in
 from attn_n.backends import registry
+from attn_n.backends.base import lies_in_order
 from attn_n.call import Gradients, Grads, Options, Saved, autocast
 from tests.cases import CASES, Case, make
 from tests.oracle import attention_n
@@ -250,6 +252,107 @@ def test_autocast(backend: str) -> None:
     with torch.autocast("cpu", torch.bfloat16):
         doubles = [x.detach().double() for x in (q, k, v)]
         assert flash_attention_n(*doubles, backend=backend).dtype == torch.float64
+
+
+class Blocked(torch.autograd.Function):
+    """The identity, without a gradient."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx: Any, dx: Tensor) -> None:
+        return None
+
+
+@pytest.mark.parametrize("watched", [False, True])
+def test_a_backward_without_gradients(watched: bool) -> None:
+    q, k, v, n = leaves(5)
+    with FlopCounterMode(display=False) if watched else contextlib.nullcontext():
+        out, lse = flash_attention_n(q, k, v, sm_n=n, return_lse=True, backend="sdpa")
+    (Blocked.apply(out).sum() + Blocked.apply(lse).sum()).backward()
+    assert q.grad is k.grad is v.grad is n.grad is None
+
+
+SINKS = torch.tensor([-1.0, 0.5, 2.0, -torch.inf])
+
+
+@pytest.mark.parametrize(
+    ("n", "n_is_logit", "expected"),
+    [
+        (SINKS, True, SINKS),
+        (SINKS.double(), True, SINKS),
+        (SINKS.bfloat16(), True, SINKS),
+        (SINKS.repeat_interleave(2)[::2], True, SINKS),
+        (SINKS[0], True, SINKS[:1].expand(4)),
+        (SINKS.exp(), False, SINKS),
+        (torch.tensor(2.0), False, torch.full((4,), 2.0).log()),
+        (torch.tensor(1e-50, dtype=torch.float64), False, torch.full((4,), 1e-50, dtype=torch.float64).log()),
+        (SINKS[None, :, None], True, SINKS[None, :, None].expand(2, 4, 5)),
+        (SINKS[None, :, None].double(), True, SINKS[None, :, None].expand(2, 4, 5)),
+    ],
+)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.float64])
+def test_log_n_as_kernels_get_it(n: Tensor, n_is_logit: bool, expected: Tensor, dtype: torch.dtype) -> None:
+    """It has the dtype of the lse, and is dense in its last dimension."""
+    q = torch.empty(2, 4, 5, 8, dtype=dtype)
+    found = log_of(q, n.detach().requires_grad_(), n_is_logit)
+    assert found.dtype == torch.promote_types(dtype, torch.float32)
+    assert not found.requires_grad
+    assert torch.allclose(found.double(), expected.double(), rtol=1e-6)
+    assert found.stride() == ((20, 5, 1) if found.dim() > 1 else (0,) if n.dim() == 0 else (1,))
+
+
+class _Names(TorchDispatchMode):
+    def __init__(self) -> None:
+        super().__init__()
+        self.names: list[str] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func.namespace == "attn_n":
+            self.names.append(func.name())
+        return func(*args, **(kwargs or {}))
+
+
+def test_the_operators_that_run() -> None:
+    """Without dropout these are pure ones. Results lie in memory as promised for q, wherever k and v lie."""
+    q, k, v, n = leaves(5)
+    tokens_first = q.detach().transpose(1, 2).contiguous().transpose(1, 2).requires_grad_()
+    for of_q in (q, tokens_first):
+        with _Names() as mode:
+            out = flash_attention_n(of_q, k, v, sm_n=n, backend="sdpa")
+            (dq,) = torch.autograd.grad(out.sum(), of_q)
+        assert mode.names == ["attn_n::forward", "attn_n::backward"]
+        promised = registry.loaded("sdpa:cpu")
+        assert lies_in_order(out, promised.out_dim_order(of_q))
+        assert lies_in_order(dq, promised.gradient_dim_order(of_q))
+
+
+def test_rows_without_keys_in_the_backward_operator() -> None:
+    q, k, v, _ = leaves(5)
+    mask = torch.ones(5, 8, dtype=torch.bool)
+    mask[2] = False
+    gradients = []
+    for watched in (False, True):
+        out = flash_attention_n(q, k, v, attn_mask=mask, backend="sdpa")
+        with FlopCounterMode(display=False) if watched else contextlib.nullcontext():
+            gradients.append(torch.autograd.grad(out.square().sum(), (q, k, v)))
+    for a, b in zip(*gradients, strict=True):
+        assert b.isfinite().all()
+        assert torch.equal(a, b)
+
+
+@pytest.mark.parametrize("name", ["attn_mask", "alibi_slopes"])
+def test_what_is_changed_before_the_backward(name: str) -> None:
+    """PyTorch sees that a saved tensor has changed, in a call that is known as well."""
+    q, k, v, _ = leaves(5)
+    for _ in range(2):
+        given = torch.ones(5, 8) if name == "attn_mask" else torch.ones(4)
+        out = flash_attention_n(q, k, v, sm_n=1.0, backend="sdpa", **{name: given})
+        given.mul_(2.0)
+        with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+            out.sum().backward()
 
 
 def test_on_which_devices_autocast_is_on() -> None:

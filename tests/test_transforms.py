@@ -107,6 +107,28 @@ def test_vmap_joins_the_batch(ran: list[str]) -> None:
     assert ran == ["forward sdpa:cpu"] * 4
 
 
+@pytest.mark.parametrize(
+    ("mask", "sinks", "calls"),
+    [
+        ((5, 5), (4,), 1),
+        ((1, 4, 5, 5), (4,), 1),
+        ((2, 1, 5, 5), (4,), 3),
+        (None, (1, 4, 5), 1),
+        (None, (1, 1, 5), 1),
+        (None, (2, 4, 5), 3),
+    ],
+)
+def test_what_all_of_a_batch_share_joins(
+    mask: tuple[int, ...] | None, sinks: tuple[int, ...], calls: int, ran: list[str]
+) -> None:
+    q, k, v, _ = inputs(3, 2)
+    attn_mask, n = None if mask is None else torch.randn(mask, dtype=q.dtype), torch.randn(sinks, dtype=q.dtype)
+    attend = lambda *x: flash_attention_n(*x, sinks=n, attn_mask=attn_mask, backend="sdpa")  # noqa: E731
+    expected = [attention_n(*each, sinks=n, mask=attn_mask)[0] for each in zip(q, k, v, strict=True)]
+    assert torch.allclose(torch.vmap(attend)(q, k, v), torch.stack(expected))
+    assert ran == ["forward sdpa:cpu"] * calls
+
+
 def test_vmap_of_varlen_sequences_and_masks() -> None:
     q, k, v = (torch.randn(3, 7, 2, 8, dtype=torch.float64) for _ in range(3))
     mask = torch.randn(3, 5, 5, dtype=torch.float64)
