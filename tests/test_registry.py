@@ -244,8 +244,11 @@ def test_operators_that_pytorch_changed() -> None:
         f"{name}(query, key, value, *, sink) -> 2",
         f"{name}(query, key, value, *, scale) -> 3",
     ):
-        assert f"has changed its operator {name}" in str(changed_operator(changed))
-    assert "has no operator aten::_gone" in str(changed_operator("aten::_gone(query) -> 1"))
+        assert f"PyTorch {torch.__version__} has changed its operator {name}" in str(changed_operator(changed))
+    assert f"PyTorch {torch.__version__} has no operator aten::_gone" in str(
+        changed_operator("aten::_gone(query) -> 1")
+    )
+    assert str(changed_operator("some::gone(query)")) == "the installed library has no operator some::gone"
 
 
 def test_a_changed_operator_is_the_reason_not_to_serve(monkeypatch: pytest.MonkeyPatch, ran: list[str]) -> None:
