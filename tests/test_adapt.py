@@ -16,7 +16,7 @@ from torch import Tensor
 
 import attn_n
 from attn_n.backends import registry
-from attn_n.backends.adapt import flash2, layout
+from attn_n.backends.adapt import flash2, layout, one_by_one
 from attn_n.backends.adapt.blockwise import Block
 from attn_n.backends.adapt.blockwise import _blocks as blocks_of
 from attn_n.backends.adapt.dense_bias import dense_bias
@@ -343,12 +343,58 @@ def test_a_window_that_is_open_far_before_the_keys(
     assert flash2.why_not_window(gpu_call(q_shape=(99, 80, 64), **of_k, **sides, sequences=2)) is None
 
 
-def test_a_bias_whose_rows_are_aligned() -> None:
-    q, k = torch.randn(2, 3, 5, 8, dtype=torch.bfloat16), torch.randn(2, 3, 9, 8)
-    for bias in (torch.randn(1, 1, 5, 9), torch.randn(2, 3, 1, 1)):
+@pytest.mark.parametrize("shape", [(3, 2, 4, 4), (1, 2, 1, 4), (3, 1, 4, 1), (1, 1, 4, 4)], ids=str)
+def test_each_sequence_as_a_batch_of_one(shape: tuple[int, ...]) -> None:
+    starts_q, starts_k = (torch.tensor(x, dtype=torch.int32) for x in ([0, 2, 2, 6], [0, 3, 7, 8]))
+    mask, slopes = torch.randn(shape), torch.randn(3, 2)
+    options = Options(0.5, 2, 0, 9.0, 0.25, mask, slopes, starts_q, starts_k, 4, 4)
+    expected = [(slice(0, 2), slice(0, 3)), (slice(2, 2), slice(3, 7)), (slice(2, 6), slice(7, 8))]
+    found = list(one_by_one.each_sequence(options, 6, 8))
+    assert [each[:2] for each in found] == expected
+    for b, (queries, keys, alone) in enumerate(found):
+        size = 1, 2, queries.stop - queries.start, keys.stop - keys.start
+        assert alone.without_tensors() == Options(0.5, 2, 0, 9.0, 0.25)
+        assert not alone.varlen
+        assert alone.cu_seqlens_k is None
+        assert alone.mask is not None is not alone.alibi_slopes
+        assert torch.equal(alone.mask.expand(size), mask.expand(3, 2, 4, 4)[b : b + 1, :, : size[2], : size[3]])
+        assert torch.equal(alone.alibi_slopes, slopes[b : b + 1])
+    for missing in ("cu_seqlens_q", "cu_seqlens_k"):
+        with pytest.raises(TypeError, match="cu_seqlens_q, cu_seqlens_k: expected tensors, got None"):
+            next(one_by_one.each_sequence(options.replaced(**{missing: None}), 6, 8))
+
+
+@pytest.mark.parametrize(
+    ("shape", "strides", "as_it_is"),
+    [
+        ((2, 3, 4, 8), (96, 32, 8, 1), True),
+        ((2, 3, 4, 8), (96, 8, 24, 1), True),
+        ((2, 3, 4, 8), (0, 0, 16, 1), True),
+        ((1, 1, 4, 8), (1, 1, 8, 1), True),
+        ((2, 3, 4, 1), (12, 4, 1, 1), True),
+        ((2, 3, 4, 8), (96, 1, 24, 3), False),
+        ((2, 3, 4, 8), (96, 32, 1, 1), False),
+        ((2, 3, 4, 8), (192, 64, 16, 2), False),
+    ],
+)
+def test_what_a_kernel_reads_as_it_is(shape: tuple[int, ...], strides: tuple[int, ...], as_it_is: bool) -> None:
+    x = torch.randn(400).as_strided(shape, strides)
+    found = layout.of_width(x, shape[-1])
+    assert (found is x) == layout.is_of_width(x, shape[-1]) == as_it_is
+    assert torch.equal(found, x)
+    assert not layout.is_of_width(x, shape[-1] + 8)
+    wider = layout.of_width(x, shape[-1] + 8)
+    assert wider.is_contiguous()
+    assert torch.equal(wider, torch.nn.functional.pad(x, (0, 8)))
+
+
+@pytest.mark.parametrize("len_k", [9, 16, 20])
+def test_a_bias_whose_rows_are_aligned(len_k: int) -> None:
+    q, k = torch.randn(2, 3, 5, 8, dtype=torch.bfloat16), torch.randn(2, 3, len_k, 8)
+    for bias in (torch.randn(1, 1, 5, len_k), torch.randn(2, 3, 1, 1)):
         rows = layout.aligned_bias(q, k, bias)
         assert rows is not None
-        assert torch.equal(rows, bias.bfloat16().expand(2, 3, 5, 9))
+        assert torch.equal(rows, bias.bfloat16().expand(2, 3, 5, len_k))
         assert rows.stride(3) == 1
         assert all(stride % 16 == 0 for stride in rows.stride()[:3])
     assert layout.aligned_bias(q, k, None) is None

@@ -138,7 +138,9 @@ def test_how_a_library_is_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
         f"some library {found} is installed but needs a_part_that_is_missing, which is not"
     )
     assert library("torch", oldest="99.1").why_not() == f"needs some library 99.1 or later, found {found}"
-    assert library("torch", oldest="2.0").why_not() is None
+    for oldest in ("2.0", found, None):
+        assert library("torch", oldest=oldest).why_not() is None
+    assert Library("some", "torch", "", ("some-library",), oldest="99.1").why_not() is None  # of an unknown version
     assert Library("some", "torch", "", ("some-library",), oldest="2.0").version() is None
 
 
