@@ -181,7 +181,7 @@ def test_nothing_is_left_unwritten(backend: str, monkeypatch: pytest.MonkeyPatch
         torch.use_deterministic_algorithms(False)
 
 
-@pytest.mark.parametrize("n", [1e-6, 1.0, 1e20])
+@pytest.mark.parametrize("n", [1e-6, 1.0, math.e, 1e20])
 def test_n_equals_the_sink_log_n(n: float) -> None:
     q, k, v = qkv(2, 2, 5, 7)
     by_n = flash_attention_n(q, k, v, sm_n=n)

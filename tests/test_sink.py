@@ -11,6 +11,7 @@ from torch import Tensor
 
 from attn_n import flash_attention_n
 from attn_n.sink import rescale
+from attn_n.sink.weight import as_tensor, weight_of_n
 from tests.places import PLACES
 
 pytest.importorskip("triton")
@@ -120,6 +121,20 @@ def test_gradient_of_n(device: str, layout: str, of: str, with_dlse: bool, dtype
         got = [fused.gradient_of_n(of_dout, dlse, out, lse, log_n) for _ in range(2)]
         assert torch.equal(*got), "the same bits each time"
         assert torch.allclose(got[0].double(), exact, rtol=2e-5, atol=1e-3)
+
+
+@pytest.mark.parametrize("n", [1e-40, 3e-30, 0.3, 7.0, 1e30])
+@pytest.mark.parametrize("as_number", [True, False])
+def test_the_weight_of_n_has_no_rounding_of_its_logarithm(n: float, as_number: bool) -> None:
+    row_max = torch.tensor([math.log(n), math.log(n) + 0.5, math.log(n) + 3.0])
+    found = weight_of_n(n if as_number else torch.tensor(n, dtype=torch.float64), row_max)
+    assert found.dtype == torch.float32
+    assert torch.allclose(found.double(), (math.log(n) - row_max.double()).exp(), rtol=4e-7, atol=0)
+
+
+def test_n_as_a_tensor() -> None:
+    assert as_tensor(1e300, torch.device("cpu")).item() == 1e300
+    assert as_tensor(1.0, torch.device("meta")).is_meta
 
 
 @pytest.mark.parametrize("device", PLACES)
