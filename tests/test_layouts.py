@@ -127,24 +127,9 @@ def test_opcheck(case: Case) -> None:
     torch.library.opcheck(torch.ops.attn_n.forward.default, arguments, test_utils=checks)
     out, lse, state = torch.ops.attn_n.forward(*arguments)
     arguments = (
-        inputs.dout,
-        inputs.dlse,
-        q,
-        k,
-        v,
-        out,
-        lse,
-        state,
-        log_n,
-        True,
-        False,
-        True,
-        False,
-        False,
-        None,
-        "sdpa:cpu",
+        inputs.dout, inputs.dlse, q, k, v, out, lse, state, log_n, True, False, True, False, False, None, "sdpa:cpu",
         *options,
-    )
+    )  # fmt: skip
     torch.library.opcheck(torch.ops.attn_n.backward.default, arguments, test_utils=checks)
 
 

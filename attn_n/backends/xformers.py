@@ -5,6 +5,7 @@ xFormers 0.0.35 is the last with that function; it lives on in MSLK, in the same
 
 from __future__ import annotations
 
+import functools
 import importlib
 import importlib.util
 import sys
@@ -53,6 +54,7 @@ LIBRARY = Library("xformers", "xformers.ops.fmha", "pip install xformers", ("xfo
 SUCCESSOR = Library("MSLK", "mslk.attention.fmha", "pip install mslk-cuda", ("mslk-cuda",), oldest="1.1.0", load=load)
 
 
+@functools.cache
 def library() -> Library:
     """Return MSLK if it can be used and xFormers cannot, else xFormers."""
     return SUCCESSOR if LIBRARY.why_not() is not None and SUCCESSOR.why_not() is None else LIBRARY

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import statistics
 from collections.abc import Callable
 from typing import Any
 
@@ -24,6 +23,7 @@ from attn_n import flash_attention_n
 from bench.method import interleaved
 from bench.method.clocks import CudaClock
 from bench.method.machine import commit, machine
+from bench.method.memory import allocated
 from tests.oracle import attention_n
 
 LENGTH, WIDTH = 4096, 64
@@ -100,16 +100,11 @@ def measure(shape: str, clock: CudaClock) -> dict[str, Any]:
         except Exception as failure:  # of one contender; the others are timed all the same
             line["contenders"][name] = {"fails": str(failure).splitlines()[0][:200]}
             continue
-        torch.cuda.synchronize()
-        before = torch.cuda.memory_allocated()
-        torch.cuda.reset_peak_memory_stats()
-        both()
-        peak = torch.cuda.max_memory_allocated() - before
-        line["contenders"][name] = {"error of the bias": float(f"{off:.1e}"), "peak MB": round(peak / 1e6)}
+        line["contenders"][name] = {"error of the bias": float(f"{off:.1e}"), "peak MB": round(allocated(both) / 1e6)}
         runs[name] = both
     del exact
-    for name, times in interleaved.measure(runs, clock).items():
-        line["contenders"][name]["ms"] = round(statistics.median(times) * 1e3, 3)
+    for name, seconds in interleaved.medians(runs, clock).items():
+        line["contenders"][name]["ms"] = round(seconds * 1e3, 3)
     return line
 
 

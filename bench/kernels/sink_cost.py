@@ -10,9 +10,8 @@ from __future__ import annotations
 import argparse
 import itertools
 import json
-import statistics
 from collections.abc import Iterator
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 
@@ -24,8 +23,6 @@ from bench.method import interleaved
 from bench.method.clocks import CudaClock, Run
 from bench.method.machine import commit, machine
 from bench.workloads import Inputs, Workload, make_inputs
-
-Key = TypeVar("Key")
 
 TOKENS, HIDDEN, LENGTH = 16384, 2048, 8192
 
@@ -68,7 +65,7 @@ def _one_layout(width: int, layout: str, clock: CudaClock) -> dict[str, Any]:
         "rescaling, n per head": lambda: fused.add_sink_(out, lse, per_head),
         "gradient of n": lambda: fused.gradient_of_n(dout, None, out, lse, per_head),
     }
-    seconds = _medians(runs, clock)
+    seconds = interleaved.medians(runs, clock)
     ratios = {name: round(seconds[name] / seconds["copy"], 3) for name in runs if name != "copy"}
     return {"E": width, "out": layout, "copy, us": round(seconds["copy"] * 1e6, 1), "over the copy": ratios}
 
@@ -86,7 +83,7 @@ def _behind_kernels(clock: CudaClock) -> Iterator[dict[str, Any]]:
             ("forward", _forward, normal, "normal"),
         ):
             runs = {(name, n): passes(name, n, of) for name in _kernels() for n in (0.0, 1.0)}
-            seconds = _medians({each: run for each, run in runs.items() if run is not None}, clock)
+            seconds = interleaved.medians({each: run for each, run in runs.items() if run is not None}, clock)
             for name in dict.fromkeys(name for name, _ in seconds):
                 plain, with_n = seconds[name, 0.0], seconds[name, 1.0]
                 cost = f"{100 * (with_n / plain - 1):.1f} %"
@@ -131,10 +128,6 @@ def _serves(run: Run) -> bool:
     except UnsupportedError:
         return False
     return True
-
-
-def _medians(runs: dict[Key, Run], clock: CudaClock) -> dict[Key, float]:
-    return {name: statistics.median(times) for name, times in interleaved.measure(runs, clock).items()}
 
 
 if __name__ == "__main__":

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+import statistics
 from collections.abc import Mapping
 from typing import TypeVar
 
@@ -23,3 +24,8 @@ def measure(runs: Mapping[Key, Run], clock: Clock) -> dict[Key, list[float]]:
         for name in order:
             times[name] += clock.turn(runs[name])
     return times
+
+
+def medians(runs: Mapping[Key, Run], clock: Clock) -> dict[Key, float]:
+    """Returns the median seconds of each run."""
+    return {name: statistics.median(times) for name, times in measure(runs, clock).items()}

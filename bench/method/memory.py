@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -28,14 +29,18 @@ def peak(contender: Contender, workload: Workload) -> int:
     return int(subprocess.run(command, cwd=root, stdout=subprocess.PIPE, check=True).stdout)
 
 
-def _allocated(contender: Contender, workload: Workload) -> int:
-    passes = contender.prepare(make_inputs(workload))
-    # Compilers and libraries keep workspaces from their first call on.
-    passes.backward(passes.forward())
+def allocated(run: Callable[[], object]) -> int:
+    """Returns the bytes that the allocator of the GPU holds at most during a run, less those before."""
+    run()  # compilers and libraries keep workspaces from their first call on
     before = torch.cuda.memory_allocated()
     torch.cuda.reset_peak_memory_stats()
-    passes.backward(passes.forward())
+    run()
     return torch.cuda.max_memory_allocated() - before
+
+
+def _allocated(contender: Contender, workload: Workload) -> int:
+    passes = contender.prepare(make_inputs(workload))
+    return allocated(lambda: passes.backward(passes.forward()))
 
 
 def _peak_of_this_process(contender: Contender, workload: Workload) -> int:

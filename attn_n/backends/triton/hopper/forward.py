@@ -160,8 +160,8 @@ def load_tile(smem, q_desc, k_desc, v_desc, tile, state, q_phase, SPEC: gl.const
         tile.first, tile.first + CONSUMERS * STRIP - 1, tile.sizes, TILE_K
     )
     head_kv, last = tile.head // SPEC.group_size, end - 1
-    # The first keys before the queries, whose buffers become free one by one.
     PANELS: gl.constexpr = SPEC.widths.tile // panel_of(SPEC)
+    # The first keys before the queries, whose buffers become free one by one.
     load_block(k_desc, tile.rows_k, head_kv, last * TILE_K, smem.k, state, PANELS)
     for c in gl.static_range(CONSUMERS):
         load_block(q_desc, tile.rows_q, tile.head, tile.first + c * STRIP, smem.q, State(c, q_phase), 1)
@@ -189,8 +189,10 @@ def panel_of(spec):
 
 
 @gluon.jit
-def begin_scores(q, k_ring, stage, s, PANEL: gl.constexpr, PANELS: gl.constexpr):
+def begin_scores(q, k_ring, stage, s, SPEC: gl.constexpr):
     """Begin S = Q K^T; s is what its registers have held."""
+    PANEL: gl.constexpr = panel_of(SPEC)
+    PANELS: gl.constexpr = SPEC.widths.tile // PANEL
     if PANELS == 1:
         s = warpgroup_mma(q, k_ring.buffers.index(stage).permute((1, 0)), s, use_acc=False, is_async=True)
     else:
@@ -234,8 +236,6 @@ def attend(CONSUMER: gl.constexpr, smem, tile, results, factor, state, q_phase, 
     TILE_K: gl.constexpr = SPEC.tiles.tile_k
     TILE_Q: gl.constexpr = SPEC.tiles.consumers * STRIP
     TILE_V: gl.constexpr = SPEC.widths.tile_v
-    PANEL: gl.constexpr = panel_of(SPEC)
-    PANELS: gl.constexpr = SPEC.widths.tile // PANEL
     Q_IN_REGISTERS: gl.constexpr = SPEC.tiles.q_in_registers
     OUT_APART: gl.constexpr = SPEC.tiles.out_apart
     LAZY: gl.constexpr = SPEC.tiles.lazy
@@ -267,19 +267,16 @@ def attend(CONSUMER: gl.constexpr, smem, tile, results, factor, state, q_phase, 
     rows = first + gl.arange(0, STRIP, layout=ROWS)  # [64]
 
     consumer_wait(smem.q, State(CONSUMER, q_phase))
+    q = smem.q.buffers.index(CONSUMER)  # [64, PADDED]
     if Q_IN_REGISTERS:
-        q = smem.q.buffers.index(CONSUMER).load(
-            gl.DotOperandLayout(operand_index=0, parent=S, k_width=2)
-        )  # [64, PADDED]
+        q = q.load(gl.DotOperandLayout(operand_index=0, parent=S, k_width=2))
         fence_async_shared()
         consumer_release(smem.q, CONSUMER)
-    else:
-        q = smem.q.buffers.index(CONSUMER)  # [64, PADDED]
     if BOUNDED:
         state = skip_blocks(smem, end - own_end, state)
     consumer_wait(smem.k, state)
     s = gl.zeros([STRIP, TILE_K], gl.float32, layout=S)
-    s = begin_scores(q, smem.k, state.stage, s, PANEL, PANELS)
+    s = begin_scores(q, smem.k, state.stage, s, SPEC)
     s = warpgroup_mma_wait(0, deps=[s])
     consumer_release(smem.k, state.stage)
     s = capped(s, scale, softcap)
@@ -297,7 +294,7 @@ def attend(CONSUMER: gl.constexpr, smem, tile, results, factor, state, q_phase, 
         next_state = advance(state, smem.k)
         # (1) S = Q K^T of this block begins.
         consumer_wait(smem.k, next_state)
-        s = begin_scores(q, smem.k, next_state.stage, p, PANEL, PANELS)
+        s = begin_scores(q, smem.k, next_state.stage, p, SPEC)
         # (2) O += P V of the block behind begins.
         consumer_wait(smem.v, state)
         acc = warpgroup_mma(p_operand, smem.v.buffers.index(state.stage), acc, is_async=True)
@@ -465,8 +462,6 @@ def forward_kernel(
     v_blocks = gl.allocate_shared_memory(dtype, [STAGES, TILE_K, TILE_V], TILED)
     if OUT_APART:
         out_strips = gl.allocate_shared_memory(dtype, [CONSUMERS, STRIP, TILE_V], TILED)
-    elif PADDED == TILE_V:
-        out_strips = q_strips
     else:
         out_strips = reinterpret(q_strips, dtype, [CONSUMERS * PADDED // TILE_V, STRIP, TILE_V], TILED)
     q_ring = Ring(q_strips, barriers(CONSUMERS, 1), barriers(CONSUMERS, 1))
