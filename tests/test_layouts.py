@@ -16,6 +16,7 @@ from attn_n.backends.adapt.layout import of_width
 from attn_n.call import Options
 from tests import compare
 from tests.cases import LAYOUTS, Case, laid_out, make, must_serve, why_not_usable
+from tests.operators import opcheck
 from tests.places import on_gpu
 
 ON_GPU = {
@@ -122,15 +123,8 @@ def test_opcheck(case: Case) -> None:
     q, k, v = (x.detach() for x in (inputs.q, inputs.k, inputs.v))
     packing: tuple[Any, ...] = inputs.packing() if case.varlen else (None, None, 0, 0)
     options = Options(0.25, None, 0, None, 0.0, None, None, *packing)
-    log_n, checks = torch.linspace(-1, 1, case.heads_q), ("test_schema", "test_faketensor")
-    arguments: tuple[Any, ...] = (q, k, v, log_n, True, None, None, "sdpa:cpu", *options)
-    torch.library.opcheck(torch.ops.attn_n.forward.default, arguments, test_utils=checks)
-    out, lse, state = torch.ops.attn_n.forward(*arguments)
-    arguments = (
-        inputs.dout, inputs.dlse, q, k, v, out, lse, state, log_n, True, False, True, False, False, None, "sdpa:cpu",
-        *options,
-    )  # fmt: skip
-    torch.library.opcheck(torch.ops.attn_n.backward.default, arguments, test_utils=checks)
+    log_n, douts = torch.linspace(-1, 1, case.heads_q), (inputs.dout, inputs.dlse)
+    opcheck(q, k, v, log_n, "sdpa:cpu", options, douts=douts, rows_may_be_empty=False)
 
 
 MASKED = [

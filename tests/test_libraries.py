@@ -24,6 +24,7 @@ from attn_n.dispatch import serving
 from tests import compare
 from tests.calls import gpu_call
 from tests.cases import Case, make, why_not_usable
+from tests.operators import opcheck
 
 BACKENDS = ("flash_attn:2", "flash_attn:3", "flash_attn:4", "xformers:flash", "xformers:cutlass")
 INSTALLED = [
@@ -224,15 +225,7 @@ def test_opcheck(backend: str) -> None:
         q, k, v = (x.detach() for x in on_gpu())
         if first == "tokens":
             q, k, v = (x.transpose(1, 2).contiguous().transpose(1, 2) for x in (q, k, v))
-        log_n, options = torch.linspace(-1, 1, 4, device="cuda"), Options(0.125, None, 0)
-        checks = ("test_schema", "test_faketensor")
-        arguments = (q, k, v, log_n, None, backend, *options)
-        torch.library.opcheck(torch.ops.attn_n.forward.default, arguments, test_utils=checks)
-        out, lse, state = torch.ops.attn_n.forward(*arguments)
-        arguments = (torch.randn_like(out), torch.randn_like(lse), q, k, v, out, lse, state, log_n)
-        torch.library.opcheck(
-            torch.ops.attn_n.backward.default, (*arguments, False, True, True, backend, *options), test_utils=checks
-        )
+        opcheck(q, k, v, torch.linspace(-1, 1, 4, device="cuda"), backend, Options(0.125, None, 0))
 
 
 @pytest.mark.parametrize("backend", INSTALLED)

@@ -22,12 +22,12 @@ from attn_n.backends import registry
 from attn_n.backends.base import lies_in_order
 from attn_n.call import Gradients, Grads, Options, Saved, autocast
 from tests.cases import CASES, Case, make
+from tests.operators import opcheck
 from tests.oracle import attention_n
 
 
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_opcheck(case: Case) -> None:
-    """Schemas are right, and fakes promise the shapes, strides and dtypes that the kernels return."""
     inputs = make(case, torch.float32, "cpu")
     q, k, v = (x.detach() for x in (inputs.q, inputs.k, inputs.v))
     if case.learned:
@@ -43,25 +43,7 @@ def test_opcheck(case: Case) -> None:
     log_n = torch.linspace(-1, 1, case.heads_q)
     if inputs.sinks is not None and inputs.sinks.dim() > 1:
         log_n = inputs.sinks.detach()
-    checks = ("test_schema", "test_faketensor", "test_aot_dispatch_dynamic")
-    torch.library.opcheck(
-        torch.ops.attn_n.forward.default,
-        (q, k, v, log_n, True, None, None, "sdpa:cpu", *options),
-        test_utils=checks[:2],
-    )
-    out, lse, state = torch.ops.attn_n.forward(q, k, v, log_n, True, None, None, "sdpa:cpu", *options)
-    arguments = (torch.randn_like(out), torch.randn_like(lse), q, k, v, out, lse, state, log_n)
-    torch.library.opcheck(
-        torch.ops.attn_n.backward.default,
-        (*arguments, True, True, True, False, False, None, "sdpa:cpu", *options),
-        test_utils=checks[:2],
-    )
-    if case.name in ("causal", "GQA", "varlen"):
-        torch.library.opcheck(
-            torch.ops.attn_n.forward.default,
-            (q, k, v, log_n, True, None, None, "sdpa:cpu", *options),
-            test_utils=checks[2:],
-        )
+    opcheck(q, k, v, log_n, "sdpa:cpu", options, compiled=case.name in ("causal", "GQA", "varlen"))
 
 
 def step(q: Tensor, k: Tensor, v: Tensor, n: Tensor, **options: Any) -> tuple[Tensor, ...]:

@@ -491,13 +491,16 @@ def test_the_choice_can_be_compiled(
         ("q_", "k_", "v_", "se")
     }  # fmt: skip
 
-    def chosen(q: Tensor, k: Tensor, starts: Tensor) -> tuple[str, Tensor]:
+    members = [registry.find(name)[0] for name in ("triton:hopper", "triton:portable", "sdpa:flash", "flash_attn:2")]
+
+    def chosen(q: Tensor, k: Tensor, starts: Tensor) -> tuple[str, list[str | None], Tensor]:
         sequences = starts.shape[0] - 1 if "sequences" in changes else None
         call = AttentionCall(
             q_shape=tuple(q.shape), k_shape=tuple(k.shape), v_shape=tuple(k.shape), q_stride=q.stride(),
             k_stride=k.stride(), v_stride=k.stride(), sequences=sequences, **fields,
         )  # fmt: skip
-        return choose.choose(call, None)[0], q + 1
+        refusals = [None if member is None else member.refusal(call) for member in members]
+        return choose.choose(call, None)[0], refusals, q + 1
 
     torch.compiler.reset()
     compiled = torch.compile(chosen, fullgraph=True, dynamic=True, backend="eager")
@@ -505,9 +508,9 @@ def test_the_choice_can_be_compiled(
     for length, keys in ((100, 100), (257, 257), (1024, 1024), (3000, 3000), (1, 3000), (4, 3000), (4, 4)):
         shapes = [(length, 8, 64), (keys, 8, 64)] if "sequences" in changes else [(2, 8, length, 64), (2, 8, keys, 64)]
         tensors = *(torch.empty(shape, device="meta") for shape in shapes), torch.empty(3, device="meta")
-        expected = chosen(*tensors)[0]
-        assert compiled(*tensors)[0] == expected, (length, keys)
-        seen.add(expected)
+        expected = chosen(*tensors)[:2]
+        assert compiled(*tensors)[:2] == expected, (length, keys)
+        seen.add(expected[0])
     assert "sdpa:cudnn" not in seen
     assert len(seen) > 1 or capability != (9, 0) or changes
 

@@ -73,7 +73,7 @@ class Backend:
             return f"takes {names}, not {str(call.dtype).removeprefix('torch.')}"
         asked = call.features
         if not (self.applies_n or self.differentiates):
-            asked -= {"n a row"}
+            asked = asked - {"n a row"}  # PyTorch 2.11's compiler cannot trace `-=` of a frozenset
         if not asked.issubset(self.honours):
             missing = [words for feature, words in FEATURES.items() if feature in asked and feature not in self.honours]
             return f"has no {', no '.join(missing)}"
