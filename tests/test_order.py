@@ -171,6 +171,7 @@ def call_of(workload: Workload, n: str, training: bool) -> AttentionCall:
         ((8, 0), ("sdpa", "flash_attn", "triton"), "automatic, not measured here: compute capability 8.0"),
         ((8, 9), ("sdpa", "flash_attn", "triton"), "automatic, not measured here: compute capability 8.9"),
         ((10, 0), ("flash_attn:4", "sdpa", "triton"), "automatic, not measured here: compute capability 10.0"),
+        ((11, 0), ("flash_attn:4", "sdpa", "triton"), "automatic, not measured here: compute capability 11.0"),
         ((12, 0), ("sdpa", "triton", "flash_attn"), "automatic, not measured here: compute capability 12.0"),
     ],
     ids=str,
