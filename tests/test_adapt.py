@@ -364,6 +364,21 @@ def test_each_sequence_as_a_batch_of_one(shape: tuple[int, ...]) -> None:
             next(one_by_one.each_sequence(options.replaced(**{missing: None}), 6, 8))
 
 
+def test_a_kernel_gets_no_empty_sequence() -> None:
+    starts_q, starts_k = (torch.tensor(x, dtype=torch.int32) for x in ([0, 2, 2, 4, 5], [0, 3, 5, 5, 9]))
+    options, sizes = Options(1.0, cu_seqlens_q=starts_q, cu_seqlens_k=starts_k, max_seqlen_q=2, max_seqlen_k=4), []
+
+    def forward(q: Tensor, k: Tensor, v: Tensor, options: Options) -> tuple[Tensor, Tensor]:
+        sizes.append((q.shape[2], k.shape[2]))
+        return torch.ones_like(q), torch.zeros(q.shape[:3])
+
+    x = torch.randn(9, 2, 8)
+    out, lse = one_by_one.forward_one_by_one(forward, x[:5], x, x, options)
+    assert sizes == [(2, 3), (1, 4)]
+    assert out[:, 0, 0].tolist() == [1.0, 1.0, 0.0, 0.0, 1.0]
+    assert lse[:, 0].tolist() == [0.0, 0.0, -math.inf, -math.inf, 0.0]
+
+
 @pytest.mark.parametrize(
     ("shape", "strides", "as_it_is"),
     [

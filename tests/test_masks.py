@@ -233,6 +233,15 @@ def test_the_kinds_of_n(given: dict[str, Any], kind: str, shape: tuple[int, ...]
     assert (found.n.shape if isinstance(found.n, Tensor) else None) == shape
 
 
+def test_a_sink_for_each_row_of_varlen_sequences() -> None:
+    q, starts = torch.randn(5, 2, 8), torch.tensor([0, 2, 5], dtype=torch.int32)
+    request = Request(False, None, None, torch.ones(5, 2), None, None, None, None, 0.0, False, None)
+    found = canonical.varlen(q, q, q, starts, starts, 3, 3, request)
+    assert found.call.n_kind == "per row"
+    assert isinstance(found.n, Tensor)
+    assert found.n.shape == (5, 2)
+
+
 def test_nothing_needs_gradients_where_they_are_off() -> None:
     q, mask, slopes = (torch.randn(shape, requires_grad=True) for shape in ((1, 2, 5, 8), (5, 5), (2,)))
     request = Request(False, None, 1.0, None, mask, None, None, slopes, 0.0, False, None)

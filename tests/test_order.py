@@ -171,6 +171,7 @@ def call_of(workload: Workload, n: str, training: bool) -> AttentionCall:
         ((8, 0), ("sdpa", "flash_attn", "triton"), "automatic, not measured here: compute capability 8.0"),
         ((8, 9), ("sdpa", "flash_attn", "triton"), "automatic, not measured here: compute capability 8.9"),
         ((10, 0), ("flash_attn:4", "sdpa", "triton"), "automatic, not measured here: compute capability 10.0"),
+        ((11, 0), ("flash_attn:4", "sdpa", "triton"), "automatic, not measured here: compute capability 11.0"),
         ((12, 0), ("sdpa", "triton", "flash_attn"), "automatic, not measured here: compute capability 12.0"),
     ],
     ids=str,
@@ -238,6 +239,9 @@ ONE_QUERY = ("sdpa:flash", *FA_3)
             sized(3125, 3125, heads=4, batch=1, **INFERENCE), PYTORCHS,
             sized(3125, 3126, heads=4, batch=1, **INFERENCE), HOPPER_FA_3,
         ),
+        # by the causal mask
+        (sized(500, 500, **CAUSAL), PORTABLE, sized(500, 500), OURS),
+        (sized(500, 1500, 128, **INFERENCE, **CAUSAL), FA_3_HOPPER, sized(500, 1500, 128, **INFERENCE), HOPPER_FA_3),
         # by the head size
         (sized(1, 5000, 256), ONE_QUERY, sized(1, 5000, 257), DEFAULT),
         (sized(1, 300, 256), ONE_QUERY, sized(1, 300, 256, 257), DEFAULT),

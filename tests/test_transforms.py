@@ -216,8 +216,11 @@ def test_hessians() -> None:
 
 def test_explain_says_why() -> None:
     x = inputs(2)
+    tokens = torch.randn(7, 4, 8)
     with forward_ad.dual_level():
+        of_varlen = attn_n.explain(forward_ad.make_dual(tokens, tokens), tokens, tokens, STARTS, STARTS, 4, 4)
         explanation = attn_n.explain(forward_ad.make_dual(x[0], x[0]), *x[1:3], sinks=x[3])
+    assert of_varlen.call.transform == explanation.call.transform == "forward-mode AD"
     assert explanation.chosen == "reference"
     assert "forward-mode AD" in str(explanation.call)
     assert "sdpa        no: forward-mode AD is served by differentiable operations alone" in str(explanation)
