@@ -26,7 +26,7 @@ TILES = [
 def spec_of(size: int, size_v: int, tile_q: int) -> BackwardSpec:
     widths = configs.widths(size, size_v)
     assert widths is not None
-    return BackwardSpec(widths, tile_q, 1, 1)
+    return BackwardSpec(widths, tile_q, tile_q, 1, 1)
 
 
 @pytest.mark.parametrize("device", PLACES)

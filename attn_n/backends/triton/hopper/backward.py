@@ -1,4 +1,4 @@
-"""The backward kernel for Hopper: dQ, dK and dV together, by tiles of keys.
+"""The backward kernel for Hopper, for heads of 128: dQ, dK and dV together, by tiles of keys.
 
 Programs are persistent, and go through tiles of 128 keys. Each has three roles, which share nothing but buffers in
 shared memory and the barriers on them:
@@ -17,8 +17,7 @@ shared memory and the barriers on them:
                                               -> kv.empty
                                               dV and dK are written, or added, to global memory
 
-At E = 128, where the registers allow it, the next dP is begun right behind the next S, so that the first exponentials
-have that wgmma to run beside (+1 to 2 %; at E = 64 it is 3 % slower).
+The next dP is begun right behind the next S, so that the first exponentials have that wgmma to run beside (+1 to 2 %).
 
 A barrier is waited for by its phase, which flips each time its ring of buffers has gone around; `empty` counts an
 arrival of each consumer. There are two buffers of each kind, of dS too: a consumer overwrites the dS of two tiles ago,
@@ -42,14 +41,16 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 from attn_n.backends.triton.hopper.backward_producer import RUN_TIME, Sizes, produce
 from attn_n.backends.triton.hopper.backward_rings import (
     FIELDS,
+    IN_ORDER,
     allocate_rings,
+    begin_matmul,
     row_vector,
     store_tile,
     visible,
 )
 from attn_n.backends.triton.hopper.gluon_compat import async_reduce_add, reinterpret
 from attn_n.backends.triton.hopper.mailbox import mailbox_read
-from attn_n.backends.triton.hopper.ptx import add_accumulator, cast_operand, consumer_barrier, pin_here, recomputed
+from attn_n.backends.triton.hopper.ptx import add_accumulator, cast_operand, consumer_barrier, recomputed
 from attn_n.backends.triton.hopper.rings import State, consumer_release, consumer_wait, wait_turn
 from attn_n.backends.triton.hopper.scheduler import Varlen
 from attn_n.backends.triton.hopper.tma import tile_descriptor
@@ -66,13 +67,12 @@ def consume(
     E: gl.constexpr = SPEC.widths.tile
     TILE_Q: gl.constexpr = SPEC.tile_q
     kv, queries = rings.kv.buffers, rings.queries.buffers
-    rows = gl.cdiv(len_q, TILE_Q) * TILE_Q
+    rows = gl.cdiv(len_q, SPEC.pass_q) * SPEC.pass_q
     dtype: gl.constexpr = kv.k.dtype
     S: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, TILE_Q, 16])
     DKV: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, E, 16])
     OPERAND: gl.constexpr = gl.DotOperandLayout(0, DKV, 2)
     HALF: gl.constexpr = 64 * 64 // E  # rows of dq_sum that are as much as a consumer's part of dQ
-    DP_AHEAD: gl.constexpr = E == 128  # whether dP begins behind the S before
 
     sum_desc = tma.make_tensor_descriptor(
         dq_sum, [batches * heads * rows, E], [E, 1], [HALF, E], gl.NVMMASharedLayout(0, 32)
@@ -99,22 +99,12 @@ def consume(
         # S^T = K Q^T and dP^T = V dO^T begin also where no tile of queries is left, since a wgmma in flight cannot
         # cross a branch; nobody reads them then.
         s = begin_matmul(kv.k.index(recomputed(CONSUMER)), queries.q.index(turn & 1), TILE_Q, S)
-        if DP_AHEAD:
-            dp = begin_matmul(kv.v.index(recomputed(CONSUMER)), queries.dout.index(turn & 1), TILE_Q, S)
-            s = warpgroup_mma_wait(1, deps=[s])
-        else:
-            s = warpgroup_mma_wait(0, deps=[s])
+        dp = begin_matmul(kv.v.index(recomputed(CONSUMER)), queries.dout.index(turn & 1), TILE_Q, S)
+        s = warpgroup_mma_wait(1, deps=[s])
         for step in range(1, steps * SPEC.team_heads + 1):
             stage = turn & 1
             q_tile, dout_tile = queries.q.index(stage), queries.dout.index(stage)  # [TILE_Q, E]
-            # (1) dP^T = V dO^T - delta begins, if it has not with S^T.
-            if not DP_AHEAD:
-                zeros = gl.zeros([64, TILE_Q], gl.float32, S)
-                minus_delta = pin_here(gl.broadcast(row_vector(queries.delta.index(stage), S), zeros)[0])
-                dp = warpgroup_mma(
-                    kv.v.index(recomputed(CONSUMER)), dout_tile.permute((1, 0)), minus_delta, is_async=True
-                )
-            # (2) P^T = exp2(S^T - lse). P is masked, or with softcap, whose derivative needs S again, S is: either way
+            # (1) P^T = exp2(S^T - lse). P is masked, or with softcap, whose derivative needs S again, S is: either way
             # few registers stay alive.
             edge = (row < full_begin) | (row >= full_end)
             if softcap is not None:
@@ -127,46 +117,40 @@ def consume(
             p_operand = cast_operand(p, OPERAND, dtype)
             if softcap is not None:
                 p *= gl.maximum(1 - s * s, 0.0)  # not -inf where s is
-            # (3) dV += P^T dO begins.
+            # (2) dV += P^T dO begins.
             dp = warpgroup_mma_wait(0, deps=[dp])
             dv_acc = warpgroup_mma(p_operand, dout_tile, dv_acc, is_async=True)
-            # (4) dS^T = P^T * dP^T, for both consumers.
-            if DP_AHEAD:
-                dp += row_vector(queries.delta.index(stage), S)
+            # (3) dS^T = P^T * dP^T, for both consumers.
+            dp += row_vector(queries.delta.index(stage), S)
             ds_operand = cast_operand(p * dp, OPERAND, dtype)  # [64, TILE_Q]
             ds_buffers.index(2 * stage + CONSUMER).store(gl.convert_layout(ds_operand, S, assert_trivial=True))
             fence_async_shared()
             consumer_barrier()
-            # (5) dQ = dS K and dK += dS^T Q begin.
-            dq = begin_dq(kv.k, ds_buffers, stage, CONSUMER, E)  # [64, 64]
+            # (4) dQ = dS K and dK += dS^T Q begin.
+            dq = begin_dq(kv.k, ds_buffers, stage, CONSUMER)  # [64, 64]
             dk_acc = warpgroup_mma(ds_operand, q_tile, dk_acc, is_async=True)
-            # (6) dV and dQ are complete; dQ is added to global memory by TMA.
+            # (5) dV and dQ are complete; dQ is added to global memory by TMA.
             dv_acc, dq, p_operand = warpgroup_mma_wait(1, deps=[dv_acc, dq, p_operand])
             tma.store_wait(0)
             dq_buffers.index(CONSUMER).store(dq)
             fence_async_shared()
             flat = reinterpret(dq_buffers.index(CONSUMER), gl.float32, sum_desc.block_shape, sum_desc.layout)
             async_reduce_add(sum_desc, [sum_row + row + CONSUMER * HALF, 0], flat)
-            # (7) The next S^T begins, and dP^T; dK is complete, and the tile of queries is released.
+            # (6) The next S^T begins; dK is complete, the tile of queries is released, and the next dP^T begins.
             turn = (turn + 1) & 3
             if step < steps * SPEC.team_heads:
                 wait_turn(rings.queries.full, turn)
             s = begin_matmul(kv.k.index(recomputed(CONSUMER)), queries.q.index(turn & 1), TILE_Q, S)
-            if DP_AHEAD:
-                # The next wgmma needs the registers of these.
-                dk_acc, ds_operand = warpgroup_mma_wait(1, deps=[dk_acc, ds_operand])
-                dp = begin_matmul(kv.v.index(recomputed(CONSUMER)), queries.dout.index(turn & 1), TILE_Q, S)
-                consumer_release(rings.queries, stage)
-                s = warpgroup_mma_wait(1, deps=[s])
-            else:
-                dk_acc, ds_operand, s = warpgroup_mma_wait(0, deps=[dk_acc, ds_operand, s])
-                consumer_release(rings.queries, stage)
+            # The next wgmma needs the registers of these.
+            dk_acc, ds_operand = warpgroup_mma_wait(1, deps=[dk_acc, ds_operand])
+            dp = begin_matmul(kv.v.index(recomputed(CONSUMER)), queries.dout.index(turn & 1), TILE_Q, S)
+            consumer_release(rings.queries, stage)
+            s = warpgroup_mma_wait(1, deps=[s])
             row += TILE_Q
             if SPEC.team_heads > 1 and row == end:  # the next query head
                 row = begin
                 sum_row += rows
-        if DP_AHEAD:
-            dp = warpgroup_mma_wait(0, deps=[dp])
+        dp = warpgroup_mma_wait(0, deps=[dp])
         consumer_release(rings.kv, 0)
         if SPEC.teams > 1:
             key_row = mailbox_read(rings.mailbox, slot, FIELDS, "key_row")
@@ -184,23 +168,12 @@ def consume(
 
 
 @gluon.jit
-def begin_matmul(of_keys, of_queries, TILE_Q: gl.constexpr, S: gl.constexpr):
-    """Begin `of_keys @ of_queries^T`, `[64, TILE_Q]`."""
-    zeros = gl.zeros([64, TILE_Q], gl.float32, S)
-    return warpgroup_mma(of_keys, of_queries.permute((1, 0)), zeros, use_acc=False, is_async=True)
-
-
-@gluon.jit
-def begin_dq(k_buffers, ds_buffers, stage, CONSUMER: gl.constexpr, E: gl.constexpr):
-    """Begin a consumer's 64 x 64 of dS K: half of its columns at E = 128, half of its rows at E = 64."""
+def begin_dq(k_buffers, ds_buffers, stage, CONSUMER: gl.constexpr):
+    """Begin a consumer's half of the columns of dS K."""
     DQ: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, 64, 16])
     dq = gl.zeros([64, 64], gl.float32, DQ)
     for c in gl.static_range(2):
-        ds, k = ds_buffers.index(2 * stage + c), k_buffers.index(recomputed(c))
-        if E == 128:
-            k = k.slice(64 * CONSUMER, 64, 1)
-        else:
-            ds = ds.slice(64 * CONSUMER, 64, 1)
+        ds, k = ds_buffers.index(2 * stage + c), k_buffers.index(recomputed(c)).slice(64 * CONSUMER, 64, 1)
         dq = warpgroup_mma(ds.permute((1, 0)), k, dq, use_acc=c > 0, is_async=True)
     return dq
 
@@ -212,13 +185,8 @@ def backward_kernel(
     batches, heads, len_q, len_k, sum_rows, left, right, scale, softcap, swizzle, SPEC: gl.constexpr,
 ):  # fmt: skip
     """At most as many programs as fit the GPU at once go through all tiles; `SPEC` is a `configs.BackwardSpec`."""
-    gl.static_assert(SPEC.widths.tile == SPEC.widths.tile_v)
+    gl.static_assert(SPEC.widths.tile == 128 and SPEC.widths.tile_v == 128)
     dtype: gl.constexpr = q.dtype.element_ty
-    # As an accumulator lies in registers, and as `postprocess_kernel` reads it: by four numbers of a thread, then by
-    # threads.
-    IN_ORDER: gl.constexpr = gl.SharedLinearLayout(
-        [[0, 1], [8, 0], [0, 2], [0, 4], [1, 0], [2, 0], [4, 0], [16, 0], [32, 0], [0, 8], [0, 16], [0, 32]]
-    )
     rings = allocate_rings(dtype, 2, SPEC)
     # dS of each consumer and stage, and a part of dQ of each consumer; dK and dV go through the latter too.
     ds_buffers = gl.allocate_shared_memory(dtype, [4, 64, SPEC.tile_q], gl.NVMMASharedLayout(128, 16))

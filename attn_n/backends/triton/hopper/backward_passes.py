@@ -50,7 +50,7 @@ def preprocess_kernel(
 
     lse is infinite and delta 0 beyond the end of a sequence.
     """
-    TILE_Q: tl.constexpr = SPEC.tile_q
+    TILE_Q: tl.constexpr = SPEC.pass_q
     EV: tl.constexpr = SPEC.widths.head_dim_v
     TILE_V: tl.constexpr = SPEC.widths.tile_v
     PADDED: tl.constexpr = SPEC.widths.padded

@@ -40,85 +40,134 @@ class Sizes(NamedTuple):
     varlen: Varlen
 
 
+class Loads(NamedTuple):
+    """The descriptors of what a backward loads."""
+
+    q: tma.tensor_descriptor
+    k: tma.tensor_descriptor
+    v: tma.tensor_descriptor
+    dout: tma.tensor_descriptor
+    stats: tma.tensor_descriptor
+
+
+class KeyTile(NamedTuple):
+    """The producer loads a tile of keys, and now the queries that see it."""
+
+    batch: gl.tensor  # 0 of varlen sequences
+    end_q: gl.tensor  # of a varlen sequence: the row behind its last one; 0 of others
+    len_q: gl.tensor  # of the sequence
+    first_head: gl.tensor
+    batch_head: gl.tensor  # batch * heads + first_head
+    first_row: gl.tensor  # of the sequence, among the rows of a head in stats
+    begin: gl.tensor  # the first query of the first tile
+    steps: gl.tensor  # tiles of queries of each head
+
+
 @gluon.jit
-def produce(
-    rings, sizes, q, k, v, dout, stats, strides_q, strides_k, strides_v, strides_dout, SPEC: gl.constexpr,
-):  # fmt: skip
-    """The producer warp tells the consumers their next tile of keys, and loads it and the queries that see it."""
-    batches, heads, len_q, len_k, sum_rows, left, right, _swizzle, varlen = sizes
-    TEAM_HEADS: gl.constexpr = SPEC.team_heads
+def make_loads(sizes, q, k, v, dout, stats, strides_q, strides_k, strides_v, strides_dout, SPEC: gl.constexpr):
     TILE_Q: gl.constexpr = SPEC.tile_q
     E: gl.constexpr = SPEC.widths.head_dim
     EV: gl.constexpr = SPEC.widths.head_dim_v
     PADDED: gl.constexpr = SPEC.widths.padded
     TILE_V: gl.constexpr = SPEC.widths.tile_v
-    teams, heads_kv = heads // TEAM_HEADS, heads // (TEAM_HEADS * SPEC.teams)
-    kv, queries = rings.kv.buffers, rings.queries.buffers
-    PARTS: gl.constexpr = kv.k.shape[0]
-    TILE_K: gl.constexpr = 64 * PARTS
-    tiles, rows = gl.cdiv(len_k, TILE_K), gl.cdiv(len_q, TILE_Q) * TILE_Q
-    items = batches * teams * tiles if varlen.table is None else gl.load(varlen.table + 1) * teams
-    batch_dim = batches if varlen.table is None else None
-    q_desc = tile_descriptor(q, batch_dim, heads, len_q, strides_q, TILE_Q, E, PADDED)
-    k_desc = tile_descriptor(k, batch_dim, heads_kv, len_k, strides_k, 64, E, PADDED)
-    v_desc = tile_descriptor(v, batch_dim, heads_kv, len_k, strides_v, 64, EV, TILE_V)
-    dout_desc = tile_descriptor(dout, batch_dim, heads, len_q, strides_dout, TILE_Q, EV, TILE_V)
+    heads, heads_kv = sizes.heads, sizes.heads // (SPEC.team_heads * SPEC.teams)
+    batch_dim = sizes.batches if sizes.varlen.table is None else None
+    rows = gl.cdiv(sizes.len_q, SPEC.pass_q) * SPEC.pass_q
+    q_desc = tile_descriptor(q, batch_dim, heads, sizes.len_q, strides_q, TILE_Q, E, PADDED)
+    k_desc = tile_descriptor(k, batch_dim, heads_kv, sizes.len_k, strides_k, 64, E, PADDED)
+    v_desc = tile_descriptor(v, batch_dim, heads_kv, sizes.len_k, strides_v, 64, EV, TILE_V)
+    dout_desc = tile_descriptor(dout, batch_dim, heads, sizes.len_q, strides_dout, TILE_Q, EV, TILE_V)
     stats_desc = tma.make_tensor_descriptor(
-        stats, [2 * batches * heads, rows], [rows.to(gl.int64), 1], [1, TILE_Q], gl.NVMMASharedLayout(0, 32)
+        stats, [2 * sizes.batches * heads, rows], [rows.to(gl.int64), 1], [1, TILE_Q], gl.NVMMASharedLayout(0, 32)
     )
-    counter = counter_of(stats, batches.to(gl.int64) * heads * rows)
+    return Loads(q_desc, k_desc, v_desc, dout_desc, stats_desc)
+
+
+@gluon.jit
+def load_keys(rings, item, tiles, stage, phase, slot, sizes, loads, SPEC: gl.constexpr):
+    """Tell the consumers their next tile of keys and load it, when the buffer `stage` is empty."""
+    _batches, heads, len_q, _len_k, sum_rows, left, right, _swizzle, varlen = sizes
+    TEAM_HEADS: gl.constexpr = SPEC.team_heads
+    TILE_Q: gl.constexpr = SPEC.tile_q
+    kv = rings.kv.buffers
+    PARTS: gl.constexpr = kv.k.shape[0] // rings.kv.full.shape[0]
+    TILE_K: gl.constexpr = 64 * PARTS
+    teams, heads_kv = heads // TEAM_HEADS, heads // (TEAM_HEADS * SPEC.teams)
+    rows = gl.cdiv(len_q, SPEC.pass_q) * SPEC.pass_q
+    work = kv_tile(item, tiles, teams, sizes, TILE_K, SPEC)
+    first_key, batch = work.first_key, work.batch
+    rows_k = Rows(batch, None, None) if varlen.table is None else Rows(None, work.end_k, work.len_k)
+    first_head, head_kv = work.team * TEAM_HEADS, work.team // SPEC.teams
+    batch_head = batch * heads + first_head
+    begin, full_begin, full_end, end = queries_that_see(first_key, work.len_q, work.len_k, left, right, TILE_Q, TILE_K)
+    if first_key + TILE_K > work.len_k:
+        full_end = full_begin
+    steps = gl.cdiv(gl.maximum(end - begin, 0), TILE_Q)
+    mbarrier.wait(rings.kv.empty.index(stage), phase ^ 1)
+    mailbox_write(rings.mailbox, slot, FIELDS, "steps", steps)
+    mailbox_write(rings.mailbox, slot, FIELDS, "begin", begin)
+    mailbox_write(rings.mailbox, slot, FIELDS, "full_begin", full_begin)
+    mailbox_write(rings.mailbox, slot, FIELDS, "full_end", full_end)
+    mailbox_write(rings.mailbox, slot, FIELDS, "sum_row", batch_head * rows + work.first_row)
+    counted = first_key if varlen.table is None else first_key - work.len_k
+    mailbox_write(rings.mailbox, slot, FIELDS, "first_key", counted)
+    mailbox_write(rings.mailbox, slot, FIELDS, "diagonal", first_key - (work.len_k - work.len_q))
+    mailbox_write(rings.mailbox, slot, FIELDS, "batch", batch if varlen.table is None else work.end_k)
+    mailbox_write(rings.mailbox, slot, FIELDS, "head", head_kv)
+    if SPEC.teams > 1:
+        key_row = (batch * heads_kv + head_kv) * sum_rows + work.key_row
+        mailbox_write(rings.mailbox, slot, FIELDS, "key_row", key_row)
+    kv_full = rings.kv.full.index(stage)
+    mbarrier.arrive(kv_full, count=1)
+    mbarrier.expect(kv_full, PARTS * (tile_bytes(loads.k) + tile_bytes(loads.v)))
+    for c in gl.static_range(PARTS):
+        tma_load(loads.k, rows_k, head_kv, first_key + 64 * c, 0, kv_full, kv.k.index(stage * PARTS + c))
+        tma_load(loads.v, rows_k, head_kv, first_key + 64 * c, 0, kv_full, kv.v.index(stage * PARTS + c))
+    return KeyTile(batch, work.end_q, work.len_q, first_head, batch_head, work.first_row, begin, steps)
+
+
+@gluon.jit
+def load_queries(rings, tile, head, step, stage, sizes, loads, SPEC: gl.constexpr):
+    """Load a tile of queries of the team's head of that number, into a buffer that is empty."""
+    queries, row = rings.queries.buffers, tile.begin + step * SPEC.tile_q
+    stats_row = tile.batch_head + head
+    rows_q = Rows(tile.batch, None, None) if sizes.varlen.table is None else Rows(None, tile.end_q, tile.len_q)
+    full = rings.queries.full.index(stage)
+    mbarrier.expect(full, tile_bytes(loads.q) + tile_bytes(loads.dout) + 2 * tile_bytes(loads.stats))
+    tma_load(loads.q, rows_q, tile.first_head + head, row, 0, full, queries.q.index(stage))
+    async_load(loads.stats, [stats_row, tile.first_row + row], full, queries.lse.index(stage))
+    tma_load(loads.dout, rows_q, tile.first_head + head, row, 0, full, queries.dout.index(stage))
+    of_delta = [sizes.batches * sizes.heads + stats_row, tile.first_row + row]
+    async_load(loads.stats, of_delta, full, queries.delta.index(stage))
+
+
+@gluon.jit
+def items_of(sizes, PARTS: gl.constexpr, SPEC: gl.constexpr):
+    """Return how many tiles of keys a KV head has, unless it is varlen, and how many there are for all teams."""
+    teams, tiles = sizes.heads // SPEC.team_heads, gl.cdiv(sizes.len_k, 64 * PARTS)
+    items = sizes.batches * teams * tiles if sizes.varlen.table is None else gl.load(sizes.varlen.table + 1) * teams
+    return tiles, items
+
+
+@gluon.jit
+def produce(
+    rings, sizes, q, k, v, dout, stats, strides_q, strides_k, strides_v, strides_dout, SPEC: gl.constexpr,
+):  # fmt: skip
+    """The producer warp tells the consumers their next tile of keys, and loads it and the queries that see it."""
+    loads = make_loads(sizes, q, k, v, dout, stats, strides_q, strides_k, strides_v, strides_dout, SPEC)
+    tiles, items = items_of(sizes, rings.kv.buffers.k.shape[0], SPEC)
+    rows = gl.cdiv(sizes.len_q, SPEC.pass_q) * SPEC.pass_q
+    counter = counter_of(stats, sizes.batches.to(gl.int64) * sizes.heads * rows)
 
     turn, slot = 0, 0  # count the tiles of queries, modulo 4, and those of keys, modulo 2
     item = gl.program_id(0)
     while item < items:
-        work = kv_tile(item, tiles, teams, sizes, TILE_K, SPEC)
-        first_key, batch = work.first_key, work.batch
-        if varlen.table is None:
-            rows_q = Rows(batch, None, None)
-            rows_k = rows_q
-        else:
-            rows_q, rows_k = Rows(None, work.end_q, work.len_q), Rows(None, work.end_k, work.len_k)
-        first_head, head_kv = work.team * TEAM_HEADS, work.team // SPEC.teams
-        batch_head = batch * heads + first_head
-        begin, full_begin, full_end, end = queries_that_see(
-            first_key, work.len_q, work.len_k, left, right, TILE_Q, TILE_K
-        )
-        if first_key + TILE_K > work.len_k:
-            full_end = full_begin
-        steps = gl.cdiv(gl.maximum(end - begin, 0), TILE_Q)
-        mbarrier.wait(rings.kv.empty.index(0), slot ^ 1)
-        mailbox_write(rings.mailbox, slot, FIELDS, "steps", steps)
-        mailbox_write(rings.mailbox, slot, FIELDS, "begin", begin)
-        mailbox_write(rings.mailbox, slot, FIELDS, "full_begin", full_begin)
-        mailbox_write(rings.mailbox, slot, FIELDS, "full_end", full_end)
-        mailbox_write(rings.mailbox, slot, FIELDS, "sum_row", batch_head * rows + work.first_row)
-        counted = first_key if varlen.table is None else first_key - work.len_k
-        mailbox_write(rings.mailbox, slot, FIELDS, "first_key", counted)
-        mailbox_write(rings.mailbox, slot, FIELDS, "diagonal", first_key - (work.len_k - work.len_q))
-        mailbox_write(rings.mailbox, slot, FIELDS, "batch", batch if varlen.table is None else work.end_k)
-        mailbox_write(rings.mailbox, slot, FIELDS, "head", head_kv)
-        if SPEC.teams > 1:
-            key_row = (batch * heads_kv + head_kv) * sum_rows + work.key_row
-            mailbox_write(rings.mailbox, slot, FIELDS, "key_row", key_row)
-        kv_full = rings.kv.full.index(0)
-        mbarrier.arrive(kv_full, count=1)
-        mbarrier.expect(kv_full, PARTS * (tile_bytes(k_desc) + tile_bytes(v_desc)))
-        for c in gl.static_range(PARTS):
-            tma_load(k_desc, rows_k, head_kv, first_key + 64 * c, 0, kv_full, kv.k.index(c))
-            tma_load(v_desc, rows_k, head_kv, first_key + 64 * c, 0, kv_full, kv.v.index(c))
+        tile = load_keys(rings, item, tiles, 0, slot, slot, sizes, loads, SPEC)
         slot ^= 1
-        for i in range(TEAM_HEADS):
-            for step in range(steps):
-                row, stage = begin + step * TILE_Q, turn & 1
-                head, stats_row = first_head + i, batch_head + i
-                mbarrier.wait(rings.queries.empty.index(stage), (turn >> 1) ^ 1)
-                full = rings.queries.full.index(stage)
-                mbarrier.expect(full, tile_bytes(q_desc) + tile_bytes(dout_desc) + 2 * tile_bytes(stats_desc))
-                tma_load(q_desc, rows_q, head, row, 0, full, queries.q.index(stage))
-                async_load(stats_desc, [stats_row, work.first_row + row], full, queries.lse.index(stage))
-                tma_load(dout_desc, rows_q, head, row, 0, full, queries.dout.index(stage))
-                of_delta = [batches * heads + stats_row, work.first_row + row]
-                async_load(stats_desc, of_delta, full, queries.delta.index(stage))
+        for head in range(SPEC.team_heads):
+            for step in range(tile.steps):
+                mbarrier.wait(rings.queries.empty.index(turn & 1), (turn >> 1) ^ 1)
+                load_queries(rings, tile, head, step, turn & 1, sizes, loads, SPEC)
                 turn = (turn + 1) & 3
         # Asked for while the consumers have the last tiles of queries before them, so that they do not wait for it.
         item = next_item(item, counter)

@@ -4,7 +4,7 @@ from typing import NamedTuple
 
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
-from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared, tma
+from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared, tma, warpgroup_mma
 
 from attn_n.backends.triton.hopper.gluon_compat import reinterpret
 from attn_n.backends.triton.hopper.mailbox import mailbox_read, new_mailbox
@@ -13,27 +13,27 @@ from attn_n.backends.triton.hopper.tma import Rows, tma_store
 
 
 class KvBuffers(NamedTuple):
-    """These hold a tile of keys and values, in parts of 64."""
+    """These hold tiles of keys and values, in parts of 64."""
 
-    k: gl.shared_memory_descriptor  # [PARTS, 64, E]
+    k: gl.shared_memory_descriptor  # [PARTS, 64, E], of all tiles
     v: gl.shared_memory_descriptor  # [PARTS, 64, EV]
 
 
 class QueryBuffers(NamedTuple):
-    """These hold two tiles of queries, and what belongs to them."""
+    """These hold tiles of queries, and what belongs to them."""
 
-    q: gl.shared_memory_descriptor  # [2, TILE_Q, E]
-    dout: gl.shared_memory_descriptor  # [2, TILE_Q, EV]
-    lse: gl.shared_memory_descriptor  # [2, 1, TILE_Q] float32, in base 2
-    delta: gl.shared_memory_descriptor  # [2, 1, TILE_Q] float32, -delta
+    q: gl.shared_memory_descriptor  # [STAGES, TILE_Q, E]
+    dout: gl.shared_memory_descriptor  # [STAGES, TILE_Q, EV]
+    lse: gl.shared_memory_descriptor  # [STAGES, 1, TILE_Q] float32, in base 2
+    delta: gl.shared_memory_descriptor  # [STAGES, 1, TILE_Q] float32, -delta
 
 
 class Rings(NamedTuple):
     """The roles share these, beside what only consumers use."""
 
-    kv: Ring  # of one stage
-    queries: Ring  # of two stages
-    mailbox: gl.shared_memory_descriptor  # of this tile of keys and of the last one; kv.full publishes it
+    kv: Ring
+    queries: Ring
+    mailbox: gl.shared_memory_descriptor  # of this tile of keys and of the last ones; kv.full publishes it
 
 
 # What the producer tells the consumers of a tile of keys; it spares them registers.
@@ -53,8 +53,17 @@ FIELDS = gl.constexpr(
 )
 
 
+# As an accumulator of 64 x 64 lies in registers, and as `postprocess_kernel` reads it: four numbers of a thread, then
+# those of the next.
+IN_ORDER = gl.constexpr(
+    gl.SharedLinearLayout(
+        [[0, 1], [8, 0], [0, 2], [0, 4], [1, 0], [2, 0], [4, 0], [16, 0], [32, 0], [0, 8], [0, 16], [0, 32]]
+    )
+)
+
+
 @gluon.jit
-def allocate_rings(dtype: gl.constexpr, PARTS: gl.constexpr, SPEC: gl.constexpr):
+def allocate_tiles(dtype: gl.constexpr, PARTS: gl.constexpr, STAGES: gl.constexpr, SPEC: gl.constexpr):
     E: gl.constexpr = SPEC.widths.padded
     EV: gl.constexpr = SPEC.widths.tile_v
     TILE_Q: gl.constexpr = SPEC.tile_q
@@ -65,15 +74,29 @@ def allocate_rings(dtype: gl.constexpr, PARTS: gl.constexpr, SPEC: gl.constexpr)
         gl.allocate_shared_memory(dtype, [PARTS, 64, EV], TILED),
     )
     queries = QueryBuffers(
-        gl.allocate_shared_memory(dtype, [2, TILE_Q, E], TILED),
-        gl.allocate_shared_memory(dtype, [2, TILE_Q, EV], TILED),
-        gl.allocate_shared_memory(gl.float32, [2, 1, TILE_Q], ROW),
-        gl.allocate_shared_memory(gl.float32, [2, 1, TILE_Q], ROW),
+        gl.allocate_shared_memory(dtype, [STAGES, TILE_Q, E], TILED),
+        gl.allocate_shared_memory(dtype, [STAGES, TILE_Q, EV], TILED),
+        gl.allocate_shared_memory(gl.float32, [STAGES, 1, TILE_Q], ROW),
+        gl.allocate_shared_memory(gl.float32, [STAGES, 1, TILE_Q], ROW),
     )
+    return kv, queries
+
+
+@gluon.jit
+def allocate_rings(dtype: gl.constexpr, PARTS: gl.constexpr, SPEC: gl.constexpr):
+    """Allocate the rings of two consumers: of one tile of keys, and of two tiles of queries."""
+    kv, queries = allocate_tiles(dtype, PARTS, 2, SPEC)
     mailbox = new_mailbox(FIELDS)
     # The producer arrives at `full` with the bytes that it expects; at kv.full once more, to publish the mailbox.
     kv_ring = Ring(kv, barriers(1, 2), barriers(1, 2))
     return Rings(kv_ring, Ring(queries, barriers(2, 1), barriers(2, 2)), mailbox)
+
+
+@gluon.jit
+def begin_matmul(of_keys, of_queries, TILE_Q: gl.constexpr, S: gl.constexpr):
+    """Begin `of_keys @ of_queries^T`, `[64, TILE_Q]`."""
+    zeros = gl.zeros([64, TILE_Q], gl.float32, S)
+    return warpgroup_mma(of_keys, of_queries.permute((1, 0)), zeros, use_acc=False, is_async=True)
 
 
 @gluon.jit

@@ -76,7 +76,7 @@ def consume(
     HALF: gl.constexpr = PADDED // 2
     DQ: gl.constexpr = HALF if CONSUMER == VALUES else second_half(HALF, SPEC.widths.head_dim)  # columns of its dQ
     kv, queries = rings.kv.buffers, rings.queries.buffers
-    rows = gl.cdiv(len_q, TILE_Q) * TILE_Q
+    rows = gl.cdiv(len_q, SPEC.pass_q) * SPEC.pass_q
     S: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, TILE_Q, 16])
     OF_FIRST: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, FIRST, 16])
     OF_SECOND: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, SECOND, 16])

@@ -51,6 +51,7 @@ class BackwardSpec(NamedTuple):
 
     widths: Widths
     tile_q: int
+    pass_q: int  # queries of a tile of the passes around, whose rows are padded to a multiple of it
     team_heads: int  # query heads that a program processes in sequence for a tile of keys: a team
     teams: int  # for each KV head
 
@@ -84,8 +85,8 @@ FORWARD: dict[int, tuple[Config, ...]] = {
     ),
 }
 
-# Queries and keys of a tile in the backward, by its columns: the largest that fit.
-BACKWARD = {64: (128, 128), 128: (64, 128), 192: (64, 64), 256: (64, 64)}
+# Queries and keys of a tile in the backward, by its columns, and rows of a tile of the passes around it.
+BACKWARD = {64: (64, 128, 128), 128: (64, 128, 64), 192: (64, 64, 64), 256: (64, 64, 64)}
 
 # For uneven work, by tile: one program takes all query heads of a KV head if they are at most the first number, and
 # else at most the second (see `heads_of_item`). Measured on an H100, 2026-11-26, bfloat16, S = 512 to 65,536, with 4, 8

@@ -1,8 +1,8 @@
 """A mailbox in shared memory: numbers that the producer writes for a tile, and the consumers read.
 
 What is read there the compiler knows to be the same for all threads, so that addresses stay in uniform registers. The
-barrier that the producer arrives at next publishes what it has written. A mailbox has two slots, so that the numbers of
-the next tile can be written while those of this one are read.
+barrier that the producer arrives at next publishes what it has written. A mailbox has at least two slots, so that the
+numbers of the next tile can be written while those of this one are read.
 
 `FIELDS` are the names of the numbers.
 """
@@ -12,9 +12,9 @@ from triton.experimental.gluon import language as gl
 
 
 @gluon.jit
-def new_mailbox(FIELDS: gl.constexpr):
-    """Allocate int32 `[2 * fields, 1]`."""
-    return gl.allocate_shared_memory(gl.int32, [2 * len(FIELDS), 1], gl.SwizzledSharedLayout(1, 1, 1, [0]))
+def new_mailbox(FIELDS: gl.constexpr, SLOTS: gl.constexpr = 2):
+    """Allocate int32 `[slots * fields, 1]`."""
+    return gl.allocate_shared_memory(gl.int32, [SLOTS * len(FIELDS), 1], gl.SwizzledSharedLayout(1, 1, 1, [0]))
 
 
 @gluon.constexpr_function

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from attn_n.backends.triton.hopper import configs
 from attn_n.backends.triton.hopper.backward import backward_kernel
+from attn_n.backends.triton.hopper.backward_apart import apart_kernel
 from attn_n.backends.triton.hopper.backward_passes import postprocess_kernel, preprocess_kernel
 from attn_n.backends.triton.hopper.backward_wide import wide_kernel
 from attn_n.backends.triton.hopper.configs import BackwardSpec, Config, ForwardSpec, Widths
@@ -102,22 +103,26 @@ class Backward(NamedTuple):
     dkv_sum: int  # of each of the two
 
 
+# By tile; and the registers of a thread before the roles divide them: of 12 warps 168, of 16 warps 128.
+KERNELS = {64: (apart_kernel, 128), 128: (backward_kernel, 168), 192: (wide_kernel, 168), 256: (wide_kernel, 168)}
+
+
 def backward(key: KernelKey, dq: Strides, dk: Strides, dv: Strides) -> Backward:
     """Return the launches of a backward; the strides are those of the gradients."""
     p, widths = key, _widths(key)
-    tile_q, tile_k = configs.BACKWARD[widths.tile]
+    tile_q, tile_k, pass_q = configs.BACKWARD[widths.tile]
     q, k, v, out, dout = p.strides
-    kernel = backward_kernel if widths.tile <= 128 else wide_kernel
+    kernel, registers = KERNELS[widths.tile]
     sm_count = _sm_count(p.device)
     team_heads = configs.heads_of_item(p, widths.tile, sm_count)
     teams = p.heads // p.heads_kv // team_heads
-    spec = BackwardSpec(widths, tile_q, team_heads, teams)
+    spec = BackwardSpec(widths, tile_q, pass_q, team_heads, teams)
     left, right = p.window
     if p.varlen:  # one batch, whole tiles for each sequence; only the GPU knows the lengths
-        batch, tiles_q, tiles_k = 1, most_tiles(p, p.rows, tile_q), most_tiles(p, p.keys, tile_k)
-        sequences, len_q, len_k, swizzle = p.batch, tiles_q * tile_q, 0, None
+        batch, tiles_q, tiles_k = 1, most_tiles(p, p.rows, pass_q), most_tiles(p, p.keys, tile_k)
+        sequences, len_q, len_k, swizzle = p.batch, tiles_q * pass_q, 0, None
     else:
-        batch, tiles_q, tiles_k = p.batch, _cdiv(p.len_q, tile_q), _cdiv(p.len_k, tile_k)
+        batch, tiles_q, tiles_k = p.batch, _cdiv(p.len_q, pass_q), _cdiv(p.len_k, tile_k)
         sequences, len_q, len_k, swizzle = None, p.len_q, p.len_k, 1
         if p.causal:
             # As many teams take turns as keep all SMs busy, so that a light tile is followed by a heavy one of the next
@@ -141,14 +146,14 @@ def backward(key: KernelKey, dq: Strides, dk: Strides, dv: Strides) -> Backward:
         _schedule(p, tile_k) if p.varlen else None,
         Launch(preprocess_kernel, tiles, p.device, of_rows, {"SPEC": spec}, small, descriptors=False),
         Launch(
-            kernel, min(key_tiles * teams, sm_count), p.device, numbers, {"SPEC": spec}, small | {"maxnreg": 168},
+            kernel, min(key_tiles * teams, sm_count), p.device, numbers, {"SPEC": spec}, small | {"maxnreg": registers},
             descriptors=True,
         ),
-        postprocess(dq, p.heads, len_q, p.scale, tiles, tile_q, p.width),
+        postprocess(dq, p.heads, len_q, p.scale, tiles, pass_q, p.width),
         (postprocess_keys(dk, p.scale, p.width), postprocess_keys(dv, 1.0, p.width_v)) if teams > 1 else (),
         HEADER.value + 2 * tiles_k if p.varlen else 0,
-        2 * tiles * tile_q + 1,
-        tiles * tile_q * widths.padded,
+        2 * tiles * pass_q + 1,
+        tiles * pass_q * widths.padded,
         key_tiles * tile_k * widths.padded,
     )  # fmt: skip
 

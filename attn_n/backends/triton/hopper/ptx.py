@@ -90,6 +90,20 @@ def branch_fence(sums):
 
 
 @gluon.jit
+def arrive_named(barrier, THREADS: gl.constexpr):
+    """Arrive at a named barrier of that many threads, without waiting; the number of the barrier may vary."""
+    gl.inline_asm_elementwise(
+        "mov.b32 $0, $1; bar.arrive $1, $2;", "=r,r,n", [barrier, THREADS], gl.int32, False, 1
+    )  # fmt: skip
+
+
+@gluon.jit
+def wait_named(barrier, THREADS: gl.constexpr):
+    """Wait at such a barrier."""
+    gl.inline_asm_elementwise("mov.b32 $0, $1; bar.sync $1, $2;", "=r,r,n", [barrier, THREADS], gl.int32, False, 1)
+
+
+@gluon.jit
 def announce_p():
     """Arrive at another named barrier when P is in shared memory, without waiting there."""
     gl.inline_asm_elementwise("mov.b32 $0, $1; bar.arrive 9, 256;", "=r,r", [0], gl.int32, False, 1)

@@ -123,7 +123,7 @@ def kv_tile(item, tiles, teams, sizes, TILE_K: gl.constexpr, SPEC: gl.constexpr)
         start_q, len_q = rows_of_sequence(varlen.starts_q, sequence)
         start_k, len_k = rows_of_sequence(varlen.starts_k, sequence)
         tile, team = tile_and_head(inside, gl.cdiv(len_k, TILE_K), teams, IN_L2 // gl.maximum(len_q, 1))
-        first_key, first_row, batch = tile * TILE_K, (start_q // SPEC.tile_q + sequence) * SPEC.tile_q, 0
+        first_key, first_row, batch = tile * TILE_K, (start_q // SPEC.pass_q + sequence) * SPEC.pass_q, 0
         key_row = (start_k // TILE_K + sequence + tile) * TILE_K
         end_q, end_k = start_q + len_q, start_k + len_k
     return KvWork(first_key, team, batch, len_q, len_k, first_row, key_row, end_q, end_k)
