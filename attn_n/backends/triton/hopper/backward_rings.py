@@ -115,13 +115,17 @@ def visible(
     Both are counted from the first key of the tile.
     """
     keys = gl.expand_dims(64 * PART + gl.arange(0, 64, gl.SliceLayout(1, LAYOUT)), 1)
+    # Of the bits of a column 1 and 2 are those of a thread's lane. The others are constants to it, which a comparison
+    # takes as they are.
+    columns = gl.expand_dims(gl.arange(0, TILE_Q, gl.SliceLayout(0, LAYOUT)), 0)
+    of_lane, constant = columns & 6, columns & ~6
     first_row = row - mailbox_read(rings.mailbox, slot, FIELDS, "diagonal")
-    rows = gl.expand_dims(first_row + gl.arange(0, TILE_Q, gl.SliceLayout(0, LAYOUT)), 0)
+    behind = keys - (first_row + of_lane)  # how far behind the query at `constant` 0
     seen = keys < len_k - mailbox_read(rings.mailbox, slot, FIELDS, "first_key")
     if right is not None:
-        seen = seen & (keys <= rows + right)
+        seen = seen & (behind - right <= constant)
     if left is not None:
-        seen = seen & (keys >= rows - left)
+        seen = seen & (behind + left >= constant)
     return seen
 
 
