@@ -129,15 +129,13 @@ def test_how_a_library_is_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     not_installed = "needs some library (pip install some), which is not installed"
     assert library("some_missing").why_not() == not_installed
     assert library("some_namespace.kernels").why_not() == not_installed
-    broken = (
-        f"some library {found} is installed but cannot be imported:"
-        " OSError: libcudart.so.12: cannot open shared object file"
-    )
-    with pytest.warns(RuntimeWarning, match=re.escape(f"attn_n: {broken}")):  # what it costs is not lost silently
-        assert library("some_broken").why_not() == broken
-    assert library("some_incomplete").why_not() == (
-        f"some library {found} is installed but needs a_part_that_is_missing, which is not"
-    )
+    for module, said in (
+        ("some_broken", "cannot be imported: OSError: libcudart.so.12: cannot open shared object file"),
+        ("some_incomplete", "needs a_part_that_is_missing, which is not"),
+    ):
+        reason = f"some library {found} is installed but {said}"
+        with pytest.warns(RuntimeWarning, match=re.escape(f"attn_n: {reason}")):  # what it costs is not lost silently
+            assert library(module).why_not() == reason
     assert library("torch", oldest="99.1").why_not() == f"needs some library 99.1 or later, found {found}"
     for oldest in ("2.0", found, None):
         assert library("torch", oldest=oldest).why_not() is None

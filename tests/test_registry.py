@@ -536,16 +536,27 @@ def test_explain_says_why_cudnn_is_in_no_order(monkeypatch: pytest.MonkeyPatch) 
     assert "sdpa:cudnn no: has no attn_mask" in " ".join(str(explanation.explain(masked, None)).split())
 
 
-def test_a_backend_of_ours_that_is_broken_is_said_once(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(
+    ("error", "said"),
+    [
+        (OSError("libcuda.so.1: no such file"), r"is installed but cannot be imported: OSError: libcuda\.so\.1"),
+        (ModuleNotFoundError("", name="triton.experimental"), "needs triton.experimental, which is not installed"),
+        (ModuleNotFoundError("", name="triton"), None),
+    ],
+    ids=repr,
+)
+def test_a_backend_of_ours_that_is_broken_is_said_once(
+    error: Exception, said: str | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """A broken built-in backend warns once, since the automatic choice would skip it silently."""
 
     def broken() -> Backend:
-        raise OSError("libcuda.so.1: cannot open shared object file")
+        raise error
 
     monkeypatch.setitem(registry._entries, "sdpa", registry._Entry(broken, registry.BUILT_IN["sdpa"]))
-    said = r"attn_n\.backends\.sdpa is installed but cannot be imported: OSError: libcuda\.so\.1.* passes over it"
-    with pytest.warns(RuntimeWarning, match=said):
-        flash_attention_n(*inputs())
+    if said is not None:
+        with pytest.warns(RuntimeWarning, match=rf"attn_n\.backends\.sdpa {said}.* passes over it"):
+            flash_attention_n(*inputs())
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         flash_attention_n(*inputs())

@@ -52,6 +52,7 @@ class _Entry:
             found = self._load(), None
         except ModuleNotFoundError as error:
             found = None, f"needs {error.name}, which is not installed"
+            broken = error.name != "triton"  # the one library that a backend of ours needs and an install may lack
         except Exception as error:  # a broken install can raise anything; its message is the explanation
             if self._is_being_imported():
                 return

@@ -76,12 +76,12 @@ def place(program, heads, rows, TILE: tl.constexpr):
     head = (program % heads).to(tl.int64)
     tile = program // heads
     tiles = tl.cdiv(rows, TILE)
-    return (tile // tiles).to(tl.int64), head, tile % tiles * TILE
+    return (tile // tiles).to(tl.int64), head, (tile % tiles).to(tl.int64) * TILE
 
 
 @triton.jit
 def row_of(x, strides, batch, head, row):
-    return x + batch * strides[0] + head * strides[1] + row.to(tl.int64) * strides[2]
+    return x + batch * strides[0] + head * strides[1] + row * strides[2]
 
 
 @triton.jit

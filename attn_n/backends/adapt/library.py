@@ -48,6 +48,12 @@ class Library:
                 continue
         return None
 
+    def _broken(self, found: str | None, what: str) -> str:
+        reason = f"{self.name} {found or ''} is installed but {what}".replace("  ", " ")
+        if found is not None:  # warn, since the automatic choice skips it, which costs speed
+            warnings.warn(f"attn_n: {reason}", RuntimeWarning, stacklevel=3)
+        return reason
+
     @functools.cache  # noqa: B019  (there are four of them, as long as the process)
     def why_not(self) -> str | None:
         """Return the reason why the library cannot be used here; None if it can."""
@@ -58,13 +64,10 @@ class Library:
         except ModuleNotFoundError as error:
             if error.name is not None and f"{self.module}.".startswith(f"{error.name}."):
                 return f"needs {self.name} ({self.install}), which is not installed"
-            return f"{self.name} {found or ''} is installed but needs {error.name}, which is not".replace("  ", " ")
+            return self._broken(found, f"needs {error.name}, which is not")
         except Exception as error:  # a broken install can raise anything; its message is the explanation
             said = " ".join(f"{type(error).__name__}: {error}".split())
-            reason = f"{self.name} {found or ''} is installed but cannot be imported: {said}".replace("  ", " ")
-            if found is not None:  # warn, since the automatic choice skips it, which costs speed
-                warnings.warn(f"attn_n: {reason}", RuntimeWarning, stacklevel=2)
-            return reason
+            return self._broken(found, f"cannot be imported: {said}")
         if self.oldest is not None and found is not None and TorchVersion(found) < self.oldest:
             return f"needs {self.name} {self.oldest} or later, found {found}"
         return None

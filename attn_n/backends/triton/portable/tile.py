@@ -12,6 +12,7 @@ batch before `batch * heads`. Only these stay within 32 bits:
 - Programs, and the tiles and items that they count: a grid has fewer than 2^31 programs.
 - Rows and keys within their sequence, and their distances: `why_not` refuses a length that is less than a tile below
   2^31, and a longer one has 64 bits by its value. `KernelKey` bounds the window and the longest sequence by lengths.
+  (Nobody refuses such a length for `attn_n.sink.kernels`, whose rows have 64 bits.)
 - `head * stride_n`: the stride of log n is 0 or 1, as `attn_n.autograd.passes` makes it.
 - The columns of the tensors that we allocate ourselves, whose last stride is 1.
 - In the Hopper kernels, whose heads have 64 columns or more: the rows of all heads, also as coordinates of a TMA
