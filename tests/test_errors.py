@@ -420,7 +420,8 @@ def test_values_that_only_float64_holds() -> None:
     """Values beyond float32 are valid for float64 inputs."""
     call = {name: x.double() for name, x in tensors().items()}
     for options in (
-        {"softcap": 1e39}, {"sm_scale": 1e39}, {"sinks": torch.full((4,), 8.9e307, dtype=torch.float64)},
+        {"softcap": 1e39}, {"softcap": 1e-40}, {"sm_scale": 1e39},
+        {"sinks": torch.full((4,), 8.9e307, dtype=torch.float64)},
         {"alibi_slopes": torch.full((4,), 1e39, dtype=torch.float64)},
     ):  # fmt: skip
         assert flash_attention_n(**call, **options).isfinite().all()
