@@ -38,7 +38,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_wait,
 )
 
-from attn_n.backends.triton.hopper.backward_producer import RUN_TIME, Sizes, produce
+from attn_n.backends.triton.hopper.backward_producer import RUN_TIME, Sizes, produce, rows_of_head
 from attn_n.backends.triton.hopper.backward_rings import (
     FIELDS,
     IN_ORDER,
@@ -63,11 +63,11 @@ def consume(
     softcap, SPEC: gl.constexpr,
 ):  # fmt: skip
     """A consumer warpgroup computes dK and dV of its 64 keys of each tile, and half of what the tile adds to dQ."""
-    batches, heads, len_q, len_k, _sum_rows, left, right, _swizzle, varlen = sizes
+    batches, heads, _len_q, len_k, _sum_rows, left, right, _swizzle, varlen = sizes
     E: gl.constexpr = SPEC.widths.tile
     TILE_Q: gl.constexpr = SPEC.tile_q
     kv, queries = rings.kv.buffers, rings.queries.buffers
-    rows = gl.cdiv(len_q, SPEC.pass_q) * SPEC.pass_q
+    rows = rows_of_head(sizes, SPEC)
     dtype: gl.constexpr = kv.k.dtype
     S: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, TILE_Q, 16])
     DKV: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, E, 16])

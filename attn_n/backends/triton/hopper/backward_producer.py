@@ -51,7 +51,7 @@ class Loads(NamedTuple):
 
 
 class KeyTile(NamedTuple):
-    """The producer loads a tile of keys, and now the queries that see it."""
+    """A tile of keys that the producer has loaded, and the queries that see it, which it loads next."""
 
     batch: gl.tensor  # 0 of varlen sequences
     end_q: gl.tensor  # of a varlen sequence: the row behind its last one; 0 of others
@@ -64,6 +64,12 @@ class KeyTile(NamedTuple):
 
 
 @gluon.jit
+def rows_of_head(sizes, SPEC: gl.constexpr):
+    """Return the rows of a head in stats and in dq_sum, which the passes around pad."""
+    return gl.cdiv(sizes.len_q, SPEC.pass_q) * SPEC.pass_q
+
+
+@gluon.jit
 def make_loads(sizes, q, k, v, dout, stats, strides_q, strides_k, strides_v, strides_dout, SPEC: gl.constexpr):
     TILE_Q: gl.constexpr = SPEC.tile_q
     E: gl.constexpr = SPEC.widths.head_dim
@@ -72,7 +78,7 @@ def make_loads(sizes, q, k, v, dout, stats, strides_q, strides_k, strides_v, str
     TILE_V: gl.constexpr = SPEC.widths.tile_v
     heads, heads_kv = sizes.heads, sizes.heads // (SPEC.team_heads * SPEC.teams)
     batch_dim = sizes.batches if sizes.varlen.table is None else None
-    rows = gl.cdiv(sizes.len_q, SPEC.pass_q) * SPEC.pass_q
+    rows = rows_of_head(sizes, SPEC)
     q_desc = tile_descriptor(q, batch_dim, heads, sizes.len_q, strides_q, TILE_Q, E, PADDED)
     k_desc = tile_descriptor(k, batch_dim, heads_kv, sizes.len_k, strides_k, 64, E, PADDED)
     v_desc = tile_descriptor(v, batch_dim, heads_kv, sizes.len_k, strides_v, 64, EV, TILE_V)
@@ -86,14 +92,14 @@ def make_loads(sizes, q, k, v, dout, stats, strides_q, strides_k, strides_v, str
 @gluon.jit
 def load_keys(rings, item, tiles, stage, phase, slot, sizes, loads, SPEC: gl.constexpr):
     """Tell the consumers their next tile of keys and load it, when the buffer `stage` is empty."""
-    _batches, heads, len_q, _len_k, sum_rows, left, right, _swizzle, varlen = sizes
+    _batches, heads, _len_q, _len_k, sum_rows, left, right, _swizzle, varlen = sizes
     TEAM_HEADS: gl.constexpr = SPEC.team_heads
     TILE_Q: gl.constexpr = SPEC.tile_q
     kv = rings.kv.buffers
     PARTS: gl.constexpr = kv.k.shape[0] // rings.kv.full.shape[0]
     TILE_K: gl.constexpr = 64 * PARTS
     teams, heads_kv = heads // TEAM_HEADS, heads // (TEAM_HEADS * SPEC.teams)
-    rows = gl.cdiv(len_q, SPEC.pass_q) * SPEC.pass_q
+    rows = rows_of_head(sizes, SPEC)
     work = kv_tile(item, tiles, teams, sizes, TILE_K, SPEC)
     first_key, batch = work.first_key, work.batch
     rows_k = Rows(batch, None, None) if varlen.table is None else Rows(None, work.end_k, work.len_k)
@@ -156,7 +162,7 @@ def produce(
     """The producer warp tells the consumers their next tile of keys, and loads it and the queries that see it."""
     loads = make_loads(sizes, q, k, v, dout, stats, strides_q, strides_k, strides_v, strides_dout, SPEC)
     tiles, items = items_of(sizes, rings.kv.buffers.k.shape[0], SPEC)
-    rows = gl.cdiv(sizes.len_q, SPEC.pass_q) * SPEC.pass_q
+    rows = rows_of_head(sizes, SPEC)
     counter = counter_of(stats, sizes.batches.to(gl.int64) * sizes.heads * rows)
 
     turn, slot = 0, 0  # count the tiles of queries, modulo 4, and those of keys, modulo 2

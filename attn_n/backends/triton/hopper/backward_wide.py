@@ -30,7 +30,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_wait,
 )
 
-from attn_n.backends.triton.hopper.backward_producer import RUN_TIME, Sizes, produce
+from attn_n.backends.triton.hopper.backward_producer import RUN_TIME, Sizes, produce, rows_of_head
 from attn_n.backends.triton.hopper.backward_rings import (
     FIELDS,
     allocate_rings,
@@ -67,7 +67,7 @@ def consume(
 
     Where several teams share a KV head, dx is the sum for it.
     """
-    batches, heads, len_q, len_k, _sum_rows, left, right, _swizzle, varlen = sizes
+    batches, heads, _len_q, len_k, _sum_rows, left, right, _swizzle, varlen = sizes
     PADDED: gl.constexpr = SPEC.widths.padded
     TILE_Q: gl.constexpr = SPEC.tile_q
     EX: gl.constexpr = SPEC.widths.head_dim_v if CONSUMER == VALUES else SPEC.widths.head_dim
@@ -76,7 +76,7 @@ def consume(
     HALF: gl.constexpr = PADDED // 2
     DQ: gl.constexpr = HALF if CONSUMER == VALUES else second_half(HALF, SPEC.widths.head_dim)  # columns of its dQ
     kv, queries = rings.kv.buffers, rings.queries.buffers
-    rows = gl.cdiv(len_q, SPEC.pass_q) * SPEC.pass_q
+    rows = rows_of_head(sizes, SPEC)
     S: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, TILE_Q, 16])
     OF_FIRST: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, FIRST, 16])
     OF_SECOND: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, SECOND, 16])

@@ -70,6 +70,12 @@ def consumer_release(ring, stage):
 
 
 @gluon.jit
+def state_of(count, STAGES: gl.constexpr):
+    """Return the state of the use of that number, of a ring whose uses are counted from 0."""
+    return State(count % STAGES, (count // STAGES) & 1)
+
+
+@gluon.jit
 def wait_turn(barriers, turn):
     """Wait at one of two barriers: `turn` counts modulo 4, so that it is 2 * parity + stage."""
     mbarrier.wait(barriers.index(turn & 1), turn >> 1)
