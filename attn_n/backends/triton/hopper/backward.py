@@ -10,18 +10,24 @@ shared memory and the barriers on them:
       k, v, the mailbox      -> kv.full         wait queries.full
       for each tile of queries:                 P^T = exp2(S^T - lse)   dP^T = V dO^T - delta
         wait queries.empty                      dV += P^T dO            dS^T = P^T * dP^T, to shared memory
-        q, dout, lse, delta -> queries.full     barrier of both consumers
-                                                dQ = dS K, half of it each
-                                                dK += dS^T Q            dQ is added to global memory
-                                                the next S^T = K Q^T    -> queries.empty
+        q, dout, lse, delta -> queries.full     dK += dS^T Q            -> queries.empty
+                                                for every other tile, else -> `dS is full`:
+                                                  wait `dS is full` of the other consumer
+                                                  dQ = dS K             dQ is added to global memory
+                                                the next S^T = K Q^T    and dP^T begin
                                               -> kv.empty
                                               dV and dK are written, or added, to global memory
 
-The next dP is begun right behind the next S, so that the first exponentials have that wgmma to run beside (+1 to 2 %).
+The consumers take turns with dQ: each computes all of it for every other tile of queries, while the other one goes on.
+So they drift apart by up to a tile, and the exponentials of one run beside the products of the other (under a causal
+mask +3 %, else +1 %). The next dP is begun right behind the next S, so that the first exponentials have that wgmma to
+run beside (+1 to 2 %).
 
 A barrier is waited for by its phase, which flips each time its ring of buffers has gone around; `empty` counts an
-arrival of each consumer. There are two buffers of each kind, of dS too: a consumer overwrites the dS of two tiles ago,
-which the other one has read, because both have passed their barrier since.
+arrival of each consumer. That dS is there is said at a named barrier, where a consumer arrives without waiting. There
+are two buffers of each kind, of dS too: a consumer overwrites the dS of two tiles ago, which the other one has read,
+because it has announced its own dS since. The one buffer of dQ has left for global memory before a consumer announces
+its dS, which lets the other one write there.
 
 Keys and queries that do not see each other are never loaded; tiles in which only some do are masked. lse is infinite
 and q and dout are zero beyond the end of the queries, so that these rows add nothing. n is in the lse and appears
@@ -41,20 +47,24 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 from attn_n.backends.triton.hopper.backward_producer import RUN_TIME, Sizes, produce, rows_of_head
 from attn_n.backends.triton.hopper.backward_rings import (
     FIELDS,
-    IN_ORDER,
     allocate_rings,
     begin_matmul,
+    in_order,
     row_vector,
     store_tile,
     visible,
 )
 from attn_n.backends.triton.hopper.gluon_compat import async_reduce_add, reinterpret
 from attn_n.backends.triton.hopper.mailbox import mailbox_read
-from attn_n.backends.triton.hopper.ptx import add_accumulator, cast_operand, consumer_barrier, recomputed
+from attn_n.backends.triton.hopper.ptx import add_accumulator, arrive_named, cast_operand, recomputed, wait_named
 from attn_n.backends.triton.hopper.rings import State, consumer_release, consumer_wait, wait_turn
 from attn_n.backends.triton.hopper.scheduler import Varlen
 from attn_n.backends.triton.hopper.tma import tile_descriptor
 from attn_n.backends.triton.portable.tile import LOG2E, tanh
+
+# Named barriers, each of the threads of both consumers; 0 to 7 are left to the compiler.
+DS_FULL = gl.constexpr(8)  # of each consumer
+TILE_END = gl.constexpr(10)
 
 
 @gluon.jit
@@ -72,11 +82,10 @@ def consume(
     S: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, TILE_Q, 16])
     DKV: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, E, 16])
     OPERAND: gl.constexpr = gl.DotOperandLayout(0, DKV, 2)
-    HALF: gl.constexpr = 64 * 64 // E  # rows of dq_sum that are as much as a consumer's part of dQ
 
     sum_desc = tma.make_tensor_descriptor(
-        dq_sum, [batches * heads * rows, E], [E, 1], [HALF, E], gl.NVMMASharedLayout(0, 32)
-    )  # fmt: skip
+        dq_sum, [batches * heads * rows, E], [E, 1], [TILE_Q, E], gl.NVMMASharedLayout(0, 32)
+    )
     if SPEC.teams == 1:
         batch_dim = batches if varlen.table is None else None
         heads_kv = heads // SPEC.team_heads
@@ -120,31 +129,37 @@ def consume(
             # (2) dV += P^T dO begins.
             dp = warpgroup_mma_wait(0, deps=[dp])
             dv_acc = warpgroup_mma(p_operand, dout_tile, dv_acc, is_async=True)
-            # (3) dS^T = P^T * dP^T, for both consumers.
+            # (3) dS^T = P^T * dP^T, for whoever computes this dQ.
             dp += row_vector(queries.delta.index(stage), S)
             ds_operand = cast_operand(p * dp, OPERAND, dtype)  # [64, TILE_Q]
             ds_buffers.index(2 * stage + CONSUMER).store(gl.convert_layout(ds_operand, S, assert_trivial=True))
             fence_async_shared()
-            consumer_barrier()
-            # (4) dQ = dS K and dK += dS^T Q begin.
-            dq = begin_dq(kv.k, ds_buffers, stage, CONSUMER)  # [64, 64]
+            if stage != CONSUMER:
+                tma.store_wait(0)
+                arrive_named(DS_FULL + CONSUMER, 256)
+            # (4) dK += dS^T Q; the tile of queries is released.
             dk_acc = warpgroup_mma(ds_operand, q_tile, dk_acc, is_async=True)
-            # (5) dV and dQ are complete; dQ is added to global memory by TMA.
-            dv_acc, dq, p_operand = warpgroup_mma_wait(1, deps=[dv_acc, dq, p_operand])
-            tma.store_wait(0)
-            dq_buffers.index(CONSUMER).store(dq)
-            fence_async_shared()
-            flat = reinterpret(dq_buffers.index(CONSUMER), gl.float32, sum_desc.block_shape, sum_desc.layout)
-            async_reduce_add(sum_desc, [sum_row + row + CONSUMER * HALF, 0], flat)
-            # (6) The next S^T begins; dK is complete, the tile of queries is released, and the next dP^T begins.
+            dv_acc, dk_acc, p_operand, ds_operand = warpgroup_mma_wait(0, deps=[dv_acc, dk_acc, p_operand, ds_operand])
+            consumer_release(rings.queries, stage)
+            # (5) dQ = dS K, which is added to global memory by TMA.
+            if stage == CONSUMER:
+                wait_named(DS_FULL + 1 - CONSUMER, 256)
+                dq = gl.zeros([TILE_Q, E], gl.float32, DKV)
+                for c in gl.static_range(2):
+                    ds = ds_buffers.index(2 * stage + c).permute((1, 0))  # [TILE_Q, 64]
+                    dq = warpgroup_mma(ds, kv.k.index(recomputed(c)), dq, use_acc=c > 0, is_async=True)
+                dq = warpgroup_mma_wait(0, deps=[dq])
+                tma.store_wait(0)
+                reinterpret(dq_buffers, gl.float32, [TILE_Q, E], in_order(E)).store(dq)
+                fence_async_shared()
+                flat = reinterpret(dq_buffers, gl.float32, sum_desc.block_shape, sum_desc.layout)
+                async_reduce_add(sum_desc, [sum_row + row, 0], flat)
+            # (6) The next S^T and dP^T begin.
             turn = (turn + 1) & 3
             if step < steps * SPEC.team_heads:
                 wait_turn(rings.queries.full, turn)
             s = begin_matmul(kv.k.index(recomputed(CONSUMER)), queries.q.index(turn & 1), TILE_Q, S)
-            # The next wgmma needs the registers of these.
-            dk_acc, ds_operand = warpgroup_mma_wait(1, deps=[dk_acc, ds_operand])
             dp = begin_matmul(kv.v.index(recomputed(CONSUMER)), queries.dout.index(turn & 1), TILE_Q, S)
-            consumer_release(rings.queries, stage)
             s = warpgroup_mma_wait(1, deps=[s])
             row += TILE_Q
             if SPEC.team_heads > 1 and row == end:  # the next query head
@@ -152,6 +167,9 @@ def consume(
                 sum_row += rows
         dp = warpgroup_mma_wait(0, deps=[dp])
         consumer_release(rings.kv, 0)
+        # The buffer of dQ has to be free for dV and dK of both.
+        tma.store_wait(0)
+        wait_named(TILE_END, 256)
         if SPEC.teams > 1:
             key_row = mailbox_read(rings.mailbox, slot, FIELDS, "key_row")
             of_sums = (key_row + 64 * CONSUMER).to(gl.int64) * E
@@ -167,17 +185,6 @@ def consume(
     tma.store_wait(0)
 
 
-@gluon.jit
-def begin_dq(k_buffers, ds_buffers, stage, CONSUMER: gl.constexpr):
-    """Begin a consumer's half of the columns of dS K."""
-    DQ: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, 64, 16])
-    dq = gl.zeros([64, 64], gl.float32, DQ)
-    for c in gl.static_range(2):
-        ds, k = ds_buffers.index(2 * stage + c), k_buffers.index(recomputed(c)).slice(64 * CONSUMER, 64, 1)
-        dq = warpgroup_mma(ds.permute((1, 0)), k, dq, use_acc=c > 0, is_async=True)
-    return dq
-
-
 @gluon.jit(do_not_specialize=RUN_TIME)
 def backward_kernel(
     q, k, v, dout, stats, dq_sum, dk, dv, starts_q, starts_k, table,
@@ -188,9 +195,9 @@ def backward_kernel(
     gl.static_assert(SPEC.widths.tile == 128 and SPEC.widths.tile_v == 128)
     dtype: gl.constexpr = q.dtype.element_ty
     rings = allocate_rings(dtype, 2, SPEC)
-    # dS of each consumer and stage, and a part of dQ of each consumer; dK and dV go through the latter too.
+    # dS of each consumer and stage, and dQ; dK and dV go through the latter too.
     ds_buffers = gl.allocate_shared_memory(dtype, [4, 64, SPEC.tile_q], gl.NVMMASharedLayout(128, 16))
-    dq_buffers = gl.allocate_shared_memory(gl.float32, [2, 64, 64], IN_ORDER)
+    dq_buffers = gl.allocate_shared_memory(gl.float32, [2, 64, 64], in_order(64))
     fence_async_shared()
     varlen = Varlen(starts_q, starts_k, table)
     sizes = Sizes(batches, heads, len_q, len_k, sum_rows, left, right, swizzle, varlen)

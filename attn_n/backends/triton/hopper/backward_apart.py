@@ -49,10 +49,10 @@ from attn_n.backends.triton.hopper.backward_producer import (
 )
 from attn_n.backends.triton.hopper.backward_rings import (
     FIELDS,
-    IN_ORDER,
     Rings,
     allocate_tiles,
     begin_matmul,
+    in_order,
     row_vector,
     store_tile,
     visible,
@@ -273,7 +273,7 @@ def apart_kernel(
     shared = Shared(
         gl.allocate_shared_memory(dtype, [2 * SLOTS, 64, 64], TILED),
         barriers(SLOTS, 1),
-        gl.allocate_shared_memory(gl.float32, [2, 64, 64], IN_ORDER),
+        gl.allocate_shared_memory(gl.float32, [2, 64, 64], in_order(64)),
         gl.allocate_shared_memory(dtype, [2, 64, 64], TILED),
     )
     fence_async_shared()

@@ -53,13 +53,14 @@ FIELDS = gl.constexpr(
 )
 
 
-# As an accumulator of 64 x 64 lies in registers, and as `postprocess_kernel` reads it: four numbers of a thread, then
-# those of the next.
-IN_ORDER = gl.constexpr(
-    gl.SharedLinearLayout(
-        [[0, 1], [8, 0], [0, 2], [0, 4], [1, 0], [2, 0], [4, 0], [16, 0], [32, 0], [0, 8], [0, 16], [0, 32]]
-    )
-)
+@gluon.constexpr_function
+def in_order(columns):
+    """Return the layout of dQ `[64, columns]`: as an accumulator of 64 x 64 lies in registers, and then the next one.
+
+    Thus `postprocess_kernel` reads it: four numbers of a thread, then those of the next.
+    """
+    bases = [[0, 1], [8, 0], [0, 2], [0, 4], [1, 0], [2, 0], [4, 0], [16, 0], [32, 0], [0, 8], [0, 16], [0, 32]]
+    return gl.SharedLinearLayout(bases + ([[0, 64]] if columns == 128 else []))
 
 
 @gluon.jit
