@@ -4,12 +4,25 @@ All three share `stats`, which has lse in base 2 and -delta of all rows and a co
 dQ. Both have a whole number of tiles of rows for each head, so that tiles are loaded and added without a mask. Varlen
 sequences lie one behind the other, as if of a batch of one, and each begins with a tile of its own: sequence b with the
 tile of number `starts[b] // TILE_Q + b`, which leaves room enough and needs no sum over the other sequences.
+
+The three overlap (programmatic dependent launch): each may start when the one before it has, and waits for its end
+before it reads what that has written.
 """
 
 import triton
 import triton.language as tl
+from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
-from attn_n.backends.triton.portable.tile import LOG2E, base_of, load, load_sink, locate, row_pointers, store
+from attn_n.backends.triton.portable.tile import (
+    INTERPRETED,
+    LOG2E,
+    base_of,
+    load,
+    load_sink,
+    locate,
+    row_pointers,
+    store,
+)
 
 RUN_TIME = ("sequences", "stride_n", "heads", "len_q", "length")
 
@@ -50,6 +63,8 @@ def preprocess_kernel(
 
     lse is infinite and delta 0 beyond the end of a sequence.
     """
+    if not INTERPRETED:
+        gdc_launch_dependents()
     TILE_Q: tl.constexpr = SPEC.pass_q
     EV: tl.constexpr = SPEC.widths.head_dim_v
     TILE_V: tl.constexpr = SPEC.widths.tile_v
@@ -107,6 +122,8 @@ def postprocess_kernel(
     tile, head, batch, first, _, _, _ = locate(None, None, heads, length, length, tl.cdiv(length, TILE))
     WIDTH: tl.constexpr = SPEC.widths.padded
     at = tl.program_id(0).to(tl.int64) * TILE * WIDTH
+    if not INTERPRETED:
+        gdc_wait()
     found = tl.load(x_sum + at + tl.arange(0, TILE * WIDTH)) * scale
     found = found.reshape(TILE // 64, WIDTH // 64, 8, 4, 8, 4, 2, 2).permute(0, 3, 6, 4, 1, 2, 5, 7)
     found = found.reshape(TILE, WIDTH)

@@ -5,6 +5,7 @@ from typing import NamedTuple
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import mbarrier, tma
+from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from attn_n.backends.triton.hopper.backward_passes import counter_of
 from attn_n.backends.triton.hopper.backward_rings import FIELDS
@@ -86,6 +87,9 @@ def make_loads(sizes, q, k, v, dout, stats, strides_q, strides_k, strides_v, str
     stats_desc = tma.make_tensor_descriptor(
         stats, [2 * sizes.batches * heads, rows], [rows.to(gl.int64), 1], [1, TILE_Q], gl.NVMMASharedLayout(0, 32)
     )
+    # Whatever other roles do begins with what the producer loads.
+    gdc_wait()
+    gdc_launch_dependents()
     return Loads(q_desc, k_desc, v_desc, dout_desc, stats_desc)
 
 

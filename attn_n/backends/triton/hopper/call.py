@@ -56,10 +56,10 @@ class HopperCall:
             shares.zero_()
         starts_q, starts_k = options.cu_seqlens_q, options.cu_seqlens_k
         table = list_of_tiles(launches, q, starts_k, starts_q)
-        launches.preprocess(out, dout, lse, dlse, stats, dq_sum, log_n, shares, starts_q)
         into: tuple[Tensor, ...] = dk, dv
         if launches.postprocess_kv:
             into = torch.zeros(2, launches.dkv_sum, dtype=torch.float32, device=q.device).unbind()
+        launches.preprocess(out, dout, lse, dlse, stats, dq_sum, log_n, shares, starts_q)
         launches.main(q, k, v, dout, stats, dq_sum, *into, starts_q, starts_k, table)
         for launch, x_sum, x in zip(launches.postprocess_kv, into, (dk, dv), strict=False):
             launch(x_sum, x, starts_k)

@@ -131,13 +131,13 @@ def backward(key: KernelKey, dq: Strides, dk: Strides, dv: Strides) -> Backward:
     tiles, key_tiles, sum_rows = batch * p.heads * tiles_q, batch * p.heads_kv * tiles_k, tiles_k * tile_k
     numbers = (q, k, v, dout, dk, dv, batch, p.heads, len_q, len_k, sum_rows, left, right, p.scale, p.softcap, swizzle)
     of_rows = (out, dout, sequences, p.stride_n, p.heads, len_q)
-    small = {"num_warps": 4}
+    small, behind = {"num_warps": 4}, {"num_warps": 4, "launch_pdl": True}
 
     def postprocess(
         strides: Strides, heads: int, length: int, scale: float, programs: int, tile: int, width: int
     ) -> Launch:
         of_sum, constants = (strides, sequences, heads, length, scale), {"E": width, "TILE": tile, "SPEC": spec}
-        return Launch(postprocess_kernel, programs, p.device, of_sum, constants, small, descriptors=False)
+        return Launch(postprocess_kernel, programs, p.device, of_sum, constants, behind, descriptors=False)
 
     def postprocess_keys(strides: Strides, scale: float, width: int) -> Launch:
         return postprocess(strides, p.heads_kv, sum_rows if p.varlen else len_k, scale, key_tiles, tile_k, width)
@@ -146,8 +146,8 @@ def backward(key: KernelKey, dq: Strides, dk: Strides, dv: Strides) -> Backward:
         _schedule(p, tile_k) if p.varlen else None,
         Launch(preprocess_kernel, tiles, p.device, of_rows, {"SPEC": spec}, small, descriptors=False),
         Launch(
-            kernel, min(key_tiles * teams, sm_count), p.device, numbers, {"SPEC": spec}, small | {"maxnreg": registers},
-            descriptors=True,
+            kernel, min(key_tiles * teams, sm_count), p.device, numbers, {"SPEC": spec},
+            behind | {"maxnreg": registers}, descriptors=True,
         ),
         postprocess(dq, p.heads, len_q, p.scale, tiles, pass_q, p.width),
         (postprocess_keys(dk, p.scale, p.width), postprocess_keys(dv, 1.0, p.width_v)) if teams > 1 else (),
