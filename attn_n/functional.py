@@ -28,11 +28,17 @@ class _Keywords(TypedDict, total=False):
     backend: str | None
 
 
+class _BatchKeywords(_Keywords, total=False):
+    seqused_q: Tensor | None
+    seqused_k: Tensor | None
+    leftpad_k: Tensor | None
+
+
 @overload
 def flash_attention_n(
     q: Tensor, k: Tensor, v: Tensor,
     causal: bool = ..., sm_scale: float | None = ..., sm_n: float | Tensor | None = ...,
-    *, return_lse: Literal[False] = ..., **keywords: Unpack[_Keywords],
+    *, return_lse: Literal[False] = ..., **keywords: Unpack[_BatchKeywords],
 ) -> Tensor: ...  # fmt: skip
 
 
@@ -40,7 +46,7 @@ def flash_attention_n(
 def flash_attention_n(
     q: Tensor, k: Tensor, v: Tensor,
     causal: bool = ..., sm_scale: float | None = ..., sm_n: float | Tensor | None = ...,
-    *, return_lse: Literal[True], **keywords: Unpack[_Keywords],
+    *, return_lse: Literal[True], **keywords: Unpack[_BatchKeywords],
 ) -> tuple[Tensor, Tensor]: ...  # fmt: skip
 
 
@@ -48,7 +54,7 @@ def flash_attention_n(
 def flash_attention_n(
     q: Tensor, k: Tensor, v: Tensor,
     causal: bool = ..., sm_scale: float | None = ..., sm_n: float | Tensor | None = ...,
-    *, return_lse: bool, **keywords: Unpack[_Keywords],
+    *, return_lse: bool, **keywords: Unpack[_BatchKeywords],
 ) -> Tensor | tuple[Tensor, Tensor]: ...  # fmt: skip
 
 
@@ -66,6 +72,9 @@ def flash_attention_n(
     softcap: float | None = None,
     alibi_slopes: Tensor | None = None,
     dropout_p: float = 0.0,
+    seqused_q: Tensor | None = None,
+    seqused_k: Tensor | None = None,
+    leftpad_k: Tensor | None = None,
     return_lse: bool = False,
     backend: str | None = None,
     **unknown: NoReturn,
@@ -93,13 +102,20 @@ def flash_attention_n(
         softcap: c > 0: logits become `c tanh(s / c)` before masks.
         alibi_slopes: `(Hq,)` or `(N, Hq)`, differentiable: adds `-slope |p - j|` to the logits.
         dropout_p: in [0, 1): probability of dropping a weight; n is not dropped; follows `torch.manual_seed`.
+        seqused_q: `(N,)`, int32, on the device of q: of batch b only the queries `i < seqused_q[b]` exist. The diagonal
+            is that of the lengths in use: `p = i + seqused_k[b] - seqused_q[b]`. So right-padded self-attention needs
+            both: `seqused_k` alone moves the diagonal. The values are checked where they can be read without waiting
+            for an accelerator. What lies beyond is never read, and may be NaN.
+        seqused_k: `(N,)`, int32: of batch b only the keys `j < seqused_k[b]` exist.
+        leftpad_k: `(N,)`, int32: of batch b the keys `j < leftpad_k[b]` do not exist. The diagonal stays.
         return_lse: also return `log(n + sum_j exp(s_ij))`, natural logarithm, differentiable.
         backend: the name of a backend, which then serves the call or says why not; None lets `use_backend`,
             `ATTN_N_BACKEND` or the automatic order decide.
 
     Returns:
         `out` `(N, ..., Hq, L, Ev)` in the dtype of q; or `(out, lse)` with lse `(N, ..., Hq, L)` in float32
-        (float64 for float64 inputs). A row without visible keys has `out = 0`, `lse = log n` and zero gradients.
+        (float64 for float64 inputs). A row without visible keys has `out = 0`, `lse = log n` and zero gradients, and so
+        has one that does not exist; what dout and dlse have there is not read.
 
     Raises:
         TypeError, ValueError: a malformed call; the text names the argument, what was expected and what came.
@@ -113,8 +129,9 @@ def flash_attention_n(
     if unknown:
         checks.no_others("flash_attention_n", unknown, Request._fields)
     request = Request(
-        causal, sm_scale, sm_n, sinks, attn_mask, window, softcap, alibi_slopes, dropout_p, return_lse, backend
-    )
+        causal, sm_scale, sm_n, sinks, attn_mask, window, softcap, alibi_slopes, dropout_p, return_lse, backend,
+        seqused_q, seqused_k, leftpad_k,
+    )  # fmt: skip
     return run.batch(q, k, v, request)
 
 
@@ -213,7 +230,7 @@ def explain(q: Tensor, k: Tensor, v: Tensor, *args: Any, **kwargs: Any) -> expla
     bound = inspect.signature(function).bind(q, k, v, *args, **kwargs)
     bound.apply_defaults()
     checks.no_others(function.__name__, bound.arguments.pop("unknown"), Request._fields)
-    request = Request(*(bound.arguments.pop(name) for name in Request._fields))
+    request = Request(**{name: bound.arguments.pop(name) for name in Request._fields if name in bound.arguments})
     if jagged.is_jagged(q):
         prepared = canonical.varlen(*jagged.to_varlen(q, k, v), request)
     else:

@@ -48,6 +48,13 @@ class Case:
     layout_of_dout: str = "heads first"
     lengths_q: tuple[int, ...] = ()  # varlen sequences, in place of batch and len_q
     lengths_k: tuple[int, ...] = ()
+    used_q: tuple[int, ...] = ()  # seqused_q, seqused_k and leftpad_k
+    used_k: tuple[int, ...] = ()
+    leftpad: tuple[int, ...] = ()
+
+    @property
+    def padded(self) -> bool:
+        return bool(self.used_q or self.used_k or self.leftpad)
 
     @property
     def varlen(self) -> bool:
@@ -64,7 +71,9 @@ class Case:
             "window": self.window is not None,
             "causal, L != S": self.causal and (self.varlen or self.len_q != self.len_k) and self.len_q > 1,
             "varlen": self.varlen,
-            "varlen, window": self.varlen and self.window is not None and not self.causal,
+            "padded": self.padded,
+            "leftpad, learned": bool(self.leftpad) and self.learned and bool(self.mask),
+            "varlen, window": (self.varlen or self.padded) and self.window is not None and not self.causal,
             "window, open far before the keys": self._open_far_before_the_keys,
             "one query, one key": self.len_q == self.len_k == 1,
             "E != Ev": self.size != self.size_v,
@@ -77,7 +86,7 @@ class Case:
     @property
     def _open_far_before_the_keys(self) -> bool:
         """Return True if FlashAttention 2 would hide keys: it takes S for the right side of a window that has none."""
-        if self.window is None or self.causal or self.varlen or self.len_q <= self.len_k + 1:
+        if self.window is None or self.causal or self.varlen or self.padded or self.len_q <= self.len_k + 1:
             return False
         return self.window[1] is None or self.window[1] >= self.len_k
 
@@ -243,6 +252,47 @@ def _cases() -> list[Case]:
             causal=True,
         ),
         Case("varlen, softcap", lengths_q=(9, 8), lengths_k=(3, 8), softcap=2.0),
+        Case("padded, causal", batch=3, used_q=(20, 33, 0), used_k=(20, 33, 0), causal=True),
+        Case("padded, causal, n=0", batch=3, used_q=(20, 33, 0), used_k=(20, 33, 0), causal=True, n=0.0),
+        Case("padded keys", batch=3, used_k=(9, 33, 0), n="per head"),
+        Case("padded keys, causal", batch=3, used_k=(9, 33, 31), causal=True, heads_kv=1),
+        Case("padded queries, sinks a row", batch=3, used_q=(9, 33, 0), causal=True, n="sinks a row"),
+        Case("padded left, causal", batch=3, leftpad=(0, 12, 33), causal=True, n="sinks", sinks=(0.0, -2.0)),
+        Case(
+            "padded on both sides, causal window, GQA",
+            batch=4,
+            heads_q=4,
+            used_q=(10, 33, 8, 5),
+            used_k=(30, 20, 5, 33),
+            leftpad=(3, 0, 7, 30),
+            causal=True,
+            window=(5, None),
+        ),
+        Case("padded on both sides, window", batch=2, used_q=(30, 9), used_k=(31, 33), leftpad=(3, 20), window=(4, 2)),
+        Case(
+            "padded, whole blocks",
+            heads_q=1,
+            heads_kv=1,
+            len_q=130,
+            len_k=200,
+            used_q=(128, 3),
+            used_k=(192, 64),
+            leftpad=(64, 0),
+        ),
+        Case("padded, mask, softcap", batch=2, used_q=(30, 9), leftpad=(3, 20), mask="float per head", softcap=3.0),
+        Case("padded, mask per batch", batch=2, used_k=(30, 9), leftpad=(3, 0), mask="bool", causal=True),
+        Case(
+            "padded, learned mask and ALiBi",
+            batch=2,
+            used_q=(30, 9),
+            used_k=(20, 33),
+            mask="float per head",
+            alibi="per batch",
+            learned=True,
+            causal=True,
+        ),
+        Case("padded left, learned ALiBi", batch=2, leftpad=(3, 20), alibi="per head", learned=True, window=(20, 3)),
+        Case("padded left, learned mask", batch=2, leftpad=(3, 20), mask="float per head", learned=True),
     ]
 
 
@@ -276,7 +326,14 @@ class Inputs:
             "window": case.window,
             "softcap": case.softcap,
             "alibi_slopes": self.alibi_slopes,
+            **self.lengths(),
         }
+
+    def lengths(self) -> dict[str, Tensor]:
+        """Return seqused_q, seqused_k and leftpad_k of a padded case."""
+        case = self.case
+        given = {"seqused_q": case.used_q, "seqused_k": case.used_k, "leftpad_k": case.leftpad}
+        return {name: torch.tensor(x, dtype=torch.int32, device=self.q.device) for name, x in given.items() if x}
 
     @property
     def differentiable(self) -> dict[str, Tensor]:
@@ -368,9 +425,23 @@ def make(case: Case, dtype: torch.dtype, device: str, seed: int = 0) -> Inputs:
     inputs.dlse = normal(*out_shape[:-1]).to(wide).to(device)
     if case.layout_of_dout in ("transposed", "of a sum"):
         inputs.dlse = laid_out(inputs.dlse, case.layout_of_dout)
+    for b, (end_q, begin, end_k) in enumerate(in_use(case)):
+        for x in (inputs.q, inputs.dout, inputs.dlse):
+            x[b, :, end_q:] = math.nan
+        for x in (inputs.k, inputs.v):
+            x[b, :, :begin] = x[b, :, end_k:] = math.nan
     for tensor in inputs.differentiable.values():
         tensor.requires_grad_()
     return inputs
+
+
+def in_use(case: Case) -> list[tuple[int, int, int]]:
+    """Return for each batch of a padded case how many queries exist, and the first key and the end of those."""
+    if not case.padded:
+        return []
+    every = (case.len_q,) * case.batch, (0,) * case.batch, (case.len_k,) * case.batch
+    given = (case.used_q, case.leftpad, case.used_k)
+    return list(zip(*(one or other for one, other in zip(given, every, strict=True)), strict=True))
 
 
 # From the outermost dimension to the innermost one, of (B, H, L, E), of varlen (T, H, E), and of the lse (B, H, L).
@@ -451,13 +522,13 @@ def must_serve(backend: str, device: str, dtype: torch.dtype, case: Case, lse_gr
     flash = {"mask", "E > 256", "learned"}
     flash_2 = flash | {"window, open far before the keys"} | ({"E + 1 > 256"} if lse_grad and grad else set())
     cudnn_features = {
-        "softcap", "mask", "alibi", "window", "causal, L != S", "varlen", "one query, one key", "E != Ev", "E % 8",
-        "E > 256", "learned",
+        "softcap", "mask", "alibi", "window", "causal, L != S", "varlen", "padded", "one query, one key", "E != Ev",
+        "E % 8", "E > 256", "learned",
     }  # fmt: skip
     efficient = (
         on_gpu
         and dtype != torch.float64
-        and not features & ({"softcap", "learned", "alibi"} if half else {"softcap", "learned"})
+        and not features & ({"softcap", "learned", "padded", "alibi"} if half else {"softcap", "learned", "padded"})
     )
     softcap_3 = {"softcap"} if version_3.left_out("SOFTCAP") else set()
     table = {
@@ -466,10 +537,13 @@ def must_serve(backend: str, device: str, dtype: torch.dtype, case: Case, lse_gr
         "sdpa:flash": half_on_gpu and not features & (flash_2 | {"softcap", "alibi"}),
         "sdpa:cudnn": half_on_gpu and not features & cudnn_features and not (lse_grad and grad),
         "sdpa:efficient": efficient,
-        "triton:portable": (on_gpu or INTERPRETED) and dtype != torch.float64 and (half or "E > 256" not in features),
+        "triton:portable": (on_gpu or INTERPRETED)
+        and dtype != torch.float64
+        and (half or "E > 256" not in features)
+        and "leftpad, learned" not in features,
         "triton:hopper": half_on_gpu
         and HOPPER
-        and not features & {"mask", "alibi"}
+        and not features & {"mask", "alibi", "padded"}
         and 32 < max(case.size, case.size_v) <= 256
         and case.size % 8 == case.size_v % 8 == 0
         and case.layout not in NO_DESCRIPTORS,

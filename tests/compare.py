@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 import attn_n
-from tests.cases import Inputs
+from tests.cases import Inputs, in_use
 from tests.oracle import attention_n
 
 Results = dict[str, Tensor]
@@ -70,7 +70,8 @@ def oracle(inputs: Inputs, dtype: torch.dtype, lse_grad: bool = True, ignore_n: 
         )
 
     tensors = cast.q, cast.k, cast.v, cast.mask, cast.alibi_slopes, cast.sinks
-    out, lse = _varlen(cast, attend) if case.varlen else attend(*tensors)
+    by_parts = _varlen if case.varlen else _padded
+    out, lse = by_parts(cast, attend) if case.varlen or case.padded else attend(*tensors)
     return with_gradients(cast, out, lse if lse_grad else None)
 
 
@@ -88,16 +89,44 @@ def _varlen(inputs: Inputs, attend: Callable[..., tuple[Tensor, Tensor]]) -> tup
         sinks = inputs.sinks
         if sinks is not None and sinks.dim() > 1:
             sinks = (sinks[q_start : q_start + len_q] if sinks.shape[0] > 1 else sinks).t()[None]
-        if len_k:
-            out, lse = attend(q, k, v, mask, slopes, sinks)
-        else:  # for the oracle no keys are one key that is hidden
-            one = q.new_zeros((1, k.shape[1], 1, q.shape[-1])), q.new_zeros((1, k.shape[1], 1, v.shape[-1]))
-            hidden = torch.zeros((1, 1, 1, 1), dtype=torch.bool, device=q.device)
-            out, lse = attend(q, *one, hidden, None, sinks)
+        out, lse = attend(q, k, v, mask, slopes, sinks) if len_k else _without_keys(attend, q, k, v, sinks)
         outs.append(out[0].transpose(0, 1))
         lses.append(lse[0].transpose(0, 1))
         q_start, k_start = q_start + len_q, k_start + len_k
     return torch.cat(outs), torch.cat(lses)
+
+
+def _padded(inputs: Inputs, attend: Callable[..., tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
+    outs, lses = [], []
+    for b, (end_q, begin, end_k) in enumerate(in_use(inputs.case)):
+        q, k, v = inputs.q[b : b + 1], inputs.k[b : b + 1, :, begin:end_k], inputs.v[b : b + 1, :, begin:end_k]
+        mask, slopes, sinks = inputs.mask, inputs.alibi_slopes, inputs.sinks
+        if mask is not None:
+            mask = mask[b : b + 1] if mask.shape[0] > 1 else mask
+            mask = mask[:, :, : end_q if mask.shape[2] > 1 else 1, slice(begin, end_k) if mask.shape[3] > 1 else [0]]
+        if slopes is not None and slopes.dim() == 2:
+            slopes = slopes[b]
+        if sinks is not None and sinks.dim() > 1:
+            sinks = sinks[b : b + 1] if sinks.shape[0] > 1 else sinks
+        # The rows that do not exist are as rows without keys, and have no gradient.
+        out, lse = (x.detach() for x in _without_keys(attend, q.detach() * 0, k, v, sinks))
+        if end_q:
+            q = q[:, :, :end_q]
+            if sinks is not None and sinks.dim() > 1 and sinks.shape[2] > 1:
+                sinks = sinks[:, :, :end_q]
+            exist = attend(q, k, v, mask, slopes, sinks) if end_k > begin else _without_keys(attend, q, k, v, sinks)
+            out, lse = (torch.cat([x, y[:, :, end_q:]], 2) for x, y in zip(exist, (out, lse), strict=True))
+        outs.append(out)
+        lses.append(lse)
+    return torch.cat(outs), torch.cat(lses)
+
+
+def _without_keys(
+    attend: Callable[..., tuple[Tensor, Tensor]], q: Tensor, k: Tensor, v: Tensor, sinks: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    """For the oracle no keys are one key that is hidden."""
+    one = q.new_zeros((1, k.shape[1], 1, q.shape[-1])), q.new_zeros((1, k.shape[1], 1, v.shape[-1]))
+    return attend(q.nan_to_num(), *one, torch.zeros((1, 1, 1, 1), dtype=torch.bool, device=q.device), None, sinks)
 
 
 def with_gradients(inputs: Inputs, out: Tensor, lse: Tensor | None) -> Results:
@@ -146,6 +175,7 @@ def cancellation(name: str, inputs: Inputs, truth: Results) -> float:
     if name in ("dn", "dsinks", "dslopes"):
         lse = truth["lse"] if "lse" in truth else oracle(inputs, torch.float64)["lse"]
         terms = (inputs.dout * truth["out"]).abs().sum(-1) + (inputs.dlse.abs() if "lse" in truth else 0.0)
+        terms = terms.nan_to_num()  # of rows that do not exist
         if name == "dslopes":
             return 4 * float(terms.sum()) * max(inputs.case.len_k, *inputs.case.lengths_k, 0)
         log_n = 0.0

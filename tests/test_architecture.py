@@ -20,7 +20,7 @@ LAYERS = (
     ("backends",),
     ("autograd",),
     ("dispatch",),
-    ("functional", "softmax"),
+    ("functional", "merge", "softmax"),
     ("__init__",),
     ("doctor",),
     ("__main__",),

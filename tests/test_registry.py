@@ -294,7 +294,9 @@ wide = {
         ({"needs_grad": True}, (), ", needs gradients"),
         ({"return_lse": True, "needs_grad": True}, ("lse gradient",), ", returns lse, needs gradients"),
         ({"transform": "forward-mode AD"}, (), ", forward-mode AD"),
-        *(({name.replace(" ", "_"): True}, (name,), "") for name in ("seqused", "leftpad", "cache", "block table")),
+        ({"seqused": True}, ("seqused",), ", seqused"),
+        ({"leftpad": True}, ("leftpad",), ", leftpad_k"),
+        *(({name.replace(" ", "_"): True}, (name,), "") for name in ("cache", "block table")),
     ],
     ids=str,
 )

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from attn_n.backends import registry
+from attn_n.backends.adapt import padding
 from attn_n.backends.base import Backend, Prepared
 from attn_n.call import AttentionCall, Grads, Options, Saved, describe
 from attn_n.call.errors import UnsupportedError
@@ -80,6 +81,7 @@ def backward(
         dn = lse.new_empty(0)
         if needed.n:
             log_n = log_of(q, n, True) if n is not None and n_is_logit else None
+            dout, dlse = _in_use(options, dout, dlse)
             dn = _shaped_as(rescale.gradient_of_n(dout, dlse, out, lse, log_n, options.varlen), n)
         of_options = zip((options.mask, options.alibi_slopes), needed[1:], strict=True)
         zeros = [lse.new_empty(0) if x is None or not needs_it else x.new_zeros(x.shape) for x, needs_it in of_options]
@@ -112,6 +114,7 @@ def backward_by(
     dn = found.dn
     if needed.n:
         if dn is None:
+            dout, dlse = _in_use(options, dout, dlse)
             dn = rescale.gradient_of_n(dout, dlse, out, lse, log_n, options.varlen)
         dn = _shaped_as(dn, n)
     heads_kv = k.shape[1]
@@ -157,11 +160,19 @@ def lse_dtype(q: Tensor) -> torch.dtype:
 
 
 def rows_may_be_empty_in(q: Tensor, k: Tensor, options: Options) -> bool:
-    if options.mask is not None or options.varlen:
+    if options.mask is not None or options.varlen or options.padded:
         return True
     right = options.window_right
     bounded = options.window_left is not None or right is not None
     return k.shape[-2] == 0 or (right is not None and right < 0) or (bounded and q.shape[-2] > k.shape[-2])
+
+
+def _in_use(options: Options, dout: Tensor, dlse: Tensor | None) -> tuple[Tensor, Tensor | None]:
+    """The gradients with zeros in the rows that do not exist, where anything may stand."""
+    if options.seqused_q is None:
+        return dout, dlse
+    exists = padding.exists(dout, options.seqused_q)
+    return dout.where(exists, 0.0), None if dlse is None else dlse.where(exists[..., 0], 0.0)
 
 
 def _shaped_as(dn: Tensor, n: Tensor | None) -> Tensor:

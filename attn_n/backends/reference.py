@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from attn_n.backends.adapt import one_by_one
+from attn_n.backends.adapt import one_by_one, padding
 from attn_n.backends.adapt.dense_bias import dense_bias
 from attn_n.backends.base import Backend
 from attn_n.call import Options
@@ -24,7 +24,7 @@ class Reference(Backend):
     summary = "the formula as a sequence of differentiable PyTorch operations"
     honours = (
         "causal", "window", "negative window", "softcap", "dropout", "mask", "mask gradient", "alibi", "alibi gradient",
-        "varlen", "lse gradient", "n a row",
+        "varlen", "lse gradient", "n a row", "seqused", "leftpad",
     )  # fmt: skip
     applies_n = True
     differentiates = True
@@ -45,7 +45,9 @@ class Reference(Backend):
         compute = torch.promote_types(dtype, torch.float32)
         # The scale, and n below, multiply a tensor: torch.compile makes such numbers inputs of the graph.
         q, k, v, options = q.to(compute) * options.scale, k.to(compute), v.to(compute), options.replaced(scale=1.0)
-        if options.cu_seqlens_q is None:
+        if options.padded:
+            out, lse = _attend_padded(q, k, v, n, n_is_logit, options, return_lse)
+        elif options.cu_seqlens_q is None:
             out, lse = _attend(q, k, v, n, n_is_logit, options, return_lse)
         else:
             out, lse = _attend_varlen(q, k, v, n, n_is_logit, options, return_lse)
@@ -81,6 +83,19 @@ def _attend(
     row_sum = row_sum.masked_fill(empty, 1.0)
     out = F.dropout(weights / row_sum, options.dropout_p) @ v if options.dropout_p else weights / row_sum @ v
     return out, (row_max + row_sum.log()).masked_fill(empty, -math.inf).squeeze(-1) if return_lse else None
+
+
+def _attend_padded(
+    q: Tensor, k: Tensor, v: Tensor, n: float | Tensor | None, n_is_logit: bool, options: Options, return_lse: bool
+) -> tuple[Tensor, Tensor | None]:
+    """Compute a batch without the rows that do not exist: neither values nor gradients are read there."""
+    of_q = padding.exists(q, options.seqused_q)
+    of_k = padding.exists(k, options.seqused_k, options.leftpad_k)
+    q, k, v = q.where(of_q, 0.0), k.where(of_k, 0.0), v.where(of_k, 0.0)
+    out, lse = _attend(q, k, v, n, n_is_logit, options, return_lse)
+    if lse is not None:
+        lse = lse.where(of_q[..., 0], lse.detach())
+    return out.where(of_q, 0.0), lse
 
 
 def _attend_varlen(

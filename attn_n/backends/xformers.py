@@ -95,13 +95,13 @@ def _why_not_capability(call: AttentionCall) -> str | None:
 class Flash(FlashBackend):
     name = "xformers:flash"
     summary = "FlashAttention 2 as xFormers calls it"
-    honours = ("causal", "window", "varlen", "lse gradient")
+    honours = ("causal", "window", "varlen", "lse gradient", "seqused", "leftpad")
 
     def why_not(self, call: AttentionCall) -> str | None:
         reason = _why_not_capability(call) or self.too_wide(call)
         if reason is not None:
             return reason
-        if call.varlen and call.windowed and call.window_right != 0:
+        if (call.varlen or call.padded) and call.windowed and call.window_right != 0:
             return "has varlen masks for full attention, causal attention and causal windows alone"
         if call.needs_grad and torch.are_deterministic_algorithms_enabled():
             return "is not deterministic"

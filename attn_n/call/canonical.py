@@ -32,7 +32,10 @@ class Canonical(NamedTuple):
         """Return True if a call with the same metadata has the same canonical form without further conversions."""
         mask = request.attn_mask
         masked = mask is None or mask.dtype != torch.float64 or q.dtype == torch.float64
-        return self.q is q and self.k is k and self.v is v and masked
+        options = self.options
+        lengths = options.seqused_q is request.seqused_q and options.seqused_k is request.seqused_k
+        lengths = lengths and options.leftpad_k is request.leftpad_k
+        return self.q is q and self.k is k and self.v is v and masked and lengths
 
 
 def batch(q: Tensor, k: Tensor, v: Tensor, request: Request, plain: bool = False) -> Canonical:
@@ -50,9 +53,15 @@ def batch(q: Tensor, k: Tensor, v: Tensor, request: Request, plain: bool = False
         leading = torch.broadcast_shapes(q.shape[:-3], k.shape[:-3], v.shape[:-3])
         q, k, v = (x.expand(*leading, *x.shape[-3:]) for x in (q, k, v))
     shape, mask = q.shape[:-1], request.attn_mask
+    seqused_q, seqused_k, leftpad_k = _lengths(q, k, request)
     right_of_mask = checks.causal_bias(mask, q.shape[-2], k.shape[-2])
     if right_of_mask is not None:
         mask = None
+        if right_of_mask and (seqused_q is not None or seqused_k is not None):
+            raise ValueError(
+                "attn_mask: expected no causal_upper_left together with seqused_q or seqused_k, whose lengths are not"
+                " its own: pass torch.ones(L, S, dtype=torch.bool).tril()"
+            )
     if mask is not None:
         checks.mask(mask, q, (*shape, k.shape[-2]))
         mask = _canonical_mask(_clamped_to_float32(_neg_resolved(mask), q), q.shape)
@@ -60,7 +69,10 @@ def batch(q: Tensor, k: Tensor, v: Tensor, request: Request, plain: bool = False
     left, right = _window(request, q.shape[2], k.shape[2], right_of_mask)
     if right == 0:
         _warn_of_rows_without_keys(q, k)
-    options = Options(checks.scale(request.sm_scale, q), left, right, mask=mask)
+    options = Options(
+        checks.scale(request.sm_scale, q), left, right, mask=mask, seqused_q=seqused_q, seqused_k=seqused_k,
+        leftpad_k=leftpad_k,
+    )  # fmt: skip
     return _describe(q, k, v, q.shape[0], request, options, shape, plain)
 
 
@@ -161,6 +173,18 @@ def _describe(
         transform=transform,
     )
     return Canonical(q, k, v, n, sinks is not None, options, call, out_shape)
+
+
+def _lengths(q: Tensor, k: Tensor, request: Request) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    """Return seqused_q, seqused_k and leftpad_k `(B,)`, where B is all dimensions before the heads."""
+    given = {"seqused_q": request.seqused_q, "seqused_k": request.seqused_k, "leftpad_k": request.leftpad_k}
+    found = [None if x is None else checks.lengths(name, x, q).contiguous() for name, x in given.items()]
+    if q.dim() > 4:
+        found = [None if x is None else x.repeat_interleave(math.prod(q.shape[1:-3])) for x in found]
+    seqused_q, seqused_k, leftpad_k = found
+    if all(x is None or checks.readable(x) for x in found):
+        checks.values_in_use(seqused_q, seqused_k, leftpad_k, q.shape[-2], k.shape[-2])
+    return seqused_q, seqused_k, leftpad_k
 
 
 _warned = False

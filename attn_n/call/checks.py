@@ -36,6 +36,8 @@ SPELLINGS = {
     "logits_soft_cap": "here it is softcap",
     "return_attn_probs": "here it is return_lse, which returns lse alone",
     "return_softmax_lse": "here it is return_lse",
+    "cache_seqlens": "here it is seqused_k, of flash_attention_n",
+    "key_padding_mask": "here it is seqused_q and seqused_k, or leftpad_k; or attn_mask, True where keys are attended",
     "deterministic": "here it is torch.use_deterministic_algorithms(True)",
 }
 
@@ -44,6 +46,8 @@ def no_others(function: str, unknown: Iterable[str], known: Sequence[str]) -> No
     """Refuse keywords that `function` does not have; the error names the right one."""
     for name in unknown:
         said = SPELLINGS.get(name)
+        if function.endswith("_varlen") and name in ("seqused_q", "seqused_k", "leftpad_k"):
+            said = "the lengths of varlen sequences are those of cu_seqlens_q and cu_seqlens_k"
         if said is None:
             near = difflib.get_close_matches(name, known)
             said = f"did you mean {near[0]}?" if near else f"it has {', '.join(known)}"
@@ -359,6 +363,32 @@ def mask(attn_mask: object, q: Tensor, target: Sequence[int]) -> None:
         raise ValueError(f"attn_mask: expected a shape that broadcasts to {tuple(target)}, got {_shape(attn_mask)}")
 
 
+def parts(outs: Sequence[object], lses: Sequence[object], varlen: bool) -> None:
+    """Check the outs and lses of the parts of an attention, which are of one shape, dtype and device."""
+    if not outs or len(outs) != len(lses):
+        raise ValueError(f"outs, lses: expected as many of each, at least one, got {len(outs)} and {len(lses)}")
+    like = floating("outs[0]", tensor("outs[0]", outs[0]))
+    if not (like.dim() == 3 if varlen else 2 <= like.dim() <= 6):
+        expected = "3 dimensions (T, H, Ev) of varlen sequences" if varlen else "2 to 6 dimensions (N, ..., H, L, Ev)"
+        raise ValueError(f"outs[0]: expected {expected}, got shape {_shape(like)}")
+    wide = _computed_in(like)
+    for i, (one, lse) in enumerate(zip(outs, lses, strict=True)):
+        out = floating(f"outs[{i}]", tensor(f"outs[{i}]", one))
+        of_rows = floating(f"lses[{i}]", tensor(f"lses[{i}]", lse))
+        for name, x, shape, dtypes in (
+            (f"outs[{i}]", out, like.shape, (like.dtype,)),
+            (f"lses[{i}]", of_rows, like.shape[:-1], (torch.float32, wide)),
+        ):
+            same_kind(name, x, like)
+            if x.shape != shape:
+                raise ValueError(f"{name}: expected shape {tuple(shape)}, got {_shape(x)}")
+            if x.dtype not in dtypes:
+                said = " or ".join(dict.fromkeys(map(_name, dtypes)))
+                raise TypeError(f"{name}: expected {said}, got {_dtype(x)}")
+            if x.device != like.device:
+                raise ValueError(f"{name}: expected the device of outs[0], {like.device}, got {x.device}")
+
+
 def window(value: object) -> tuple[int | None, int | None]:
     if value is None:
         return None, None
@@ -411,6 +441,33 @@ def alibi(alibi_slopes: object, q: Tensor, batch: int, heads: int) -> Tensor:
     if readable(slopes) and not bool(slopes.to(_computed_in(q)).isfinite().all()):
         raise ValueError(f"alibi_slopes: expected numbers finite in {_name(_computed_in(q))}, got {slopes.detach()}")
     return slopes
+
+
+def lengths(name: str, value: object, q: Tensor) -> Tensor:
+    """Check numbers of rows, one for each batch of q; `values_in_use` checks their values."""
+    found = tensor(name, value)
+    same_kind(name, found, q)
+    batch = q.shape[0] if q.dim() > 3 else 1
+    if found.dtype != torch.int32:
+        raise TypeError(f"{name}: expected int32, got {_dtype(found)}")
+    if tuple(found.shape) != (batch,):
+        raise ValueError(f"{name}: expected shape ({batch},), one for each batch of q {_shape(q)}, got {_shape(found)}")
+    if found.device != q.device:
+        raise ValueError(f"{name}: expected the device of q, {q.device}, got {found.device}")
+    return found
+
+
+def values_in_use(
+    seqused_q: Tensor | None, seqused_k: Tensor | None, leftpad_k: Tensor | None, len_q: int, len_k: int
+) -> None:
+    """Check the values of numbers of rows, which are on the CPU."""
+    for name, x, longest, of in (
+        ("seqused_q", seqused_q, len_q, "queries"), ("seqused_k", seqused_k, len_k, "keys"),
+        ("leftpad_k", leftpad_k, len_k, "keys"),
+    ):  # fmt: skip
+        values = [] if x is None else x.tolist()
+        if values and not (min(values) >= 0 and max(values) <= longest):
+            raise ValueError(f"{name}: expected numbers from 0 to the {longest} {of}, got {values}")
 
 
 def cu_seqlens(name: str, cu: object, q: Tensor) -> None:

@@ -107,6 +107,11 @@ class AttentionCall:
         return self.sequences is not None
 
     @property
+    def padded(self) -> bool:
+        """True if some rows of a batch do not exist."""
+        return self.seqused or self.leftpad
+
+    @property
     def keys_seen(self) -> int:
         """The most keys that a query sees, by its sequence (the average one for varlen) and by its window."""
         keys = self.k_shape[-2] if self.sequences is None else self.k_shape[0] // max(self.sequences, 1)
@@ -168,6 +173,7 @@ class AttentionCall:
             parts.append(f"{str(self.mask_dtype).removeprefix('torch.')} mask {self.mask_shape}")
         if self.alibi:
             parts.append("ALiBi")
+        parts += [words for words, asked in (("seqused", self.seqused), ("leftpad_k", self.leftpad)) if asked]
         if self.dropout_p:
             parts.append(f"dropout {self.dropout_p:g}")
         if self.n_kind != "none":
@@ -220,4 +226,6 @@ def describe(
         mask_needs_grad=mask_needs_grad,
         alibi_needs_grad=alibi_needs_grad,
         transform=transform,
+        seqused=options.seqused_q is not None or options.seqused_k is not None,
+        leftpad=options.leftpad_k is not None,
     )

@@ -11,7 +11,8 @@ from torch import Tensor
 class Options(NamedTuple):
     """Everything but q, k, v and n, as a backend's forward and backward receive it.
 
-    Query i of a sequence has position `p = i + S - L`, so that the last query is at the last key. It sees the keys from
+    Query i of a sequence has position `p = i + S - L`, so that the last query is at the last key; where `seqused_q` or
+    `seqused_k` say how many there are, these are L and S. It sees the keys from
     `p - window_left` to `p + window_right`. None is unlimited, and `window_right = 0` is causal attention. The right
     side may be negative, but not for varlen sequences: `L - S` is a causal mask aligned top-left, for S > L.
     """
@@ -53,6 +54,11 @@ class Options(NamedTuple):
     @property
     def varlen(self) -> bool:
         return self.cu_seqlens_q is not None
+
+    @property
+    def padded(self) -> bool:
+        """True if some rows of a batch do not exist."""
+        return self.seqused_q is not None or self.seqused_k is not None or self.leftpad_k is not None
 
     @property
     def causal(self) -> bool:

@@ -8,7 +8,7 @@ from torch import Tensor
 
 
 class Request(NamedTuple):
-    """The arguments that both public functions have, as they were passed."""
+    """The arguments of `flash_attention_n`; `flash_attention_n_varlen` has the same ones but the last three."""
 
     causal: bool
     sm_scale: float | None
@@ -21,3 +21,6 @@ class Request(NamedTuple):
     dropout_p: float
     return_lse: bool
     backend: str | None
+    seqused_q: Tensor | None = None
+    seqused_k: Tensor | None = None
+    leftpad_k: Tensor | None = None

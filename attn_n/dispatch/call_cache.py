@@ -1,7 +1,7 @@
 """The cache of prepared calls, keyed by everything that checking, choosing and preparing depend on.
 
 That is metadata: no key holds a tensor or an address. What depends on the contents of a tensor is looked at in each
-call, which is the case for a tensor of n and for `cu_seqlens` on a CPU.
+call, which is the case for a tensor of n, and on a CPU for `cu_seqlens` and for the lengths in use.
 """
 
 from __future__ import annotations
@@ -67,7 +67,10 @@ def _metadata_of_all(request: Request, types: tuple[type, ...], packing: tuple[A
     """Return the arguments with metadata in place of the tensors."""
     if not _KEPT.issuperset(types):
         raise _NoMetadata
-    tensors = request.sm_n, request.sinks, request.attn_mask  # of others more than the metadata decides
+    # Of other tensors more than the metadata decides.
+    tensors = (
+        request.sm_n, request.sinks, request.attn_mask, request.seqused_q, request.seqused_k, request.leftpad_k,
+    )  # fmt: skip
     if len([x for x in types if x in PLAIN]) != len([x for x in tensors if x.__class__ in PLAIN]):
         raise _NoMetadata
     values: tuple[Any, ...] = request

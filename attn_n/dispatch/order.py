@@ -111,18 +111,18 @@ _BY_KIND = {
 def automatic(call: AttentionCall) -> tuple[str, ...]:
     """Return the backends to try, in order, for a call that forces none."""
     row, default = _row(call), _default(call)
-    if row is None and _masks_by_numbers(call):
+    if row is None and _why_triton_first(call) is not None and "triton" in default:
         default = ("triton", *[name for name in default if name != "triton"])
     return default if row is None else (*row.first, *[name for name in default if name not in row.first])
 
 
 def reason(call: AttentionCall) -> str:
     """Return the reason for the automatic order of a call."""
-    row = _row(call)
-    if row is None and _masks_by_numbers(call):
-        return "automatic, triton first: the gradients beside a floating mask are more accurate there"
+    row, why_triton_first = _row(call), _why_triton_first(call)
     if row is not None:
         return f"automatic, by speed on an H100: {row}"
+    if why_triton_first is not None:
+        return f"automatic, triton first: {why_triton_first}"
     major, minor = call.capability or (9, 0)
     return "automatic" if major == 9 else f"automatic, not measured here: compute capability {major}.{minor}"
 
@@ -141,26 +141,31 @@ def is_short(queries: int, keys: int, columns: int) -> bool:
     return 2 * queries * keys * columns <= SHORT
 
 
-def _masks_by_numbers(call: AttentionCall) -> bool:
-    """Return True if rows may be masked by finite numbers such as -65504, in half-precision training on a GPU.
-
-    There the gradients of the memory-efficient kernels carry the rounding of a large lse, and those of `triton` do not.
-    """
-    mask = call.mask_dtype
-    return (
-        call.device == "cuda"
-        and call.needs_grad
+def _why_triton_first(call: AttentionCall) -> str | None:
+    """Return the reason why `triton` comes first on a GPU, whatever the speed; None if there is none."""
+    if call.device != "cuda":
+        return None
+    if call.padded:
+        return "its kernels read the lengths in use, and others need a packed copy"
+    # Rows may be masked by finite numbers such as -65504. There the gradients of the memory-efficient kernels carry the
+    # rounding of a large lse.
+    if (
+        call.needs_grad
         and call.dtype.itemsize == 2
-        and mask is not None
-        and mask.is_floating_point
-    )
+        and call.mask_dtype is not None
+        and call.mask_dtype.is_floating_point
+    ):
+        return "the gradients beside a floating mask are more accurate there"
+    return None
 
 
 def _row(call: AttentionCall) -> Row | None:
     """Return the first row that matches the call."""
     if call.capability != (9, 0) or torch.version.hip is not None or call.dtype.itemsize != 2:
         return None
-    if call.dropout_p:  # not measured; the portable kernels draw more random numbers than FlashAttention
+    if (
+        call.dropout_p or call.padded
+    ):  # not measured; with dropout the portable kernels draw more random numbers than FlashAttention
         return None
     for row in _BY_KIND[call.varlen, _queries(call)]:
         if _fits(row, call):

@@ -58,6 +58,11 @@ def _run_known(
     mask = request.attn_mask
     if mask is not None:
         options = options._replace(mask=canonical.with_dimensions(mask, 4))
+    seqused_q, seqused_k, leftpad_k = request.seqused_q, request.seqused_k, request.leftpad_k
+    if seqused_q is not None or seqused_k is not None or leftpad_k is not None:
+        options = options._replace(seqused_q=seqused_q, seqused_k=seqused_k, leftpad_k=leftpad_k)
+        if q.is_cpu:
+            checks.values_in_use(seqused_q, seqused_k, leftpad_k, q.shape[-2], k.shape[-2])
     if known.under_autocast:
         with autocast.suspended(q.device.type):
             out, lse = function.attend_eagerly(q, k, v, n, options, known)

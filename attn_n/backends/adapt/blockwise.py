@@ -14,7 +14,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from attn_n.backends.adapt import large_bias, matmuls, one_by_one
+from attn_n.backends.adapt import large_bias, matmuls, one_by_one, padding
 from attn_n.backends.adapt.dense_bias import dense_bias
 from attn_n.backends.adapt.layout import is_of_width, lse_as_value_column, narrowed, of_width
 from attn_n.backends.base import Backend, Prepared, empty_in_order, memory_order
@@ -52,7 +52,7 @@ class BlockwiseBackend(Backend):
         raise NotImplementedError
 
     def prepare(self, q: Tensor, k: Tensor, v: Tensor, log_n: float | Tensor | None, options: Options) -> Prepared:
-        if options.varlen or self.widths(q.shape[3], v.shape[3]) != (q.shape[3], v.shape[3]):
+        if options.varlen or options.padded or self.widths(q.shape[3], v.shape[3]) != (q.shape[3], v.shape[3]):
             return self
         # On CUDA an address decides whether a tensor is read as it is.
         if q.is_cpu and all(is_of_width(x, x.shape[3]) for x in (q, k, v)):
@@ -64,11 +64,15 @@ class BlockwiseBackend(Backend):
     def forward(
         self, q: Tensor, k: Tensor, v: Tensor, log_n: float | Tensor | None, options: Options
     ) -> tuple[Tensor, Tensor, Tensor | None]:
+        if options.padded:
+            return *padding.forward_each(self._forward, self, q, k, v, options), None
         if not options.varlen:
             return *self._forward(q, k, v, options), None
         return *one_by_one.forward_one_by_one(self._forward, q, k, v, options), None
 
     def backward(self, grads: Grads, saved: Saved, options: Options) -> Gradients:
+        if options.padded:
+            return padding.backward_each(self._backward, grads, saved, options)
         if not options.varlen:
             return self._backward(grads, saved, options)
         return one_by_one.backward_one_by_one(self._backward, grads, saved, options)

@@ -1,9 +1,10 @@
-"""Conversion of masks, windows and ALiBi to one dense additive bias, for backends that take nothing else."""
+"""Conversion of masks, windows, ALiBi and padding to one dense additive bias, for backends that take nothing else."""
 
 from __future__ import annotations
 
 import functools
 import math
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -22,31 +23,39 @@ def dense_bias(
 ) -> Tensor | None:
     """Return the bias of queries `rows[0]:rows[1]` and keys `keys[0]:keys[1]` out of `len_q` and `len_k`.
 
-    Its shape is `(B or 1, Hq or 1, rows or 1, keys or 1)`, and it is -inf where a key is hidden; None if there is none.
+    Its shape is `(B or 1, Hq or 1, rows or 1, keys or 1)`, and it is -inf where a key is hidden or does not exist; None
+    if there is none.
     """
     left, right, slopes = options.window_left, options.window_right, options.alibi_slopes
     bias: Tensor | None = None
     if options.mask is not None:
         mask = _narrow(_narrow(options.mask, 2, rows), 3, keys)
         bias = torch.where(mask, *_seen_and_hidden(dtype)) if mask.dtype == torch.bool else mask.to(dtype)
-    if slopes is None and left is None and right is None:
+    if slopes is None and left is None and right is None and not options.padded:
         return bias
-    position = torch.arange(rows[0], rows[1], device=device)[:, None] + (len_k - len_q)
-    key = torch.arange(keys[0], keys[1], device=device)
-    distance = position - key
+    row, key = torch.arange(rows[0], rows[1], device=device)[:, None], torch.arange(keys[0], keys[1], device=device)
+    distance = row - key + (_per_batch(options.seqused_k, len_k) - _per_batch(options.seqused_q, len_q))
     if slopes is not None:
         alibi = -slopes.to(dtype)[:, :, None, None] * distance.abs()
         bias = alibi if bias is None else bias + alibi
-    if left is None and right is None:
+    if left is None and right is None and not options.padded:
         return bias
     hidden = torch.zeros_like(distance, dtype=torch.bool)
     if left is not None:
         hidden = hidden | (distance > left)
     if right is not None:
         hidden = hidden | (-distance > right)
+    if options.padded:
+        hidden = hidden | (row >= _per_batch(options.seqused_q, len_q)) | (key >= _per_batch(options.seqused_k, len_k))
+        hidden = hidden | (key < _per_batch(options.leftpad_k, 0))
     if bias is None:
-        bias = torch.zeros((1, 1, *distance.shape), dtype=dtype, device=device)
+        bias = torch.zeros((1,) * (4 - hidden.dim()) + hidden.shape, dtype=dtype, device=device)
     return bias.masked_fill(hidden, -math.inf)
+
+
+def _per_batch(lengths: Tensor | None, otherwise: int) -> Any:
+    """Return lengths `(B,)` to broadcast with `(B, H, L, S)`."""
+    return otherwise if lengths is None else lengths[:, None, None, None]
 
 
 def _narrow(mask: Tensor, dim: int, span: tuple[int, int]) -> Tensor:

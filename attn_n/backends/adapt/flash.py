@@ -6,6 +6,7 @@ from typing import NamedTuple
 
 from torch import Tensor
 
+from attn_n.backends.adapt import padding
 from attn_n.backends.adapt.layout import common_width, is_of_width, lse_as_value_column, narrowed, of_width
 from attn_n.backends.base import HALF, Backend, Prepared, aligned
 from attn_n.call import AttentionCall, Gradients, Grads, Options, Saved
@@ -44,13 +45,16 @@ class FlashBackend(Backend):
         return None
 
     def prepare(self, q: Tensor, k: Tensor, v: Tensor, log_n: float | Tensor | None, options: Options) -> Prepared:
-        if not options.varlen and all(is_of_width(x, q.shape[-1]) for x in (q, k, v)) and q.shape[-1] % 8 == 0:
+        of_batch, width = not (options.varlen or options.padded), q.shape[-1]
+        if of_batch and width % 8 == 0 and all(is_of_width(x, width) for x in (q, k, v)):
             return FlashBatch(self)
         return self
 
     def forward(
         self, q: Tensor, k: Tensor, v: Tensor, log_n: float | Tensor | None, options: Options
     ) -> tuple[Tensor, Tensor, Tensor | None]:
+        if options.padded:
+            return padding.forward_packed(self, q, k, v, options)
         size_v = v.shape[-1]
         q, k, v = _tokens_first(options, common_width(q.shape[-1], size_v), q, k, v)
         out, lse, rng_state = self.kernel_forward(q, k, v, options)
@@ -61,6 +65,8 @@ class FlashBackend(Backend):
         return narrowed(out, size_v), lse, rng_state
 
     def backward(self, grads: Grads, saved: Saved, options: Options) -> Gradients:
+        if options.padded:
+            return padding.backward_packed(self, grads, saved, options)
         dout, dlse, *_ = grads
         q, k, v, out, lse, log_n, rng_state = saved
         size, size_v = q.shape[-1], v.shape[-1]

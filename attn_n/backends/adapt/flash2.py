@@ -40,7 +40,7 @@ def why_not_window(call: AttentionCall) -> str | None:
     A right side without a bound, or with one from S on, counts as S, which hides keys from queries far before the first
     key.
     """
-    if call.varlen or not call.windowed or call.q_shape[2] <= call.k_shape[2] + 1:
+    if call.varlen or call.padded or not call.windowed or call.q_shape[2] <= call.k_shape[2] + 1:
         return None
     if call.window_right is None or call.window_right >= call.k_shape[2]:
         return "FlashAttention 2 takes a window that is open to the right only for L <= S + 1"

@@ -34,7 +34,7 @@ def why_not_usable() -> str | None:
 class FlashAttention2(FlashBackend):
     name = "flash_attn:2"
     summary = "FlashAttention 2, the package flash-attn"
-    honours = ("causal", "window", "softcap", "dropout", "alibi", "varlen", "lse gradient")
+    honours = ("causal", "window", "softcap", "dropout", "alibi", "varlen", "lse gradient", "seqused", "leftpad")
     capability = (8, 0)
 
     def why_not(self, call: AttentionCall) -> str | None:

@@ -53,7 +53,7 @@ def left_out(feature: str) -> str | None:
 class FlashAttention3(FlashBackend):
     name = "flash_attn:3"
     summary = "FlashAttention 3, for Hopper"
-    honours = ("causal", "window", "softcap", "varlen", "lse gradient")
+    honours = ("causal", "window", "softcap", "varlen", "lse gradient", "seqused", "leftpad")
 
     def why_not(self, call: AttentionCall) -> str | None:
         if call.capability != (9, 0):
@@ -85,7 +85,7 @@ def _why_not_built(call: AttentionCall) -> str | None:
         "BACKWARD": call.needs_grad,
         "SOFTCAP": call.softcap is not None,
         "LOCAL": call.windowed,
-        "VARLEN": call.varlen,
+        "VARLEN": call.varlen or call.padded,
         "FP16": call.dtype == torch.float16,
         "HDIM256": max(call.head_dim, call.head_dim_v) > 192,
     }

@@ -41,7 +41,7 @@ def _module() -> Any:
 class FlashAttention4(FlashBackend):
     name = "flash_attn:4"
     summary = "FlashAttention 4, for Hopper and Blackwell"
-    honours = ("causal", "window", "softcap", "varlen", "lse gradient")
+    honours = ("causal", "window", "softcap", "varlen", "lse gradient", "seqused", "leftpad")
     takes_dlse = True
     # At other head sizes 4.0.0b36 on Hopper computes a wrong dq for all but the first queries, since its kernel and its
     # buffers round the size differently: https://github.com/Dao-AILab/flash-attention/pull/2896

@@ -24,7 +24,10 @@ _KNOWS_GQA = TorchVersion(torch.__version__) >= "2.11"
 class CpuFlash(BlockwiseBackend):
     name = "sdpa:cpu"
     summary = "PyTorch's flash attention for CPU"
-    honours = ("causal", "window", "negative window", "softcap", "mask", "alibi", "varlen", "lse gradient")
+    honours = (
+        "causal", "window", "negative window", "softcap", "mask", "alibi", "varlen", "lse gradient", "seqused",
+        "leftpad",
+    )  # fmt: skip
     devices = ("cpu",)
     bias_elements = 1 << 22
     most_rows = 256

@@ -30,7 +30,7 @@ def _has_cudnn() -> bool:
 class FlashAttention(FlashBackend):
     name = "sdpa:flash"
     summary = "FlashAttention-2 as PyTorch carries it"
-    honours = ("causal", "window", "dropout", "varlen", "lse gradient")
+    honours = ("causal", "window", "dropout", "varlen", "lse gradient", "seqused", "leftpad")
     capability = (8, 0)
 
     _signatures = (

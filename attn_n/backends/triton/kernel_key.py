@@ -23,7 +23,7 @@ class KernelKey(NamedTuple):
     heads_kv: int
     len_q: int  # of varlen sequences the longest
     len_k: int
-    more_keys: int | None  # S - L; None if it may differ between varlen sequences
+    more_keys: int | None  # S - L; None if it may differ between sequences
     varlen: bool
     rows: int  # queries of all sequences together
     keys: int  # keys of all sequences together
@@ -42,6 +42,7 @@ class KernelKey(NamedTuple):
     mask_dtype: torch.dtype | None
     aligned: bool  # q, k, v (and out and dout) begin at multiples of 16 bytes
     tf32: bool  # float32 matmuls may run in TF32
+    padding: tuple[bool, bool, bool] = (False, False, False)  # seqused_q, seqused_k and leftpad_k are given
 
     @property
     def linear(self) -> bool:
@@ -106,7 +107,7 @@ def describe(tensors: tuple[Tensor, ...], log_n: float | Tensor | None, options:
     if starts is None:
         batch, len_q, len_k = q.shape[0], q.shape[2], k.shape[2]
         rows, keys = batch * len_q, batch * len_k
-        more_keys: int | None = len_k - len_q
+        more_keys: int | None = None if options.padded else len_k - len_q
     else:
         batch, rows, keys = starts.shape[0] - 1, q.shape[0], k.shape[0]
         # max_seqlen may be overstated, even so far that kernels could not count the tiles.
@@ -121,6 +122,7 @@ def describe(tensors: tuple[Tensor, ...], log_n: float | Tensor | None, options:
         options.scale, options.window_left, options.window_right, options.softcap, options.dropout_p,
         None if mask is None else mask.dtype, aligned(*tensors),
         q.dtype == torch.float32 and torch.get_float32_matmul_precision() != "highest",
+        (options.seqused_q is not None, options.seqused_k is not None, options.leftpad_k is not None),
     )  # fmt: skip
 
 

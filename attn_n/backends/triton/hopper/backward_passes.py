@@ -69,7 +69,7 @@ def preprocess_kernel(
     EV: tl.constexpr = SPEC.widths.head_dim_v
     TILE_V: tl.constexpr = SPEC.widths.tile_v
     PADDED: tl.constexpr = SPEC.widths.padded
-    tile, head, batch, first_q, _, _, _ = locate(None, None, heads, len_q, len_q, tl.cdiv(len_q, TILE_Q))
+    tile, head, batch, first_q, _, _, _ = locate(heads, len_q, len_q, tl.cdiv(len_q, TILE_Q))
     first_row = tile * TILE_Q
     if starts is not None:
         first_row, first_q, len_q = rows_of_tile(starts, sequences, tile, TILE_Q)
@@ -119,7 +119,7 @@ def postprocess_kernel(
     The sum consists of tiles of 64 x 64 in the order in which a wgmma's accumulator lies in registers: 8 columns by 8;
     then 4 warps of 16 rows, of each 8 x 4 threads, of each 2 x 2 numbers, which are 8 rows apart.
     """
-    tile, head, batch, first, _, _, _ = locate(None, None, heads, length, length, tl.cdiv(length, TILE))
+    tile, head, batch, first, _, _, _ = locate(heads, length, length, tl.cdiv(length, TILE))
     WIDTH: tl.constexpr = SPEC.widths.padded
     at = tl.program_id(0).to(tl.int64) * TILE * WIDTH
     if not INTERPRETED:

@@ -26,7 +26,7 @@ class PortableKernels(Backend):
     summary = "for any argument, on every GPU that Triton supports"
     honours: Collection[str] = (
         "causal", "window", "negative window", "softcap", "dropout", "mask", "mask gradient", "alibi", "alibi gradient",
-        "varlen", "lse gradient", "n a row",
+        "varlen", "lse gradient", "n a row", "seqused", "leftpad",
     )  # fmt: skip
     devices: Sequence[str] = ("cuda", "cpu")
     dtypes: Sequence[torch.dtype] = (*HALF, torch.float32)
@@ -43,6 +43,8 @@ class PortableKernels(Backend):
         if max(call.head_dim, call.head_dim_v) > widest:
             name = str(call.dtype).removeprefix("torch.")
             return f"takes heads of up to {widest} in {name}, got {max(call.head_dim, call.head_dim_v)}"
+        if call.mask_needs_grad and call.leftpad:
+            return "has no gradient of attn_mask together with leftpad_k"
         rows, keys = (shape[0] if call.varlen else shape[2] for shape in (call.q_shape, call.k_shape))
         if 0 < 2**31 - rows <= 256 or 0 < 2**31 - keys <= 256:  # longer ones make Triton count in 64 bits
             return f"counts rows tile by tile in 32 bits, up to 2**31 - 256, got {rows} and {keys}"

@@ -25,9 +25,11 @@ from attn_n.backends.triton.portable.tile import (
     load_sink,
     locate,
     logits,
+    mask_pointer,
     padded_base,
     queries_that_see,
     row_pointers,
+    rows_in_use,
     store,
     view,
 )
@@ -45,7 +47,7 @@ def weights_of(s, row_lse, row_lost):
 @triton.jit(do_not_specialize=RUN_TIME)
 def dq_kernel(
     q, k, v, out, dout, lse, dlse, lse_log2, delta, lost, dq, sinks, dn, dslopes, mask, slopes, rng_state,
-    starts_q, starts_k,
+    starts_q, starts_k, used_q, used_k, leftpad,
     strides_q, strides_k, strides_v, strides_out, strides_dout, strides_dq, strides_mask, strides_slopes, stride_n,
     padded, heads, len_q, len_k, left, right, scale, softcap, dropout_threshold, dropout_scale,
     GROUPS: tl.constexpr, WIDTH: tl.constexpr, WIDTH_V: tl.constexpr, TILE_E: tl.constexpr, TILE_V: tl.constexpr,
@@ -57,8 +59,10 @@ def dq_kernel(
     For the other kernel it stores `lse_log2` (natural beside a floating mask) and `delta = rowsum(dout * out) - dlse`.
     Beyond the end they are inf and 0. Beside a floating mask it also stores `lost`.
     """
-    tiles = tl.cdiv(len_q, TILE_Q)
-    tile, head, batch, first_q, first_k, len_q, len_k = locate(starts_q, starts_k, heads, len_q, len_k, tiles)
+    all_q, tiles = len_q, tl.cdiv(len_q, TILE_Q)
+    tile, head, batch, first_q, first_k, len_q, len_k = locate(
+        heads, len_q, len_k, tiles, starts_q, starts_k, used_q, used_k, leftpad
+    )
     first_row = (tiles - 1 - tile) * TILE_Q
     if first_row >= len_q:
         return
@@ -67,7 +71,7 @@ def dq_kernel(
     of_q, of_dq = base_of(q, strides_q, batch, head, first_q), base_of(dq, strides_dq, batch, head, first_q)
     of_k, of_v = base_of(k, strides_k, batch, head_kv, first_k), base_of(v, strides_v, batch, head_kv, first_k)
     of_out, of_dout = base_of(out, strides_out, batch, head, first_q), base_of(dout, strides_dout, batch, head, first_q)
-    of_mask = None if mask is None else head_pointer(mask, strides_mask, batch, head)
+    of_mask = None if mask is None else mask_pointer(mask, strides_mask, batch, head, first_k, leftpad)
     slope = None if slopes is None else tl.load(head_pointer(slopes, strides_slopes, batch, head))
 
     rows = first_row + tl.arange(0, TILE_Q)
@@ -75,27 +79,27 @@ def dq_kernel(
     q_tile = load(of_q, 0, first_row, len_q, strides_q, WIDTH, TILE_Q, TILE_E, False)
     dout_tile = load(of_dout, 0, first_row, len_q, strides_dout, WIDTH_V, TILE_Q, TILE_V, False)
     out_tile = load(of_out, 0, first_row, len_q, strides_out, WIDTH_V, TILE_Q, TILE_V, False)
-    of_lse = row_pointers(lse, batch, head, heads, first_q, rows, len_q, starts_q is not None)
+    of_lse = row_pointers(lse, batch, head, heads, first_q, rows, all_q, starts_q is not None)
     unit: tl.constexpr = LOG2E if FLOAT_MASK else 1.0  # from the logits to base 2
     row_lse = tl.load(of_lse, mask=rows < len_q, other=float("inf")) * (LOG2E / unit)
     row_delta = tl.sum(out_tile.to(tl.float32) * dout_tile.to(tl.float32), 1)
     if dlse is not None:
-        of_dlse = row_pointers(dlse, batch, head, heads, first_q, rows, len_q, starts_q is not None)
+        of_dlse = row_pointers(dlse, batch, head, heads, first_q, rows, all_q, starts_q is not None)
         row_delta -= tl.load(of_dlse, mask=rows < len_q, other=0.0)
-    tl.store(padded_base(lse_log2, batch, head, padded, first_q, len_q, starts_q is not None) + rows, row_lse)
-    tl.store(padded_base(delta, batch, head, padded, first_q, len_q, starts_q is not None) + rows, row_delta)
+    tl.store(padded_base(lse_log2, batch, head, padded, first_q, all_q, starts_q is not None) + rows, row_lse)
+    tl.store(padded_base(delta, batch, head, padded, first_q, all_q, starts_q is not None) + rows, row_delta)
     if dn is not None:
         # The gradient of log n is the sum of -exp(log n - lse) * delta; without sinks this is that of n itself, which
         # is the sum of -exp(-lse) * delta.
         sink = 0.0
         if sinks is not None:
-            sink = load_sink(sinks, stride_n, batch, head, heads, first_q, rows, len_q, starts_q is not None)
+            sink = load_sink(sinks, stride_n, batch, head, heads, first_q, rows, len_q, all_q, starts_q is not None)
             sink *= LOG2E / unit
         # A large number in place of infinity, since the shares of two rows could be infinite and of opposite sign.
         power = (sink - row_lse) * unit
         share = tl.where(power > 127.9, 7.9e28, tl.exp2(tl.minimum(power, 127.9)))  # 2**96
         if sinks is not None and stride_n is None:
-            of_dn = row_pointers(dn, batch, head, heads, first_q, rows, len_q, starts_q is not None)
+            of_dn = row_pointers(dn, batch, head, heads, first_q, rows, all_q, starts_q is not None)
             tl.store(of_dn, -share * row_delta, mask=rows < len_q)
         else:
             tl.store(dn + tl.program_id(0), -tl.sum(share * row_delta))
@@ -125,7 +129,7 @@ def dq_kernel(
             log_sum = tl.log2(row_sum)
             has_lost = large & (tl.abs(log_sum) <= tl.abs(row_lse) * (LOG2E * 2.0**-22))
             row_lost = tl.where(has_lost, log_sum, 0.0)
-        tl.store(padded_base(lost, batch, head, padded, first_q, len_q, starts_q is not None) + rows, row_lost)
+        tl.store(padded_base(lost, batch, head, padded, first_q, all_q, starts_q is not None) + rows, row_lost)
     for first_key in tl.range(begin, end, TILE_K):
         keys = first_key + tl.arange(0, TILE_K)[None, :]
         k_tile = load(view_k, 0, first_key, len_k, strides_k, WIDTH, TILE_K, TILE_E, DESCRIPTORS)
@@ -152,7 +156,7 @@ def dq_kernel(
 
 @triton.jit(do_not_specialize=RUN_TIME)
 def dkdv_kernel(
-    q, k, v, dout, lse_log2, delta, lost, dk, dv, mask, slopes, rng_state, starts_q, starts_k,
+    q, k, v, dout, lse_log2, delta, lost, dk, dv, mask, slopes, rng_state, starts_q, starts_k, used_q, used_k, leftpad,
     strides_q, strides_k, strides_v, strides_dout, strides_dk, strides_dv, strides_mask, strides_slopes,
     padded, heads, len_q, len_k, left, right, scale, softcap, dropout_threshold, dropout_scale,
     GROUPS: tl.constexpr, WIDTH: tl.constexpr, WIDTH_V: tl.constexpr, TILE_E: tl.constexpr, TILE_V: tl.constexpr,
@@ -163,8 +167,9 @@ def dkdv_kernel(
 
     For wide heads the registers hold only one of the two.
     """
+    all_q = len_q
     tile, head_kv, batch, first_q, first_k, len_q, len_k = locate(
-        starts_q, starts_k, heads // GROUPS, len_q, len_k, tl.cdiv(len_k, TILE_K)
+        heads // GROUPS, len_q, len_k, tl.cdiv(len_k, TILE_K), starts_q, starts_k, used_q, used_k, leftpad
     )
     first_key = tile * TILE_K
     if first_key >= len_k:
@@ -196,14 +201,14 @@ def dkdv_kernel(
         rows = first_row + tl.arange(0, TILE_Q)
         q_tile = load(view_q, member, first_row, len_q, strides_q, WIDTH, TILE_Q, TILE_E, DESCRIPTORS)
         dout_tile = load(view_dout, member, first_row, len_q, strides_dout, WIDTH_V, TILE_Q, TILE_V, DESCRIPTORS)
-        row_lse = tl.load(padded_base(lse_log2, batch, head, padded, first_q, len_q, starts_q is not None) + rows)
-        row_delta = tl.load(padded_base(delta, batch, head, padded, first_q, len_q, starts_q is not None) + rows)
+        row_lse = tl.load(padded_base(lse_log2, batch, head, padded, first_q, all_q, starts_q is not None) + rows)
+        row_delta = tl.load(padded_base(delta, batch, head, padded, first_q, all_q, starts_q is not None) + rows)
         row_lost = None
         if FLOAT_MASK:
-            row_lost = tl.load(padded_base(lost, batch, head, padded, first_q, len_q, starts_q is not None) + rows)
+            row_lost = tl.load(padded_base(lost, batch, head, padded, first_q, all_q, starts_q is not None) + rows)
         # The end of the queries needs no mask: beyond it lse is inf, which makes the weights zero.
         edge = (first_row < full_begin) | (first_row >= full_end) if bounded else False
-        of_mask = None if mask is None else head_pointer(mask, strides_mask, batch, head)
+        of_mask = None if mask is None else mask_pointer(mask, strides_mask, batch, head, first_k, leftpad)
         slope = None if slopes is None else tl.load(head_pointer(slopes, strides_slopes, batch, head))
         s, cap_derivative = logits(
             dot(k_tile, q_tile.T, PRECISION), rows[None, :], keys, len_q, len_k, left, right, scale, softcap,
@@ -233,7 +238,7 @@ def dkdv_kernel(
 
 @triton.jit(do_not_specialize=RUN_TIME)
 def dmask_kernel(
-    q, k, v, dout, lse_log2, delta, lost, dmask, mask, slopes, rng_state, starts_q, starts_k,
+    q, k, v, dout, lse_log2, delta, lost, dmask, mask, slopes, rng_state, starts_q, starts_k, used_q, used_k, leftpad,
     strides_q, strides_k, strides_v, strides_dout, strides_dmask, strides_mask, strides_slopes, sizes,
     padded, heads, batches, len_q, len_k, left, right, scale, softcap, dropout_threshold, dropout_scale,
     GROUPS: tl.constexpr, WIDTH: tl.constexpr, WIDTH_V: tl.constexpr, TILE_E: tl.constexpr, TILE_V: tl.constexpr,
@@ -242,7 +247,8 @@ def dmask_kernel(
     """Compute the gradient of a floating mask, one program for each tile of it.
 
     A program adds up the gradients of all logits that the mask is broadcast to, in a fixed order. `sizes` are those of
-    the mask, `(B or 1, Hq or 1, L or 1, S or 1)`; ROWS and KEYS say that it has all queries, and all keys.
+    the mask, `(B or 1, Hq or 1, L or 1, S or 1)`; ROWS and KEYS say that it has all queries, and all keys. `leftpad` is
+    None: its keys begin where those of the mask do.
     """
     tiles_q, tiles_k = tl.cdiv(len_q, TILE_Q), tl.cdiv(len_k, TILE_K)
     program = tl.program_id(0)
@@ -261,7 +267,7 @@ def dmask_kernel(
                 for at_k in tl.range(tile_k, tile_k + 1 if KEYS else tiles_k):
                     acc = add_dlogits(
                         acc, q, k, v, dout, lse_log2, delta, lost, mask, slopes, rng_state, starts_q, starts_k,
-                        strides_q, strides_k, strides_v, strides_dout, strides_mask, strides_slopes,
+                        used_q, used_k, strides_q, strides_k, strides_v, strides_dout, strides_mask, strides_slopes,
                         tl.cast(batch, tl.int64), tl.cast(head, tl.int64), at_q * TILE_Q, at_k * TILE_K,
                         padded, heads, len_q, len_k, left, right, scale, softcap, dropout_threshold, dropout_scale,
                         GROUPS, WIDTH, WIDTH_V, TILE_E, TILE_V, PRECISION, TILE_Q, TILE_K,
@@ -283,18 +289,19 @@ def dmask_kernel(
 
 @triton.jit
 def add_dlogits(
-    acc, q, k, v, dout, lse_log2, delta, lost, mask, slopes, rng_state, starts_q, starts_k,
+    acc, q, k, v, dout, lse_log2, delta, lost, mask, slopes, rng_state, starts_q, starts_k, used_q, used_k,
     strides_q, strides_k, strides_v, strides_dout, strides_mask, strides_slopes, batch, head, first_row, first_key,
     padded, heads, len_q, len_k, left, right, scale, softcap, dropout_threshold, dropout_scale,
     GROUPS: tl.constexpr, WIDTH: tl.constexpr, WIDTH_V: tl.constexpr, TILE_E: tl.constexpr, TILE_V: tl.constexpr,
     PRECISION: tl.constexpr, TILE_Q: tl.constexpr, TILE_K: tl.constexpr,
 ):  # fmt: skip
     """Add the gradients of the logits of a tile, after the softcap, to `acc`."""
-    first_q, first_k = batch * 0, batch * 0
+    all_q, first_q, first_k = len_q, batch * 0, batch * 0
     if starts_q is not None:
         first_q, first_k = tl.load(starts_q + batch).to(tl.int64), tl.load(starts_k + batch).to(tl.int64)
         len_q = (tl.load(starts_q + batch + 1) - first_q).to(tl.int32)
         len_k = (tl.load(starts_k + batch + 1) - first_k).to(tl.int32)
+    len_q, first_k, len_k = rows_in_use(used_q, used_k, None, batch, len_q, first_k, len_k)
     begin, full_begin, full_end, end = keys_seen(first_row, len_q, len_k, left, right, TILE_Q, TILE_K)
     if (first_row < len_q) & (first_key < end) & (first_key + TILE_K > begin):
         of_q, of_dout = base_of(q, strides_q, batch, head, first_q), base_of(dout, strides_dout, batch, head, first_q)
@@ -305,11 +312,11 @@ def add_dlogits(
         k_tile = load(of_k, 0, first_key, len_k, strides_k, WIDTH, TILE_K, TILE_E, False)
         v_tile = load(of_v, 0, first_key, len_k, strides_v, WIDTH_V, TILE_K, TILE_V, False)
         rows, keys = first_row + tl.arange(0, TILE_Q), first_key + tl.arange(0, TILE_K)[None, :]
-        base = padded_base(lse_log2, batch, head, padded, first_q, len_q, starts_q is not None)
+        base = padded_base(lse_log2, batch, head, padded, first_q, all_q, starts_q is not None)
         row_lse = tl.load(base + rows, mask=rows < len_q, other=float("inf"))
-        base = padded_base(delta, batch, head, padded, first_q, len_q, starts_q is not None)
+        base = padded_base(delta, batch, head, padded, first_q, all_q, starts_q is not None)
         row_delta = tl.load(base + rows, mask=rows < len_q, other=0.0)
-        base = padded_base(lost, batch, head, padded, first_q, len_q, starts_q is not None)
+        base = padded_base(lost, batch, head, padded, first_q, all_q, starts_q is not None)
         row_lost = tl.load(base + rows, mask=rows < len_q, other=0.0)
         slope = None if slopes is None else tl.load(head_pointer(slopes, strides_slopes, batch, head))
         s, _ = logits(

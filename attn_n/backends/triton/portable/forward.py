@@ -20,6 +20,7 @@ from attn_n.backends.triton.portable.tile import (
     load_sink,
     locate,
     logits,
+    mask_pointer,
     row_pointers,
     store,
     view,
@@ -28,15 +29,17 @@ from attn_n.backends.triton.portable.tile import (
 
 @triton.jit(do_not_specialize=RUN_TIME)
 def forward_kernel(
-    q, k, v, out, lse, sinks, log_n, mask, slopes, rng_state, starts_q, starts_k,
+    q, k, v, out, lse, sinks, log_n, mask, slopes, rng_state, starts_q, starts_k, used_q, used_k, leftpad,
     strides_q, strides_k, strides_v, strides_out, strides_mask, strides_slopes, stride_n,
     heads, len_q, len_k, left, right, scale, softcap, dropout_threshold, dropout_scale,
     GROUPS: tl.constexpr, WIDTH: tl.constexpr, WIDTH_V: tl.constexpr, TILE_E: tl.constexpr, TILE_V: tl.constexpr,
     LINEAR: tl.constexpr, FLOAT_MASK: tl.constexpr, PRECISION: tl.constexpr, DESCRIPTORS: tl.constexpr,
     TILE_Q: tl.constexpr, TILE_K: tl.constexpr,
 ):  # fmt: skip
-    tiles = tl.cdiv(len_q, TILE_Q)
-    tile, head, batch, first_q, first_k, len_q, len_k = locate(starts_q, starts_k, heads, len_q, len_k, tiles)
+    all_q, tiles = len_q, tl.cdiv(len_q, TILE_Q)
+    tile, head, batch, first_q, first_k, len_q, len_k = locate(
+        heads, len_q, len_k, tiles, starts_q, starts_k, used_q, used_k, leftpad
+    )
     # Under a causal mask the last tiles take longest; started first, they leave no tail.
     first_row = (tiles - 1 - tile) * TILE_Q
     if first_row >= len_q:
@@ -45,7 +48,7 @@ def forward_kernel(
     head_kv = head // GROUPS
     of_q, of_out = base_of(q, strides_q, batch, head, first_q), base_of(out, strides_out, batch, head, first_q)
     of_k, of_v = base_of(k, strides_k, batch, head_kv, first_k), base_of(v, strides_v, batch, head_kv, first_k)
-    of_mask = None if mask is None else head_pointer(mask, strides_mask, batch, head)
+    of_mask = None if mask is None else mask_pointer(mask, strides_mask, batch, head, first_k, leftpad)
     slope = None if slopes is None else tl.load(head_pointer(slopes, strides_slopes, batch, head))
 
     view_q = view(of_q, 1, len_q, strides_q, WIDTH, TILE_Q, TILE_E, DESCRIPTORS)
@@ -56,7 +59,7 @@ def forward_kernel(
     # Issue this load early: it is needed only in the epilogue.
     sink = log_n
     if sinks is not None:
-        sink = load_sink(sinks, stride_n, batch, head, heads, first_q, rows, len_q, starts_q is not None)
+        sink = load_sink(sinks, stride_n, batch, head, heads, first_q, rows, len_q, all_q, starts_q is not None)
     factor = scale * LOG2E if LINEAR else 1.0  # which `logits` leaves to its caller
     unit: tl.constexpr = LOG2E if FLOAT_MASK else 1.0  # from the logits to base 2
     acc = tl.zeros((TILE_Q, TILE_V), tl.float32)
@@ -98,6 +101,6 @@ def forward_kernel(
     acc = acc * ((dropout_scale if rng_state is not None else 1.0) / tl.where(empty, 1.0, row_sum))[:, None]
     row_lse = row_max + tl.log2(row_sum) * LN2 if FLOAT_MASK else (row_max + tl.log2(row_sum)) * LN2
     row_lse = tl.where(empty, float("-inf"), row_lse)
-    of_lse = row_pointers(lse, batch, head, heads, first_q, rows, len_q, starts_q is not None)
+    of_lse = row_pointers(lse, batch, head, heads, first_q, rows, all_q, starts_q is not None)
     tl.store(of_lse, row_lse, mask=rows < len_q)
     store(of_out, acc, first_row, len_q, strides_out, WIDTH_V, TILE_Q, TILE_V)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -20,6 +21,7 @@ from attn_n.backends.triton.portable.tile import ROW_PADDING
 from attn_n.call import Gradients, Grads, Options, Saved
 from attn_n.launcher import Launch, Part
 from attn_n.recent import Recent
+from attn_n.sink import rescale
 
 
 class PortableCall:
@@ -43,6 +45,9 @@ class PortableCall:
             # Two random numbers of torch's own generator: they follow its seed, also in a captured graph.
             rng_state = torch.randint(1 << 62, (2,), device=q.device)
         sinks, number = (log_n, None) if isinstance(log_n, Tensor) else (None, log_n)
+        if options.seqused_q is not None:
+            out.zero_()
+            lse.copy_(rows_without_keys(lse, log_n))
         self._launch(q, k, v, out, lse, sinks, number, *_extras(rng_state, options))
         return out, lse, rng_state
 
@@ -53,16 +58,21 @@ class PortableCall:
         lse, dlse = lse.contiguous(), None if dlse is None else dlse.contiguous()
         ready = self._backward((q, k, v, out, dout), log_n, options, grads.of_mask)
         dq, dk, dv = [allocate() for allocate in ready.gradients]
+        if options.seqused_q is not None:
+            dq.zero_()
+        if options.seqused_k is not None or options.leftpad_k is not None:
+            dk.zero_(), dv.zero_()
         workspace, rows = ready.workspace(), ready.rows
         lse_log2, delta = Part(workspace, 0, rows), Part(workspace, rows, rows)
         lost = Part(workspace, 2 * rows, rows) if self.key.float_mask else None
         extras = _extras(rng_state, options)
         shares = shares_of_n(grads, log_n, ready.shares)
-        if shares is not None and options.varlen:  # a program beyond the end of a sequence stores nothing
+        ends = options.varlen or options.seqused_q is not None
+        if shares is not None and ends:  # a program beyond the end of a sequence stores nothing
             shares.zero_()
         of_slopes = None
         if grads.of_slopes:
-            of_slopes = ready.shares().zero_() if options.varlen else ready.shares()
+            of_slopes = ready.shares().zero_() if ends else ready.shares()
         ready.dq(q, k, v, out, dout, lse, dlse, lse_log2, delta, lost, dq, log_n, shares, of_slopes, *extras)
         for of_keys in ready.of_keys:
             of_keys(q, k, v, dout, lse_log2, delta, lost, dk, dv, *extras)
@@ -179,6 +189,13 @@ def _dropout(key: KernelKey) -> tuple[int, float]:
     return min(int(key.dropout_p * 2**31), 2**31 - 1), 1 / (1 - key.dropout_p)
 
 
+def rows_without_keys(lse: Tensor, log_n: float | Tensor | None) -> Tensor:
+    """Return the lse of rows without keys, to broadcast with lse."""
+    if isinstance(log_n, Tensor):
+        return rescale.per_row(log_n, False)
+    return lse.new_full((), -math.inf if log_n is None else log_n)
+
+
 def log_n_of(grads: Grads, saved: Saved) -> Tensor | None:
     """Return log n if the kernels compute its gradient; None for that of n itself, and for neither."""
     return saved.log_n if grads.of_n == "log n" and isinstance(saved.log_n, Tensor) else None
@@ -202,7 +219,7 @@ def _extras(rng_state: Tensor | None, options: Options) -> tuple[Tensor | None, 
     mask = options.mask
     if mask is not None and mask.dtype == torch.bool:
         mask = mask.view(torch.uint8)
-    return mask, options.alibi_slopes, rng_state, options.cu_seqlens_q, options.cu_seqlens_k
+    return mask, options.alibi_slopes, rng_state, options.cu_seqlens_q, options.cu_seqlens_k, *options[-3:]
 
 
 def padded_rows(key: KernelKey) -> int:

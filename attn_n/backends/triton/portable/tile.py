@@ -40,7 +40,7 @@ RUN_TIME = ("stride_n", "heads", "padded", "len_q", "len_k", "left", "right", "d
 
 
 @triton.jit
-def locate(starts_q, starts_k, heads, len_q, len_k, tiles):
+def locate(heads, len_q, len_k, tiles, starts_q=None, starts_k=None, used_q=None, used_k=None, leftpad=None):
     """Return the tile, head and batch of this program, the first rows of its sequence in q and k, and its lengths."""
     program = tl.program_id(0)
     tile, head, batch = program % tiles, (program // tiles) % heads, (program // tiles // heads).to(tl.int64)
@@ -49,13 +49,34 @@ def locate(starts_q, starts_k, heads, len_q, len_k, tiles):
         first_q, first_k = tl.load(starts_q + batch).to(tl.int64), tl.load(starts_k + batch).to(tl.int64)
         len_q = (tl.load(starts_q + batch + 1) - first_q).to(tl.int32)
         len_k = (tl.load(starts_k + batch + 1) - first_k).to(tl.int32)
+    len_q, first_k, len_k = rows_in_use(used_q, used_k, leftpad, batch, len_q, first_k, len_k)
     return tile, head, batch, first_q, first_k, len_q, len_k
+
+
+@triton.jit
+def rows_in_use(used_q, used_k, leftpad, batch, len_q, first_k, len_k):
+    """Return the number of queries, the first key, and the number of keys from there on, of those that exist."""
+    if used_q is not None:
+        len_q = tl.load(used_q + batch)
+    if used_k is not None:
+        len_k = tl.load(used_k + batch)
+    if leftpad is not None:
+        first = tl.load(leftpad + batch)
+        first_k, len_k = first.to(tl.int64), tl.maximum(len_k - first, 0)
+    return len_q, first_k, len_k
 
 
 @triton.jit
 def head_pointer(x, strides, batch, head):
     """Return the pointer to the elements of x for a batch (int64) and a head."""
     return x + (batch * strides[0] + head.to(tl.int64) * strides[1])
+
+
+@triton.jit
+def mask_pointer(mask, strides, batch, head, first_k, leftpad):
+    """Return the pointer to the mask of a batch and a head for its first key that exists."""
+    of_head = head_pointer(mask, strides, batch, head)
+    return of_head if leftpad is None else of_head + first_k * strides[3]
 
 
 @triton.jit
@@ -107,32 +128,32 @@ def store(
 
 
 @triton.jit
-def row_pointers(x, batch, head, heads, first_q, rows, len_q, VARLEN: tl.constexpr):
+def row_pointers(x, batch, head, heads, first_q, rows, all_q, VARLEN: tl.constexpr):
     """Return the pointers to rows of a head in a tensor of one number a row, `(B, H, L)` or varlen `(T, H)`."""
     if VARLEN:
         return x + (first_q + rows) * heads + head
     else:
-        return x + (batch * heads + head) * len_q + rows
+        return x + (batch * heads + head) * all_q + rows
 
 
 @triton.jit
-def load_sink(sinks, stride_n, batch, head, heads, first_q, rows, len_q, VARLEN: tl.constexpr):
+def load_sink(sinks, stride_n, batch, head, heads, first_q, rows, len_q, all_q, VARLEN: tl.constexpr):
     """Return log n of the head or, where it has no stride, of each row."""
     if stride_n is None:
-        of_rows = row_pointers(sinks, batch, head, heads, first_q, rows, len_q, VARLEN)
+        of_rows = row_pointers(sinks, batch, head, heads, first_q, rows, all_q, VARLEN)
         return tl.load(of_rows, mask=rows < len_q, other=0.0)
     else:
         return tl.load(sinks + head * stride_n)
 
 
 @triton.jit
-def padded_base(x, batch, head, padded, first_q, len_q, VARLEN: tl.constexpr):
+def padded_base(x, batch, head, padded, first_q, all_q, VARLEN: tl.constexpr):
     """Return the pointer to the first row of a sequence in the backward's own tensors `(H, padded)`.
 
     There ROW_PADDING rows follow each sequence, so tiles can be loaded unmasked: a pipelined load would keep its mask
     in registers.
     """
-    return x + (head.to(tl.int64) * padded + (first_q if VARLEN else batch * len_q) + batch * ROW_PADDING)
+    return x + (head.to(tl.int64) * padded + (first_q if VARLEN else batch * all_q) + batch * ROW_PADDING)
 
 
 @triton.jit
