@@ -290,6 +290,7 @@ def test_what_is_said_of_a_measured_order(call: AttentionCall, said: str) -> Non
 
 MASKED = {"mask_shape": (1, 1, 256, 256), "mask_dtype": torch.bfloat16, "capability": (8, 0)}
 TRITON_FIRST = "automatic, triton first: the gradients beside a floating mask are more accurate there"
+PADDED = "automatic, triton first: its kernels read the lengths in use, and others need a packed copy"
 ELSEWHERE = "automatic, not measured here: compute capability 8.0"
 
 
@@ -305,6 +306,9 @@ ELSEWHERE = "automatic, not measured here: compute capability 8.0"
         ({"device": "mps", "capability": None}, ("reference",), "automatic"),
         ({"dtype": torch.float32}, DEFAULT, "automatic"),
         ({"dropout_p": 0.5}, DEFAULT, "automatic"),
+        ({"seqused": True}, ("triton", *[name for name in DEFAULT if name != "triton"]), PADDED),
+        ({"leftpad": True, "capability": (8, 0)}, ("triton", "sdpa", "flash_attn", "xformers", "reference"), PADDED),
+        ({"seqused": True, "device": "cpu", "capability": None}, ("sdpa", "reference"), "automatic"),
     ],
     ids=str,
 )

@@ -149,12 +149,8 @@ def _why_triton_first(call: AttentionCall) -> str | None:
         return "its kernels read the lengths in use, and others need a packed copy"
     # Rows may be masked by finite numbers such as -65504. There the gradients of the memory-efficient kernels carry the
     # rounding of a large lse.
-    if (
-        call.needs_grad
-        and call.dtype.itemsize == 2
-        and call.mask_dtype is not None
-        and call.mask_dtype.is_floating_point
-    ):
+    mask = call.mask_dtype
+    if call.needs_grad and call.dtype.itemsize == 2 and mask is not None and mask.is_floating_point:
         return "the gradients beside a floating mask are more accurate there"
     return None
 
