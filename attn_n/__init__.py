@@ -7,6 +7,7 @@ from attn_n.call.errors import UnsupportedError
 from attn_n.dispatch.explanation import Explanation, Verdict
 from attn_n.dispatch.forced import use_backend
 from attn_n.functional import backends, explain, flash_attention_n, flash_attention_n_varlen
+from attn_n.inference import flash_attention_n_with_kvcache
 from attn_n.merge import merge_attention
 from attn_n.softmax import softmax_n
 from attn_n.version import __version__
@@ -28,6 +29,7 @@ __all__ = [
     "explain",
     "flash_attention_n",
     "flash_attention_n_varlen",
+    "flash_attention_n_with_kvcache",
     "merge_attention",
     "register_backend",
     "softmax_n",

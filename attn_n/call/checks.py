@@ -1,7 +1,8 @@
 """Checks of the public arguments: each error names the argument, what was expected and what came.
 
-Values (of a tensor n, of cu_seqlens) are checked where reading them is free, that is for real tensors on the CPU. On an
-accelerator that would stall the stream, so there only shapes, dtypes and devices are checked.
+Values (of a tensor n, of lengths) are checked where reading them is free, that is for real tensors on the CPU. On an
+accelerator that would stall the stream, so there only shapes, dtypes and devices are checked, unless `ATTN_N_CHECK=1`
+is set when attn_n is imported.
 """
 
 from __future__ import annotations
@@ -9,6 +10,7 @@ from __future__ import annotations
 import difflib
 import math
 import numbers
+import os
 from collections.abc import Iterable, Sequence
 from itertools import pairwise
 from typing import Any
@@ -16,6 +18,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+# What lies on an accelerator is read too, and checked: lengths, tables, n.
+READ_ALL = os.environ.get("ATTN_N_CHECK") == "1"
 DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 PLAIN = (Tensor, torch.nn.Parameter)
 
@@ -198,12 +202,12 @@ def not_traced() -> None:
 
 
 def readable(x: Tensor) -> bool:
-    """Return True if reading the values of `x` is free: it is a real tensor on the CPU, and nothing traces."""
+    """Return True if reading the values of `x` is free, or asked for: it is a real tensor, and nothing traces."""
     if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
         return False
     if torch._C._len_torch_dispatch_stack() > 0:  # of make_fx, say
         return False
-    return x.device.type == "cpu" and type(x) in PLAIN
+    return (READ_ALL or x.device.type == "cpu") and type(x) in PLAIN
 
 
 def qkv(q: Tensor, k: Tensor, v: Tensor, varlen: bool) -> None:

@@ -36,7 +36,7 @@ def varlen(
     key = call_cache.key(q, k, v, request, packing)
     known = call_cache.get(key) or call_cache.get_similar(key, q, k, v, request, packing)
     if known is not None:
-        if cu_seqlens_q.is_cpu:
+        if cu_seqlens_q.is_cpu or checks.READ_ALL:
             checks.boundaries("cu_seqlens_q", cu_seqlens_q, q.shape[0], max_seqlen_q)
             checks.boundaries("cu_seqlens_k", cu_seqlens_k, k.shape[0], max_seqlen_k)
         options = known.options._replace(cu_seqlens_q=cu_seqlens_q, cu_seqlens_k=cu_seqlens_k)
@@ -53,7 +53,7 @@ def _run_known(
     n = request.sm_n if request.sinks is None else request.sinks
     if not isinstance(n, Tensor):
         n = None
-    elif n.is_cpu:
+    elif n.is_cpu or checks.READ_ALL:
         checks.values_of_n(n, request.sinks is not None, q)
     mask = request.attn_mask
     if mask is not None:
@@ -61,7 +61,7 @@ def _run_known(
     seqused_q, seqused_k, leftpad_k = request.seqused_q, request.seqused_k, request.leftpad_k
     if seqused_q is not None or seqused_k is not None or leftpad_k is not None:
         options = options._replace(seqused_q=seqused_q, seqused_k=seqused_k, leftpad_k=leftpad_k)
-        if q.is_cpu:
+        if q.is_cpu or checks.READ_ALL:
             checks.values_in_use(seqused_q, seqused_k, leftpad_k, q.shape[-2], k.shape[-2])
     if known.under_autocast:
         with autocast.suspended(q.device.type):

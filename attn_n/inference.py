@@ -1,0 +1,159 @@
+"""Attention over a KV cache, for inference."""
+
+from __future__ import annotations
+
+from typing import Literal, overload
+
+import torch
+from torch import Tensor
+
+from attn_n.cache import checks, rotary
+from attn_n.cache.layout import gather, write
+from attn_n.call import Request
+from attn_n.call.checks import flag, length, readable
+from attn_n.dispatch import run
+
+
+@overload
+def flash_attention_n_with_kvcache(
+    q: Tensor, k_cache: Tensor, v_cache: Tensor, k: Tensor | None = ..., v: Tensor | None = ..., *,
+    cache_seqlens: int | Tensor | None = ..., cache_batch_idx: Tensor | None = ..., cache_leftpad: Tensor | None = ...,
+    block_table: Tensor | None = ..., causal: bool = ..., sm_scale: float | None = ...,
+    sm_n: float | Tensor | None = ..., sinks: Tensor | None = ..., window: tuple[int | None, int | None] | None = ...,
+    softcap: float | None = ..., alibi_slopes: Tensor | None = ..., rotary_cos: Tensor | None = ...,
+    rotary_sin: Tensor | None = ..., rotary_interleaved: bool = ..., k_descale: Tensor | None = ...,
+    v_descale: Tensor | None = ..., num_splits: int = ..., return_lse: Literal[False] = ..., backend: str | None = ...,
+) -> Tensor: ...  # fmt: skip
+
+
+@overload
+def flash_attention_n_with_kvcache(
+    q: Tensor, k_cache: Tensor, v_cache: Tensor, k: Tensor | None = ..., v: Tensor | None = ..., *,
+    cache_seqlens: int | Tensor | None = ..., cache_batch_idx: Tensor | None = ..., cache_leftpad: Tensor | None = ...,
+    block_table: Tensor | None = ..., causal: bool = ..., sm_scale: float | None = ...,
+    sm_n: float | Tensor | None = ..., sinks: Tensor | None = ..., window: tuple[int | None, int | None] | None = ...,
+    softcap: float | None = ..., alibi_slopes: Tensor | None = ..., rotary_cos: Tensor | None = ...,
+    rotary_sin: Tensor | None = ..., rotary_interleaved: bool = ..., k_descale: Tensor | None = ...,
+    v_descale: Tensor | None = ..., num_splits: int = ..., return_lse: bool, backend: str | None = ...,
+) -> Tensor | tuple[Tensor, Tensor]: ...  # fmt: skip
+
+
+def flash_attention_n_with_kvcache(
+    q: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    k: Tensor | None = None,
+    v: Tensor | None = None,
+    *,
+    cache_seqlens: int | Tensor | None = None,
+    cache_batch_idx: Tensor | None = None,
+    cache_leftpad: Tensor | None = None,
+    block_table: Tensor | None = None,
+    causal: bool = True,
+    sm_scale: float | None = None,
+    sm_n: float | Tensor | None = None,
+    sinks: Tensor | None = None,
+    window: tuple[int | None, int | None] | None = None,
+    softcap: float | None = None,
+    alibi_slopes: Tensor | None = None,
+    rotary_cos: Tensor | None = None,
+    rotary_sin: Tensor | None = None,
+    rotary_interleaved: bool = True,
+    k_descale: Tensor | None = None,
+    v_descale: Tensor | None = None,
+    num_splits: int = 0,
+    return_lse: bool = False,
+    backend: str | None = None,
+) -> Tensor | tuple[Tensor, Tensor]:
+    """Attention of new queries over a KV cache, into which new keys and values are written first, in place.
+
+    The last query meets the last key: query i stands at position `p = i + used - L`, where `used` counts the keys of
+    its sequence, the new ones among them. So L is 1 for a decoding step, and larger for a chunk of a prompt or for
+    speculative decoding. Nothing is read on the host: in a CUDA graph it can be replayed with other lengths and tables.
+
+    Args:
+        q: `(B, Hq, L, E)`, float16, bfloat16, float32 or float64, any strides. There is no gradient: call it under
+            `torch.no_grad()`.
+        k_cache: `(B, Hkv, Smax, E)`, any strides (of a cache `(B, Smax, Hkv, E)` pass `transpose(1, 2)`); or paged,
+            `(blocks, Hkv, block, E)`. In the dtype of q, or float8_e4m3fn.
+        v_cache: the same with Ev columns.
+        k: new keys `(B, Hkv, new, E)`, or None: the cache is only read.
+        v: new values `(B, Hkv, new, Ev)`.
+        cache_seqlens: the keys that each sequence has in the cache before the new ones: `(B,)` int32, or an integer for
+            all. None is a full cache, and is refused together with k and v.
+        cache_batch_idx: `(B,)` int32: the row of the contiguous cache in which each sequence lies.
+        cache_leftpad: `(B,)` int32: keys before this one do not exist.
+        block_table: `(B, most)` int32: the blocks of each sequence in a paged cache. Entries beyond its keys may be
+            anything.
+        causal: query i sees the keys `j <= p`.
+        sm_scale, sm_n, sinks, window, softcap, alibi_slopes, backend: as in `flash_attention_n`.
+        rotary_cos, rotary_sin: `(positions, pairs)`: the first `2 * pairs` columns of q and of the new k are turned by
+            their positions in the cache, from `cache_seqlens` on (`cache_leftpad` is not subtracted); without `causal`
+            and `window` all queries are at `cache_seqlens`. This is FlashAttention 2's meaning.
+        rotary_interleaved: pairs are neighbouring columns (GPT-J), else the two halves (GPT-NeoX).
+        k_descale, v_descale: `(B, Hkv)`: what a float8 cache is multiplied by; None is 1. New keys and values are
+            divided by them.
+        num_splits: into how many parts the keys are split for kernels that split them; 0 lets them choose.
+        return_lse: also return `log(n + sum_j exp(s_ij))`, float32 (float64 for float64), `(B, Hq, L)`.
+
+    Returns:
+        `out` `(B, Hq, L, Ev)` in the dtype of q, or `(out, lse)`.
+
+    Raises:
+        TypeError, ValueError: a malformed call. Lengths and tables on a GPU are checked if `ATTN_N_CHECK=1` is set when
+            attn_n is imported, by reading them.
+        UnsupportedError: no backend, or not the one that was named, serves the call.
+    """
+    layout = checks.layout(q, k_cache, v_cache, block_table, cache_batch_idx)
+    new = checks.new_rows(q, k_cache, v_cache, k, v)
+    before = checks.seqlens(cache_seqlens, q, new, layout.most)
+    if cache_leftpad is not None:
+        checks.leftpad(cache_leftpad, q, layout.most)
+    checks.rotary(rotary_cos, rotary_sin, q, new, layout.most)
+    checks.descale("k_descale", k_descale, q, k_cache)
+    checks.descale("v_descale", v_descale, q, v_cache)
+    length("num_splits", num_splits)
+    used = None if before is None else before + new
+    if block_table is not None and readable(block_table):
+        in_use = used.tolist() if isinstance(used, Tensor) else [layout.most if used is None else used] * layout.batch
+        checks.table_in_use(block_table, k_cache.shape[0], layout.block, in_use)
+    with torch.no_grad():
+        if k is not None and v is not None and before is not None:
+            first = before if isinstance(before, Tensor) else q.new_full((layout.batch,), before, dtype=torch.int32)
+            if rotary_cos is not None and rotary_sin is not None:
+                turned = flag("causal", causal) or window is not None
+                positions = first[:, None] + torch.arange(max(new, q.shape[2]), device=q.device)
+                of_q = positions[:, : q.shape[2]] if turned else first[:, None].expand(-1, q.shape[2])
+                q = rotary.turn(q, rotary_cos, rotary_sin, of_q, rotary_interleaved)
+                k = rotary.turn(k, rotary_cos, rotary_sin, positions[:, :new], rotary_interleaved)
+            write(k_cache, layout, first, _scaled_down(k, k_descale, k_cache))
+            write(v_cache, layout, first, _scaled_down(v, v_descale, v_cache))
+        lengths = used if isinstance(used, Tensor) else None
+        keys, values = (
+            _scaled_up(gather(cache, layout, lengths), factors, q)
+            for cache, factors in ((k_cache, k_descale), (v_cache, v_descale))
+        )
+        if isinstance(used, int):
+            keys, values = keys[:, :, :used], values[:, :, :used]
+        request = Request(
+            causal, sm_scale, sm_n, sinks, None, window, softcap, alibi_slopes, 0.0, return_lse, backend,
+            seqused_k=lengths, leftpad_k=cache_leftpad,
+        )  # fmt: skip
+        return run.batch(q, keys, values, request)
+
+
+def _scaled_down(x: Tensor, factors: Tensor | None, cache: Tensor) -> Tensor:
+    """Return new rows as a cache holds them."""
+    if cache.dtype == x.dtype:
+        return x
+    if factors is not None:
+        x = x.float() / factors[:, :, None, None]
+    largest = torch.finfo(cache.dtype).max  # what lies beyond would become NaN
+    return x.clamp(-largest, largest).to(cache.dtype)
+
+
+def _scaled_up(x: Tensor, factors: Tensor | None, q: Tensor) -> Tensor:
+    """Return the rows of a cache in the dtype of q."""
+    if x.dtype == q.dtype:
+        return x
+    return (x.float() if factors is None else x.float() * factors[:, :, None, None]).to(q.dtype)
