@@ -129,16 +129,26 @@ def flash_attention_n_with_kvcache(
             write(k_cache, layout, first, _scaled_down(k, k_descale, k_cache))
             write(v_cache, layout, first, _scaled_down(v, v_descale, v_cache))
         lengths = used if isinstance(used, Tensor) else None
+        request = Request(
+            causal, sm_scale, sm_n, sinks, None, window, softcap, alibi_slopes, 0.0, return_lse, backend,
+            seqused_k=lengths, leftpad_k=cache_leftpad,
+        )  # fmt: skip
+        if block_table is not None or cache_batch_idx is not None or k_cache.dtype != q.dtype or num_splits:
+            if isinstance(used, int):
+                request = request._replace(seqused_k=q.new_full((layout.batch,), used, dtype=torch.int32))
+            in_place = {
+                "block_table": block_table, "cache_batch_idx": cache_batch_idx, "k_descale": k_descale,
+                "v_descale": v_descale, "num_splits": num_splits,
+            }  # fmt: skip
+            found = run.cached(q, k_cache, v_cache, request, in_place)
+            if found is not None:
+                return found
         keys, values = (
             _scaled_up(gather(cache, layout, lengths), factors, q)
             for cache, factors in ((k_cache, k_descale), (v_cache, v_descale))
         )
         if isinstance(used, int):
             keys, values = keys[:, :, :used], values[:, :, :used]
-        request = Request(
-            causal, sm_scale, sm_n, sinks, None, window, softcap, alibi_slopes, 0.0, return_lse, backend,
-            seqused_k=lengths, leftpad_k=cache_leftpad,
-        )  # fmt: skip
         return run.batch(q, keys, values, request)
 
 

@@ -14,7 +14,7 @@ from attn_n import flash_attention_n_with_kvcache
 from tests.cases import INTERPRETED
 from tests.oracle import attention_n
 
-BACKENDS = [None, "reference", *(["triton:portable"] if INTERPRETED else [])]
+BACKENDS = [None, "reference", *(["triton:portable", "triton:decode", "triton"] if INTERPRETED else [])]
 
 
 @dataclass(frozen=True)
@@ -22,7 +22,8 @@ class Case:
     """A call; the caches hold NaN wherever nobody may look."""
 
     name: str
-    lengths: tuple[int, ...] | int | None = (5, 0, 11, 12)  # in the cache, of 16 keys, before the new ones
+    lengths: tuple[int, ...] | int | None = (5, 0, 11, 12)  # in the cache before the new ones
+    most: int = 16
     queries: int = 1
     new: int = 1
     block: int = 0  # of a paged cache; 0 is contiguous
@@ -35,6 +36,7 @@ class Case:
     n: str = "number"  # "number", "sinks" or "sinks a row"
     rotary: str = ""  # "interleaved" or "halves", of 6 of the 8 columns
     tokens_first: bool = False
+    splits: int = 0
     shared: bool = False  # sequences 2 and 3 share their first block
 
     def __str__(self) -> str:
@@ -59,9 +61,11 @@ CASES = [
     Case("paged, window, padded left", block=8, tokens_first=True, window=(4, None), leftpad=(0, 0, 3, 9)),
     Case("rotary", rotary="interleaved", queries=3, new=3),
     Case("rotary, halves, paged", rotary="halves", block=4, queries=2, new=2),
+    Case("split keys", most=208, lengths=(150, 0, 70, 207), splits=3, n="sinks"),
+    Case("split keys, paged", most=208, lengths=(150, 0, 70, 207), splits=2, block=16, window=(100, None)),
+    Case("split keys, large blocks", most=384, lengths=(250, 0, 70, 307), splits=3, block=128, queries=3, new=3),
     Case("rotary, not causal", rotary="halves", causal=False, queries=2, new=2),
 ]  # fmt: skip
-MOST = 16
 
 
 @dataclass
@@ -112,15 +116,17 @@ def make(case: Case, dtype: torch.dtype = torch.float32, device: str = "cpu") ->
     batch, heads, heads_kv, width = 4, 4, 2, 8
     q, new = normal(batch, heads, case.queries, width), [normal(batch, heads_kv, case.new, width) for _ in "kv"]
     q[..., 0], new[0][..., 0] = -2.0, 3.0  # negative logits, so that n matters
-    past = [normal(batch, heads_kv, MOST, width) for _ in "kv"]
+    past = [normal(batch, heads_kv, case.most, width) for _ in "kv"]
     past[0][..., 0] = 3.0
-    lengths = (MOST,) * batch if case.lengths is None else case.lengths
+    lengths = (case.most,) * batch if case.lengths is None else case.lengths
     lengths = (lengths,) * batch if isinstance(lengths, int) else lengths
     if case.shared:
         for x in past:
             x[3, :, : case.block] = x[2, :, : case.block]
 
     keywords: dict[str, Any] = {"causal": case.causal, "window": case.window, "softcap": case.softcap}
+    if case.splits:
+        keywords["num_splits"] = case.splits
     if case.n == "number":
         keywords["sm_n"] = 1.5
     elif case.n == "sinks":
@@ -134,7 +140,7 @@ def make(case: Case, dtype: torch.dtype = torch.float32, device: str = "cpu") ->
         keywords["cache_seqlens"] = case.lengths if one else torch.tensor(case.lengths, dtype=torch.int32)
     if case.leftpad:
         keywords["cache_leftpad"] = torch.tensor(case.leftpad, dtype=torch.int32)
-    angles = torch.randn(MOST, 3, generator=generator)
+    angles = torch.randn(case.most, 3, generator=generator)
     if case.rotary:
         keywords |= {
             "rotary_cos": angles.cos(),
@@ -176,11 +182,11 @@ def make(case: Case, dtype: torch.dtype = torch.float32, device: str = "cpu") ->
 
 def paged(x: Tensor, case: Case, lengths: tuple[int, ...], generator: torch.Generator) -> tuple[Tensor, Tensor]:
     """Lay a cache out in blocks of random order; of the table what lies beyond a sequence is -1."""
-    most = MOST // case.block
-    order = torch.randperm(30, generator=generator.manual_seed(7))[: 4 * most].reshape(4, most)
+    most = case.most // case.block
+    order = torch.randperm(60, generator=generator.manual_seed(7))[: 4 * most].reshape(4, most)
     if case.shared:
         order[3, 0] = order[2, 0]
-    cache = torch.full((30, x.shape[1], case.block, x.shape[3]), torch.nan, dtype=x.dtype)
+    cache = torch.full((60, x.shape[1], case.block, x.shape[3]), torch.nan, dtype=x.dtype)
     table = torch.full((4, most), -1, dtype=torch.int32)
     for b, length in enumerate(lengths):
         for i in range(-(-(length + case.new) // case.block)):

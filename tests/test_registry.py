@@ -296,7 +296,8 @@ wide = {
         ({"transform": "forward-mode AD"}, (), ", forward-mode AD"),
         ({"seqused": True}, ("seqused",), ", seqused"),
         ({"leftpad": True}, ("leftpad",), ", leftpad_k"),
-        *(({name.replace(" ", "_"): True}, (name,), "") for name in ("cache", "block table")),
+        ({"cache": True}, ("cache",), ", KV cache"),
+        ({"block_table": 9}, ("block table",), ", paged KV cache"),
     ],
     ids=str,
 )

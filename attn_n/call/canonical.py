@@ -123,6 +123,20 @@ def varlen(
     return _describe(q, k, v, batch, request, options, q.shape[:-1])
 
 
+def cached(q: Tensor, k: Tensor, v: Tensor, request: Request, **cache: Any) -> Canonical:
+    """Return the canonical form of a call over a KV cache that is read in place; `attn_n.cache.checks` has checked it.
+
+    `cache` are the fields of `Options` that say where its keys lie.
+    """
+    most = k.shape[2] * (1 if cache["block_table"] is None else cache["block_table"].shape[1])
+    left, right = _window(request, q.shape[2], most)
+    options = Options(
+        checks.scale(request.sm_scale, q), left, right, seqused_k=request.seqused_k, leftpad_k=request.leftpad_k,
+        **cache,
+    )  # fmt: skip
+    return _describe(q, k, v, q.shape[0], request, options, q.shape[:-1])
+
+
 def _describe(
     q: Tensor, k: Tensor, v: Tensor, batch: int, request: Request, options: Options, out_shape: Sequence[int],
     plain: bool = False,

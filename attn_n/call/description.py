@@ -62,8 +62,10 @@ class AttentionCall:
     transform: str | None = None  # how the call is differentiated, if not by one backward pass
     seqused: bool = False
     leftpad: bool = False
-    cache: bool = False
-    block_table: bool = False
+    seqused_q: bool = False
+    cache: bool = False  # k and v are a cache that is read in place: float8, or with rows of its own
+    cache_dtype: torch.dtype | None = None
+    block_table: int = 0  # how many blocks of a paged cache a sequence may have; 0 if it is not paged
 
     @property
     def features(self) -> frozenset[str]:
@@ -115,6 +117,7 @@ class AttentionCall:
     def keys_seen(self) -> int:
         """The most keys that a query sees, by its sequence (the average one for varlen) and by its window."""
         keys = self.k_shape[-2] if self.sequences is None else self.k_shape[0] // max(self.sequences, 1)
+        keys *= max(self.block_table, 1)
         left, right = self.window_left, self.window_right
         if right is not None and right < 0:
             keys = max(0, keys + right)
@@ -174,6 +177,8 @@ class AttentionCall:
         if self.alibi:
             parts.append("ALiBi")
         parts += [words for words, asked in (("seqused", self.seqused), ("leftpad_k", self.leftpad)) if asked]
+        if self.cache or self.block_table:
+            parts.append("paged KV cache" if self.block_table else "KV cache")
         if self.dropout_p:
             parts.append(f"dropout {self.dropout_p:g}")
         if self.n_kind != "none":
@@ -228,4 +233,8 @@ def describe(
         transform=transform,
         seqused=options.seqused_q is not None or options.seqused_k is not None,
         leftpad=options.leftpad_k is not None,
+        seqused_q=options.seqused_q is not None,
+        cache=options.cache_batch_idx is not None or k.dtype != q.dtype,
+        cache_dtype=None if k.dtype == q.dtype else k.dtype,
+        block_table=0 if options.block_table is None else options.block_table.shape[1],
     )

@@ -35,6 +35,14 @@ class Options(NamedTuple):
     seqused_q: Tensor | None = None
     seqused_k: Tensor | None = None
     leftpad_k: Tensor | None = None
+    # A KV cache that is read in place. Of a paged one, k and v are `(blocks, Hkv, block, E)`, and the blocks of each
+    # sequence `(B, most)`, int32; else `(B,)`, int32, may say in which row of k and v each sequence lies.
+    block_table: Tensor | None = None
+    cache_batch_idx: Tensor | None = None
+    # (B, Hkv): the keys and values of a float8 cache are multiplied by these
+    k_descale: Tensor | None = None
+    v_descale: Tensor | None = None
+    num_splits: int = 0  # into how many parts keys are split; 0 lets a backend choose
 
     @property
     def tensors(self) -> tuple[Tensor | None, ...]:

@@ -28,4 +28,10 @@ def choose(call: AttentionCall, backend: str | None) -> tuple[str, Backend]:
     return served
 
 
+def serves(call: AttentionCall, backend: str | None) -> bool:
+    """Return True if the backend that is forced, or one of the automatic order, serves `call`."""
+    name, _ = forced(backend)
+    return first(call, automatic(call) if name is None else (name,)) is not None
+
+
 passes.choose_by(lambda call: choose(call, None)[1])

@@ -47,6 +47,14 @@ def varlen(
     return _run(prepared, request, key if as_it_came else None, packing)
 
 
+def cached(
+    q: Tensor, k: Tensor, v: Tensor, request: Request, cache: dict[str, Any]
+) -> Tensor | tuple[Tensor, Tensor] | None:
+    """Attention over a KV cache that is read in place; None if no backend that may be asked does so."""
+    prepared = canonical.cached(q, k, v, request, **cache)
+    return _run(prepared, request) if choose.serves(prepared.call, request.backend) else None
+
+
 def _run_known(
     known: PreparedCall, q: Tensor, k: Tensor, v: Tensor, request: Request, options: Options
 ) -> Tensor | tuple[Tensor, Tensor]:

@@ -22,6 +22,7 @@ from torch import Tensor
 from triton.backends.compiler import GPUTarget
 
 from attn_n.backends.triton import hopper
+from attn_n.backends.triton.decode import prepare as decode
 from attn_n.backends.triton.hopper.configs import BACKWARD, FORWARD, TILE_V
 from attn_n.backends.triton.kernel_key import describe, kernel_strides
 from attn_n.backends.triton.portable import configs
@@ -151,7 +152,7 @@ def launch_of(
         return functools.partial(chosen.compiled if compile_only else chosen, *arguments)
     if kernel == "dmask" and options.mask is None:
         options = options.replaced(mask=torch.empty(1, 1, q.shape[2], k.shape[2], dtype=q.dtype))
-    extras = options.mask, options.alibi_slopes, None, None, None
+    extras = options.mask, options.alibi_slopes, *(None,) * 6
     if kernel == "forward":
         key, arguments = describe((q, k, v), log_n, options), (q, k, v, out, lse, None, log_n, *extras)
         results = [kernel_strides(out.stride())]
@@ -183,6 +184,23 @@ def compiled_sinks(target: str) -> Iterator[tuple[str, int, Any]]:
         yield "rescaling", width, rescale.compiled(out, lse, lse, None, 1.0)
         gradient = fused.launch_for("gradient", out.device, out.dtype, out.shape, (tile, tile), (None, row, None), 1)
         yield "gradient of n", width, gradient.compiled(out, out, None, lse, sinks, shares)
+
+
+def compiled_decoding(target: str) -> Iterator[tuple[str, int, Any]]:
+    """Yields name, width and compiled kernel of decoding: contiguous, and paged by tiles within and across blocks."""
+    triton.runtime.driver.set_active(_NoGpu(TARGETS[target].gpu))
+    for width in (64, 128, 256):
+        q, out = (torch.empty(1, 8, 1, width, dtype=torch.bfloat16) for _ in range(2))
+        parts, parts_lse = torch.empty(8, 2, width), torch.empty(8, 2)
+        for name, block in (("contiguous", 0), ("paged", 16), ("paged, large blocks", 128)):
+            cache = torch.empty(4, 2, block or 1024, width, dtype=torch.bfloat16)
+            table = torch.empty(1, 8, dtype=torch.int32) if block else None
+            options = Options(0.1, window_right=0, block_table=table, num_splits=2)
+            call = decode.call_for(q, cache, cache, 0.0, options)
+            rest = None, 0.0, None, None, None, table, None, None, None
+            yield f"decode, {name}", width, call.split.compiled(q, cache, cache, parts, parts_lse, *rest)
+        assert call.merge is not None
+        yield "decode merge", width, call.merge.compiled(parts, parts_lse, out, parts_lse, None, 0.0)
 
 
 def resources(kernel: Any, target: str) -> Resources:
@@ -225,7 +243,7 @@ def main(target: str) -> None:
                 "varlen": options is not causal, **found._asdict(),
             }  # fmt: skip
             print(json.dumps(line), flush=True)
-    for kernel, width, binary in compiled_sinks(target):
+    for kernel, width, binary in (*compiled_sinks(target), *compiled_decoding(target)):
         found = resources(binary, target)
         print(json.dumps({"kernel": kernel, "width": width, "dtype": "torch.bfloat16", **found._asdict()}), flush=True)
 

@@ -1,4 +1,4 @@
-"""Our kernels in Triton, with n inside: those for Hopper, and portable ones."""
+"""Our kernels in Triton, with n inside: those for Hopper, portable ones, and those for decoding."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 
 from attn_n.backends.base import Family
 from attn_n.backends.triton import hopper
+from attn_n.backends.triton.decode import MOST_QUERIES, DecodeKernels
 from attn_n.backends.triton.hopper import HopperKernels
 from attn_n.backends.triton.portable import PortableKernels
 from attn_n.call import AttentionCall
@@ -20,11 +21,15 @@ class Triton(Family):
     applies_n = True
 
     def __init__(self) -> None:
-        self.members = {"hopper": HopperKernels(), "portable": PortableKernels()}
+        self.members = {"hopper": HopperKernels(), "portable": PortableKernels(), "decode": DecodeKernels()}
 
     def priority(self, call: AttentionCall) -> Sequence[str]:
+        if call.cache or call.block_table:
+            return ("decode",)
         if call.device != "cuda":
             return ("portable",)
+        if call.padded and not call.needs_grad and call.q_shape[2] <= MOST_QUERIES:
+            return ("decode", "portable")
         if self.by_name(call):
             _say_what_is_lost()
             return ("portable",)

@@ -219,7 +219,10 @@ def _extras(rng_state: Tensor | None, options: Options) -> tuple[Tensor | None, 
     mask = options.mask
     if mask is not None and mask.dtype == torch.bool:
         mask = mask.view(torch.uint8)
-    return mask, options.alibi_slopes, rng_state, options.cu_seqlens_q, options.cu_seqlens_k, *options[-3:]
+    return (
+        mask, options.alibi_slopes, rng_state, options.cu_seqlens_q, options.cu_seqlens_k, options.seqused_q,
+        options.seqused_k, options.leftpad_k,
+    )  # fmt: skip
 
 
 def padded_rows(key: KernelKey) -> int:

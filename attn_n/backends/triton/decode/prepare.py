@@ -1,0 +1,157 @@
+"""A prepared call of the decoding kernels: its launches, and what it allocates."""
+
+from __future__ import annotations
+
+import functools
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from attn_n.backends.triton import allocation
+from attn_n.backends.triton.decode.kernels import merge_kernel, split_kernel
+from attn_n.call import Gradients, Grads, Options, Saved
+from attn_n.launcher import Launch
+from attn_n.recent import Recent
+
+MOST_SPLITS = 128
+# A split has at least so many keys, where there are enough: it takes as long to begin and to end as to read some.
+LEAST_KEYS = 256
+
+
+class DecodeKey(NamedTuple):
+    """The metadata of a call; two calls with equal keys launch the same kernels with the same numbers."""
+
+    device: torch.device
+    dtype: torch.dtype
+    cache_dtype: torch.dtype
+    q_shape: tuple[int, ...]
+    heads_kv: int
+    width_v: int
+    most: int  # keys of a sequence
+    block: int  # keys of a block of a paged cache; 0 of a contiguous one
+    strides: tuple[tuple[int, ...], ...]  # of q, k and v
+    stride_table: int | None
+    strides_slopes: tuple[int, ...] | None
+    strides_k_descale: tuple[int, ...] | None
+    strides_v_descale: tuple[int, ...] | None
+    stride_n: int | None  # of log n per head; None if n is a number, or log n one a row and dense
+    scale: float
+    left: int | None
+    right: int | None
+    softcap: float | None
+    tf32: bool
+    num_splits: int  # 0 chooses
+
+
+class DecodeCall:
+    """A prepared call: the launches of a forward, and what allocates its results and its parts."""
+
+    def __init__(self, key: DecodeKey, q: Tensor) -> None:
+        batch, heads, len_q, width = key.q_shape
+        groups = heads // key.heads_kv
+        tile_r = max(16, min(64, _power_of_two(groups * len_q)))
+        row_tiles = -(-groups * len_q // tile_r)
+        items = batch * key.heads_kv * row_tiles
+        self.splits = splits = key.num_splits or splits_for(items, key.most, _sm_count(key.device))
+        self._out, strides_out = allocation.empty_like(q, key.width_v)
+        self._lse = allocation.empty(key.q_shape[:-1], torch.float32, key.device)
+        rows = batch * heads * len_q
+        self._parts = allocation.empty((rows, splits, key.width_v), torch.float32, key.device)
+        self._parts_lse = allocation.empty((rows, splits), torch.float32, key.device)
+        tile_e, tile_v = _power_of_two(width), _power_of_two(key.width_v)
+        tile_k = max(16, min(64, 16384 // (max(tile_e, tile_v) * key.dtype.itemsize)))  # a tile has 16 KB
+        numbers = (
+            *key.strides, strides_out, key.stride_table, key.strides_slopes, key.strides_k_descale,
+            key.strides_v_descale, key.stride_n, heads, len_q, key.most, key.left, key.right, key.scale, key.softcap,
+            splits, row_tiles, key.block,
+        )  # fmt: skip
+        constants = {
+            "GROUPS": groups, "WIDTH": width, "WIDTH_V": key.width_v, "TILE_E": tile_e, "TILE_V": tile_v,
+            "TILE_R": tile_r, "TILE_K": tile_k, "PAGED": key.block > 0,
+            "WHOLE": key.block > 0 and key.block % tile_k == 0, "SPLIT": splits > 1,
+            "PRECISION": "tf32" if key.tf32 else "ieee",
+        }  # fmt: skip
+        stages = 3 if _has_room(key.device) else 2
+        if key.block:  # a load waits for that of the table, and Triton divides the stages between the two
+            stages = 2 * stages - 1
+        options = {"num_warps": 4, "num_stages": stages}
+        self.split = Launch(split_kernel, items * splits, key.device, numbers, constants, options, False)
+        self.merge = None
+        if splits > 1:
+            constants = {"WIDTH_V": key.width_v, "TILE_V": tile_v, "TILE_S": _power_of_two(splits, 1)}
+            numbers = strides_out, key.stride_n, heads, len_q, splits
+            self.merge = Launch(merge_kernel, rows, key.device, numbers, constants, {"num_warps": 4}, False)
+
+    def forward(
+        self, q: Tensor, k: Tensor, v: Tensor, log_n: float | Tensor | None, options: Options
+    ) -> tuple[Tensor, Tensor, Tensor | None]:
+        out, lse = self._out(), self._lse()
+        sinks, number = (log_n, None) if isinstance(log_n, Tensor) else (None, log_n)
+        into = (out, lse) if self.merge is None else (self._parts(), self._parts_lse())
+        self.split(
+            q, k, v, *into, sinks, number, options.alibi_slopes, options.seqused_k, options.leftpad_k,
+            options.block_table, options.cache_batch_idx, options.k_descale, options.v_descale,
+        )  # fmt: skip
+        if self.merge is not None:
+            self.merge(*into, out, lse, sinks, number)
+        return out, lse, None
+
+    def backward(self, grads: Grads, saved: Saved, options: Options) -> Gradients:
+        raise NotImplementedError("the decoding kernels have no backward")
+
+
+def call_for(q: Tensor, k: Tensor, v: Tensor, log_n: float | Tensor | None, options: Options) -> DecodeCall:
+    """Return the prepared call, without what a caller's tensors hold."""
+    table, slopes = options.block_table, options.alibi_slopes
+    paged = table is not None
+    key = DecodeKey(
+        q.device, q.dtype, k.dtype, tuple(q.shape), k.shape[1], v.shape[3],
+        k.shape[2] * (table.shape[1] if table is not None else 1), k.shape[2] if paged else 0,
+        (q.stride(), k.stride(), v.stride()), None if table is None else table.stride(0),
+        None if slopes is None else slopes.stride(), _strides(options.k_descale), _strides(options.v_descale),
+        log_n.stride(0) if isinstance(log_n, Tensor) and log_n.dim() == 1 else None, options.scale,
+        options.window_left, options.window_right, options.softcap,
+        q.dtype == torch.float32 and torch.get_float32_matmul_precision() != "highest", options.num_splits,
+    )  # fmt: skip
+    return _calls.get(key) or _calls.put(key, DecodeCall(key, q))
+
+
+_calls: Recent[DecodeKey, DecodeCall] = Recent()
+
+
+def splits_for(items: int, keys: int, sm_count: int) -> int:
+    """Return into how many parts to split the keys, so that the programs fill the SMs: two programs fit each.
+
+    It depends on what the host knows: how many keys a sequence may have, not how many it has.
+    """
+    at_once = 2 * sm_count
+    most = max(1, min(MOST_SPLITS, keys // LEAST_KEYS, -(-2 * at_once // items)))
+
+    def filled(splits: int) -> float:
+        rounds = items * splits / at_once
+        return rounds / -(-items * splits // at_once)
+
+    best = max(filled(splits) for splits in range(1, most + 1))
+    return next(splits for splits in range(1, most + 1) if filled(splits) >= 0.9 * best)
+
+
+def _strides(x: Tensor | None) -> tuple[int, ...] | None:
+    return None if x is None else x.stride()
+
+
+def _power_of_two(size: int, least: int = 16) -> int:
+    return max(least, 1 << (size - 1).bit_length())
+
+
+@functools.cache
+def _has_room(device: torch.device) -> bool:
+    """Return True if a program may have the shared memory of an A100, 163 KB; consumer GPUs have 99 KB."""
+    properties: Any = torch.cuda.get_device_properties(device) if device.type == "cuda" else None
+    return properties is None or properties.shared_memory_per_block_optin > 120000
+
+
+@functools.cache
+def _sm_count(device: torch.device) -> int:
+    """Return the number of SMs; without a GPU four, with which the interpreter splits keys too."""
+    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 4
