@@ -98,7 +98,8 @@ def preprocess_kernel(
         # is the sum of -exp(-lse) * delta.
         sink = 0.0
         if sinks is not None:
-            sink = load_sink(sinks, stride_n, batch, head, heads, first_q, rows, len_q, starts is not None) * LOG2E
+            sink = load_sink(sinks, stride_n, batch, head, heads, first_q, rows, len_q, len_q, starts is not None)
+            sink *= LOG2E
         # A large number in place of infinity, since the shares of two rows could be infinite and of opposite sign.
         power = sink - row_lse
         share = tl.where(power > 127.9, 7.9e28, tl.exp2(tl.minimum(power, 127.9)))  # 2**96
