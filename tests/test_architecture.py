@@ -22,6 +22,7 @@ LAYERS = (
     ("autograd",),
     ("dispatch",),
     ("functional", "inference", "merge", "softmax"),
+    ("compat",),
     ("__init__",),
     ("doctor",),
     ("__main__",),
