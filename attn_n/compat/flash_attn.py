@@ -220,7 +220,7 @@ def _sinks(s_aux: Tensor | None, learnable_sink: Tensor | None) -> Tensor | None
 
 
 def _window(window_size: tuple[int, int]) -> tuple[int | None, int | None]:
-    left, right = (None if side is None or side < 0 else side for side in window_size)
+    left, right = (None if side is None or side < 0 else int(side) for side in window_size)
     return left, right
 
 
