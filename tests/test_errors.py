@@ -13,7 +13,7 @@ from torch import Tensor
 
 import attn_n
 from attn_n import flash_attention_n, flash_attention_n_varlen
-from attn_n.call import canonical
+from attn_n.call import Options, canonical
 from tests.cases import INTERPRETED
 
 
@@ -489,27 +489,7 @@ def test_varlen_boundaries_are_checked_by_the_reader_too() -> None:
     """A compiled call skips the check of values at first; the code that reads them to the host checks them."""
     q, k, v, cu_q, cu_k, max_q, max_k = varlen().values()
     cu_q[-1] = 8
-    arguments = (
-        q,
-        k,
-        v,
-        None,
-        False,
-        0.0,
-        None,
-        "sdpa:cpu",
-        1.0,
-        None,
-        None,
-        None,
-        0.0,
-        None,
-        None,
-        cu_q,
-        cu_k,
-        max_q,
-        max_k,
-        *[None] * 3,
-    )
+    options = Options(1.0, cu_seqlens_q=cu_q, cu_seqlens_k=cu_k, max_seqlen_q=max_q, max_seqlen_k=max_k)
+    arguments = (q, k, v, None, False, 0.0, None, "sdpa:cpu", *options)
     with pytest.raises(ValueError, match="cu_seqlens_q: expected to end at the 9 tokens, got 8"):
         torch.ops.attn_n.forward(*arguments)

@@ -95,7 +95,9 @@ def test_every_row(
         ({"v_shape": (2, 8, 256, 264), "dtype": torch.float32}, "takes heads of up to 256 in float32, got 264"),
         ({"device": "mps", "capability": None}, "runs on CUDA and CPU, not on mps"),
         ({"mask_needs_grad": True, "alibi_needs_grad": True}, None),
-        ({"seqused": True}, "has no seqused_q or seqused_k"),
+        ({"seqused": True, "leftpad": True}, None),
+        ({"leftpad": True, "mask_needs_grad": True}, "has no gradient of attn_mask together with leftpad_k"),
+        ({"block_table": 4, "cache": True}, "has no KV cache, no block table of a paged KV cache"),
     ],
     ids=str,
 )  # fmt: skip

@@ -189,14 +189,15 @@ def compiled_sinks(target: str) -> Iterator[tuple[str, int, Any]]:
 def compiled_decoding(target: str) -> Iterator[tuple[str, int, Any]]:
     """Yields name, width and compiled kernel of decoding: contiguous, and paged by tiles within and across blocks."""
     triton.runtime.driver.set_active(_NoGpu(TARGETS[target].gpu))
-    for width in (64, 128, 256):
+    for width in (128, 256):
         q, out = (torch.empty(1, 8, 1, width, dtype=torch.bfloat16) for _ in range(2))
         parts, parts_lse = torch.empty(8, 2, width), torch.empty(8, 2)
         for name, block in (("contiguous", 0), ("paged", 16), ("paged, large blocks", 128)):
             cache = torch.empty(4, 2, block or 1024, width, dtype=torch.bfloat16)
             table = torch.empty(1, 8, dtype=torch.int32) if block else None
             options = Options(0.1, window_right=0, block_table=table, num_splits=2)
-            call = decode.call_for(q, cache, cache, 0.0, options)
+            key = decode.key_of(q, cache, cache, 0.0, options)
+            call = decode.DecodeCall(key, q, TARGETS[target].shared > 120000)
             rest = None, 0.0, None, None, None, table, None, None, None
             yield f"decode, {name}", width, call.split.compiled(q, cache, cache, parts, parts_lse, *rest)
         assert call.merge is not None

@@ -47,7 +47,8 @@ class DecodeKey(NamedTuple):
 class DecodeCall:
     """A prepared call: the launches of a forward, and what allocates its results and its parts."""
 
-    def __init__(self, key: DecodeKey, q: Tensor) -> None:
+    def __init__(self, key: DecodeKey, q: Tensor, room: bool) -> None:
+        """`room`: a program may have the shared memory of an A100, 163 KB; consumer GPUs have 99 KB, ROCm's 64 KB."""
         batch, heads, len_q, width = key.q_shape
         groups = heads // key.heads_kv
         tile_r = max(16, min(64, _power_of_two(groups * len_q)))
@@ -72,7 +73,7 @@ class DecodeCall:
             "WHOLE": key.block > 0 and key.block % tile_k == 0, "SPLIT": splits > 1,
             "PRECISION": "tf32" if key.tf32 else "ieee",
         }  # fmt: skip
-        stages = 3 if _has_room(key.device) else 2
+        stages = 3 if room else 2
         if key.block:  # a load waits for that of the table, and Triton divides the stages between the two
             stages = 2 * stages - 1
         options = {"num_warps": 4, "num_stages": stages}
@@ -102,10 +103,14 @@ class DecodeCall:
 
 
 def call_for(q: Tensor, k: Tensor, v: Tensor, log_n: float | Tensor | None, options: Options) -> DecodeCall:
-    """Return the prepared call, without what a caller's tensors hold."""
+    key = key_of(q, k, v, log_n, options)
+    return _calls.get(key) or _calls.put(key, DecodeCall(key, q, _has_room(key.device)))
+
+
+def key_of(q: Tensor, k: Tensor, v: Tensor, log_n: float | Tensor | None, options: Options) -> DecodeKey:
     table, slopes = options.block_table, options.alibi_slopes
     paged = table is not None
-    key = DecodeKey(
+    return DecodeKey(
         q.device, q.dtype, k.dtype, tuple(q.shape), k.shape[1], v.shape[3],
         k.shape[2] * (table.shape[1] if table is not None else 1), k.shape[2] if paged else 0,
         (q.stride(), k.stride(), v.stride()), None if table is None else table.stride(0),
@@ -114,7 +119,6 @@ def call_for(q: Tensor, k: Tensor, v: Tensor, log_n: float | Tensor | None, opti
         options.window_left, options.window_right, options.softcap,
         q.dtype == torch.float32 and torch.get_float32_matmul_precision() != "highest", options.num_splits,
     )  # fmt: skip
-    return _calls.get(key) or _calls.put(key, DecodeCall(key, q))
 
 
 _calls: Recent[DecodeKey, DecodeCall] = Recent()
@@ -146,7 +150,6 @@ def _power_of_two(size: int, least: int = 16) -> int:
 
 @functools.cache
 def _has_room(device: torch.device) -> bool:
-    """Return True if a program may have the shared memory of an A100, 163 KB; consumer GPUs have 99 KB."""
     properties: Any = torch.cuda.get_device_properties(device) if device.type == "cuda" else None
     return properties is None or properties.shared_memory_per_block_optin > 120000
 
