@@ -89,7 +89,7 @@ def flash_attention_n_with_kvcache(
         sm_scale, sm_n, sinks, window, softcap, alibi_slopes, backend: as in `flash_attention_n`.
         rotary_cos, rotary_sin: `(positions, pairs)`: the first `2 * pairs` columns of q and of the new k are turned by
             their positions in the cache, from `cache_seqlens` on (`cache_leftpad` is not subtracted); without `causal`
-            and `window` all queries are at `cache_seqlens`. This is FlashAttention 2's meaning.
+            and a bounded `window` all queries are at `cache_seqlens`. This is FlashAttention 2's meaning.
         rotary_interleaved: pairs are neighbouring columns (GPT-J), else the two halves (GPT-NeoX).
         k_descale, v_descale: `(B, Hkv)`: what a float8 cache is multiplied by; None is 1. New keys and values are
             divided by them.
@@ -121,9 +121,9 @@ def flash_attention_n_with_kvcache(
         if k is not None and v is not None and before is not None:
             first = before if isinstance(before, Tensor) else q.new_full((layout.batch,), before, dtype=torch.int32)
             if rotary_cos is not None and rotary_sin is not None:
-                turned = flag("causal", causal) or window is not None
+                bounded = flag("causal", causal) or (window is not None and tuple(window) != (None, None))
                 positions = first[:, None] + torch.arange(max(new, q.shape[2]), device=q.device)
-                of_q = positions[:, : q.shape[2]] if turned else first[:, None].expand(-1, q.shape[2])
+                of_q = positions[:, : q.shape[2]] if bounded else first[:, None].expand(-1, q.shape[2])
                 q = rotary.turn(q, rotary_cos, rotary_sin, of_q, rotary_interleaved)
                 k = rotary.turn(k, rotary_cos, rotary_sin, positions[:, :new], rotary_interleaved)
             write(k_cache, layout, first, _scaled_down(k, k_descale, k_cache))

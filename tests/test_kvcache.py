@@ -65,6 +65,7 @@ CASES = [
     Case("split keys, paged", most=208, lengths=(150, 0, 70, 207), splits=2, block=16, window=(100, None)),
     Case("split keys, large blocks", most=384, lengths=(250, 0, 70, 307), splits=3, block=128, queries=3, new=3),
     Case("rotary, not causal", rotary="halves", causal=False, queries=2, new=2),
+    Case("rotary, unbounded window", rotary="halves", causal=False, window=(None, None), queries=2, new=2),
 ]  # fmt: skip
 
 
@@ -153,7 +154,8 @@ def make(case: Case, dtype: torch.dtype = torch.float32, device: str = "cpu") ->
         k, v = (torch.cat([x[b, :, :length], y[b]], 1).double() for x, y in zip(past, new, strict=True))
         one_q = q[b].double()
         if case.rotary:
-            at = range(length, length + case.queries) if case.causal or case.window else [length] * case.queries
+            bounded = case.causal or case.window not in (None, (None, None))
+            at = range(length, length + case.queries) if bounded else [length] * case.queries
             one_q = turned(one_q, angles.double()[list(at)], case.rotary)
             k[:, length:] = turned(k[:, length:], angles.double()[length : length + case.new], case.rotary)
         sequences.append((one_q, k, v))
