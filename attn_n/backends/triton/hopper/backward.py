@@ -19,9 +19,9 @@ shared memory and the barriers on them:
                                               dV and dK are written, or added, to global memory
 
 The consumers take turns with dQ: each computes all of it for every other tile of queries, while the other one goes on.
-So they drift apart by up to a tile, and the exponentials of one run beside the products of the other (under a causal
-mask +3 %, else +1 %). The next dP is begun right behind the next S, so that the first exponentials have that wgmma to
-run beside (+1 to 2 %).
+So they drift apart by up to a tile, and the exponentials of one run beside the wgmmas of the other (+3 to 7 % on an
+H100). The next dP is begun right behind the next S, so that the first exponentials have that wgmma to run beside (+1 to
+2 %).
 
 A barrier is waited for by its phase, which flips each time its ring of buffers has gone around; `empty` counts an
 arrival of each consumer. That dS is there is said at a named barrier, where a consumer arrives without waiting. There
