@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Literal, overload
+from typing import TYPE_CHECKING, Literal, TypedDict, overload
 
 import torch
 from torch import Tensor
@@ -11,30 +11,47 @@ from attn_n.cache import checks, rotary
 from attn_n.cache.layout import gather, write
 from attn_n.call import Request
 from attn_n.call.checks import flag, length, readable
+from attn_n.call.checks import window as sides
 from attn_n.dispatch import run
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack  # in typing from Python 3.11 on
+
+
+class _Keywords(TypedDict, total=False):
+    """The keyword arguments without `return_lse`, on which the type of the result depends."""
+
+    cache_seqlens: int | Tensor | None
+    cache_batch_idx: Tensor | None
+    cache_leftpad: Tensor | None
+    block_table: Tensor | None
+    causal: bool
+    sm_scale: float | None
+    sm_n: float | Tensor | None
+    sinks: Tensor | None
+    window: tuple[int | None, int | None] | None
+    softcap: float | None
+    alibi_slopes: Tensor | None
+    rotary_cos: Tensor | None
+    rotary_sin: Tensor | None
+    rotary_interleaved: bool
+    k_descale: Tensor | None
+    v_descale: Tensor | None
+    num_splits: int
+    backend: str | None
 
 
 @overload
 def flash_attention_n_with_kvcache(
-    q: Tensor, k_cache: Tensor, v_cache: Tensor, k: Tensor | None = ..., v: Tensor | None = ..., *,
-    cache_seqlens: int | Tensor | None = ..., cache_batch_idx: Tensor | None = ..., cache_leftpad: Tensor | None = ...,
-    block_table: Tensor | None = ..., causal: bool = ..., sm_scale: float | None = ...,
-    sm_n: float | Tensor | None = ..., sinks: Tensor | None = ..., window: tuple[int | None, int | None] | None = ...,
-    softcap: float | None = ..., alibi_slopes: Tensor | None = ..., rotary_cos: Tensor | None = ...,
-    rotary_sin: Tensor | None = ..., rotary_interleaved: bool = ..., k_descale: Tensor | None = ...,
-    v_descale: Tensor | None = ..., num_splits: int = ..., return_lse: Literal[False] = ..., backend: str | None = ...,
+    q: Tensor, k_cache: Tensor, v_cache: Tensor, k: Tensor | None = ..., v: Tensor | None = ...,
+    *, return_lse: Literal[False] = ..., **keywords: Unpack[_Keywords],
 ) -> Tensor: ...  # fmt: skip
 
 
 @overload
 def flash_attention_n_with_kvcache(
-    q: Tensor, k_cache: Tensor, v_cache: Tensor, k: Tensor | None = ..., v: Tensor | None = ..., *,
-    cache_seqlens: int | Tensor | None = ..., cache_batch_idx: Tensor | None = ..., cache_leftpad: Tensor | None = ...,
-    block_table: Tensor | None = ..., causal: bool = ..., sm_scale: float | None = ...,
-    sm_n: float | Tensor | None = ..., sinks: Tensor | None = ..., window: tuple[int | None, int | None] | None = ...,
-    softcap: float | None = ..., alibi_slopes: Tensor | None = ..., rotary_cos: Tensor | None = ...,
-    rotary_sin: Tensor | None = ..., rotary_interleaved: bool = ..., k_descale: Tensor | None = ...,
-    v_descale: Tensor | None = ..., num_splits: int = ..., return_lse: bool, backend: str | None = ...,
+    q: Tensor, k_cache: Tensor, v_cache: Tensor, k: Tensor | None = ..., v: Tensor | None = ...,
+    *, return_lse: bool, **keywords: Unpack[_Keywords],
 ) -> Tensor | tuple[Tensor, Tensor]: ...  # fmt: skip
 
 
@@ -121,7 +138,7 @@ def flash_attention_n_with_kvcache(
         if k is not None and v is not None and before is not None:
             first = before if isinstance(before, Tensor) else q.new_full((layout.batch,), before, dtype=torch.int32)
             if rotary_cos is not None and rotary_sin is not None:
-                bounded = flag("causal", causal) or (window is not None and tuple(window) != (None, None))
+                bounded = flag("causal", causal) or sides(window) != (None, None)
                 positions = first[:, None] + torch.arange(max(new, q.shape[2]), device=q.device)
                 of_q = positions[:, : q.shape[2]] if bounded else first[:, None].expand(-1, q.shape[2])
                 q = rotary.turn(q, rotary_cos, rotary_sin, of_q, rotary_interleaved)

@@ -50,8 +50,7 @@ def merge_attention(
     like, rows = outs[0], outs[0].shape[:-1]
     compute = torch.promote_types(like.dtype, torch.float32)
     lses = [lse.to(compute).masked_fill(lse == math.inf, -math.inf) for lse in lses]
-    if sinks is not None and sm_n is not None:
-        raise ValueError("sinks: expected None together with sm_n (a sink is log n), got both")
+    checks.not_both(sm_n, sinks)
     if sinks is not None or isinstance(sm_n, Tensor):
         heads = like.shape[1] if varlen else like.shape[-3] if like.dim() > 2 else 1
         n = checks.n_tensor(sm_n, sinks, like, heads, rows)

@@ -35,8 +35,7 @@ def layout(
         if x.dtype not in (queries.dtype, *FLOAT8):
             expected = f"{_name(queries)} as q, or float8_e4m3fn"
             raise TypeError(f"{name}: expected {expected}, got {_name(x)}")
-        if x.device != queries.device:
-            raise ValueError(f"{name}: expected the device of q, {queries.device}, got {x.device}")
+        checks.same_device(name, x, queries)
     if keys.dtype != values.dtype:
         raise TypeError(f"v_cache: expected the dtype of k_cache, {_name(keys)}, got {_name(values)}")
     if keys.shape[:3] != values.shape[:3]:
@@ -77,8 +76,7 @@ def new_rows(q: Tensor, k_cache: Tensor, v_cache: Tensor, k: object, v: object) 
             raise ValueError(f"{name}: expected shape {expected}, got {tuple(new.shape)}")
         if new.dtype != q.dtype:
             raise TypeError(f"{name}: expected the dtype of q, {_name(q)}, got {_name(new)}")
-        if new.device != q.device:
-            raise ValueError(f"{name}: expected the device of q, {q.device}, got {new.device}")
+        checks.same_device(name, new, q)
         if new.requires_grad and torch.is_grad_enabled():
             raise ValueError(f"{name}: expected no gradient: call it under torch.no_grad()")
         shapes[name] = new.shape[2]
@@ -123,8 +121,7 @@ def rotary(cos: Tensor | None, sin: Tensor | None, q: Tensor, new: int, most: in
         if table.dim() != 2 or 2 * table.shape[1] > q.shape[3] or table.shape[0] < most:
             expected = f"(positions, pairs) with at least {most} positions and at most {q.shape[3] // 2} pairs"
             raise ValueError(f"{name}: expected shape {expected}, got {tuple(table.shape)}")
-        if table.device != q.device:
-            raise ValueError(f"{name}: expected the device of q, {q.device}, got {table.device}")
+        checks.same_device(name, table, q)
     if cos.shape != sin.shape:
         raise ValueError(f"rotary_sin: expected the shape of rotary_cos, {tuple(cos.shape)}, got {tuple(sin.shape)}")
 
@@ -138,8 +135,7 @@ def descale(name: str, value: object, q: Tensor, cache: Tensor) -> None:
         raise ValueError(f"{name}: expected None beside a cache in {_name(cache)}, which is not scaled, got a tensor")
     if factors.shape != (q.shape[0], cache.shape[1]):
         raise ValueError(f"{name}: expected shape ({q.shape[0]}, {cache.shape[1]}), got {tuple(factors.shape)}")
-    if factors.device != q.device:
-        raise ValueError(f"{name}: expected the device of q, {q.device}, got {factors.device}")
+    checks.same_device(name, factors, q)
 
 
 def table_in_use(block_table: Tensor, blocks: int, block: int, used: list[int]) -> None:
@@ -164,8 +160,7 @@ def _room(most: int, new: int) -> str:
 def _int32(name: str, x: Tensor, q: Tensor) -> None:
     if x.dtype != torch.int32:
         raise TypeError(f"{name}: expected int32, got {_name(x)}")
-    if x.device != q.device:
-        raise ValueError(f"{name}: expected the device of q, {q.device}, got {x.device}")
+    checks.same_device(name, x, q)
 
 
 def _name(x: Tensor) -> str:

@@ -144,8 +144,7 @@ def _describe(
     """Do the checks and conversions that batches and varlen sequences share."""
     heads = q.shape[1]
     sm_n, sinks, slopes = request.sm_n, request.sinks, request.alibi_slopes
-    if sinks is not None and sm_n is not None:
-        raise ValueError("sinks: expected None together with sm_n (a sink is log n), got both")
+    checks.not_both(sm_n, sinks)
     n: float | Tensor | None
     if sinks is not None or isinstance(sm_n, Tensor):
         n = _neg_resolved(checks.n_tensor(sm_n, sinks, q, heads, out_shape))

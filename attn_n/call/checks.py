@@ -115,6 +115,11 @@ def same_kind(name: str, x: Tensor, q: Tensor) -> None:
     raise TypeError(f"{name}: expected a plain torch.Tensor as q is, got {kind.__module__}.{kind.__name__}{instead}")
 
 
+def same_device(name: str, x: Tensor, q: Tensor) -> None:
+    if x.device != q.device:
+        raise ValueError(f"{name}: expected the device of q, {q.device}, got {x.device}")
+
+
 def _how_to_convert(x: object) -> str:
     """Return a hint how to convert a mask of another library to ours."""
     module, name = type(x).__module__, type(x).__name__
@@ -224,8 +229,7 @@ def qkv(q: Tensor, k: Tensor, v: Tensor, varlen: bool) -> None:
         same_kind(name, x, q)
         if x.dtype != q.dtype:
             raise TypeError(f"{name}: expected the dtype of q, {_dtype(q)}, got {_dtype(x)}")
-        if x.device != q.device:
-            raise ValueError(f"{name}: expected the device of q, {q.device}, got {x.device}")
+        same_device(name, x, q)
         if x.dim() != q.dim():
             instead = ""
             if 2 <= x.dim() == q.dim() - 1:
@@ -304,6 +308,11 @@ def n_values(name: str, n: Tensor) -> None:
             raise ValueError(f"{name}: expected finite numbers >= 0, got {values}")
 
 
+def not_both(sm_n: object, sinks: object) -> None:
+    if sinks is not None and sm_n is not None:
+        raise ValueError("sinks: expected None together with sm_n (a sink is log n), got both")
+
+
 def n_tensor(sm_n: object, sinks: object, q: Tensor, heads: int, rows: Sequence[int]) -> Tensor:
     """Return n as a tensor: `sm_n`, a scalar or one number a head, or `sinks`, one logit a head or a row.
 
@@ -317,8 +326,7 @@ def n_tensor(sm_n: object, sinks: object, q: Tensor, heads: int, rows: Sequence[
     elif tuple(n.shape) not in (((heads,),) if sinks is not None else ((), (heads,))):
         expected = f"({heads},)" if sinks is not None else f"() or ({heads},)"
         raise ValueError(f"{name}: expected shape {expected} for {heads} heads of q, got {_shape(n)}")
-    if n.device != q.device:
-        raise ValueError(f"{name}: expected the device of q, {q.device}, got {n.device}")
+    same_device(name, n, q)
     if sinks is None:
         n_values(name, n)
     elif readable(n):
@@ -361,8 +369,7 @@ def mask(attn_mask: object, q: Tensor, target: Sequence[int]) -> None:
     same_kind("attn_mask", attn_mask, q)
     if attn_mask.dtype != torch.bool and attn_mask.dtype not in DTYPES:
         raise TypeError(f"attn_mask: expected bool (True = attend) or a floating dtype, got {_dtype(attn_mask)}")
-    if attn_mask.device != q.device:
-        raise ValueError(f"attn_mask: expected the device of q, {q.device}, got {attn_mask.device}")
+    same_device("attn_mask", attn_mask, q)
     if not broadcasts(attn_mask.shape, target):
         raise ValueError(f"attn_mask: expected a shape that broadcasts to {tuple(target)}, got {_shape(attn_mask)}")
 
@@ -440,8 +447,7 @@ def alibi(alibi_slopes: object, q: Tensor, batch: int, heads: int) -> Tensor:
     allowed = ((heads,), (batch, heads))
     if tuple(slopes.shape) not in allowed:
         raise ValueError(f"alibi_slopes: expected shape {' or '.join(map(str, allowed))}, got {_shape(slopes)}")
-    if slopes.device != q.device:
-        raise ValueError(f"alibi_slopes: expected the device of q, {q.device}, got {slopes.device}")
+    same_device("alibi_slopes", slopes, q)
     if readable(slopes) and not bool(slopes.to(_computed_in(q)).isfinite().all()):
         raise ValueError(f"alibi_slopes: expected numbers finite in {_name(_computed_in(q))}, got {slopes.detach()}")
     return slopes
@@ -456,8 +462,7 @@ def lengths(name: str, value: object, q: Tensor) -> Tensor:
         raise TypeError(f"{name}: expected int32, got {_dtype(found)}")
     if tuple(found.shape) != (batch,):
         raise ValueError(f"{name}: expected shape ({batch},), one for each batch of q {_shape(q)}, got {_shape(found)}")
-    if found.device != q.device:
-        raise ValueError(f"{name}: expected the device of q, {q.device}, got {found.device}")
+    same_device(name, found, q)
     return found
 
 
@@ -482,8 +487,7 @@ def cu_seqlens(name: str, cu: object, q: Tensor) -> None:
         raise TypeError(f"{name}: expected int32, got {_dtype(cu)}")
     if cu.dim() != 1 or cu.shape[0] == 0:
         raise ValueError(f"{name}: expected shape (sequences + 1,), got {_shape(cu)}")
-    if cu.device != q.device:
-        raise ValueError(f"{name}: expected the device of q, {q.device}, got {cu.device}")
+    same_device(name, cu, q)
 
 
 def boundaries(name: str, cu: Tensor, tokens: int, longest: int) -> list[int]:

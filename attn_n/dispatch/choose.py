@@ -18,20 +18,19 @@ def choose(call: AttentionCall, backend: str | None) -> tuple[str, Backend]:
         ValueError: an unknown name.
         UnsupportedError: the forced backend does not serve the call, or no backend does.
     """
-    name, asked_by = forced(backend)
-    try:
-        served = first(call, automatic(call) if name is None else (name,))
-    except ValueError as error:
-        raise ValueError(f"{asked_by}: {str(error).removeprefix('backend: ')}") from None
+    served = chosen(call, backend)
     if served is None:
-        raise UnsupportedError(refusal(call, name, asked_by))
+        raise UnsupportedError(refusal(call, *forced(backend)))
     return served
 
 
-def serves(call: AttentionCall, backend: str | None) -> bool:
-    """Return True if the backend that is forced, or one of the automatic order, serves `call`."""
-    name, _ = forced(backend)
-    return first(call, automatic(call) if name is None else (name,)) is not None
+def chosen(call: AttentionCall, backend: str | None) -> tuple[str, Backend] | None:
+    """Do as `choose`, but return None where no backend serves the call."""
+    name, asked_by = forced(backend)
+    try:
+        return first(call, automatic(call) if name is None else (name,))
+    except ValueError as error:
+        raise ValueError(f"{asked_by}: {str(error).removeprefix('backend: ')}") from None
 
 
 passes.choose_by(lambda call: choose(call, None)[1])

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from attn_n.autograd import function, passes
 from attn_n.autograd.prepared import PreparedCall
+from attn_n.backends.base import Backend
 from attn_n.call import Options, Request, autocast, canonical, checks, jagged
 from attn_n.dispatch import call_cache, choose, forced, similar
 from attn_n.sink.weight import as_tensor
@@ -52,7 +53,8 @@ def cached(
 ) -> Tensor | tuple[Tensor, Tensor] | None:
     """Attention over a KV cache that is read in place; None if no backend that may be asked does so."""
     prepared = canonical.cached(q, k, v, request, **cache)
-    return _run(prepared, request) if choose.serves(prepared.call, request.backend) else None
+    chosen = choose.chosen(prepared.call, request.backend)
+    return None if chosen is None else _run(prepared, request, chosen=chosen)
 
 
 def _run_known(
@@ -88,10 +90,11 @@ def _run_jagged(q: Tensor, k: Tensor, v: Tensor, request: Request) -> Tensor | t
 
 
 def _run(
-    prepared: canonical.Canonical, request: Request, key: call_cache.Key | None = None, packing: tuple[Any, ...] = ()
-) -> Tensor | tuple[Tensor, Tensor]:
+    prepared: canonical.Canonical, request: Request, key: call_cache.Key | None = None, packing: tuple[Any, ...] = (),
+    chosen: tuple[str, Backend] | None = None,
+) -> Tensor | tuple[Tensor, Tensor]:  # fmt: skip
     q, k, v, n, n_is_logit, options, call, out_shape = prepared
-    name, backend = choose.choose(call, request.backend)
+    name, backend = chosen or choose.choose(call, request.backend)
     lse: Tensor | None
     if backend.differentiates:
         with autocast.suspended(q.device.type):

@@ -47,7 +47,12 @@ def scale_(out: Tensor, lse: Tensor, log_n: float | Tensor, varlen: bool) -> Non
 
 def add_to_lse(lse: Tensor, log_n: float | Tensor, varlen: bool) -> Tensor:
     """Return the lse at n, given that at n = 0."""
-    return torch.logaddexp(lse, per_row(log_n, varlen) if isinstance(log_n, Tensor) else lse.new_full((), log_n))
+    return torch.logaddexp(lse, of_rows(lse, log_n, varlen))
+
+
+def of_rows(lse: Tensor, log_n: float | Tensor, varlen: bool) -> Tensor:
+    """Return log n to broadcast with lse: it is the lse of a row that sees no key."""
+    return per_row(log_n, varlen) if isinstance(log_n, Tensor) else lse.new_full((), log_n)
 
 
 def per_row(log_n: Tensor, varlen: bool) -> Tensor:

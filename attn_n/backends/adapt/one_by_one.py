@@ -22,17 +22,23 @@ def each_sequence(options: Options, tokens_q: int, tokens_k: int) -> Iterator[tu
     starts_k = checks.boundaries("cu_seqlens_k", options.cu_seqlens_k, tokens_k, options.max_seqlen_k)
     for b in range(len(starts_q) - 1):
         queries, keys = slice(starts_q[b], starts_q[b + 1]), slice(starts_k[b], starts_k[b + 1])
-        mask, slopes = options.mask, options.alibi_slopes
-        if mask is not None:
-            mask = mask if mask.shape[0] == 1 else mask[b : b + 1]
-            mask = mask if mask.shape[2] == 1 else mask[:, :, : queries.stop - queries.start]
-            mask = mask if mask.shape[3] == 1 else mask[:, :, :, : keys.stop - keys.start]
-        if slopes is not None:
-            slopes = slopes[b : b + 1]
-        alone = options.replaced(
-            mask=mask, alibi_slopes=slopes, cu_seqlens_q=None, cu_seqlens_k=None, max_seqlen_q=0, max_seqlen_k=0
-        )
+        alone = of_one(options, b, slice(queries.stop - queries.start), slice(keys.stop - keys.start))
         yield queries, keys, alone
+
+
+def of_one(options: Options, b: int, rows: slice, keys: slice) -> Options:
+    """Return the options of one sequence, or of one padded batch, by itself: these rows and keys of its mask."""
+    mask, slopes = options.mask, options.alibi_slopes
+    if mask is not None:
+        mask = mask if mask.shape[0] == 1 else mask[b : b + 1]
+        mask = mask if mask.shape[2] == 1 else mask[:, :, rows]
+        mask = mask if mask.shape[3] == 1 else mask[:, :, :, keys]
+    if slopes is not None:
+        slopes = slopes[b : b + 1]
+    return options.replaced(
+        mask=mask, alibi_slopes=slopes, cu_seqlens_q=None, cu_seqlens_k=None, max_seqlen_q=0, max_seqlen_k=0,
+        seqused_q=None, seqused_k=None, leftpad_k=None,
+    )  # fmt: skip
 
 
 def batch_of_one(x: Tensor, tokens: slice) -> Tensor:

@@ -15,6 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from attn_n.backends.adapt import one_by_one
 from attn_n.backends.base import Backend, empty_in_order
 from attn_n.call import Gradients, Grads, Options, Saved
 
@@ -107,15 +108,8 @@ def each_batch(q: Tensor, k: Tensor, options: Options) -> Iterator[tuple[int, sl
     for b, (end_q, end_k, begin) in enumerate(zip(*in_use, strict=True)):
         if end_q == 0 or end_k <= begin:
             continue
-        mask, slopes = options.mask, options.alibi_slopes
-        if mask is not None:
-            mask = mask if mask.shape[0] == 1 else mask[b : b + 1]
-            mask = mask if mask.shape[2] == 1 else mask[:, :, :end_q]
-            mask = mask if mask.shape[3] == 1 else mask[:, :, :, begin:end_k]
-        if slopes is not None:
-            slopes = slopes[b : b + 1]
-        alone = options.replaced(mask=mask, alibi_slopes=slopes, seqused_q=None, seqused_k=None, leftpad_k=None)
-        yield b, slice(0, end_q), slice(begin, end_k), alone
+        queries, keys = slice(0, end_q), slice(begin, end_k)
+        yield b, queries, keys, one_by_one.of_one(options, b, queries, keys)
 
 
 def forward_each(

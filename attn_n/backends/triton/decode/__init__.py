@@ -10,7 +10,7 @@ from torch import Tensor
 from attn_n.backends.base import Prepared
 from attn_n.backends.triton.decode.prepare import call_for
 from attn_n.backends.triton.portable import PortableKernels
-from attn_n.call import AttentionCall, Gradients, Grads, Options, Saved
+from attn_n.call import AttentionCall, Options
 
 MOST_QUERIES = 64
 
@@ -38,6 +38,3 @@ class DecodeKernels(PortableKernels):
 
     def prepare(self, q: Tensor, k: Tensor, v: Tensor, log_n: float | Tensor | None, options: Options) -> Prepared:
         return call_for(q, k, v, log_n, options)
-
-    def backward(self, grads: Grads, saved: Saved, options: Options) -> Gradients:
-        raise NotImplementedError("the decoding kernels have no backward")

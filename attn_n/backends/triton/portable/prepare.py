@@ -47,7 +47,7 @@ class PortableCall:
         sinks, number = (log_n, None) if isinstance(log_n, Tensor) else (None, log_n)
         if options.seqused_q is not None:
             out.zero_()
-            lse.copy_(rows_without_keys(lse, log_n))
+            lse.copy_(rescale.of_rows(lse, -math.inf if log_n is None else log_n, False))
         self._launch(q, k, v, out, lse, sinks, number, *_extras(rng_state, options))
         return out, lse, rng_state
 
@@ -61,7 +61,8 @@ class PortableCall:
         if options.seqused_q is not None:
             dq.zero_()
         if options.seqused_k is not None or options.leftpad_k is not None:
-            dk.zero_(), dv.zero_()
+            dk.zero_()
+            dv.zero_()
         workspace, rows = ready.workspace(), ready.rows
         lse_log2, delta = Part(workspace, 0, rows), Part(workspace, rows, rows)
         lost = Part(workspace, 2 * rows, rows) if self.key.float_mask else None
@@ -187,13 +188,6 @@ def launch_of_dmask(key: KernelKey, sizes: Sequence[int], config: Config | None 
 def _dropout(key: KernelKey) -> tuple[int, float]:
     """Return the 31-bit threshold below which a random number drops a weight, and the factor of the others."""
     return min(int(key.dropout_p * 2**31), 2**31 - 1), 1 / (1 - key.dropout_p)
-
-
-def rows_without_keys(lse: Tensor, log_n: float | Tensor | None) -> Tensor:
-    """Return the lse of rows without keys, to broadcast with lse."""
-    if isinstance(log_n, Tensor):
-        return rescale.per_row(log_n, False)
-    return lse.new_full((), -math.inf if log_n is None else log_n)
 
 
 def log_n_of(grads: Grads, saved: Saved) -> Tensor | None:
