@@ -13,9 +13,10 @@ from torch import Tensor
 from attn_n import flash_attention_n_with_kvcache
 from tests.cases import INTERPRETED
 from tests.oracle import attention_n
+from tests.places import PLACES
 
 # Other backends get a copy of the cache, and are those of padded batches then.
-BACKENDS = [None, "reference", *(["triton:decode"] if INTERPRETED else [])]
+BACKENDS = [None, "reference", "triton:decode"]
 
 
 @dataclass(frozen=True)
@@ -91,7 +92,7 @@ class Call:
     def exact(self) -> tuple[Tensor, Tensor]:
         case, outs, lses = self.case, [], []
         given = self.keywords
-        sinks = given.get("sinks")
+        sinks, slopes = (None if x is None else x.cpu() for x in (given.get("sinks"), given.get("alibi_slopes")))
         for b, (q, k, v) in enumerate(self.sequences):
             begin = case.leftpad[b] if case.leftpad else 0
             mine = None if sinks is None else sinks[b : b + 1].double() if sinks.dim() > 1 else sinks.double()
@@ -101,7 +102,7 @@ class Call:
             out, lse = attention_n(
                 q[None], k[None], v[None], given.get("sm_n", 0.0), mine, case.causal and not empty,
                 mask=hidden, window=None if empty else case.window, softcap=case.softcap,
-                alibi_slopes=given.get("alibi_slopes"),
+                alibi_slopes=slopes,
             )  # fmt: skip
             outs.append(out)
             lses.append(lse)
@@ -208,15 +209,16 @@ def turned(x: Tensor, angles: Tensor, kind: str) -> Tensor:
     return torch.cat([both.flatten(-2) if kind == "interleaved" else both.mT.flatten(-2), x[..., 2 * pairs :]], -1)
 
 
+@pytest.mark.parametrize("device", PLACES)
 @pytest.mark.parametrize("case", CASES, ids=str)
 @pytest.mark.parametrize("backend", BACKENDS)
-def test_against_float64(backend: str | None, case: Case) -> None:
-    call = make(case)
+def test_against_float64(backend: str | None, case: Case, device: str) -> None:
+    call = make(case, device=device)
     before = [x.clone() for x in call.caches]
     out, lse = call.run(backend)
     truth, truth_lse = call.exact()
-    assert torch.allclose(out.double(), truth, atol=1e-5)
-    assert torch.allclose(lse.double(), truth_lse, atol=1e-5)
+    assert torch.allclose(out.double().cpu(), truth, atol=1e-5)
+    assert torch.allclose(lse.double().cpu(), truth_lse, atol=1e-5)
     for cache, old in zip(call.caches, before, strict=True):
         changed = ~((cache == old) | (cache.isnan() & old.isnan())).all(-1)
         assert int(changed.sum()) == 4 * 2 * case.new  # no row but the new ones
@@ -245,23 +247,28 @@ def replace_new_by_reading(call: Call) -> Call:
     return Call(replace(call.case, new=0), call.q, call.caches, [], keywords, call.sequences)
 
 
-def test_half_precision_and_float64() -> None:
-    for dtype, tolerance in ((torch.bfloat16, 2e-2), (torch.float64, 1e-5)):
-        call = make(CASES[4], dtype)
-        out, _ = call.run(None)
-        assert out.dtype == dtype
-        assert torch.allclose(out.double(), call.exact()[0], atol=tolerance)
+@pytest.mark.parametrize("device", PLACES)
+@pytest.mark.parametrize("case", [CASES[4], CASES[12], CASES[19]], ids=str)
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.bfloat16, 2e-2), (torch.float16, 4e-3), (torch.float64, 1e-5)])
+def test_dtypes(dtype: torch.dtype, tolerance: float, case: Case, device: str) -> None:
+    call = make(case, dtype, device)
+    out, lse = call.run(None)
+    truth, truth_lse = call.exact()
+    assert out.dtype == dtype
+    assert torch.allclose(out.double().cpu(), truth, atol=tolerance)
+    assert torch.allclose(lse.double().cpu(), truth_lse, atol=tolerance)
 
 
+@pytest.mark.parametrize("device", PLACES)
 @pytest.mark.parametrize("paging", [0, 4])
-def test_float8_caches(paging: int) -> None:
+def test_float8_caches(paging: int, device: str) -> None:
     """New rows are divided by their factors, and the cache is multiplied by them."""
-    call = make(replace(CASES[0], block=paging, queries=2, new=2))
+    call = make(replace(CASES[0], block=paging, queries=2, new=2), device=device)
     factors = [torch.tensor([[0.5, 0.02]] * 4), torch.tensor([[0.3, 0.1]] * 4)]
     for i, x in enumerate(call.caches):
         call.caches[i] = x.clamp(-4, 4).to(torch.float8_e4m3fn)
     new = [
-        (x / y[:, :, None, None]).clamp(-448, 448).to(torch.float8_e4m3fn).float() * y[:, :, None, None]
+        (x.cpu() / y[:, :, None, None]).clamp(-448, 448).to(torch.float8_e4m3fn).float() * y[:, :, None, None]
         for x, y in zip(call.new, factors, strict=True)
     ]
     sequences = []
@@ -272,11 +279,11 @@ def test_float8_caches(paging: int) -> None:
         ]
         sequences.append((q, *parts))
     call.sequences = sequences
-    call.keywords |= {"k_descale": factors[0], "v_descale": factors[1]}
+    call.keywords |= {"k_descale": factors[0].to(device), "v_descale": factors[1].to(device)}
     out, lse = call.run(None)
     truth, truth_lse = call.exact()
-    assert torch.allclose(out.double(), truth, atol=1e-5)
-    assert torch.allclose(lse.double(), truth_lse, atol=1e-5)
+    assert torch.allclose(out.double().cpu(), truth, atol=1e-5)
+    assert torch.allclose(lse.double().cpu(), truth_lse, atol=1e-5)
 
 
 @pytest.mark.parametrize("case", [CASES[0], CASES[12]], ids=str)
