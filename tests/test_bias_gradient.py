@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -16,6 +17,11 @@ from tests.oracle import attention_n
 from tests.places import PLACES
 
 pytest.importorskip("triton")
+
+from attn_n.backends.triton.kernel_key import describe
+from attn_n.backends.triton.portable import configs, prepare
+from attn_n.backends.triton.portable.configs import Config
+from attn_n.call import Options
 
 SHAPES = ((2, 2, 34, 40), (1, 2, 34, 40), (2, 1, 34, 40), (2, 1, 1, 40), (1, 2, 34, 1), (1, 1, 1, 1), (40,))
 
@@ -76,9 +82,55 @@ def test_a_float32_mask_beside_half_precision(device: str) -> None:
         assert float((got - expected).abs().max()) < 0.02 * float(expected.abs().max())
 
 
-def test_only_what_needs_it(monkeypatch: pytest.MonkeyPatch) -> None:
-    from attn_n.backends.triton.portable import prepare
+@pytest.fixture
+def by_descriptors(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Several small tiles, loaded by descriptors, and several tiles of the mask for each program of its gradient."""
+    sizes = {"forward": (32, 16), "dq": (32, 16), "dk and dv": (16, 32), "dmask": (16, 16)}
+    monkeypatch.setattr(configs, "find", lambda kernel, key: Config(*sizes[kernel], 4, 2, descriptors=True))
+    monkeypatch.setattr(prepare, "PROGRAMS", 2)
+    prepare._calls.clear()
+    yield
+    prepare._calls.clear()
 
+
+@pytest.mark.usefixtures("by_descriptors")
+@pytest.mark.parametrize("device", PLACES)
+@pytest.mark.parametrize("window", [(None, None), (20, 0)], ids=str)
+@pytest.mark.parametrize("shape", [(2, 4), (1, 4), (2, 1), (1, 1)], ids=str)
+def test_masks_by_descriptors(shape: tuple[int, int], window: tuple[int | None, int | None], device: str) -> None:
+    def normal(*sizes: int) -> Tensor:
+        return torch.randn(*sizes, device=device, dtype=torch.bfloat16)
+
+    x = [normal(2, heads, length, 16) for heads, length in ((4, 40), (2, 56), (2, 56))]
+    x = [each.requires_grad_() for each in (*x, normal(*shape, 40, 56))]
+    assert describe((*x[:3],), None, Options(0.25, mask=x[3])).mask_fits_descriptors
+    dout = normal(2, 4, 40, 16)
+    out = flash_attention_n(*x[:3], sm_n=2.0, attn_mask=x[3], window=window, backend="triton:portable")
+    wide = [each.detach().double().requires_grad_() for each in x]
+    expected = attention_n(*wide[:3], 2.0, mask=wide[3].expand(2, 4, 40, 56), window=window)[0]
+    assert torch.allclose(out.double(), expected, atol=0.02 * float(expected.detach().abs().max()))
+    exact = torch.autograd.grad(expected, wide, dout.double())
+    for got, right in zip(torch.autograd.grad(out, x, dout), exact, strict=True):
+        assert float((got - right).abs().max()) < 0.02 * float(right.abs().max())
+
+
+@pytest.mark.usefixtures("by_descriptors")
+@pytest.mark.parametrize("device", PLACES)
+def test_an_unaligned_mask_after_an_aligned_one(device: str) -> None:
+    q, k, v = (torch.randn(1, 2, 32, 16, device=device, dtype=torch.bfloat16) for _ in range(3))
+    memory = torch.randn(2 * 32 * 32 + 1, device=device, dtype=torch.bfloat16)
+    for start in (0, 1):
+        mask = memory[start : start + 2 * 32 * 32].view(1, 2, 32, 32).requires_grad_()
+        of = [x.requires_grad_() for x in (q, k, v)]
+        out = flash_attention_n(*of, attn_mask=mask, backend="triton:portable")
+        expected = flash_attention_n(*of, attn_mask=mask, backend="reference")
+        assert torch.allclose(out, expected, atol=0.03)
+        dout = torch.randn_like(out)
+        found, right = (torch.autograd.grad(y, (*of, mask), dout) for y in (out, expected))
+        assert all(torch.allclose(a, b, atol=0.1) for a, b in zip(found, right, strict=True))
+
+
+def test_only_what_needs_it(monkeypatch: pytest.MonkeyPatch) -> None:
     prepare._calls.clear()
     made = []
     launch = prepare.launch_of_dmask

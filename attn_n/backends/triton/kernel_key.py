@@ -40,7 +40,7 @@ class KernelKey(NamedTuple):
     softcap: float | None
     dropout_p: float
     mask_dtype: torch.dtype | None
-    aligned: bool  # q, k, v (and out and dout) begin at multiples of 16 bytes
+    aligned: bool  # q, k, v, the mask (and out and dout) begin at multiples of 16 bytes
     tf32: bool  # float32 matmuls may run in TF32
     padding: tuple[bool, bool, bool] = (False, False, False)  # seqused_q, seqused_k and leftpad_k are given
 
@@ -87,6 +87,15 @@ class KernelKey(NamedTuple):
         itemsize = self.dtype.itemsize
         return self.aligned and all([fits_descriptors(strides, itemsize) for strides in self.strides])
 
+    @property
+    def mask_fits_descriptors(self) -> bool:
+        """True if TMA descriptors can address the mask, and its elements are no longer than those of q."""
+        if self.strides_mask is None or self.mask_dtype is None or not self.aligned:
+            return False
+        batch, head, row, column = self.strides_mask
+        itemsize = self.mask_dtype.itemsize
+        return itemsize <= self.dtype.itemsize and fits_descriptors((batch, head or row, row, column), itemsize)
+
 
 def fits_descriptors(strides: Strides, itemsize: int) -> bool:
     """Return True if a TMA descriptor can have these strides: multiples of 16 bytes, no heads or rows expanded."""
@@ -98,6 +107,11 @@ def fits_descriptors(strides: Strides, itemsize: int) -> bool:
         if stride % step:
             return False
     return True
+
+
+def all_aligned(tensors: tuple[Tensor, ...], options: Options) -> bool:
+    """Return True if the tensors and the mask begin at multiples of 16 bytes."""
+    return aligned(*tensors) and (options.mask is None or aligned(options.mask))
 
 
 def describe(tensors: tuple[Tensor, ...], log_n: float | Tensor | None, options: Options) -> KernelKey:
@@ -120,7 +134,7 @@ def describe(tensors: tuple[Tensor, ...], log_n: float | Tensor | None, options:
         None if mask is None else _broadcast_strides(mask), None if slopes is None else slopes.stride(),
         log_n.stride(0) if isinstance(log_n, Tensor) and log_n.dim() == 1 else None,
         options.scale, options.window_left, options.window_right, options.softcap, options.dropout_p,
-        None if mask is None else mask.dtype, aligned(*tensors),
+        None if mask is None else mask.dtype, all_aligned(tensors, options),
         q.dtype == torch.float32 and torch.get_float32_matmul_precision() != "highest",
         (options.seqused_q is not None, options.seqused_k is not None, options.leftpad_k is not None),
     )  # fmt: skip

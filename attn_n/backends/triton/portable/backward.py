@@ -22,16 +22,19 @@ from attn_n.backends.triton.portable.tile import (
     head_pointer,
     keys_seen,
     load,
+    load_from,
+    load_mask,
     load_sink,
     locate,
     logits,
-    mask_pointer,
     padded_base,
     queries_that_see,
     row_pointers,
     rows_in_use,
     store,
     view,
+    view_batches,
+    view_mask,
 )
 
 
@@ -48,11 +51,11 @@ def weights_of(s, row_lse, row_lost):
 def dq_kernel(
     q, k, v, out, dout, lse, dlse, lse_log2, delta, lost, dq, sinks, dn, dslopes, mask, slopes, rng_state,
     starts_q, starts_k, used_q, used_k, leftpad,
-    strides_q, strides_k, strides_v, strides_out, strides_dout, strides_dq, strides_mask, strides_slopes, stride_n,
-    padded, heads, len_q, len_k, left, right, scale, softcap, dropout_threshold, dropout_scale,
+    strides_q, strides_k, strides_v, strides_out, strides_dout, strides_dq, strides_mask, mask_keys, strides_slopes,
+    stride_n, padded, heads, len_q, len_k, left, right, scale, softcap, dropout_threshold, dropout_scale,
     GROUPS: tl.constexpr, WIDTH: tl.constexpr, WIDTH_V: tl.constexpr, TILE_E: tl.constexpr, TILE_V: tl.constexpr,
     LINEAR: tl.constexpr, FLOAT_MASK: tl.constexpr, PRECISION: tl.constexpr, DESCRIPTORS: tl.constexpr,
-    TILE_Q: tl.constexpr, TILE_K: tl.constexpr,
+    MASK_DESCRIPTOR: tl.constexpr, TILE_Q: tl.constexpr, TILE_K: tl.constexpr,
 ):  # fmt: skip
     """Compute dQ, one program for each tile of queries of one head.
 
@@ -71,7 +74,6 @@ def dq_kernel(
     of_q, of_dq = base_of(q, strides_q, batch, head, first_q), base_of(dq, strides_dq, batch, head, first_q)
     of_k, of_v = base_of(k, strides_k, batch, head_kv, first_k), base_of(v, strides_v, batch, head_kv, first_k)
     of_out, of_dout = base_of(out, strides_out, batch, head, first_q), base_of(dout, strides_dout, batch, head, first_q)
-    of_mask = None if mask is None else mask_pointer(mask, strides_mask, batch, head, first_k, leftpad)
     slope = None if slopes is None else tl.load(head_pointer(slopes, strides_slopes, batch, head))
 
     rows = first_row + tl.arange(0, TILE_Q)
@@ -105,6 +107,10 @@ def dq_kernel(
             tl.store(dn + tl.program_id(0), -tl.sum(share * row_delta))
     view_k = view(of_k, 1, len_k, strides_k, WIDTH, TILE_K, TILE_E, DESCRIPTORS)
     view_v = view(of_v, 1, len_k, strides_v, WIDTH_V, TILE_K, TILE_V, DESCRIPTORS)
+    if mask is not None:
+        of_mask = view_mask(
+            mask, strides_mask, batch, head, 1, first_k, leftpad, len_q, len_k, TILE_Q, TILE_K, MASK_DESCRIPTOR
+        )
     factor = scale * LOG2E if LINEAR else 1.0
     dq_tile = tl.zeros((TILE_Q, TILE_E), tl.float32)
     if dslopes is not None:
@@ -118,9 +124,15 @@ def dq_kernel(
             row_sum = tl.zeros((TILE_Q,), tl.float32)
             for first_key in tl.range(begin, end, TILE_K):
                 k_tile = load(view_k, 0, first_key, len_k, strides_k, WIDTH, TILE_K, TILE_E, DESCRIPTORS)
+                mask_tile = None
+                if mask is not None:
+                    mask_tile = load_mask(
+                        of_mask, strides_mask, mask_keys, 0, first_row, first_key, len_q, len_k, TILE_Q, TILE_K,
+                        MASK_DESCRIPTOR,
+                    )  # fmt: skip
                 s, _ = logits(
                     dot(q_tile, k_tile.T, PRECISION), rows[:, None], first_key + tl.arange(0, TILE_K)[None, :],
-                    len_q, len_k, left, right, scale, softcap, of_mask, strides_mask, slope,
+                    len_q, len_k, left, right, scale, softcap, mask_tile, slope,
                     (first_key < full_begin) | (first_key >= full_end), LINEAR, FLOAT_MASK,
                 )  # fmt: skip
                 row_sum += tl.sum(tl.exp2((s - row_lse[:, None]) * unit), 1)
@@ -134,9 +146,15 @@ def dq_kernel(
         keys = first_key + tl.arange(0, TILE_K)[None, :]
         k_tile = load(view_k, 0, first_key, len_k, strides_k, WIDTH, TILE_K, TILE_E, DESCRIPTORS)
         v_tile = load(view_v, 0, first_key, len_k, strides_v, WIDTH_V, TILE_K, TILE_V, DESCRIPTORS)
+        mask_tile = None
+        if mask is not None:
+            mask_tile = load_mask(
+                of_mask, strides_mask, mask_keys, 0, first_row, first_key, len_q, len_k, TILE_Q, TILE_K,
+                MASK_DESCRIPTOR,
+            )  # fmt: skip
         s, cap_derivative = logits(
             dot(q_tile, k_tile.T, PRECISION), rows[:, None], keys, len_q, len_k, left, right, scale, softcap,
-            of_mask, strides_mask, slope, (first_key < full_begin) | (first_key >= full_end), LINEAR, FLOAT_MASK,
+            mask_tile, slope, (first_key < full_begin) | (first_key >= full_end), LINEAR, FLOAT_MASK,
         )  # fmt: skip
         weights = weights_of(s * factor, row_lse[:, None], row_lost[:, None] if FLOAT_MASK else None)
         dweights = dot(dout_tile, v_tile.T, PRECISION)
@@ -157,11 +175,11 @@ def dq_kernel(
 @triton.jit(do_not_specialize=RUN_TIME)
 def dkdv_kernel(
     q, k, v, dout, lse_log2, delta, lost, dk, dv, mask, slopes, rng_state, starts_q, starts_k, used_q, used_k, leftpad,
-    strides_q, strides_k, strides_v, strides_dout, strides_dk, strides_dv, strides_mask, strides_slopes,
+    strides_q, strides_k, strides_v, strides_dout, strides_dk, strides_dv, strides_mask, mask_keys, strides_slopes,
     padded, heads, len_q, len_k, left, right, scale, softcap, dropout_threshold, dropout_scale,
     GROUPS: tl.constexpr, WIDTH: tl.constexpr, WIDTH_V: tl.constexpr, TILE_E: tl.constexpr, TILE_V: tl.constexpr,
     LINEAR: tl.constexpr, FLOAT_MASK: tl.constexpr, PRECISION: tl.constexpr, DESCRIPTORS: tl.constexpr,
-    TILE_Q: tl.constexpr, TILE_K: tl.constexpr, DK: tl.constexpr, DV: tl.constexpr,
+    MASK_DESCRIPTOR: tl.constexpr, TILE_Q: tl.constexpr, TILE_K: tl.constexpr, DK: tl.constexpr, DV: tl.constexpr,
 ):  # fmt: skip
     """Compute dK, dV or both, one program for each tile of keys of one KV head; it loops over the query heads of that.
 
@@ -183,6 +201,11 @@ def dkdv_kernel(
     of_k, of_v = base_of(k, strides_k, batch, head_kv, first_k), base_of(v, strides_v, batch, head_kv, first_k)
     view_q = view(of_q, GROUPS, len_q, strides_q, WIDTH, TILE_Q, TILE_E, DESCRIPTORS)
     view_dout = view(of_dout, GROUPS, len_q, strides_dout, WIDTH_V, TILE_Q, TILE_V, DESCRIPTORS)
+    if mask is not None:
+        of_mask = view_mask(
+            mask, strides_mask, batch, first_head, GROUPS, first_k, leftpad, len_q, len_k, TILE_Q, TILE_K,
+            MASK_DESCRIPTOR,
+        )  # fmt: skip
     # These are loaded once, by pointers: making a descriptor takes longer than one load.
     k_tile = load(of_k, 0, first_key, len_k, strides_k, WIDTH, TILE_K, TILE_E, False)
     v_tile = load(of_v, 0, first_key, len_k, strides_v, WIDTH_V, TILE_K, TILE_V, False)
@@ -208,11 +231,16 @@ def dkdv_kernel(
             row_lost = tl.load(padded_base(lost, batch, head, padded, first_q, all_q, starts_q is not None) + rows)
         # The end of the queries needs no mask: beyond it lse is inf, which makes the weights zero.
         edge = (first_row < full_begin) | (first_row >= full_end) if bounded else False
-        of_mask = None if mask is None else mask_pointer(mask, strides_mask, batch, head, first_k, leftpad)
+        mask_tile = None
+        if mask is not None:
+            mask_tile = load_mask(
+                of_mask, strides_mask, mask_keys, member, first_row, first_key, len_q, len_k, TILE_Q, TILE_K,
+                MASK_DESCRIPTOR,
+            )  # fmt: skip
         slope = None if slopes is None else tl.load(head_pointer(slopes, strides_slopes, batch, head))
         s, cap_derivative = logits(
             dot(k_tile, q_tile.T, PRECISION), rows[None, :], keys, len_q, len_k, left, right, scale, softcap,
-            of_mask, strides_mask, slope, edge, LINEAR, FLOAT_MASK,
+            None if mask_tile is None else mask_tile.T, slope, edge, LINEAR, FLOAT_MASK,
         )  # fmt: skip
         weights = weights_of(s * factor, row_lse[None, :], row_lost[None, :] if FLOAT_MASK else None)
         keep = (
@@ -239,95 +267,127 @@ def dkdv_kernel(
 @triton.jit(do_not_specialize=RUN_TIME)
 def dmask_kernel(
     q, k, v, dout, lse_log2, delta, lost, dmask, mask, slopes, rng_state, starts_q, starts_k, used_q, used_k, leftpad,
-    strides_q, strides_k, strides_v, strides_dout, strides_dmask, strides_mask, strides_slopes, sizes,
+    strides_q, strides_k, strides_v, strides_dout, strides_dmask, strides_mask, strides_slopes, sizes, span,
     padded, heads, batches, len_q, len_k, left, right, scale, softcap, dropout_threshold, dropout_scale,
     GROUPS: tl.constexpr, WIDTH: tl.constexpr, WIDTH_V: tl.constexpr, TILE_E: tl.constexpr, TILE_V: tl.constexpr,
-    PRECISION: tl.constexpr, TILE_Q: tl.constexpr, TILE_K: tl.constexpr, ROWS: tl.constexpr, KEYS: tl.constexpr,
+    PRECISION: tl.constexpr, DESCRIPTORS: tl.constexpr, TILE_Q: tl.constexpr, TILE_K: tl.constexpr,
+    ROWS: tl.constexpr, KEYS: tl.constexpr,
 ):  # fmt: skip
-    """Compute the gradient of a floating mask, one program for each tile of it.
+    """Compute the gradient of a floating mask, one program for `span` tiles of it that have their queries in common.
 
     A program adds up the gradients of all logits that the mask is broadcast to, in a fixed order. `sizes` are those of
-    the mask, `(B or 1, Hq or 1, L or 1, S or 1)`; ROWS and KEYS say that it has all queries, and all keys. `leftpad` is
-    None: its keys begin where those of the mask do.
+    the mask, `(B or 1, Hq or 1, L or 1, S or 1)`; ROWS and KEYS say that it has all queries, and all keys. Tiles of
+    which no query sees a key are not stored. `leftpad` is None: its keys begin where those of the mask do.
     """
     tiles_q, tiles_k = tl.cdiv(len_q, TILE_Q), tl.cdiv(len_k, TILE_K)
     program = tl.program_id(0)
-    tile_q, tile_k = 0, 0
+    # The sizes of the mask are specialised where lengths are not: of multiples of 16 several elements are one access.
+    tile_q, steps_q, mask_rows = 0, tiles_q, len_q
+    tile_k, end_k, mask_keys = 0, tiles_k, len_k
     if KEYS:
-        tile_k = program % tiles_k
-        program = program // tiles_k
+        spans = tl.cdiv(tiles_k, span)
+        tile_k, mask_keys = program % spans * span, sizes[3]
+        end_k = tl.minimum(tile_k + span, tiles_k)
+        program = program // spans
     if ROWS:
-        tile_q = program % tiles_q
+        tile_q, steps_q, mask_rows = program % tiles_q, 1, sizes[2]
         program = program // tiles_q
-    own_head, own_batch = program % sizes[1], program // sizes[1]
+    own_head, own_batch = program % sizes[1], (program // sizes[1]).to(tl.int64)
+    varlen: tl.constexpr = starts_q is not None
+    lengths: tl.constexpr = varlen or used_q is not None or used_k is not None  # sequences have their own
+    same_rows: tl.constexpr = ROWS and not lengths
+    if same_rows:
+        begin, full_begin, full_end, end = keys_seen(tile_q * TILE_Q, len_q, len_k, left, right, TILE_Q, TILE_K)
+        tile_k, end_k = tl.maximum(tile_k, begin // TILE_K), tl.minimum(end_k, tl.cdiv(end, TILE_K))
+
+    view_q = view_batches(q, batches, heads, len_q, strides_q, WIDTH, TILE_Q, TILE_E, DESCRIPTORS)
+    view_k = view_batches(k, batches, heads // GROUPS, len_k, strides_k, WIDTH, TILE_K, TILE_E, DESCRIPTORS)
+    view_v = view_batches(v, batches, heads // GROUPS, len_k, strides_v, WIDTH_V, TILE_K, TILE_V, DESCRIPTORS)
+    view_dout = view_batches(dout, batches, heads, len_q, strides_dout, WIDTH_V, TILE_Q, TILE_V, DESCRIPTORS)
+    of_mask = head_pointer(mask, strides_mask, own_batch, own_head)
+    of_dmask = head_pointer(dmask, strides_dmask, own_batch, own_head)
+    heads_added = heads // sizes[1]
+    steps = batches // sizes[0] * heads_added * steps_q  # for each tile of keys
     acc = tl.zeros((TILE_Q, TILE_K), tl.float32)
-    for batch in tl.range(own_batch, own_batch + batches // sizes[0]):
-        for head in tl.range(own_head, own_head + heads // sizes[1]):
-            for at_q in tl.range(tile_q, tile_q + 1 if ROWS else tiles_q):
-                for at_k in tl.range(tile_k, tile_k + 1 if KEYS else tiles_k):
-                    acc = add_dlogits(
-                        acc, q, k, v, dout, lse_log2, delta, lost, mask, slopes, rng_state, starts_q, starts_k,
-                        used_q, used_k, strides_q, strides_k, strides_v, strides_dout, strides_mask, strides_slopes,
-                        tl.cast(batch, tl.int64), tl.cast(head, tl.int64), at_q * TILE_Q, at_k * TILE_K,
-                        padded, heads, len_q, len_k, left, right, scale, softcap, dropout_threshold, dropout_scale,
-                        GROUPS, WIDTH, WIDTH_V, TILE_E, TILE_V, PRECISION, TILE_Q, TILE_K,
-                    )  # fmt: skip
-    of_dmask = dmask + own_batch.to(tl.int64) * strides_dmask[0] + own_head.to(tl.int64) * strides_dmask[1]
-    rows, keys = tile_q * TILE_Q + tl.arange(0, TILE_Q), tile_k * TILE_K + tl.arange(0, TILE_K)
-    to_rows, to_keys = rows.to(tl.int64) * strides_dmask[2], keys.to(tl.int64) * strides_dmask[3]
-    dtype = dmask.dtype.element_ty
-    if ROWS and KEYS:
-        inside = (rows < len_q)[:, None] & (keys < len_k)[None, :]
-        tl.store(of_dmask + to_rows[:, None] + to_keys[None, :], acc.to(dtype), mask=inside)
-    elif ROWS:
-        tl.store(of_dmask + to_rows, tl.sum(acc, 1).to(dtype), mask=rows < len_q)
-    elif KEYS:
-        tl.store(of_dmask + to_keys, tl.sum(acc, 0).to(dtype), mask=keys < len_k)
-    else:
-        tl.store(of_dmask, tl.sum(tl.sum(acc, 1), 0).to(dtype))
+    for step in tl.range(0, tl.maximum(end_k - tile_k, 0) * steps):
+        first_key = (tile_k + step // steps) * TILE_K
+        first_row = (tile_q if ROWS else step % steps_q) * TILE_Q
+        member = step % steps // steps_q
+        head, batch = own_head + member % heads_added, own_batch + member // heads_added
+        first_q, first_k, rows_here, keys_here = batch * 0, batch * 0, len_q, len_k
+        if varlen:
+            first_q, first_k = tl.load(starts_q + batch).to(tl.int64), tl.load(starts_k + batch).to(tl.int64)
+            rows_here = (tl.load(starts_q + batch + 1) - first_q).to(tl.int32)
+            keys_here = (tl.load(starts_k + batch + 1) - first_k).to(tl.int32)
+        rows_here, first_k, keys_here = rows_in_use(used_q, used_k, None, batch, rows_here, first_k, keys_here)
+        begin, full_begin, full_end, end = keys_seen(first_row, rows_here, keys_here, left, right, TILE_Q, TILE_K)
+        if True if same_rows else (first_row < rows_here) & (first_key < end) & (first_key + TILE_K > begin):
+            # First, and by pointers into registers: Triton overlaps only those loads with earlier steps on which a
+            # matmul depends, and for others by descriptors it waits at once.
+            mask_tile = load_mask(
+                of_mask, strides_mask, mask_keys, 0, first_row, first_key, mask_rows, mask_keys, TILE_Q, TILE_K, False
+            )
+            q_tile = load_from(
+                view_q, batch, head, first_q, first_row, rows_here, strides_q, WIDTH, TILE_Q, TILE_E, DESCRIPTORS
+            )
+            k_tile = load_from(
+                view_k, batch, head // GROUPS, first_k, first_key, keys_here, strides_k, WIDTH, TILE_K, TILE_E,
+                DESCRIPTORS,
+            )  # fmt: skip
+            dout_tile = load_from(
+                view_dout, batch, head, first_q, first_row, rows_here, strides_dout, WIDTH_V, TILE_Q, TILE_V,
+                DESCRIPTORS,
+            )  # fmt: skip
+            v_tile = load_from(
+                view_v, batch, head // GROUPS, first_k, first_key, keys_here, strides_v, WIDTH_V, TILE_K, TILE_V,
+                DESCRIPTORS,
+            )  # fmt: skip
+            rows, keys = first_row + tl.arange(0, TILE_Q), first_key + tl.arange(0, TILE_K)[None, :]
+            inside = rows < rows_here
+            base = padded_base(lse_log2, batch, head, padded, first_q, len_q, varlen)
+            row_lse = tl.load(base + rows, mask=inside, other=float("inf"))
+            base = padded_base(delta, batch, head, padded, first_q, len_q, varlen)
+            row_delta = tl.load(base + rows, mask=inside, other=0.0)
+            base = padded_base(lost, batch, head, padded, first_q, len_q, varlen)
+            row_lost = tl.load(base + rows, mask=inside, other=0.0)
+            slope = None if slopes is None else tl.load(head_pointer(slopes, strides_slopes, batch, head))
+            s, _ = logits(
+                dot(q_tile, k_tile.T, PRECISION), rows[:, None], keys, rows_here, keys_here, left, right, scale,
+                softcap, mask_tile, slope, (first_key < full_begin) | (first_key >= full_end), False, True,
+            )  # fmt: skip
+            weights = weights_of(s, row_lse[:, None], row_lost[:, None])
+            dweights = dot(dout_tile, v_tile.T, PRECISION)
+            if rng_state is not None:
+                keep = dropout_mask(rng_state, batch * heads + head, rows[:, None], keys, dropout_threshold)
+                dweights = tl.where(keep, dweights * dropout_scale, 0.0)
+            dlogits = weights * (dweights - row_delta[:, None])
+            # Another sequence may be longer, and its part of the mask NaN.
+            acc += tl.where(inside[:, None], dlogits, 0.0) if lengths else dlogits
+        if KEYS and (step + 1) % steps == 0:
+            store_dmask(
+                of_dmask, acc, tile_q * TILE_Q, first_key, strides_dmask, mask_rows, mask_keys,
+                TILE_Q, TILE_K, ROWS, KEYS,
+            )  # fmt: skip
+            acc = tl.zeros((TILE_Q, TILE_K), tl.float32)
+    if not KEYS:
+        store_dmask(of_dmask, acc, tile_q * TILE_Q, 0, strides_dmask, mask_rows, mask_keys, TILE_Q, TILE_K, ROWS, KEYS)
 
 
 @triton.jit
-def add_dlogits(
-    acc, q, k, v, dout, lse_log2, delta, lost, mask, slopes, rng_state, starts_q, starts_k, used_q, used_k,
-    strides_q, strides_k, strides_v, strides_dout, strides_mask, strides_slopes, batch, head, first_row, first_key,
-    padded, heads, len_q, len_k, left, right, scale, softcap, dropout_threshold, dropout_scale,
-    GROUPS: tl.constexpr, WIDTH: tl.constexpr, WIDTH_V: tl.constexpr, TILE_E: tl.constexpr, TILE_V: tl.constexpr,
-    PRECISION: tl.constexpr, TILE_Q: tl.constexpr, TILE_K: tl.constexpr,
+def store_dmask(
+    of_dmask, acc, first_row, first_key, strides, rows, keys,
+    TILE_Q: tl.constexpr, TILE_K: tl.constexpr, ROWS: tl.constexpr, KEYS: tl.constexpr,
 ):  # fmt: skip
-    """Add the gradients of the logits of a tile, after the softcap, to `acc`."""
-    all_q, first_q, first_k = len_q, batch * 0, batch * 0
-    if starts_q is not None:
-        first_q, first_k = tl.load(starts_q + batch).to(tl.int64), tl.load(starts_k + batch).to(tl.int64)
-        len_q = (tl.load(starts_q + batch + 1) - first_q).to(tl.int32)
-        len_k = (tl.load(starts_k + batch + 1) - first_k).to(tl.int32)
-    len_q, first_k, len_k = rows_in_use(used_q, used_k, None, batch, len_q, first_k, len_k)
-    begin, full_begin, full_end, end = keys_seen(first_row, len_q, len_k, left, right, TILE_Q, TILE_K)
-    if (first_row < len_q) & (first_key < end) & (first_key + TILE_K > begin):
-        of_q, of_dout = base_of(q, strides_q, batch, head, first_q), base_of(dout, strides_dout, batch, head, first_q)
-        of_k = base_of(k, strides_k, batch, head // GROUPS, first_k)
-        of_v = base_of(v, strides_v, batch, head // GROUPS, first_k)
-        q_tile = load(of_q, 0, first_row, len_q, strides_q, WIDTH, TILE_Q, TILE_E, False)
-        dout_tile = load(of_dout, 0, first_row, len_q, strides_dout, WIDTH_V, TILE_Q, TILE_V, False)
-        k_tile = load(of_k, 0, first_key, len_k, strides_k, WIDTH, TILE_K, TILE_E, False)
-        v_tile = load(of_v, 0, first_key, len_k, strides_v, WIDTH_V, TILE_K, TILE_V, False)
-        rows, keys = first_row + tl.arange(0, TILE_Q), first_key + tl.arange(0, TILE_K)[None, :]
-        base = padded_base(lse_log2, batch, head, padded, first_q, all_q, starts_q is not None)
-        row_lse = tl.load(base + rows, mask=rows < len_q, other=float("inf"))
-        base = padded_base(delta, batch, head, padded, first_q, all_q, starts_q is not None)
-        row_delta = tl.load(base + rows, mask=rows < len_q, other=0.0)
-        base = padded_base(lost, batch, head, padded, first_q, all_q, starts_q is not None)
-        row_lost = tl.load(base + rows, mask=rows < len_q, other=0.0)
-        slope = None if slopes is None else tl.load(head_pointer(slopes, strides_slopes, batch, head))
-        s, _ = logits(
-            dot(q_tile, k_tile.T, PRECISION), rows[:, None], keys, len_q, len_k, left, right, scale, softcap,
-            head_pointer(mask, strides_mask, batch, head), strides_mask, slope,
-            (first_key < full_begin) | (first_key >= full_end), False, True,
-        )  # fmt: skip
-        weights = weights_of(s, row_lse[:, None], row_lost[:, None])
-        dweights = dot(dout_tile, v_tile.T, PRECISION)
-        if rng_state is not None:
-            keep = dropout_mask(rng_state, batch * heads + head, rows[:, None], keys, dropout_threshold)
-            dweights = tl.where(keep, dweights * dropout_scale, 0.0)
-        acc += weights * (dweights - row_delta[:, None])
-    return acc
+    """Store the sum of the gradients of a tile, and add it up along queries or keys to which the mask is broadcast."""
+    row, key = first_row + tl.arange(0, TILE_Q), first_key + tl.arange(0, TILE_K)
+    to_row, to_key = row.to(tl.int64) * strides[2], key.to(tl.int64) * strides[3]
+    dtype = of_dmask.dtype.element_ty
+    if ROWS and KEYS:
+        inside = (row < rows)[:, None] & (key < keys)[None, :]
+        tl.store(of_dmask + to_row[:, None] + to_key[None, :], acc.to(dtype), mask=inside)
+    elif ROWS:
+        tl.store(of_dmask + to_row, tl.sum(acc, 1).to(dtype), mask=row < rows)
+    elif KEYS:
+        tl.store(of_dmask + to_key, tl.sum(acc, 0).to(dtype), mask=key < keys)
+    else:
+        tl.store(of_dmask, tl.sum(tl.sum(acc, 1), 0).to(dtype))

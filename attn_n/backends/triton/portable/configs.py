@@ -20,6 +20,7 @@ class Config(NamedTuple):
     num_stages: int
     descriptors: bool = False  # load tiles by tensor descriptors (TMA, on sm_90 and later) and not by pointers
     at_least: int = 0  # the row is for loops over at least so many queries or keys
+    masked: bool = False  # the row is for calls with a mask alone, which takes registers and shared memory
 
 
 Rows = tuple[Config, ...]  # the longest loops first; the last row is for any length and loads by pointers
@@ -28,28 +29,65 @@ Rows = tuple[Config, ...]  # the longest loops first; the last row is for any le
 Table = dict[str, dict[int, Rows]]
 
 # Measured on an H200, bfloat16, 2026-11-22, PyTorch 2.11, Triton 3.6: the best at S = 512, 2048, 8192, causal or not.
-# Not measured: "dmask", and heads of 512.
+# Rows for masks and "dmask" at 64: on an H100, 2026-11-28, biases of (1, 16, 4096, 4096) and (4, 1, 4096, 4096).
+# Not measured: these for longer heads, and heads of 512.
 SM_90: Table = {
     "forward": {
-        64: (Config(64, 128, 4, 2, True, 1500), Config(128, 64, 8, 3, False, 400), Config(64, 64, 4, 3)),
-        128: (Config(128, 64, 4, 2, True, 400), Config(64, 64, 4, 3)),
-        256: (Config(128, 64, 8, 2),),
+        64: (
+            Config(64, 64, 4, 3, True, 1500, True),
+            Config(64, 128, 4, 2, True, 1500),
+            Config(128, 64, 8, 3, False, 400),
+            Config(64, 64, 4, 3),
+        ),
+        128: (
+            Config(64, 64, 4, 2, True, 400, True),
+            Config(128, 64, 4, 2, True, 400),
+            Config(64, 64, 4, 2, masked=True),
+            Config(64, 64, 4, 3),
+        ),
+        256: (Config(64, 32, 4, 2, masked=True), Config(128, 64, 8, 2)),
         512: (Config(64, 32, 8, 2),),
     },
     "dq": {
-        64: (Config(128, 64, 8, 3, True, 700), Config(64, 32, 4, 3)),
-        128: (Config(128, 64, 8, 3, True, 700), Config(128, 32, 4, 3)),
-        256: (Config(128, 32, 8, 3, True, 700), Config(128, 32, 8, 3)),
+        64: (Config(128, 64, 4, 3, True, 700, True), Config(128, 64, 8, 3, True, 700), Config(64, 32, 4, 3)),
+        128: (Config(128, 64, 8, 3, True, 700), Config(64, 32, 4, 2, masked=True), Config(128, 32, 4, 3)),
+        256: (
+            Config(64, 32, 8, 2, True, 700, True),
+            Config(128, 32, 8, 3, True, 700),
+            Config(64, 32, 8, 2, masked=True),
+            Config(128, 32, 8, 3),
+        ),
         512: (Config(32, 32, 8, 1),),
     },
     "dk and dv": {
-        64: (Config(32, 64, 4, 3, True, 1500), Config(32, 64, 4, 3)),
-        128: (Config(64, 64, 4, 2, True, 700), Config(64, 64, 4, 2)),
+        64: (Config(64, 64, 4, 3, True, 1500, True), Config(32, 64, 4, 3, True, 1500), Config(32, 64, 4, 3)),
+        128: (
+            Config(32, 64, 4, 2, True, 700, True),
+            Config(64, 64, 4, 2, True, 700),
+            Config(32, 64, 4, 2, masked=True),
+            Config(64, 64, 4, 2),
+        ),
     },
-    "dk": {256: (Config(32, 128, 8, 3, True, 700), Config(32, 128, 8, 3)), 512: (Config(32, 32, 8, 1),)},
-    "dv": {256: (Config(64, 64, 4, 3, True, 700), Config(64, 128, 8, 2)), 512: (Config(32, 32, 8, 1),)},
+    "dk": {
+        256: (
+            Config(32, 64, 8, 2, True, 700, True),
+            Config(32, 128, 8, 3, True, 700),
+            Config(32, 64, 8, 2, masked=True),
+            Config(32, 128, 8, 3),
+        ),
+        512: (Config(32, 32, 8, 1),),
+    },
+    "dv": {
+        256: (
+            Config(32, 64, 8, 2, True, 700, True),
+            Config(64, 64, 4, 3, True, 700),
+            Config(32, 64, 8, 2, masked=True),
+            Config(64, 128, 8, 2),
+        ),
+        512: (Config(32, 32, 8, 1),),
+    },
     "dmask": {
-        64: (Config(128, 64, 8, 1),),
+        64: (Config(64, 128, 4, 2, True), Config(128, 64, 8, 1)),
         128: (Config(32, 64, 4, 1),),
         256: (Config(32, 64, 8, 1),),
         512: (Config(16, 32, 4, 1),),
@@ -60,17 +98,20 @@ SM_90: Table = {
 LARGE: Table = {
     "forward": {
         64: (Config(128, 64, 8, 3),),
-        128: (Config(128, 64, 8, 3),),
+        128: (Config(128, 64, 8, 2, masked=True), Config(128, 64, 8, 3)),
         256: (Config(64, 32, 4, 2),),
         512: (Config(64, 32, 8, 2),),
     },
     "dq": {
-        64: (Config(64, 64, 4, 2),),
-        128: (Config(64, 64, 4, 2),),
+        64: (Config(64, 32, 4, 2, masked=True), Config(64, 64, 4, 2)),
+        128: (Config(64, 32, 4, 2, masked=True), Config(64, 64, 4, 2)),
         256: (Config(64, 32, 8, 2),),
         512: (Config(32, 32, 8, 1),),
     },
-    "dk and dv": {64: (Config(32, 64, 4, 2),), 128: (Config(32, 64, 4, 2),)},
+    "dk and dv": {
+        64: (Config(32, 64, 4, 2),),
+        128: (Config(32, 32, 4, 2, masked=True), Config(32, 64, 4, 2)),
+    },
     "dk": {256: (Config(32, 64, 8, 2),), 512: (Config(32, 32, 8, 1),)},
     "dv": {256: (Config(32, 64, 8, 2),), 512: (Config(32, 32, 8, 1),)},
     "dmask": {
@@ -139,7 +180,11 @@ def find(kernel: str, key: KernelKey) -> Config:
     of_keys = kernel in ("dk", "dv", "dk and dv")
     length = key.queries_on_average if of_keys else key.keys_on_average
     rows = table(capability, key.dtype)[kernel][max(64, widest(key))]
-    return next(row for row in rows if length >= row.at_least and (descriptors or not row.descriptors))
+    masked = key.strides_mask is not None
+    return next(
+        row for row in rows
+        if length >= row.at_least and (descriptors or not row.descriptors) and (masked or not row.masked)
+    )  # fmt: skip
 
 
 @functools.cache  # PyTorch takes 5 us to ask for it

@@ -17,24 +17,25 @@ from attn_n.backends.triton.portable.tile import (
     head_pointer,
     keys_seen,
     load,
+    load_mask,
     load_sink,
     locate,
     logits,
-    mask_pointer,
     row_pointers,
     store,
     view,
+    view_mask,
 )
 
 
 @triton.jit(do_not_specialize=RUN_TIME)
 def forward_kernel(
     q, k, v, out, lse, sinks, log_n, mask, slopes, rng_state, starts_q, starts_k, used_q, used_k, leftpad,
-    strides_q, strides_k, strides_v, strides_out, strides_mask, strides_slopes, stride_n,
+    strides_q, strides_k, strides_v, strides_out, strides_mask, mask_keys, strides_slopes, stride_n,
     heads, len_q, len_k, left, right, scale, softcap, dropout_threshold, dropout_scale,
     GROUPS: tl.constexpr, WIDTH: tl.constexpr, WIDTH_V: tl.constexpr, TILE_E: tl.constexpr, TILE_V: tl.constexpr,
     LINEAR: tl.constexpr, FLOAT_MASK: tl.constexpr, PRECISION: tl.constexpr, DESCRIPTORS: tl.constexpr,
-    TILE_Q: tl.constexpr, TILE_K: tl.constexpr,
+    MASK_DESCRIPTOR: tl.constexpr, TILE_Q: tl.constexpr, TILE_K: tl.constexpr,
 ):  # fmt: skip
     all_q, tiles = len_q, tl.cdiv(len_q, TILE_Q)
     tile, head, batch, first_q, first_k, len_q, len_k = locate(
@@ -48,12 +49,15 @@ def forward_kernel(
     head_kv = head // GROUPS
     of_q, of_out = base_of(q, strides_q, batch, head, first_q), base_of(out, strides_out, batch, head, first_q)
     of_k, of_v = base_of(k, strides_k, batch, head_kv, first_k), base_of(v, strides_v, batch, head_kv, first_k)
-    of_mask = None if mask is None else mask_pointer(mask, strides_mask, batch, head, first_k, leftpad)
     slope = None if slopes is None else tl.load(head_pointer(slopes, strides_slopes, batch, head))
 
     view_q = view(of_q, 1, len_q, strides_q, WIDTH, TILE_Q, TILE_E, DESCRIPTORS)
     view_k = view(of_k, 1, len_k, strides_k, WIDTH, TILE_K, TILE_E, DESCRIPTORS)
     view_v = view(of_v, 1, len_k, strides_v, WIDTH_V, TILE_K, TILE_V, DESCRIPTORS)
+    if mask is not None:
+        of_mask = view_mask(
+            mask, strides_mask, batch, head, 1, first_k, leftpad, len_q, len_k, TILE_Q, TILE_K, MASK_DESCRIPTOR
+        )
     q_tile = load(view_q, 0, first_row, len_q, strides_q, WIDTH, TILE_Q, TILE_E, DESCRIPTORS)
     rows = first_row + tl.arange(0, TILE_Q)
     # Issue this load early: it is needed only in the epilogue.
@@ -70,9 +74,15 @@ def forward_kernel(
     for first_key in tl.range(begin, end, TILE_K):
         keys = first_key + tl.arange(0, TILE_K)[None, :]
         k_tile = load(view_k, 0, first_key, len_k, strides_k, WIDTH, TILE_K, TILE_E, DESCRIPTORS)
+        mask_tile = None
+        if mask is not None:
+            mask_tile = load_mask(
+                of_mask, strides_mask, mask_keys, 0, first_row, first_key, len_q, len_k, TILE_Q, TILE_K,
+                MASK_DESCRIPTOR,
+            )  # fmt: skip
         s, _ = logits(
             dot(q_tile, k_tile.T, PRECISION), rows[:, None], keys, len_q, len_k, left, right, scale, softcap,
-            of_mask, strides_mask, slope, (first_key < full_begin) | (first_key >= full_end), LINEAR, FLOAT_MASK,
+            mask_tile, slope, (first_key < full_begin) | (first_key >= full_end), LINEAR, FLOAT_MASK,
         )  # fmt: skip
         new_max = tl.maximum(row_max, tl.max(s, 1) * factor)
         # A row that has seen no key yet has no maximum to subtract.

@@ -9,10 +9,10 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from attn_n.backends.base import aligned, dense_strides
+from attn_n.backends.base import dense_strides
 from attn_n.backends.triton import allocation
 from attn_n.backends.triton.allocation import Allocation
-from attn_n.backends.triton.kernel_key import KernelKey, Strides, describe
+from attn_n.backends.triton.kernel_key import KernelKey, Strides, all_aligned, describe
 from attn_n.backends.triton.portable import configs
 from attn_n.backends.triton.portable.backward import dkdv_kernel, dmask_kernel, dq_kernel
 from attn_n.backends.triton.portable.configs import Config
@@ -37,7 +37,7 @@ class PortableCall:
     def forward(
         self, q: Tensor, k: Tensor, v: Tensor, log_n: float | Tensor | None, options: Options
     ) -> tuple[Tensor, Tensor, Tensor | None]:
-        if self.key.aligned is not aligned(q, k, v):
+        if self.key.aligned is not all_aligned((q, k, v), options):
             return call_for(q, k, v, log_n, options).forward(q, k, v, log_n, options)
         out, lse = self._out(), self._lse()
         rng_state = None
@@ -80,8 +80,9 @@ class PortableCall:
         dmask = None
         if ready.dmask is not None:
             assert options.mask is not None
-            # Of varlen sequences a mask may have more rows and keys than the longest one.
-            allocate = torch.zeros if options.varlen else torch.empty
+            # Of varlen sequences a mask may have more rows and keys than the longest one; a window hides keys.
+            dense = not (options.varlen or options.padded) and self.key.window == (None, None)
+            allocate = torch.empty if dense else torch.zeros
             dmask = allocate(options.mask.shape, dtype=options.mask.dtype, device=q.device)
             ready.dmask(q, k, v, dout, lse_log2, delta, lost, dmask, *extras)
         dslopes = None if of_slopes is None else of_slopes.sum(2)
@@ -90,7 +91,8 @@ class PortableCall:
     def _backward(self, tensors: tuple[Tensor, ...], log_n: Tensor | None, options: Options, of_mask: bool) -> Backward:
         *_, out, dout = tensors
         mask = options.mask.shape if of_mask and options.mask is not None else None
-        kind = out.stride(), dout.stride(), None if log_n is None else log_n.stride(), aligned(*tensors), mask
+        of_n = None if log_n is None else log_n.stride()
+        kind = out.stride(), dout.stride(), of_n, all_aligned(tensors, options), mask
         ready = self._backwards.get(kind)
         if ready is None:
             key = describe(tensors, log_n, options)
@@ -115,6 +117,9 @@ def call_for(q: Tensor, k: Tensor, v: Tensor, log_n: float | Tensor | None, opti
     key = describe((q, k, v), log_n, options)
     return _calls.get(key) or _calls.put(key, PortableCall(key, q, k, v))
 
+
+# Of the gradient of a mask: some for each SM.
+PROGRAMS = 1024
 
 _calls: Recent[KernelKey, PortableCall] = Recent()
 
@@ -143,15 +148,19 @@ def launch(kernel: str, key: KernelKey, results: Sequence[Strides], config: Conf
     p, config = key, config or configs.find(kernel, key)
     options = {"num_warps": config.num_warps, "num_stages": config.num_stages}
     tile_e, tile_v = configs.tiles_of_widths(p)
+    # Behind padding on the left a mask begins anywhere.
+    of_mask = config.descriptors and configs.widest(p) <= 128 and p.mask_fits_descriptors and not p.padding[2]
     constants = {
         "GROUPS": p.heads // p.heads_kv, "WIDTH": p.width, "WIDTH_V": p.width_v, "TILE_E": tile_e, "TILE_V": tile_v,
         "LINEAR": p.linear, "FLOAT_MASK": p.float_mask, "PRECISION": "tf32" if p.tf32 else "ieee",
         "TILE_Q": config.tile_q, "TILE_K": config.tile_k, "DESCRIPTORS": config.descriptors,
+        "MASK_DESCRIPTOR": of_mask,
     }  # fmt: skip
     numbers: tuple[Any, ...] = (
         p.heads, p.len_q, p.len_k, *p.window, p.scale, p.softcap, *_dropout(p),
     )  # fmt: skip
-    extras = p.strides_mask, p.strides_slopes
+    lengths = p.varlen or any(p.padding)  # sequences have their own
+    extras = p.strides_mask, None if p.strides_mask is None or lengths else p.len_k, p.strides_slopes
     programs_of_queries = p.batch * p.heads * -(-p.len_q // config.tile_q)
     if kernel == "forward":
         numbers = *p.strides, *results, *extras, p.stride_n, *numbers
@@ -170,19 +179,25 @@ def launch(kernel: str, key: KernelKey, results: Sequence[Strides], config: Conf
 def launch_of_dmask(key: KernelKey, sizes: Sequence[int], config: Config | None = None) -> Launch:
     """Return the launch that computes the gradient of a mask of these sizes."""
     p, config = key, config or configs.find("dmask", key)
+    # Descriptors are made of all batches here.
+    descriptors = config.descriptors and not any(p.padding) and all([strides[0] > 0 for strides in p.strides])
     (batches, heads, rows, keys), (tile_e, tile_v) = sizes, configs.tiles_of_widths(p)
     constants = {
         "GROUPS": p.heads // p.heads_kv, "WIDTH": p.width, "WIDTH_V": p.width_v, "TILE_E": tile_e, "TILE_V": tile_v,
         "PRECISION": "tf32" if p.tf32 else "ieee", "TILE_Q": config.tile_q, "TILE_K": config.tile_k,
-        "ROWS": rows > 1, "KEYS": keys > 1,
+        "ROWS": rows > 1, "KEYS": keys > 1, "DESCRIPTORS": descriptors,
     }  # fmt: skip
+    tiles_q = -(-p.len_q // config.tile_q) if rows > 1 else 1
+    tiles_k = -(-p.len_k // config.tile_k) if keys > 1 else 1
+    # A program takes several tiles, since its first loads take long, but not so many that some SMs have nothing to do.
+    span = max(1, batches * heads * tiles_q * tiles_k // PROGRAMS)
     numbers = (
         *p.strides[:3], p.strides[4], dense_strides(sizes, range(4)), p.strides_mask, p.strides_slopes, tuple(sizes),
-        padded_rows(p), p.heads, p.batch, p.len_q, p.len_k, *p.window, p.scale, p.softcap, *_dropout(p),
+        span, padded_rows(p), p.heads, p.batch, p.len_q, p.len_k, *p.window, p.scale, p.softcap, *_dropout(p),
     )  # fmt: skip
-    tiles = (-(-p.len_q // config.tile_q) if rows > 1 else 1) * (-(-p.len_k // config.tile_k) if keys > 1 else 1)
+    programs = batches * heads * tiles_q * -(-tiles_k // span)
     options = {"num_warps": config.num_warps, "num_stages": config.num_stages}
-    return Launch(dmask_kernel, batches * heads * tiles, p.device, numbers, constants, options, descriptors=False)
+    return Launch(dmask_kernel, programs, p.device, numbers, constants, options, descriptors)
 
 
 def _dropout(key: KernelKey) -> tuple[int, float]:

@@ -36,7 +36,7 @@ LARGE_LSE = tl.constexpr(1024.0)
 ROW_PADDING = tl.constexpr(128)
 
 # Triton does not specialise kernels on the values of these. (It does on strides: for multiples of 16 and for others.)
-RUN_TIME = ("stride_n", "heads", "padded", "len_q", "len_k", "left", "right", "dropout_threshold")
+RUN_TIME = ("stride_n", "heads", "padded", "len_q", "len_k", "left", "right", "dropout_threshold", "span")
 
 
 @triton.jit
@@ -70,13 +70,6 @@ def rows_in_use(used_q, used_k, leftpad, batch, len_q, first_k, len_k):
 def head_pointer(x, strides, batch, head):
     """Return the pointer to the elements of x for a batch (int64) and a head."""
     return x + (batch * strides[0] + head.to(tl.int64) * strides[1])
-
-
-@triton.jit
-def mask_pointer(mask, strides, batch, head, first_k, leftpad):
-    """Return the pointer to the mask of a batch and a head for its first key that exists."""
-    of_head = head_pointer(mask, strides, batch, head)
-    return of_head if leftpad is None else of_head + first_k * strides[3]
 
 
 @triton.jit
@@ -115,6 +108,72 @@ def load(
             return tl.load(pointers, mask=row < rows, other=0.0)
         else:
             return tl.load(pointers, mask=(row < rows) & (column < WIDTH), other=0.0)
+
+
+@triton.jit
+def view_batches(
+    x, batches, heads, rows, strides,
+    WIDTH: tl.constexpr, TILE_ROWS: tl.constexpr, TILE_WIDTH: tl.constexpr, DESCRIPTORS: tl.constexpr,
+):  # fmt: skip
+    """Return what `load_from` takes: a descriptor of `(batches, heads, rows, WIDTH)`, or the pointer x itself."""
+    if DESCRIPTORS:
+        return tl.make_tensor_descriptor(
+            x, [batches, heads, rows, WIDTH], [strides[0], strides[1], strides[2], 1], [1, 1, TILE_ROWS, TILE_WIDTH]
+        )
+    else:
+        return x
+
+
+@triton.jit
+def load_from(
+    view, batch, head, first_of_sequence, first_row, rows, strides,
+    WIDTH: tl.constexpr, TILE_ROWS: tl.constexpr, TILE_WIDTH: tl.constexpr, DESCRIPTORS: tl.constexpr,
+):  # fmt: skip
+    """Load as `load` does, of any batch."""
+    if DESCRIPTORS:
+        return view.load([batch.to(tl.int32), head, first_row, 0]).reshape(TILE_ROWS, TILE_WIDTH)
+    else:
+        base = base_of(view, strides, batch, head, first_of_sequence)
+        return load(base, 0, first_row, rows, strides, WIDTH, TILE_ROWS, TILE_WIDTH, False)
+
+
+@triton.jit
+def view_mask(
+    mask, strides, batch, head, heads, first_k, leftpad, len_q, len_k,
+    TILE_Q: tl.constexpr, TILE_K: tl.constexpr, MASK_DESCRIPTOR: tl.constexpr,
+):  # fmt: skip
+    """Return what `load_mask` takes for `heads` heads from `head` on: a tensor descriptor, or a pointer.
+
+    Behind padding on the left it begins at the first key that exists.
+    """
+    first = head_pointer(mask, strides, batch, head)
+    if leftpad is not None:
+        first += first_k * strides[3]
+    if MASK_DESCRIPTOR:
+        # A descriptor has no stride of 0: a mask that all heads have in common is that of one head.
+        stride = tl.where(strides[1] == 0, strides[2], strides[1])
+        return tl.make_tensor_descriptor(first, [heads, len_q, len_k], [stride, strides[2], 1], [1, TILE_Q, TILE_K])
+    else:
+        return first
+
+
+@triton.jit
+def load_mask(
+    view, strides, mask_keys, head, first_row, first_key, len_q, len_k,
+    TILE_Q: tl.constexpr, TILE_K: tl.constexpr, MASK_DESCRIPTOR: tl.constexpr,
+):  # fmt: skip
+    """Load the tile `(TILE_Q, TILE_K)` of a mask, with zeros out of bounds.
+
+    `mask_keys` is `len_k`, specialised: if both are multiples of 16 several keys are one load. It is None where
+    sequences have lengths of their own.
+    """
+    if MASK_DESCRIPTOR:
+        return view.load([tl.where(strides[1] == 0, 0, head), first_row, first_key]).reshape(TILE_Q, TILE_K)
+    else:
+        row, key = (first_row + tl.arange(0, TILE_Q))[:, None], (first_key + tl.arange(0, TILE_K))[None, :]
+        of_head = view + tl.cast(head, tl.int64) * strides[1]
+        pointers = of_head + row.to(tl.int64) * strides[2] + key.to(tl.int64) * strides[3]
+        return tl.load(pointers, mask=(row < len_q) & (key < (len_k if mask_keys is None else mask_keys)), other=0)
 
 
 @triton.jit
@@ -186,8 +245,7 @@ def logits(
     row,  # positions of the queries, (Q, 1), or (1, Q) beside a transposed qk; those of the keys are (1, K), or (K, 1)
     key,
     len_q, len_k, left, right, scale, softcap,
-    mask,  # pointer for this batch and head, or None
-    strides_mask,
+    mask,  # its tile, shaped as qk, or None
     slope,  # the ALiBi slope, or None
     edge,  # some pairs may be outside of the window, or some keys beyond the end
     LINEAR: tl.constexpr,  # the logits are qk times a positive number, by which the caller multiplies
@@ -211,12 +269,10 @@ def logits(
     if slope is not None:
         s -= tl.abs(distance).to(tl.float32) * (slope * unit)
     if mask is not None:
-        pointers = mask + row.to(tl.int64) * strides_mask[2] + key.to(tl.int64) * strides_mask[3]
-        inside = (row < len_q) & (key < len_k)
         if FLOAT_MASK:
-            s += tl.load(pointers, mask=inside, other=0.0).to(tl.float32)
+            s += mask.to(tl.float32)
         else:
-            s = tl.where(tl.load(pointers, mask=inside, other=0) != 0, s, float("-inf"))
+            s = tl.where(mask != 0, s, float("-inf"))
     if edge:
         visible = key < len_k
         if left is not None:
