@@ -290,6 +290,7 @@ def test_what_is_said_of_a_measured_order(call: AttentionCall, said: str) -> Non
 
 MASKED = {"mask_shape": (1, 1, 256, 256), "mask_dtype": torch.bfloat16, "capability": (8, 0)}
 TRITON_FIRST = "automatic, triton first: the gradients beside a floating mask are more accurate there"
+PADDED_FIRST = ("triton", *[name for name in DEFAULT if name != "triton"])
 PADDED = "automatic, triton first: its kernels read the lengths in use, and others need a packed copy"
 ELSEWHERE = "automatic, not measured here: compute capability 8.0"
 
@@ -306,7 +307,12 @@ ELSEWHERE = "automatic, not measured here: compute capability 8.0"
         ({"device": "mps", "capability": None}, ("reference",), "automatic"),
         ({"dtype": torch.float32}, DEFAULT, "automatic"),
         ({"dropout_p": 0.5}, DEFAULT, "automatic"),
-        ({"seqused": True}, ("triton", *[name for name in DEFAULT if name != "triton"]), PADDED),
+        ({"seqused": True, "dtype": torch.float32}, PADDED_FIRST, PADDED),
+        (
+            {"seqused": True, **dict.fromkeys(("q_shape", "k_shape", "v_shape"), (8, 16, 2048, 64)), **WITH_N, **CAUSAL},
+            ("triton:hopper", *PADDED_FIRST),
+            f"{PADDED}; by speed on an H100: training, with n, causal, heads up to 64, from 1500 keys on",
+        ),
         ({"leftpad": True, "capability": (8, 0)}, ("triton", "sdpa", "flash_attn", "xformers", "reference"), PADDED),
         ({"seqused": True, "device": "cpu", "capability": None}, ("sdpa", "reference"), "automatic"),
     ],

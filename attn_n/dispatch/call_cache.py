@@ -73,12 +73,12 @@ def _metadata_of_all(request: Request, types: tuple[type, ...], packing: tuple[A
     )  # fmt: skip
     if len([x for x in types if x in PLAIN]) != len([x for x in tensors if x.__class__ in PLAIN]):
         raise _NoMetadata
-    values: tuple[Any, ...] = request
+    values: tuple[Any, ...] = (*request, request.seqused_q is request.seqused_k)
     if packing:
         of_packing = [x.__class__ for x in packing]
         if not _PACKING.issuperset(of_packing):
             raise _NoMetadata
-        values = (*request, *packing, packing[0] is packing[1])
+        values = (*request, *packing, packing[0] is packing[1])  # one tensor: kernels know the diagonal
     return tuple([_metadata(x) if x.__class__ in PLAIN else x for x in values])
 
 

@@ -111,18 +111,22 @@ _BY_KIND = {
 def automatic(call: AttentionCall) -> tuple[str, ...]:
     """Return the backends to try, in order, for a call that forces none."""
     row, default = _row(call), _default(call)
-    if row is None and _why_triton_first(call) is not None and "triton" in default:
+    if (row is None or call.padded) and _why_triton_first(call) is not None and "triton" in default:
         default = ("triton", *[name for name in default if name != "triton"])
-    return default if row is None else (*row.first, *[name for name in default if name not in row.first])
+    first = () if row is None else row.first
+    if call.padded:
+        first = tuple([name for name in first if name.startswith("triton")])
+    return (*first, *[name for name in default if name not in first])
 
 
 def reason(call: AttentionCall) -> str:
     """Return the reason for the automatic order of a call."""
     row, why_triton_first = _row(call), _why_triton_first(call)
+    by_speed = f"by speed on an H100: {row}"
+    if why_triton_first is not None and (row is None or call.padded):
+        return f"automatic, triton first: {why_triton_first}" + (f"; {by_speed}" if row is not None else "")
     if row is not None:
-        return f"automatic, by speed on an H100: {row}"
-    if why_triton_first is not None:
-        return f"automatic, triton first: {why_triton_first}"
+        return f"automatic, {by_speed}"
     major, minor = call.capability or (9, 0)
     return "automatic" if major == 9 else f"automatic, not measured here: compute capability {major}.{minor}"
 
@@ -159,9 +163,7 @@ def _row(call: AttentionCall) -> Row | None:
     """Return the first row that matches the call."""
     if call.capability != (9, 0) or torch.version.hip is not None or call.dtype.itemsize != 2:
         return None
-    if (
-        call.dropout_p or call.padded
-    ):  # not measured; with dropout the portable kernels draw more random numbers than FlashAttention
+    if call.dropout_p:  # not measured; the portable kernels draw more random numbers than FlashAttention
         return None
     for row in _BY_KIND[call.varlen, _queries(call)]:
         if _fits(row, call):

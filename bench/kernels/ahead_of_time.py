@@ -117,23 +117,31 @@ def varlen(options: Options, same: bool = True) -> Options:
     )
 
 
+def padded(options: Options, *names: str) -> Options:
+    """Returns the options for a padded batch; `seqused_q` and `seqused_k` are one tensor."""
+    used = torch.tensor([200], dtype=torch.int32)
+    return options.replaced(**{name: used for name in names or ("seqused_q", "seqused_k")})
+
+
 def launch_of(
     kernel: str, tensors: Sequence[Tensor], lse: Tensor, options: Options, config: Any, log_n: float = 0.0,
     compile_only: bool = False,
 ) -> Callable[[], Any]:  # fmt: skip
     """Returns the call of one kernel; `tensors` are q, k, v, out, dout, dq, dk and dv, heads first or varlen."""
     q, k, v, out, dout, dq, dk, dv = tensors
-    starts, gradients = (options.cu_seqlens_q, options.cu_seqlens_k), [kernel_strides(x.stride()) for x in (dq, dk, dv)]
+    queries = options.cu_seqlens_q, options.seqused_q, None
+    keys = options.cu_seqlens_k, options.seqused_k, options.leftpad_k
+    gradients = [kernel_strides(x.stride()) for x in (dq, dk, dv)]
     if kernel == "hopper forward":
         from attn_n.backends.triton.hopper import prepare
 
         ready = prepare.forward(describe((q, k, v), log_n, options), kernel_strides(out.stride()), config)
-        arguments = (q, k, v, out, lse, None, log_n, *starts)
+        arguments = (q, k, v, out, lse, None, log_n, *queries[:2], *keys)
         if compile_only:
             table = q.new_empty(ready.table, dtype=torch.int32) if ready.table else None
             return functools.partial(ready.main.compiled, *arguments, table)
         # Each launch needs a new counter.
-        return lambda: ready.main(*arguments, prepare.list_of_tiles(ready, q, *starts))
+        return lambda: ready.main(*arguments, prepare.list_of_tiles(ready, q, queries, keys))
     if kernel.startswith("hopper backward"):
         from attn_n.backends.triton.hopper import prepare
 
@@ -143,11 +151,12 @@ def launch_of(
         into = (dk, dv)
         if launches.postprocess_kv:
             into = tuple(q.new_empty(launches.dkv_sum, dtype=torch.float32) for _ in "kv")
+        filled = (dq, dk, dv) if options.padded else (None, None, None)
         chosen, arguments = {
-            "schedule": (launches.schedule, (table, *starts)),
-            "preprocess": (launches.preprocess, (out, dout, lse, None, stats, dq_sum, None, None, starts[0])),
-            "main": (launches.main, (q, k, v, dout, stats, dq_sum, *into, *starts, table)),
-            "postprocess": (launches.postprocess, (dq_sum, dq, starts[0])),
+            "schedule": (launches.schedule, (table, *keys, *queries)),
+            "preprocess": (launches.preprocess, (out, dout, lse, None, stats, dq_sum, None, None, *queries[:2])),
+            "main": (launches.main, (q, k, v, dout, stats, dq_sum, *into, *filled, *queries[:2], *keys, table)),
+            "postprocess": (launches.postprocess, (dq_sum, dq, *queries)),
         }[kernel.split()[-1]]
         return functools.partial(chosen.compiled if compile_only else chosen, *arguments)
     if kernel == "dmask" and options.mask is None:

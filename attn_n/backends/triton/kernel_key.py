@@ -45,6 +45,10 @@ class KernelKey(NamedTuple):
     padding: tuple[bool, bool, bool] = (False, False, False)  # seqused_q, seqused_k and leftpad_k are given
 
     @property
+    def padded(self) -> bool:
+        return any(self.padding)
+
+    @property
     def linear(self) -> bool:
         """True if the logits are Q K^T times a positive number and nothing else."""
         bent = self.softcap is not None or self.strides_slopes is not None or self.strides_mask is not None
@@ -122,12 +126,13 @@ def describe(tensors: tuple[Tensor, ...], log_n: float | Tensor | None, options:
         batch, len_q, len_k = q.shape[0], q.shape[2], k.shape[2]
         rows, keys = batch * len_q, batch * len_k
         more_keys: int | None = None if options.padded else len_k - len_q
+        if options.seqused_q is not None and options.seqused_q is options.seqused_k and options.leftpad_k is None:
+            more_keys = 0
     else:
         batch, rows, keys = starts.shape[0] - 1, q.shape[0], k.shape[0]
         # max_seqlen may be overstated, even so far that kernels could not count the tiles.
         len_q, len_k = min(options.max_seqlen_q, rows), min(options.max_seqlen_k, keys)
-        assert options.cu_seqlens_k is not None
-        more_keys = 0 if starts.data_ptr() == options.cu_seqlens_k.data_ptr() else None
+        more_keys = 0 if starts is options.cu_seqlens_k else None
     return KernelKey(
         q.device, q.dtype, batch, q.shape[1], k.shape[1], len_q, len_k, more_keys, starts is not None, rows,
         keys, q.shape[-1], v.shape[-1], tuple([kernel_strides(x.stride()) for x in tensors]),

@@ -23,7 +23,9 @@ FIRST, LAST = (3, 6), (3, 9)
 class HopperKernels(PortableKernels):
     name = "triton:hopper"
     summary = "for the usual calls on sm_90; gradients vary in their last bits, but for deterministic algorithms"
-    honours = ("causal", "window", "negative window", "softcap", "varlen", "lse gradient", "n a row")
+    honours = (
+        "causal", "window", "negative window", "softcap", "varlen", "lse gradient", "n a row", "seqused", "leftpad",
+    )  # fmt: skip
     devices = ("cuda",)
     dtypes = HALF
     rocm = False

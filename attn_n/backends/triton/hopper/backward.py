@@ -44,7 +44,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_wait,
 )
 
-from attn_n.backends.triton.hopper.backward_producer import RUN_TIME, Sizes, produce, rows_of_head
+from attn_n.backends.triton.hopper.backward_producer import RUN_TIME, Sizes, fill, produce, rows_of_head
 from attn_n.backends.triton.hopper.backward_rings import (
     FIELDS,
     allocate_rings,
@@ -58,7 +58,8 @@ from attn_n.backends.triton.hopper.gluon_compat import async_reduce_add, reinter
 from attn_n.backends.triton.hopper.mailbox import mailbox_read
 from attn_n.backends.triton.hopper.ptx import add_accumulator, arrive_named, cast_operand, recomputed, wait_named
 from attn_n.backends.triton.hopper.rings import State, consumer_release, consumer_wait, wait_turn
-from attn_n.backends.triton.hopper.scheduler import Varlen
+from attn_n.backends.triton.hopper.schedule import Extents
+from attn_n.backends.triton.hopper.scheduler import Sequences
 from attn_n.backends.triton.hopper.tma import tile_descriptor
 from attn_n.backends.triton.portable.tile import LOG2E, tanh
 
@@ -73,7 +74,7 @@ def consume(
     softcap, SPEC: gl.constexpr,
 ):  # fmt: skip
     """A consumer warpgroup computes dK and dV of its 64 keys of each tile, and half of what the tile adds to dQ."""
-    batches, heads, _len_q, len_k, _sum_rows, left, right, _swizzle, varlen = sizes
+    batches, heads, _len_q, len_k, _sum_rows, left, right, _swizzle, sequences = sizes
     E: gl.constexpr = SPEC.widths.tile
     TILE_Q: gl.constexpr = SPEC.tile_q
     kv, queries = rings.kv.buffers, rings.queries.buffers
@@ -87,7 +88,7 @@ def consume(
         dq_sum, [batches * heads * rows, E], [E, 1], [TILE_Q, E], gl.NVMMASharedLayout(0, 32)
     )
     if SPEC.teams == 1:
-        batch_dim = batches if varlen.table is None else None
+        batch_dim = batches if sequences.table is None else None
         heads_kv = heads // SPEC.team_heads
         dk_desc = tile_descriptor(dk, batch_dim, heads_kv, len_k, strides_dk, 64, SPEC.widths.head_dim, E)
         dv_desc = tile_descriptor(dv, batch_dim, heads_kv, len_k, strides_dv, 64, SPEC.widths.head_dim_v, E)
@@ -177,8 +178,8 @@ def consume(
             add_accumulator(dk + of_sums, dk_acc, DKV)
         else:
             buffer = dq_buffers.index(CONSUMER)
-            store_tile(dv_acc, buffer, rings, slot, dv_desc, varlen, 64 * CONSUMER, 0)
-            store_tile(dk_acc * scale, buffer, rings, slot, dk_desc, varlen, 64 * CONSUMER, 0)
+            store_tile(dv_acc, buffer, rings, slot, dv_desc, sequences, 64 * CONSUMER, 0)
+            store_tile(dk_acc * scale, buffer, rings, slot, dk_desc, sequences, 64 * CONSUMER, 0)
         slot ^= 1
         consumer_wait(rings.kv, State(0, slot))
         steps = mailbox_read(rings.mailbox, slot, FIELDS, "steps")
@@ -187,8 +188,9 @@ def consume(
 
 @gluon.jit(do_not_specialize=RUN_TIME)
 def backward_kernel(
-    q, k, v, dout, stats, dq_sum, dk, dv, starts_q, starts_k, table,
-    strides_q, strides_k, strides_v, strides_dout, strides_dk, strides_dv,
+    q, k, v, dout, stats, dq_sum, dk, dv, filled_dq, filled_dk, filled_dv,
+    starts_q, used_q, starts_k, used_k, leftpad, table,
+    strides_q, strides_k, strides_v, strides_dout, strides_dk, strides_dv, strides_dq,
     batches, heads, len_q, len_k, sum_rows, left, right, scale, softcap, swizzle, SPEC: gl.constexpr,
 ):  # fmt: skip
     """At most as many programs as fit the GPU at once go through all tiles; `SPEC` is a `configs.BackwardSpec`."""
@@ -199,8 +201,11 @@ def backward_kernel(
     ds_buffers = gl.allocate_shared_memory(dtype, [4, 64, SPEC.tile_q], gl.NVMMASharedLayout(128, 16))
     dq_buffers = gl.allocate_shared_memory(gl.float32, [2, 64, 64], in_order(64))
     fence_async_shared()
-    varlen = Varlen(starts_q, starts_k, table)
-    sizes = Sizes(batches, heads, len_q, len_k, sum_rows, left, right, swizzle, varlen)
+    queries = Extents(starts_q, used_q, None, len_q if SPEC.padded else None)
+    keys = Extents(starts_k, used_k, leftpad, len_k if SPEC.padded else None)
+    sequences = Sequences(queries, keys, table)
+    counted = 0 if SPEC.padded else len_k
+    sizes = Sizes(batches, heads, len_q, counted, sum_rows, left, right, swizzle, sequences)
     # Of the 504 registers for three threads, one of each role, the producer needs the fewest.
     gl.warp_specialize(
         [
@@ -209,6 +214,7 @@ def backward_kernel(
             (consume, (1, rings, ds_buffers, dq_buffers, sizes, dq_sum, dk, dv, strides_dk, strides_dv, scale,
                        softcap, SPEC)),
             (produce, (rings, sizes, q, k, v, dout, stats, strides_q, strides_k, strides_v, strides_dout, SPEC)),
-        ],
-        [4, 1], [240, 24],
+            (fill, (filled_dq, filled_dk, filled_dv, strides_dq, strides_dk, strides_dv, sizes, dtype, SPEC)),
+        ][: 3 + SPEC.padded],
+        [4, 1, 1][: 2 + SPEC.padded], [240, 24, 24][: 2 + SPEC.padded],
     )  # fmt: skip

@@ -41,6 +41,7 @@ from attn_n.backends.triton.hopper.backward_passes import counter_of
 from attn_n.backends.triton.hopper.backward_producer import (
     RUN_TIME,
     Sizes,
+    fill,
     items_of,
     load_keys,
     load_queries,
@@ -61,7 +62,8 @@ from attn_n.backends.triton.hopper.gluon_compat import async_reduce_add, reinter
 from attn_n.backends.triton.hopper.mailbox import mailbox_read, mailbox_write, new_mailbox
 from attn_n.backends.triton.hopper.ptx import add_accumulator, arrive_named, cast_operand, recomputed, wait_named
 from attn_n.backends.triton.hopper.rings import Ring, barriers, consumer_release, consumer_wait, state_of
-from attn_n.backends.triton.hopper.scheduler import Varlen, next_item
+from attn_n.backends.triton.hopper.schedule import Extents
+from attn_n.backends.triton.hopper.scheduler import Sequences, next_item
 from attn_n.backends.triton.hopper.tma import tile_descriptor
 from attn_n.backends.triton.portable.tile import LOG2E, tanh
 
@@ -118,7 +120,7 @@ def consume(
     CONSUMER: gl.constexpr, rings, shared, sizes, dk, dv, strides_dk, strides_dv, scale, softcap, SPEC: gl.constexpr,
 ):  # fmt: skip
     """A consumer warpgroup computes dK and dV of its 64 keys of each tile, and hands dS to dQ."""
-    batches, heads, _len_q, len_k, _sum_rows, left, right, _swizzle, varlen = sizes
+    batches, heads, _len_q, len_k, _sum_rows, left, right, _swizzle, sequences = sizes
     E: gl.constexpr = SPEC.widths.tile
     TILE_Q: gl.constexpr = SPEC.tile_q
     kv, queries = rings.kv.buffers, rings.queries.buffers
@@ -128,7 +130,7 @@ def consume(
     OPERAND: gl.constexpr = gl.DotOperandLayout(0, DKV, 2)
     KEYS: gl.constexpr = gl.DotOperandLayout(0, S, 2)
     if SPEC.teams == 1:
-        batch_dim = batches if varlen.table is None else None
+        batch_dim = batches if sequences.table is None else None
         heads_kv = heads // SPEC.team_heads
         dk_desc = tile_descriptor(dk, batch_dim, heads_kv, len_k, strides_dk, 64, SPEC.widths.head_dim, E)
         dv_desc = tile_descriptor(dv, batch_dim, heads_kv, len_k, strides_dv, 64, SPEC.widths.head_dim_v, E)
@@ -201,8 +203,8 @@ def consume(
             add_accumulator(dk + of_sums, dk_acc, DKV)
         else:
             buffer = shared.out.index(CONSUMER)
-            store_tile(dv_acc, buffer, rings, slot, dv_desc, varlen, 64 * CONSUMER, 0)
-            store_tile(dk_acc * scale, buffer, rings, slot, dk_desc, varlen, 64 * CONSUMER, 0)
+            store_tile(dv_acc, buffer, rings, slot, dv_desc, sequences, 64 * CONSUMER, 0)
+            store_tile(dk_acc * scale, buffer, rings, slot, dk_desc, sequences, 64 * CONSUMER, 0)
         t += 1
         consumer_wait(rings.kv, state_of(t, KV))
         steps = mailbox_read(rings.mailbox, t % MAILS, FIELDS, "steps")
@@ -257,8 +259,9 @@ def sum_dq(rings, shared, sizes, dq_sum, SPEC: gl.constexpr):
 
 @gluon.jit(do_not_specialize=RUN_TIME)
 def apart_kernel(
-    q, k, v, dout, stats, dq_sum, dk, dv, starts_q, starts_k, table,
-    strides_q, strides_k, strides_v, strides_dout, strides_dk, strides_dv,
+    q, k, v, dout, stats, dq_sum, dk, dv, filled_dq, filled_dk, filled_dv,
+    starts_q, used_q, starts_k, used_k, leftpad, table,
+    strides_q, strides_k, strides_v, strides_dout, strides_dk, strides_dv, strides_dq,
     batches, heads, len_q, len_k, sum_rows, left, right, scale, softcap, swizzle, SPEC: gl.constexpr,
 ):  # fmt: skip
     """At most as many programs as fit the GPU at once go through all tiles; `SPEC` is a `configs.BackwardSpec`."""
@@ -277,14 +280,18 @@ def apart_kernel(
         gl.allocate_shared_memory(dtype, [2, 64, 64], TILED),
     )
     fence_async_shared()
-    varlen = Varlen(starts_q, starts_k, table)
-    sizes = Sizes(batches, heads, len_q, len_k, sum_rows, left, right, swizzle, varlen)
+    queries = Extents(starts_q, used_q, None, len_q if SPEC.padded else None)
+    keys = Extents(starts_k, used_k, leftpad, len_k if SPEC.padded else None)
+    sequences = Sequences(queries, keys, table)
+    counted = 0 if SPEC.padded else len_k
+    sizes = Sizes(batches, heads, len_q, counted, sum_rows, left, right, swizzle, sequences)
     gl.warp_specialize(
         [
             (consume, (0, rings, shared, sizes, dk, dv, strides_dk, strides_dv, scale, softcap, SPEC)),
             (consume, (1, rings, shared, sizes, dk, dv, strides_dk, strides_dv, scale, softcap, SPEC)),
             (sum_dq, (rings, shared, sizes, dq_sum, SPEC)),
             (produce, (rings, sizes, q, k, v, dout, stats, strides_q, strides_k, strides_v, strides_dout, SPEC)),
-        ],
-        [4, 4, 1], [208, 72, 24],
+            (fill, (filled_dq, filled_dk, filled_dv, strides_dq, strides_dk, strides_dv, sizes, dtype, SPEC)),
+        ][: 4 + SPEC.padded],
+        [4, 4, 1, 1][: 3 + SPEC.padded], [208, 72, 24, 24][: 3 + SPEC.padded],
     )  # fmt: skip

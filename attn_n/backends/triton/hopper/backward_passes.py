@@ -56,12 +56,12 @@ def rows_of_tile(starts, sequences, tile, TILE_Q: tl.constexpr):
 
 @triton.jit(do_not_specialize=RUN_TIME)
 def preprocess_kernel(
-    out, dout, lse, dlse, stats, dq_sum, sinks, dn, starts,
+    out, dout, lse, dlse, stats, dq_sum, sinks, dn, starts, used,
     strides_out, strides_dout, sequences, stride_n, heads, len_q, SPEC: tl.constexpr,
 ):  # fmt: skip
     """Write lse in base 2, `-delta = dlse - rowsum(dout * out)`, zeros in dq_sum, and this tile's share of dn.
 
-    lse is infinite and delta 0 beyond the end of a sequence.
+    lse is infinite and delta 0 beyond the end of a sequence, which of a padded batch is at `used`.
     """
     if not INTERPRETED:
         gdc_launch_dependents()
@@ -69,7 +69,8 @@ def preprocess_kernel(
     EV: tl.constexpr = SPEC.widths.head_dim_v
     TILE_V: tl.constexpr = SPEC.widths.tile_v
     PADDED: tl.constexpr = SPEC.widths.padded
-    tile, head, batch, first_q, _, _, _ = locate(heads, len_q, len_q, tl.cdiv(len_q, TILE_Q))
+    all_q = len_q
+    tile, head, batch, first_q, _, len_q, _ = locate(heads, all_q, all_q, tl.cdiv(all_q, TILE_Q), used_q=used)
     first_row = tile * TILE_Q
     if starts is not None:
         first_row, first_q, len_q = rows_of_tile(starts, sequences, tile, TILE_Q)
@@ -80,17 +81,18 @@ def preprocess_kernel(
     )
     out_tile = load(of_out, 0, first_row, len_q, strides_out, EV, TILE_Q, TILE_V, False)  # [TILE_Q, TILE_V]
     dout_tile = load(of_dout, 0, first_row, len_q, strides_dout, EV, TILE_Q, TILE_V, False)
-    of_lse = row_pointers(lse, batch, head, heads, first_q, rows, len_q, starts is not None)
+    of_lse = row_pointers(lse, batch, head, heads, first_q, rows, all_q, starts is not None)
     row_lse = tl.load(of_lse, mask=rows < len_q, other=float("inf")) * LOG2E
     row_delta = tl.sum(out_tile.to(tl.float32) * dout_tile.to(tl.float32), 1)
     if dlse is not None:
-        of_dlse = row_pointers(dlse, batch, head, heads, first_q, rows, len_q, starts is not None)
+        of_dlse = row_pointers(dlse, batch, head, heads, first_q, rows, all_q, starts is not None)
         row_delta -= tl.load(of_dlse, mask=rows < len_q, other=0.0)
 
     first, all_rows = tl.program_id(0).to(tl.int64) * TILE_Q, tl.num_programs(0).to(tl.int64) * TILE_Q
     tl.store(stats + first + tl.arange(0, TILE_Q), row_lse)
     tl.store(stats + all_rows + first + tl.arange(0, TILE_Q), -row_delta)
-    tl.store(dq_sum + first * PADDED + tl.arange(0, TILE_Q * PADDED), tl.zeros((TILE_Q * PADDED,), tl.float32))
+    if True if used is None else first_row < len_q:
+        tl.store(dq_sum + first * PADDED + tl.arange(0, TILE_Q * PADDED), tl.zeros((TILE_Q * PADDED,), tl.float32))
     if tl.program_id(0) == 0:
         tl.store(counter_of(stats, all_rows), 0)
     if dn is not None:
@@ -98,33 +100,40 @@ def preprocess_kernel(
         # is the sum of -exp(-lse) * delta.
         sink = 0.0
         if sinks is not None:
-            sink = load_sink(sinks, stride_n, batch, head, heads, first_q, rows, len_q, len_q, starts is not None)
+            sink = load_sink(sinks, stride_n, batch, head, heads, first_q, rows, len_q, all_q, starts is not None)
             sink *= LOG2E
         # A large number in place of infinity, since the shares of two rows could be infinite and of opposite sign.
         power = sink - row_lse
         share = tl.where(power > 127.9, 7.9e28, tl.exp2(tl.minimum(power, 127.9)))  # 2**96
         if sinks is not None and stride_n is None:
-            of_dn = row_pointers(dn, batch, head, heads, first_q, rows, len_q, starts is not None)
-            tl.store(of_dn, -share * row_delta, mask=rows < len_q)
+            of_dn = row_pointers(dn, batch, head, heads, first_q, rows, all_q, starts is not None)
+            tl.store(of_dn, -share * row_delta, mask=rows < (len_q if used is None else all_q))
         else:
             tl.store(dn + tl.program_id(0), -tl.sum(share * row_delta))
 
 
 @triton.jit(do_not_specialize=RUN_TIME)
 def postprocess_kernel(
-    x_sum, x, starts, strides, sequences, heads, length, scale,
+    x_sum, x, starts, used, leftpad, strides, sequences, heads, length, scale,
     E: tl.constexpr, TILE: tl.constexpr, SPEC: tl.constexpr,
 ):  # fmt: skip
     """Convert a float32 sum to dQ `[..., E]`, or to dK or dV where several programs add to these.
 
+    Of a padded batch only the rows from `leftpad` to `used` are stored.
+
     The sum consists of tiles of 64 x 64 in the order in which a wgmma's accumulator lies in registers: 8 columns by 8;
     then 4 warps of 16 rows, of each 8 x 4 threads, of each 2 x 2 numbers, which are 8 rows apart.
     """
-    tile, head, batch, first, _, _, _ = locate(heads, length, length, tl.cdiv(length, TILE))
+    tile, head, batch, _, first, _, length = locate(
+        heads, length, length, tl.cdiv(length, TILE), used_k=used, leftpad=leftpad
+    )
     WIDTH: tl.constexpr = SPEC.widths.padded
     at = tl.program_id(0).to(tl.int64) * TILE * WIDTH
     if not INTERPRETED:
         gdc_wait()
+    if used is not None or leftpad is not None:  # noqa: SIM102  (a constant of the compiled kernel)
+        if tile * TILE >= length:
+            return
     found = tl.load(x_sum + at + tl.arange(0, TILE * WIDTH)) * scale
     found = found.reshape(TILE // 64, WIDTH // 64, 8, 4, 8, 4, 2, 2).permute(0, 3, 6, 4, 1, 2, 5, 7)
     found = found.reshape(TILE, WIDTH)

@@ -44,11 +44,13 @@ FIELDS = gl.constexpr(
         "full_begin",  # those from here
         "full_end",  # to there need no mask
         "sum_row",  # the row in dq_sum of its first head's first query
-        "first_key",  # of varlen sequences counted from their end
+        "first_key",  # counted from the end of a sequence that has a length of its own
         "diagonal",  # the query at the position of the first key
         "batch",  # of varlen sequences the row behind the last one
         "head",
-        "key_row",  # the row of the first key in the sums for dK and dV, where several teams share them
+        # Where several teams share the sums for dK and dV, the row of the first key there; else of a padded batch the
+        # row behind the last key.
+        "key_row",
     )
 )
 
@@ -131,17 +133,23 @@ def visible(
 
 
 @gluon.jit
-def store_tile(tile, buffer, rings, slot, descriptor, varlen, key, column):
+def store_tile(tile, buffer, rings, slot, descriptor, sequences, key, column):
     """Store 64 rows of dK or dV by TMA, from that key and column of the tile on."""
     WIDTH: gl.constexpr = tile.shape[1]
     # A view has the size of the buffer: as many such tiles as fill it, of which the first is used.
     COUNT: gl.constexpr = buffer.numel * buffer.dtype.primitive_bitwidth // (64 * WIDTH * 16)
-    staged = reinterpret(buffer, descriptor.dtype, [COUNT, 64, WIDTH], gl.NVMMASharedLayout(128, 16)).index(0)
+    dtype: gl.constexpr = descriptor.tiles.dtype
+    staged = reinterpret(buffer, dtype, [COUNT, 64, WIDTH], gl.NVMMASharedLayout(128, 16)).index(0)
     tma.store_wait(0)
-    staged.store(tile.to(descriptor.dtype))
+    staged.store(tile.to(dtype))
     fence_async_shared()
     batch = mailbox_read(rings.mailbox, slot, FIELDS, "batch")
-    rows = Rows(batch, None, None) if varlen.table is None else Rows(None, batch, 0)
+    if sequences.table is None:
+        rows = Rows(batch, 0, 0)
+    elif sequences.keys.starts is not None:
+        rows = Rows(0, batch, 0)
+    else:
+        rows = Rows(batch, mailbox_read(rings.mailbox, slot, FIELDS, "key_row"), 0)
     head = mailbox_read(rings.mailbox, slot, FIELDS, "head")
     first_key = mailbox_read(rings.mailbox, slot, FIELDS, "first_key")
     tma_store(descriptor, rows, head, first_key + key, column, staged)

@@ -30,7 +30,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_wait,
 )
 
-from attn_n.backends.triton.hopper.backward_producer import RUN_TIME, Sizes, produce, rows_of_head
+from attn_n.backends.triton.hopper.backward_producer import RUN_TIME, Sizes, fill, produce, rows_of_head
 from attn_n.backends.triton.hopper.backward_rings import (
     FIELDS,
     allocate_rings,
@@ -50,7 +50,8 @@ from attn_n.backends.triton.hopper.ptx import (
     recomputed,
 )
 from attn_n.backends.triton.hopper.rings import State, consumer_release, consumer_wait, wait_turn
-from attn_n.backends.triton.hopper.scheduler import Varlen
+from attn_n.backends.triton.hopper.schedule import Extents
+from attn_n.backends.triton.hopper.scheduler import Sequences
 from attn_n.backends.triton.hopper.tma import tile_descriptor
 from attn_n.backends.triton.portable.tile import LOG2E, tanh
 
@@ -67,7 +68,7 @@ def consume(
 
     Where several teams share a KV head, dx is the sum for it.
     """
-    batches, heads, _len_q, len_k, _sum_rows, left, right, _swizzle, varlen = sizes
+    batches, heads, _len_q, len_k, _sum_rows, left, right, _swizzle, sequences = sizes
     PADDED: gl.constexpr = SPEC.widths.padded
     TILE_Q: gl.constexpr = SPEC.tile_q
     EX: gl.constexpr = SPEC.widths.head_dim_v if CONSUMER == VALUES else SPEC.widths.head_dim
@@ -85,7 +86,7 @@ def consume(
     OPERAND_2: gl.constexpr = gl.DotOperandLayout(0, OF_SECOND, 2)
 
     if SPEC.teams == 1:
-        batch_dim = batches if varlen.table is None else None
+        batch_dim = batches if sequences.table is None else None
         heads_kv = heads // SPEC.team_heads
         first_desc = tile_descriptor(dx, batch_dim, heads_kv, len_k, strides_dx, 64, EX, FIRST)
         second_desc = first_desc
@@ -145,8 +146,8 @@ def consume(
                 first *= scale
                 second *= scale
             consumer_barrier()  # the last dS has been read
-            store_tile(first, buffer, rings, slot, first_desc, varlen, 0, 0)
-            store_tile(second, buffer, rings, slot, second_desc, varlen, 0, FIRST)
+            store_tile(first, buffer, rings, slot, first_desc, sequences, 0, 0)
+            store_tile(second, buffer, rings, slot, second_desc, sequences, 0, FIRST)
             tma.store_wait(0)
         slot ^= 1
         consumer_wait(rings.kv, State(0, slot))
@@ -238,8 +239,9 @@ def by_threads(buffer, TILE_Q: gl.constexpr):
 
 @gluon.jit(do_not_specialize=RUN_TIME)
 def wide_kernel(
-    q, k, v, dout, stats, dq_sum, dk, dv, starts_q, starts_k, table,
-    strides_q, strides_k, strides_v, strides_dout, strides_dk, strides_dv,
+    q, k, v, dout, stats, dq_sum, dk, dv, filled_dq, filled_dk, filled_dv,
+    starts_q, used_q, starts_k, used_k, leftpad, table,
+    strides_q, strides_k, strides_v, strides_dout, strides_dk, strides_dv, strides_dq,
     batches, heads, len_q, len_k, sum_rows, left, right, scale, softcap, swizzle, SPEC: gl.constexpr,
 ):  # fmt: skip
     """At most as many programs as fit the GPU at once go through all tiles; `SPEC` is a `configs.BackwardSpec`."""
@@ -251,14 +253,18 @@ def wide_kernel(
     p_buffer = gl.allocate_shared_memory(dtype, [2, 64, SPEC.tile_q], TILED)
     ds_buffer = gl.allocate_shared_memory(dtype, [2, 64, SPEC.tile_q], TILED)
     fence_async_shared()
-    varlen = Varlen(starts_q, starts_k, table)
-    sizes = Sizes(batches, heads, len_q, len_k, sum_rows, left, right, swizzle, varlen)
+    queries = Extents(starts_q, used_q, None, len_q if SPEC.padded else None)
+    keys = Extents(starts_k, used_k, leftpad, len_k if SPEC.padded else None)
+    sequences = Sequences(queries, keys, table)
+    counted = 0 if SPEC.padded else len_k
+    sizes = Sizes(batches, heads, len_q, counted, sum_rows, left, right, swizzle, sequences)
     # Of the 504 registers for three threads, one of each role, the producer needs the fewest.
     gl.warp_specialize(
         [
             (consume, (VALUES, rings, p_buffer, ds_buffer, sizes, dq_sum, dv, strides_dv, scale, softcap, SPEC)),
             (consume, (KEYS, rings, p_buffer, ds_buffer, sizes, dq_sum, dk, strides_dk, scale, softcap, SPEC)),
             (produce, (rings, sizes, q, k, v, dout, stats, strides_q, strides_k, strides_v, strides_dout, SPEC)),
-        ],
-        [4, 1], [240, 24],
+            (fill, (filled_dq, filled_dk, filled_dv, strides_dq, strides_dk, strides_dv, sizes, dtype, SPEC)),
+        ][: 3 + SPEC.padded],
+        [4, 1, 1][: 2 + SPEC.padded], [240, 24, 24][: 2 + SPEC.padded],
     )  # fmt: skip

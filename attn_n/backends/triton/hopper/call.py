@@ -8,7 +8,7 @@ from torch import Tensor
 from attn_n.backends.base import Prepared, aligned
 from attn_n.backends.triton import allocation
 from attn_n.backends.triton.hopper import prepare
-from attn_n.backends.triton.hopper.prepare import list_of_tiles
+from attn_n.backends.triton.hopper.prepare import Extents, can_count, list_of_tiles
 from attn_n.backends.triton.kernel_key import KernelKey, Strides, describe, fits_descriptors
 from attn_n.backends.triton.portable import prepare as portable
 from attn_n.backends.triton.portable.prepare import gradient_of_n, log_n_of, shares_of_n
@@ -33,9 +33,9 @@ class HopperCall:
             return portable.call_for(q, k, v, log_n, options).forward(q, k, v, log_n, options)
         out, lse, launches = self._out(), self._lse(), self._launches
         sinks, number = (log_n, None) if isinstance(log_n, Tensor) else (None, log_n)
-        starts_q, starts_k = options.cu_seqlens_q, options.cu_seqlens_k
-        table = list_of_tiles(launches, q, starts_q, starts_k)
-        launches.main(q, k, v, out, lse, sinks, number, starts_q, starts_k, table)
+        queries, keys = _extents(options)
+        table = list_of_tiles(launches, q, queries, keys)
+        launches.main(q, k, v, out, lse, sinks, number, *queries[:2], *keys, table)
         return out, lse, None
 
     def backward(self, grads: Grads, saved: Saved, options: Options) -> Gradients:
@@ -43,7 +43,7 @@ class HopperCall:
         if torch.are_deterministic_algorithms_enabled() or not aligned(q, k, v):
             return portable.call_for(q, k, v, saved.log_n, options).backward(grads, saved, options)
         # The gradient of a sum is expanded, and that of a slice may be unaligned.
-        if not (fits_descriptors(dout.stride(), dout.itemsize) and aligned(dout)):
+        if not (fits_descriptors(dout.stride(), dout.itemsize) and aligned(dout) and _can_count(options, dout)):
             dout = dout.clone(memory_format=torch.contiguous_format)
         lse, dlse = lse.contiguous(), None if dlse is None else dlse.contiguous()
         ready = self._backward((q, k, v, out, dout), log_n, options)
@@ -54,16 +54,17 @@ class HopperCall:
         shares = shares_of_n(grads, log_n, ready.shares)
         if shares is not None and shares.dim() == 2:  # varlen rows may belong to no sequence
             shares.zero_()
-        starts_q, starts_k = options.cu_seqlens_q, options.cu_seqlens_k
-        table = list_of_tiles(launches, q, starts_k, starts_q)
+        queries, keys = _extents(options)
+        table = list_of_tiles(launches, q, keys, queries)
+        filled = (dq, dk, dv) if options.padded else (None, None, None)  # with zeros in the rows that do not exist
         into: tuple[Tensor, ...] = dk, dv
         if launches.postprocess_kv:
             into = torch.zeros(2, launches.dkv_sum, dtype=torch.float32, device=q.device).unbind()
-        launches.preprocess(out, dout, lse, dlse, stats, dq_sum, log_n, shares, starts_q)
-        launches.main(q, k, v, dout, stats, dq_sum, *into, starts_q, starts_k, table)
+        launches.preprocess(out, dout, lse, dlse, stats, dq_sum, log_n, shares, *queries[:2])
+        launches.main(q, k, v, dout, stats, dq_sum, *into, *filled, *queries[:2], *keys, table)
         for launch, x_sum, x in zip(launches.postprocess_kv, into, (dk, dv), strict=False):
-            launch(x_sum, x, starts_k)
-        launches.postprocess(dq_sum, dq, starts_q)
+            launch(x_sum, x, *keys)
+        launches.postprocess(dq_sum, dq, *queries)
         return Gradients(dq, dk, dv, gradient_of_n(shares, log_n))
 
     def _backward(self, tensors: tuple[Tensor, ...], log_n: Tensor | None, options: Options) -> BackwardCall:
@@ -93,7 +94,17 @@ _calls: Recent[KernelKey, Prepared] = Recent()
 def call_for(q: Tensor, k: Tensor, v: Tensor, log_n: float | Tensor | None, options: Options) -> Prepared:
     """Return the prepared call; the portable kernels run it where TMA cannot load q, k or v, as unaligned ones."""
     key = describe((q, k, v), log_n, options)
-    if not key.fits_descriptors:
+    if not (key.fits_descriptors and _can_count(options, q, k, v)):
         return portable.call_for(q, k, v, log_n, options)
     call = _calls.get(key)
     return call or _calls.put(key, HopperCall(key, q, k, v))
+
+
+def _can_count(options: Options, *tensors: Tensor) -> bool:
+    return not options.padded or all([can_count(x.shape, x.stride()) for x in tensors])
+
+
+def _extents(options: Options) -> tuple[Extents, Extents]:
+    """Return which queries and which keys exist, as the kernels get it."""
+    queries = options.cu_seqlens_q, options.seqused_q, None
+    return queries, (options.cu_seqlens_k, options.seqused_k, options.leftpad_k)

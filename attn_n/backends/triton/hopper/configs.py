@@ -44,6 +44,7 @@ class ForwardSpec(NamedTuple):
     widths: Widths
     group_size: int  # query heads of a KV head
     one_edge: bool  # at most one of the blocks of keys that a consumer sees needs a mask, the last one
+    padded: bool  # some rows of a batch may not exist
 
 
 class BackwardSpec(NamedTuple):
@@ -54,6 +55,7 @@ class BackwardSpec(NamedTuple):
     pass_q: int  # queries of a tile of the passes around, whose rows are padded to a multiple of it
     team_heads: int  # query heads that a program processes in sequence for a tile of keys: a team
     teams: int  # for each KV head
+    padded: bool  # some rows of a batch may not exist
 
 
 # Columns of a tile of q and k, and of the tile of v that goes with it: 192 is that of multi-head latent attention.
@@ -121,7 +123,7 @@ def heads_of_item(key: KernelKey, tile: int, sm_count: int) -> int:
     seen = p.queries_on_average
     if groups * seen < (2_000 if None in p.window else 16_000):  # the float32 sums would cost more than they gain
         return groups
-    uneven = p.varlen or p.window != (None, None)
+    uneven = p.varlen or p.padded or p.window != (None, None)
     whole, split = UNEVEN[tile] if uneven else (groups, groups)
     rounds = 2 if p.causal else 1  # for each SM: a heavy tile and a light one, or one tile
     items = p.heads_kv * p.keys / BACKWARD[tile][1]

@@ -51,8 +51,10 @@ from attn_n.backends.triton.hopper.rings import (
     producer_acquire,
     wait_turn,
 )
-from attn_n.backends.triton.hopper.scheduler import Sizes, Varlen, next_item, query_tiles
-from attn_n.backends.triton.hopper.tma import Rows, tile_descriptor, tma_load, tma_store
+from attn_n.backends.triton.hopper.schedule import Extents, rows_of_sequence
+from attn_n.backends.triton.hopper.scheduler import Sequences, Sizes, next_item, query_tiles
+from attn_n.backends.triton.hopper.tma import Descriptor, Rows, tile_descriptor, tma_load, tma_store
+from attn_n.backends.triton.hopper.unused import store_zeros, tile_of_zeros
 from attn_n.backends.triton.portable.tile import LN2, LOG2E, tanh
 
 STRIP = gl.constexpr(64)  # queries of a consumer: the rows of a wgmma
@@ -95,7 +97,7 @@ class Tile(NamedTuple):
     batch_head: gl.tensor  # batch * heads + head; None of varlen sequences
     head: gl.tensor
     first: gl.tensor
-    rows_q: Rows
+    rows_q: Rows  # of q, or of out
     rows_k: Rows
     sizes: Sizes  # of the sequence
 
@@ -103,8 +105,9 @@ class Tile(NamedTuple):
 class Results(NamedTuple):
     """These say where out and lse go, and what the logits and n are."""
 
-    out_desc: gl.tensor
+    out_desc: Descriptor
     lse: gl.tensor  # (B, H, L) or varlen (T, H), float32
+    all_q: gl.tensor  # L of a padded batch; None of others
     sinks: gl.tensor  # log n of each head, or of each row as lse; None: log_n is the number for all, or None for n = 0
     stride_n: gl.tensor  # between heads; None if it is one of each row
     log_n: gl.tensor
@@ -113,23 +116,20 @@ class Results(NamedTuple):
 
 
 @gluon.jit
-def produce(smem, q_desc, k_desc, v_desc, sizes, varlen, SPEC: gl.constexpr):
+def produce(smem, q_desc, k_desc, v_desc, sizes, sequences, SPEC: gl.constexpr):
     """The producer warp tells the consumers their next tile of queries, and loads what that needs."""
     TILE_Q: gl.constexpr = SPEC.tiles.consumers * STRIP
+    VARLEN: gl.constexpr = sequences.queries.starts is not None
     heads, tiles = sizes.heads, gl.cdiv(sizes.len_q, TILE_Q)  # `query_tiles` counts those of varlen sequences itself
     state, turn = State(0, 1), 0  # turn counts the tiles of queries, modulo 4
     item, items = gl.program_id(0), sizes.items
-    if varlen.starts_q is not None:
-        items = gl.load(varlen.table + 1) * heads
+    if VARLEN or SPEC.padded:
+        items = gl.load(sequences.table + 1) * heads
     while item < items:
-        work = query_tiles(item, tiles, sizes, varlen, TILE_Q, SPEC)
-        if varlen.starts_q is None:
-            head = work.head % heads
-            rows_q = Rows(work.head // heads, None, None)
-            rows_k = rows_q
-        else:
-            head = work.head
-            rows_q, rows_k = Rows(None, work.end_q, work.len_q), Rows(None, work.end_k, work.len_k)
+        work = query_tiles(item, tiles, sizes, sequences, TILE_Q, SPEC)
+        head = work.head if VARLEN else work.head % heads
+        batch = None if VARLEN else work.head // heads
+        rows_q, rows_k = Rows(batch, work.end_q, work.len_q), Rows(batch, work.end_k, work.len_k)
         of_sequence = Sizes(None, heads, work.len_q, work.len_k, sizes.left, sizes.right, None)
         first = work.first
         for _ in range(work.count):
@@ -138,7 +138,7 @@ def produce(smem, q_desc, k_desc, v_desc, sizes, varlen, SPEC: gl.constexpr):
             mailbox_write(smem.mailbox, slot, FIELDS, "len_q", work.len_q)
             mailbox_write(smem.mailbox, slot, FIELDS, "len_k", work.len_k)
             mailbox_write(smem.mailbox, slot, FIELDS, "head", work.head)
-            if varlen.starts_q is not None:
+            if VARLEN:
                 mailbox_write(smem.mailbox, slot, FIELDS, "end_q", work.end_q)
             mbarrier.arrive(smem.mailbox_full.index(slot), count=1)
             tile = Tile(None, head, first, rows_q, rows_k, of_sequence)
@@ -146,7 +146,7 @@ def produce(smem, q_desc, k_desc, v_desc, sizes, varlen, SPEC: gl.constexpr):
             turn = (turn + 1) & 3
             first = work.second
         # Asked for while the consumers have the last blocks before them, so that they do not wait for it.
-        item = next_item(item, varlen.table)
+        item = next_item(item, sequences.table)
     mailbox_write(smem.mailbox, turn & 1, FIELDS, "first", -1)
     mbarrier.arrive(smem.mailbox_full.index(turn & 1), count=1)
 
@@ -176,7 +176,7 @@ def load_tile(smem, q_desc, k_desc, v_desc, tile, state, q_phase, SPEC: gl.const
 @gluon.jit
 def load_block(descriptor, rows, head, row, ring, state, PANELS: gl.constexpr):
     """Load a block of rows into a buffer of a ring, or into its panels of columns, when that is empty."""
-    producer_acquire(ring, state, PANELS * tile_bytes(descriptor))
+    producer_acquire(ring, state, PANELS * tile_bytes(descriptor.tiles))
     for p in gl.static_range(PANELS):
         buffer = ring.buffers.index(state.stage * PANELS + p)
         tma_load(descriptor, rows, head, row, p * buffer.shape[1], ring.full.index(state.stage), buffer)
@@ -221,7 +221,7 @@ def consume(CONSUMER: gl.constexpr, smem, sizes, results, SPEC: gl.constexpr, VA
             tile = Tile(None, mailbox_read(smem.mailbox, slot, FIELDS, "head"), first, rows, None, of_sequence)
         else:
             batch_head = mailbox_read(smem.mailbox, slot, FIELDS, "head")
-            rows = Rows(batch_head // heads, None, None)
+            rows = Rows(batch_head // heads, len_q, len_q)
             tile = Tile(batch_head, batch_head % heads, first, rows, rows, of_sequence)
         state = attend(CONSUMER, smem, tile, results, factor, state, slot, SPEC)
         turn = (turn + 1) & 3
@@ -241,7 +241,7 @@ def attend(CONSUMER: gl.constexpr, smem, tile, results, factor, state, q_phase, 
     LAZY: gl.constexpr = SPEC.tiles.lazy
     out_desc, scale, softcap = results.out_desc, results.scale, results.softcap
     len_q, len_k = tile.sizes.len_q, tile.sizes.len_k
-    dtype: gl.constexpr = out_desc.dtype
+    dtype: gl.constexpr = out_desc.tiles.dtype
     S: gl.constexpr = gl.NVMMADistributedLayout(version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, TILE_K, 16])
     OUT: gl.constexpr = gl.NVMMADistributedLayout(version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, TILE_V, 16])
     P: gl.constexpr = gl.DotOperandLayout(operand_index=0, parent=OUT, k_width=2)
@@ -252,8 +252,8 @@ def attend(CONSUMER: gl.constexpr, smem, tile, results, factor, state, q_phase, 
         block_bases=[], shape=[STRIP, 4],
     )  # fmt: skip
     BOUNDED: gl.constexpr = tile.sizes.left is not None or tile.sizes.right is not None
-    # Whether a row may see no key: a varlen sequence may have none.
-    MAYBE_EMPTY: gl.constexpr = BOUNDED or tile.batch_head is None
+    # Whether a row may see no key: a sequence with a length of its own may have none.
+    MAYBE_EMPTY: gl.constexpr = BOUNDED or tile.batch_head is None or SPEC.padded
 
     # Prologue: S and P of the last block of keys that these queries see.
     first = tile.first
@@ -358,14 +358,14 @@ def attend(CONSUMER: gl.constexpr, smem, tile, results, factor, state, q_phase, 
 @gluon.jit
 def finish_softmax(row_max, row_sum, rows, tile, results):
     """Store lse, and return what O is to be multiplied by, `[64]`: one over the denominator, with n in it."""
-    _out_desc, lse, sinks, stride_n, log_n, _scale, _softcap = results
+    _out_desc, lse, all_q, sinks, stride_n, log_n, _scale, _softcap = results
     len_q = tile.sizes.len_q
     rescale = gl.full([STRIP], 1.0, gl.float32, layout=rows.type.layout)
     if sinks is not None or log_n is not None:
         sink = log_n
         if sinks is not None:
             if stride_n is None:
-                sink = gl.load(pointers_to_rows(sinks, tile, rows), mask=rows < len_q, other=0.0)
+                sink = gl.load(pointers_to_rows(sinks, tile, rows, all_q), mask=rows < len_q, other=0.0)
             else:
                 sink = gl.load(sinks + tile.head * stride_n)
         sink *= LOG2E
@@ -377,15 +377,15 @@ def finish_softmax(row_max, row_sum, rows, tile, results):
     empty = row_sum == 0.0
     rescale = rescale / gl.where(empty, 1.0, row_sum)
     row_lse = gl.where(empty, float("-inf"), (row_max + gl.log2(row_sum)) * LN2)
-    gl.store(pointers_to_rows(lse, tile, rows), row_lse, mask=rows < len_q)
+    gl.store(pointers_to_rows(lse, tile, rows, all_q), row_lse, mask=rows < len_q)
     return rescale
 
 
 @gluon.jit
-def pointers_to_rows(x, tile, rows):
+def pointers_to_rows(x, tile, rows, all_q):
     """Return the pointers to the rows of a tile in a tensor of one number a row, `(B, H, L)` or varlen `(T, H)`."""
     if tile.batch_head is not None:
-        return x + tile.batch_head.to(gl.int64) * tile.sizes.len_q + rows
+        return x + tile.batch_head.to(gl.int64) * (tile.sizes.len_q if all_q is None else all_q) + rows
     else:
         return x + (tile.rows_q.end - tile.sizes.len_q + rows).to(gl.int64) * tile.sizes.heads + tile.head
 
@@ -429,9 +429,26 @@ def finite(row_max, MAYBE_EMPTY: gl.constexpr):
     return gl.where(row_max == float("-inf"), 0.0, row_max) if MAYBE_EMPTY else row_max
 
 
+@gluon.jit
+def fill(out, strides_out, results, sizes, sequences, batch, SPEC: gl.constexpr):
+    """A warp fills the rows that do not exist as those of queries without keys: zeros in out, n alone in lse."""
+    heads, all_q = sizes.heads, sizes.len_q
+    zeros = tile_of_zeros(out.dtype.element_ty)
+    store_zeros(out, strides_out, batch, heads, sequences.queries, zeros, SPEC.widths.head_dim_v)
+    LAYOUT: gl.constexpr = gl.BlockedLayout([1], [32], [1], [0])
+    row_sum = gl.zeros([STRIP], gl.float32, layout=LAYOUT)
+    row_max = gl.full([STRIP], float("-inf"), gl.float32, layout=LAYOUT)
+    for batch_head in range(gl.program_id(0), batch * heads, gl.num_programs(0)):
+        _, length = rows_of_sequence(sequences.queries, batch_head // heads)
+        tile = Tile(batch_head, batch_head % heads, None, None, None, sizes)
+        for first in range(length, all_q, STRIP):
+            finish_softmax(row_max, row_sum, first + gl.arange(0, STRIP, layout=LAYOUT), tile, results)
+
+
 @gluon.jit(do_not_specialize=RUN_TIME)
 def forward_kernel(
-    q, k, v, out, lse, sinks, log_n, starts_q, starts_k, table, strides_q, strides_k, strides_v, strides_out, stride_n,
+    q, k, v, out, lse, sinks, log_n, starts_q, used_q, starts_k, used_k, leftpad, table,
+    strides_q, strides_k, strides_v, strides_out, stride_n,
     batch, heads, len_q, len_k, left, right, scale, softcap, items, swizzle, SPEC: gl.constexpr,
 ):  # fmt: skip
     """At most as many programs as fit the GPU at once go through all tiles; `SPEC` is a `configs.ForwardSpec`."""
@@ -451,10 +468,11 @@ def forward_kernel(
     )
     dtype: gl.constexpr = q.dtype.element_ty
     heads_kv = heads // SPEC.group_size
-    q_desc = tile_descriptor(q, batch, heads, len_q, strides_q, STRIP, E, PADDED)
-    k_desc = tile_descriptor(k, batch, heads_kv, len_k, strides_k, TILE_K, E, PANEL)
-    v_desc = tile_descriptor(v, batch, heads_kv, len_k, strides_v, TILE_K, EV, TILE_V)
-    out_desc = tile_descriptor(out, batch, heads, len_q, strides_out, STRIP, EV, TILE_V)
+    batch_dim = None if SPEC.padded else batch
+    q_desc = tile_descriptor(q, batch_dim, heads, len_q, strides_q, STRIP, E, PADDED)
+    k_desc = tile_descriptor(k, batch_dim, heads_kv, len_k, strides_k, TILE_K, E, PANEL)
+    v_desc = tile_descriptor(v, batch_dim, heads_kv, len_k, strides_v, TILE_K, EV, TILE_V)
+    out_desc = tile_descriptor(out, batch_dim, heads, len_q, strides_out, STRIP, EV, TILE_V)
 
     TILED: gl.constexpr = gl.NVMMASharedLayout(128, 16)
     q_strips = gl.allocate_shared_memory(dtype, [CONSUMERS, STRIP, PADDED], TILED)
@@ -469,34 +487,21 @@ def forward_kernel(
     v_ring = Ring(v_blocks, barriers(STAGES, 1), barriers(STAGES, CONSUMERS))
     smem = Shared(q_ring, k_ring, v_ring, out_strips, new_mailbox(FIELDS), barriers(2, 1))
     fence_async_shared()
-    varlen = Varlen(starts_q, starts_k, table)
+    queries = Extents(starts_q, used_q, None, len_q if SPEC.padded else None)
+    keys = Extents(starts_k, used_k, leftpad, len_k if SPEC.padded else None)
+    sequences = Sequences(queries, keys, table)
     sizes = Sizes(items, heads, len_q, len_k, left, right, swizzle)
-    results = Results(out_desc, lse, sinks, stride_n, log_n, scale, softcap)
-    # The producer needs 24 registers to issue TMA loads; the consumers share the others.
-    if CONSUMERS == 1:
-        gl.warp_specialize(
-            [
-                (consume, (0, smem, sizes, results, SPEC, VARLEN)),
-                (produce, (smem, q_desc, k_desc, v_desc, sizes, varlen, SPEC)),
-            ],
-            [1], [24],
-        )  # fmt: skip
-    elif CONSUMERS == 2:
-        gl.warp_specialize(
-            [
-                (consume, (0, smem, sizes, results, SPEC, VARLEN)),
-                (consume, (1, smem, sizes, results, SPEC, VARLEN)),
-                (produce, (smem, q_desc, k_desc, v_desc, sizes, varlen, SPEC)),
-            ],
-            [4, 1], [240, 24],
-        )  # fmt: skip
-    else:
-        gl.warp_specialize(
-            [
-                (consume, (0, smem, sizes, results, SPEC, VARLEN)),
-                (consume, (1, smem, sizes, results, SPEC, VARLEN)),
-                (consume, (2, smem, sizes, results, SPEC, VARLEN)),
-                (produce, (smem, q_desc, k_desc, v_desc, sizes, varlen, SPEC)),
-            ],
-            [4, 4, 1], [160, 160, 24],
-        )  # fmt: skip
+    results = Results(out_desc, lse, len_q if SPEC.padded else None, sinks, stride_n, log_n, scale, softcap)
+    FILLED: gl.constexpr = used_q is not None
+    # The producer, and who fills, need 24 registers to issue TMA loads and stores; the consumers share the others.
+    OTHERS: gl.constexpr = 240 if CONSUMERS == 2 else 160
+    gl.warp_specialize(
+        [
+            (consume, (CONSUMERS - 3, smem, sizes, results, SPEC, VARLEN)),
+            (consume, (CONSUMERS - 2, smem, sizes, results, SPEC, VARLEN)),
+            (consume, (CONSUMERS - 1, smem, sizes, results, SPEC, VARLEN)),
+            (produce, (smem, q_desc, k_desc, v_desc, sizes, sequences, SPEC)),
+            (fill, (out, strides_out, results, sizes, sequences, batch, SPEC)),
+        ][3 - CONSUMERS : 4 + FILLED],
+        [4, 4, 1, 1][3 - CONSUMERS : 3 + FILLED], [OTHERS, OTHERS, 24, 24][3 - CONSUMERS : 3 + FILLED],
+    )  # fmt: skip

@@ -1,9 +1,12 @@
-"""The table of the tiles of varlen sequences, in the order in which programs take them.
+"""The table of the tiles of sequences whose lengths only the GPU knows, in the order in which programs take them.
 
-Only the GPU knows how many tiles there are. `schedule_kernel` lists them, long sequences first (those whose tiles take
-the longest, so that no program is left with one at the end), in a table of int32: a counter of the tiles that have been
-taken, the number of tiles, and for each tile its sequence and the place of that sequence's first tile in the list.
+They are varlen, or what exists of a padded batch. `schedule_kernel` lists their tiles, long sequences first (those
+whose tiles take the longest, so that no program is left with one at the end), in a table of int32: a counter of the
+tiles that have been taken, the number of tiles, and for each tile its sequence and the place of that sequence's first
+tile in the list.
 """
+
+from typing import NamedTuple
 
 import triton
 import triton.language as tl
@@ -13,29 +16,59 @@ GROUP = tl.constexpr(1024)  # sequences that are sorted; of more, one group come
 HEADER = tl.constexpr(2)  # numbers before those of the tiles
 
 
+class Extents(NamedTuple):
+    """These say which queries, or which keys, the sequences have. All are None where each has all rows of its batch."""
+
+    starts: tl.tensor  # (B + 1,): the first row of each varlen sequence
+    used: tl.tensor  # (B,): the end in each batch; None if that is `rows`
+    leftpad: tl.tensor  # (B,): the first row in each batch; None if that is 0
+    rows: tl.tensor  # of a padded batch
+
+
 @triton.jit
-def lengths(starts, sequences, batch):
-    inside = sequences < batch
-    return tl.load(starts + sequences + 1, mask=inside, other=0) - tl.load(starts + sequences, mask=inside, other=0)
+def rows_of_sequence(extents, sequence, inside=None):
+    """Return the first row of a sequence, and how many it has: none where it is not `inside`."""
+    other: tl.constexpr = None if inside is None else 0
+    if extents.starts is not None:
+        start = tl.load(extents.starts + sequence, mask=inside, other=other)
+        return start, tl.load(extents.starts + sequence + 1, mask=inside, other=other) - start
+    else:
+        first, end = 0, extents.rows
+        if extents.leftpad is not None:
+            first = tl.load(extents.leftpad + sequence, mask=inside, other=other)
+        if extents.used is not None:
+            end = tl.load(extents.used + sequence, mask=inside, other=other)
+        length = tl.maximum(end - first, 0)
+        return first, length if inside is None else tl.where(inside, length, 0)
 
 
-@triton.jit(do_not_specialize=("batch",))
-def schedule_kernel(table, starts, others, batch, TILE: tl.constexpr):
-    """List the tiles of the rows that begin at `starts`; `others` are those that each of them meets.
+@triton.jit
+def lengths(extents, sequences, batch):
+    _, found = rows_of_sequence(extents, sequences, sequences < batch)
+    return found
+
+
+@triton.jit(do_not_specialize=("batch", "rows", "other_rows"))
+def schedule_kernel(
+    table, starts, used, leftpad, other_starts, other_used, other_leftpad, batch, rows, other_rows, TILE: tl.constexpr,
+):  # fmt: skip
+    """List the tiles of all sequences; those that meet the most of the other rows come first.
 
     In the forward these are queries and keys, in the backward keys and queries.
     """
+    of_tiles = Extents(starts, used, leftpad, rows)
+    of_others = Extents(other_starts, other_used, other_leftpad, other_rows)
     mine = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)  # [BLOCK]
-    tiles, work = tl.cdiv(lengths(starts, mine, batch), TILE), lengths(others, mine, batch)
+    tiles, work = tl.cdiv(lengths(of_tiles, mine, batch), TILE), lengths(of_others, mine, batch)
     # The tiles of the groups before.
     group, total = tl.program_id(0) * BLOCK // GROUP * GROUP, 0
     for first in range(0, group, GROUP):
-        total += tl.sum(tl.cdiv(lengths(starts, first + tl.arange(0, GROUP), batch), TILE))
+        total += tl.sum(tl.cdiv(lengths(of_tiles, first + tl.arange(0, GROUP), batch), TILE))
     # The tiles of those sequences of the group that come earlier.
     place = tl.zeros((BLOCK,), tl.int32) + total
     for first in range(group, tl.minimum(group + GROUP, batch), 32):
         their = first + tl.arange(0, 32)
-        their_tiles, their_work = tl.cdiv(lengths(starts, their, batch), TILE), lengths(others, their, batch)
+        their_tiles, their_work = tl.cdiv(lengths(of_tiles, their, batch), TILE), lengths(of_others, their, batch)
         equal = (their_work[None, :] == work[:, None]) & (their[None, :] < mine[:, None])  # [BLOCK, 32]
         earlier = (their_work[None, :] > work[:, None]) | equal
         place += tl.sum(tl.where(earlier, their_tiles[None, :], 0), 1)
@@ -67,10 +100,3 @@ def tile_and_head(item, tiles, heads, swizzle):
     first_head = item // (tiles * swizzle) * swizzle
     item, swizzle = item - first_head * tiles, tl.minimum(swizzle, heads - first_head)
     return item // swizzle, first_head + item % swizzle
-
-
-@triton.jit
-def rows_of_sequence(starts, sequence):
-    """Return the first row of a sequence, and how many it has."""
-    start = tl.load(starts + sequence)
-    return start, tl.load(starts + sequence + 1) - start

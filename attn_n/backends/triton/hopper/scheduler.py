@@ -9,17 +9,18 @@ from typing import NamedTuple
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 
-from attn_n.backends.triton.hopper.schedule import rows_of_sequence, sequence_of, tile_and_head
+from attn_n.backends.triton.hopper.schedule import Extents, rows_of_sequence, sequence_of, tile_and_head
+from attn_n.backends.triton.hopper.tma import Rows
 
 
-class Varlen(NamedTuple):
-    """These are where the sequences of varlen tensors begin, and the table that `schedule_kernel` makes of their tiles.
+class Sequences(NamedTuple):
+    """These are the sequences of varlen tensors, or of a padded batch, and `schedule_kernel`'s table of their tiles.
 
-    All are None for batches, but for a table of one number where the forward takes its tiles by a counter.
+    The table of a batch without padding is None, or one number where the forward takes its tiles by a counter.
     """
 
-    starts_q: gl.tensor
-    starts_k: gl.tensor
+    queries: Extents
+    keys: Extents
     table: gl.tensor
 
 
@@ -44,29 +45,31 @@ class QueryTiles(NamedTuple):
     head: gl.tensor  # batch * heads + head; of varlen sequences the head
     len_q: gl.tensor  # of the sequence
     len_k: gl.tensor
-    end_q: gl.tensor  # of a varlen sequence: the row behind its last one; 0 of others
+    end_q: gl.tensor  # the row behind its last one; 0 of a batch without padding
     end_k: gl.tensor
 
 
 @gluon.jit
-def query_tiles(item, tiles, sizes, varlen, TILE_Q: gl.constexpr, SPEC: gl.constexpr):
-    """Return the work item of that number; `tiles` are those of a head, unless it is varlen.
+def query_tiles(item, tiles, sizes, sequences, TILE_Q: gl.constexpr, SPEC: gl.constexpr):
+    """Return the work item of that number; `tiles` are those of a head, unless the table lists them.
 
     Under a causal mask the last queries see the most keys. Where tiles are taken by a counter, heavy ones come first;
     else a heavy and a light one make a pair.
     """
     count, len_q, len_k, end_q, end_k = 1, sizes.len_q, sizes.len_k, 0, 0
-    if varlen.starts_q is not None:
+    if sequences.queries.starts is not None or SPEC.padded:
         # Heads whose keys and values together take 32 MB.
         IN_L2: gl.constexpr = (1 << 23) // SPEC.widths.tile
-        sequence, inside = sequence_of(varlen.table, item, sizes.heads)
-        start_q, len_q = rows_of_sequence(varlen.starts_q, sequence)
-        start_k, len_k = rows_of_sequence(varlen.starts_k, sequence)
+        sequence, inside = sequence_of(sequences.table, item, sizes.heads)
+        start_q, len_q = rows_of_sequence(sequences.queries, sequence)
+        start_k, len_k = rows_of_sequence(sequences.keys, sequence)
         tiles = gl.cdiv(len_q, TILE_Q)
         tile, head = tile_and_head(inside, tiles, sizes.heads, IN_L2 // gl.maximum(len_k, 1) * SPEC.group_size)
         first = (tiles - 1 - tile) * TILE_Q
         end_q, end_k = start_q + len_q, start_k + len_k
-    elif varlen.table is not None:
+        if SPEC.padded:
+            head += sequence * sizes.heads
+    elif sequences.table is not None:
         tile, head = tile_and_head(item, tiles, sizes.items // tiles, sizes.swizzle)
         first = (tiles - 1 - tile) * TILE_Q
     elif sizes.left is None and sizes.right is not None:
@@ -96,34 +99,36 @@ class KvWork(NamedTuple):
     first_key: gl.tensor
     team: gl.tensor
     batch: gl.tensor  # 0 of varlen sequences
-    len_q: gl.tensor  # of the sequence
-    len_k: gl.tensor
+    rows_q: Rows  # of the sequence, as is `rows_k`
+    rows_k: Rows
     first_row: gl.tensor  # of the sequence, among the rows of a head in stats and dq_sum
     key_row: gl.tensor  # of the tile, among the rows of a KV head in the sums for dK and dV
-    end_q: gl.tensor  # of a varlen sequence: the row behind its last one; 0 of others
-    end_k: gl.tensor
 
 
 @gluon.jit
 def kv_tile(item, tiles, teams, sizes, TILE_K: gl.constexpr, SPEC: gl.constexpr):
-    """Return the work item of that number; `tiles` are those of a KV head, unless it is varlen.
+    """Return the work item of that number; `tiles` are those of a KV head, unless the table lists them.
 
     Under a causal mask the first keys are seen by the most queries, and come first.
     """
-    if sizes.varlen.table is None:
+    sequences = sizes.sequences
+    if sequences.table is None:
         tile, batch_team = tile_and_head(item, tiles, sizes.batches * teams, sizes.swizzle)
         first_key, team, batch = tile * TILE_K, batch_team % teams, batch_team // teams
-        len_q, len_k, first_row, key_row = sizes.len_q, sizes.len_k, 0, first_key
-        end_q, end_k = 0, 0
+        first_row, key_row = 0, first_key
+        rows_q, rows_k = Rows(batch, 0, sizes.len_q), Rows(batch, 0, sizes.len_k)
     else:
-        varlen = sizes.varlen
         # Teams whose queries, dout and sums for dQ together take 32 MB.
         IN_L2: gl.constexpr = (1 << 22) // (SPEC.widths.tile * SPEC.team_heads)
-        sequence, inside = sequence_of(varlen.table, item, teams)
-        start_q, len_q = rows_of_sequence(varlen.starts_q, sequence)
-        start_k, len_k = rows_of_sequence(varlen.starts_k, sequence)
+        sequence, inside = sequence_of(sequences.table, item, teams)
+        start_q, len_q = rows_of_sequence(sequences.queries, sequence)
+        start_k, len_k = rows_of_sequence(sequences.keys, sequence)
         tile, team = tile_and_head(inside, gl.cdiv(len_k, TILE_K), teams, IN_L2 // gl.maximum(len_q, 1))
-        first_key, first_row, batch = tile * TILE_K, (start_q // SPEC.pass_q + sequence) * SPEC.pass_q, 0
-        key_row = (start_k // TILE_K + sequence + tile) * TILE_K
-        end_q, end_k = start_q + len_q, start_k + len_k
-    return KvWork(first_key, team, batch, len_q, len_k, first_row, key_row, end_q, end_k)
+        first_key = tile * TILE_K
+        if SPEC.padded:
+            batch, first_row, key_row = sequence, 0, first_key
+        else:
+            batch, first_row = 0, (start_q // SPEC.pass_q + sequence) * SPEC.pass_q
+            key_row = (start_k // TILE_K + sequence + tile) * TILE_K
+        rows_q, rows_k = Rows(batch, start_q + len_q, len_q), Rows(batch, start_k + len_k, len_k)
+    return KvWork(first_key, team, batch, rows_q, rows_k, first_row, key_row)
