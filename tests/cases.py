@@ -543,7 +543,7 @@ def must_serve(backend: str, device: str, dtype: torch.dtype, case: Case, lse_gr
         and "leftpad, learned" not in features,
         "triton:hopper": half_on_gpu
         and HOPPER
-        and not features & {"mask", "alibi", "padded"}
+        and not features & {"mask", "alibi"}
         and 32 < max(case.size, case.size_v) <= 256
         and case.size % 8 == case.size_v % 8 == 0
         and case.layout not in NO_DESCRIPTORS,

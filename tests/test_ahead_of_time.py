@@ -66,6 +66,13 @@ def test_heads_that_do_not_fill_their_tiles_ahead_of_time() -> None:
 
 
 @with_gluon
+@pytest.mark.slow
+@pytest.mark.parametrize("width", FORWARD)
+def test_padded_batches_ahead_of_time(width: int) -> None:
+    compiling("tests.compiled", "padded_batches", width)
+
+
+@with_gluon
 @pytest.mark.parametrize("width", [128, *slow(*(width for width in BACKWARD if width != 128))])
 def test_variants_of_the_backward_ahead_of_time(width: int) -> None:
     """Windows, softcap and float16 spill little, no product waits for another, and numbers compile nothing."""

@@ -86,7 +86,11 @@ def test_every_row(width: int, row: Config, monkeypatch: pytest.MonkeyPatch) -> 
         Case("", batch=1, heads_q=4, heads_kv=2, len_q=150, len_k=170, window=(90, 10), n="per head"),
         Case("", batch=2, heads_q=40, heads_kv=40, len_q=700, len_k=700, causal=True),
         Case("", batch=2, heads_q=40, heads_kv=8, len_q=333, len_k=720, softcap=5.0, layout="tokens first"),
-    )
+        Case(
+            "", batch=4, heads_q=4, heads_kv=2, len_q=700, len_k=720, causal=True, used_q=(700, 3, 0, 129),
+            used_k=(650, 720, 1, 128),
+        ),
+    )  # fmt: skip
     for case in cases:
         inputs = make(of_size(case, width, TILE_V[width]), torch.bfloat16, "cuda")
         excess = compare.excess(inputs, compare.library(inputs, "triton:hopper"))
@@ -116,9 +120,11 @@ def test_parts_of_a_kv_head(heads: int, size: int, size_v: int, monkeypatch: pyt
     monkeypatch.setattr(configs, "heads_of_item", lambda key, tile, sm_count: heads)
     usual = Case("", batch=2, heads_q=16, heads_kv=2, len_q=333, len_k=420, n="per head")
     lengths = {"lengths_q": (0, 70, 0, 200, 9, 0), "lengths_k": (50, 0, 0, 333, 9, 0)}
+    padded = {"used_q": (333, 70), "used_k": (300, 420), "leftpad": (0, 80)}
     cases = (
         {"layout": "tokens first"}, {"causal": True}, {"window": (60, 9)}, {"causal": True, "softcap": 3.0}, lengths,
-        lengths | {"causal": True}, {"len_q": 1, "len_k": 1}, {"len_q": 900, "len_k": 40},
+        lengths | {"causal": True}, padded, padded | {"causal": True, "softcap": 3.0}, {"len_q": 1, "len_k": 1},
+        {"len_q": 900, "len_k": 40},
     )  # fmt: skip
     for changes in cases:
         inputs = make(of_size(dataclasses.replace(usual, **changes), size, size_v), torch.bfloat16, "cuda")
@@ -157,6 +163,96 @@ def test_packings(packing: str, size: int, size_v: int, ran: list[str]) -> None:
         excess = compare.excess(inputs, compare.library(inputs, "triton:hopper"))
         assert max(excess.values()) <= 1, (changes, excess)
     assert set(ran) == {"forward triton:hopper", "backward triton:hopper"}
+
+
+# Around tiles of queries and keys, up to all of 333 queries and 420 keys, and none at all.
+USED_Q, USED_K = (333, 0, 1, 64, 129, 192), (420, 5, 128, 65, 0, 193)
+PADDINGS: dict[str, dict[str, tuple[int, ...]]] = {
+    "right": {"used_q": (333, 0, 1, 64, 129, 192), "used_k": (333, 0, 1, 64, 129, 192)},
+    "queries": {"used_q": USED_Q},
+    "keys": {"used_k": USED_K},
+    "left": {"leftpad": (0, 419, 420, 64, 127, 1)},
+    "both sides": {"used_q": USED_Q, "used_k": USED_K, "leftpad": (70, 9, 64, 0, 0, 1)},
+    "nothing": {"used_q": (0,) * 6, "used_k": (0,) * 6},
+}
+
+
+@pytest.mark.parametrize(("size", "size_v"), [*TILES, (96, 80)])
+@pytest.mark.parametrize("padding", PADDINGS)
+def test_padded_batches(padding: str, size: int, size_v: int, ran: list[str]) -> None:
+    """What does not exist is NaN in q, k, v and dout, and so is the memory that results get."""
+    usual = Case("", batch=6, heads_q=4, heads_kv=2, len_q=333, len_k=420, size=size, size_v=size_v, n="per head")
+    for changes in (
+        {}, {"causal": True, "n": "sinks a row"}, {"window": (40, 9), "layout": "tokens first"},
+        {"causal": True, "softcap": 3.0, "n": 0.0}, {"window": (60, None), "layout": "one storage", "n": 1.0},
+    ):  # fmt: skip
+        for dtype in HALF:
+            inputs = make(dataclasses.replace(usual, **changes, **PADDINGS[padding]), dtype, "cuda")
+            left = [torch.full_like(x, math.nan) for x in (inputs.q, inputs.k, inputs.v) for _ in range(8)]
+            del left
+            excess = compare.excess(inputs, compare.library(inputs, "triton:hopper"))
+            assert max(excess.values()) <= 1, (changes, dtype, excess)
+    assert set(ran) == {"forward triton:hopper", "backward triton:hopper"}
+
+
+def in_layout(layout: str, x: torch.Tensor) -> torch.Tensor:
+    """Return x `(B, H, L, E)` in another layout."""
+    batch, heads, rows, width = x.shape
+    if layout == "rows outermost":
+        return x.permute(2, 0, 1, 3).contiguous().permute(1, 2, 0, 3)
+    if layout == "batches no whole rows apart":
+        apart = x.new_full((batch, heads, rows * width + 8), math.nan)
+        return apart[..., : rows * width].copy_(x.flatten(2)).unflatten(2, (rows, width))
+    if layout == "expanded over the batch":
+        return x[:1].expand(x.shape)
+    return x.transpose(1, 2).contiguous().transpose(1, 2)
+
+
+@pytest.mark.parametrize("width", WIDTHS)
+@pytest.mark.parametrize(
+    "layout", ["rows outermost", "batches no whole rows apart", "expanded over the batch", "heads between"]
+)
+def test_layouts_of_a_padded_batch(layout: str, width: int, ran: list[str]) -> None:
+    used = torch.tensor([300, 17, 128], dtype=torch.int32, device="cuda")
+    lengths = {"seqused_q": used, "seqused_k": used, "leftpad_k": torch.tensor([0, 3, 70], dtype=torch.int32).cuda()}
+    there = [in_layout(layout, torch.randn(3, 2, 300, width, device="cuda", dtype=torch.bfloat16)) for _ in range(4)]
+    found = []
+    for given in (there, [x.contiguous() for x in there]):
+        q, k, v, dout = given
+        inputs = [x.detach().requires_grad_() for x in (q, k, v)]
+        out = flash_attention_n(*inputs, True, sm_n=1.0, backend="triton:hopper", **lengths)
+        found.append((*torch.autograd.grad(out, inputs, dout), out.detach()))
+    (dq, *same), (other_dq, *others) = found
+    assert all(torch.equal(a, b) for a, b in zip(same, others, strict=True))
+    assert torch.allclose(dq, other_dq, rtol=2e-2, atol=1e-2)
+    assert ran == ["forward triton:hopper", "backward triton:hopper"] * 2
+
+
+@pytest.mark.parametrize("width", WIDTHS)
+def test_a_graph_is_replayed_with_other_lengths(width: int) -> None:
+    """Nothing of the lengths is read on the host."""
+    q, k, v = (torch.randn(4, 2, 500, width, device="cuda", dtype=torch.bfloat16, requires_grad=True) for _ in "qkv")
+    used, dout = torch.tensor([500, 3, 0, 200], dtype=torch.int32, device="cuda"), torch.randn_like(q)
+
+    def step() -> tuple[torch.Tensor, ...]:
+        lengths = {"seqused_q": used, "seqused_k": used}
+        out = flash_attention_n(q, k, v, True, sm_n=1.0, backend="triton:hopper", **lengths)
+        return (*torch.autograd.grad(out, (q, k, v), dout), out.detach())
+
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        step()
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        found = step()
+    for other in ([500, 3, 0, 200], [1, 500, 499, 0], [0, 0, 0, 0], [64, 128, 192, 256]):
+        used.copy_(torch.tensor(other))
+        graph.replay()
+        (dq, *same), (other_dq, *others) = found, step()
+        assert all(torch.equal(a, b) for a, b in zip(same, others, strict=True)), other
+        assert torch.allclose(dq, other_dq, rtol=2e-2, atol=1e-2), other
 
 
 @pytest.mark.parametrize("width", WIDTHS)
@@ -220,6 +316,17 @@ def varlen_at_random(pick: random.Random, case: Case, most: int, longest: int) -
     return dataclasses.replace(case, **varlen)
 
 
+def padded_at_random(pick: random.Random, case: Case) -> Case:
+    """Return the case with some of the three lengths."""
+    most = {"used_q": case.len_q, "used_k": case.len_k, "leftpad": case.len_k}
+    lengths = {
+        name: tuple(pick.choice([0, 1, pick.randint(0, most[name])]) for _ in range(case.batch))
+        for name in pick.sample(list(most), pick.randint(1, 3))
+    }
+    # NaN beyond the end of one batch would be in all of them.
+    return dataclasses.replace(case, **lengths, layout="tokens first" if "expanded" in case.layout else case.layout)
+
+
 @pytest.mark.parametrize("seed", range(20))
 def test_random_shapes(seed: int) -> None:
     """Ten random shapes of every kind of call are right; compiling each kind takes most of the time."""
@@ -238,6 +345,8 @@ def test_random_shapes(seed: int) -> None:
         )  # fmt: skip
         if pick.random() < 0.3:
             case = varlen_at_random(pick, case, 12, 500)
+        elif pick.random() < 0.5:
+            case = padded_at_random(pick, case)
         inputs = make(case, pick.choice(HALF), "cuda", seed)
         excess = compare.excess(inputs, compare.library(inputs, "triton:hopper"))
         assert max(excess.values()) <= 1, (case, excess)
@@ -248,15 +357,17 @@ def test_a_thousand_shapes(part: int) -> None:
     """A thousand random shapes of a few kinds of calls are right; few kinds, so that little is compiled."""
     for seed in range(100 * part, 100 * part + 100):
         pick = random.Random(10_000 + seed)
-        kind = pick.choice(["full", "causal", "window", "varlen"])
+        kind = pick.choice(["full", "causal", "window", "varlen", "padded"])
         heads_kv, (size, size_v) = pick.randint(1, 4), pick.choice(TILES)
         case = Case(
             "", batch=pick.randint(1, 4), heads_q=2 * heads_kv, heads_kv=heads_kv, len_q=pick.randint(1, 1800),
-            len_k=pick.randint(1, 2200), size=size, size_v=size_v, n="per head", causal=kind in ("causal", "varlen"),
-            window=(90, 20) if kind == "window" else None,
+            len_k=pick.randint(1, 2200), size=size, size_v=size_v, n="per head",
+            causal=kind in ("causal", "varlen", "padded"), window=(90, 20) if kind == "window" else None,
         )  # fmt: skip
         if kind == "varlen":
             case = varlen_at_random(pick, case, 14, 600)
+        if kind == "padded":
+            case = padded_at_random(pick, case)
         inputs = make(case, torch.bfloat16, "cuda", seed)
         excess = compare.excess(inputs, compare.library(inputs, "triton:hopper"))
         assert max(excess.values()) <= 1, (case, excess)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import re
 import warnings
 from pathlib import Path
@@ -12,6 +13,7 @@ import torch
 pytest.importorskip("triton")
 
 from attn_n.backends import triton as triton_backend
+from attn_n.backends.base import dense_strides
 from attn_n.backends.triton import BACKEND, hopper
 from attn_n.backends.triton.hopper import HopperKernels, configs
 from attn_n.backends.triton.kernel_key import describe
@@ -110,6 +112,7 @@ def test_the_tile_of_a_head(size: int, size_v: int, tile: int | None) -> None:
         (varlen | {"v_stride": (516, 64, 1)}, "reads strides that are multiples of 16 bytes, and nothing expanded"),
         (varlen | {"alibi": True}, "has no alibi_slopes"),
         ({"alibi": True, "dropout_p": 0.1}, "has no dropout, no alibi_slopes"),
+        ({"seqused": True, "leftpad": True, "return_lse": True}, None),
         ({"k_stride": (0, 0, 64, 1)}, "reads strides that are multiples of 16 bytes, and nothing expanded"),
     ],
     ids=str,
@@ -118,6 +121,53 @@ def test_why_not(changes: dict[str, object], reason: str | None, monkeypatch: py
     monkeypatch.setattr(hopper, "release", lambda: hopper.LAST)  # whatever the Triton here
     found = HopperKernels().refusal(gpu_call(**changes))
     assert (found is None) if reason is None else str(found).startswith(reason)
+
+
+@pytest.mark.skipif(hopper.release() < hopper.FIRST, reason="this Triton has no such Gluon")
+@pytest.mark.parametrize(
+    "strides",
+    [
+        *(dense_strides((3, 2, 5, 64), order) for order in ((0, 1, 2, 3), (0, 2, 1, 3), (1, 0, 2, 3), (2, 0, 1, 3))),
+        (0, 320, 64, 1), (656, 328, 64, 1),
+        (1000, 328, 72, 1), (2**33, 328, 64, 1),
+    ],
+    ids=str,
+)  # fmt: skip
+def test_the_end_of_a_sequence_in_any_layout(strides: tuple[int, ...]) -> None:
+    """What TMA counts to it by is a multiple of 16 bytes, and leads to the address."""
+    from attn_n.backends.triton.hopper.prepare import ragged
+
+    *same, unit, batch_step, row_step = ragged(strides)
+    assert tuple(same) == strides
+    assert unit % 8 == 0
+    for batch, end in itertools.product(range(3), range(6)):
+        assert (batch * batch_step + end * row_step) * unit == batch * strides[0] + end * strides[2]
+
+
+@pytest.mark.skipif(hopper.release() < hopper.FIRST, reason="this Triton has no such Gluon")
+def test_what_tma_can_count() -> None:
+    from attn_n.backends.triton.hopper.prepare import can_count
+
+    assert can_count((8, 16, 4096, 64), (2**22, 2**18, 64, 1))
+    assert can_count((2, 1, 100, 64), (2**34, 64, 64, 1))
+    assert not can_count((2, 1, 100, 64), (2**34 + 8, 64, 64, 1))
+    assert can_count((1, 1, 100, 64), (2**34 + 8, 64, 64, 1))
+    assert not can_count((2**20, 16, 128, 64), (0, 0, 64, 1))
+
+
+def test_one_tensor_of_lengths_fixes_the_diagonal() -> None:
+    """Two that begin at the same address need not be the same in the next call, which shares the prepared one."""
+    q = torch.empty(2, 2, 50, 64)
+    used, starts = torch.tensor([9, 4], dtype=torch.int32), torch.tensor([0, 9, 50], dtype=torch.int32)
+    for same, other in ((used, used), (used, used.view(-1))):
+        options = Options(0.1, seqused_q=same, seqused_k=other)
+        assert describe((q, q, q), None, options).more_keys == (0 if same is other else None)
+    assert describe((q, q, q), None, Options(0.1, seqused_q=used, seqused_k=used, leftpad_k=used)).more_keys is None
+    assert describe((q, q, q), None, Options(0.1, seqused_q=used)).more_keys is None
+    x = torch.empty(50, 2, 64)
+    for same, other in ((starts, starts), (starts, starts.view(-1))):
+        options = Options(0.1, cu_seqlens_q=same, cu_seqlens_k=other, max_seqlen_q=41, max_seqlen_k=41)
+        assert describe((x, x, x), None, options).more_keys == (0 if same is other else None)
 
 
 def test_an_older_triton(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -309,7 +309,7 @@ ELSEWHERE = "automatic, not measured here: compute capability 8.0"
         ({"dropout_p": 0.5}, DEFAULT, "automatic"),
         ({"seqused": True, "dtype": torch.float32}, PADDED_FIRST, PADDED),
         (
-            {"seqused": True, **dict.fromkeys(("q_shape", "k_shape", "v_shape"), (8, 16, 2048, 64)), **WITH_N, **CAUSAL},
+            {"seqused": True, **WITH_N, **CAUSAL, **{f"{x}_shape": (8, 16, 2048, 64) for x in "qkv"}},
             ("triton:hopper", *PADDED_FIRST),
             f"{PADDED}; by speed on an H100: training, with n, causal, heads up to 64, from 1500 keys on",
         ),

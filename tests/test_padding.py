@@ -17,7 +17,8 @@ from attn_n.backends.adapt import padding
 from attn_n.backends.base import Backend
 from attn_n.backends.sdpa.cpu import CpuFlash
 from attn_n.backends.sdpa.cuda import CudnnAttention
-from attn_n.call import Gradients, Grads, Options, Saved
+from attn_n.call import Gradients, Grads, Options, Request, Saved
+from attn_n.dispatch import call_cache
 from tests.calls import gpu_call
 from tests.oracle import attention_n
 
@@ -54,6 +55,15 @@ def test_a_known_call_reads_its_own_lengths(backend: str | None) -> None:
         assert torch.allclose(out.double(), exact(q, k, v, used, first), atol=1e-5)
     with pytest.raises(ValueError, match=r"seqused_k: expected numbers from 0 to the 6 keys, got \[6, 7, 0\]"):
         flash_attention_n(q, k, v, True, sm_n=1.0, backend=backend, **{**lengths, "seqused_k": int32(6, 7, 0)})
+
+
+def test_one_tensor_of_both_lengths_is_another_call_than_two() -> None:
+    """With one the kernels know the diagonal, so that no other call may share what was prepared for it."""
+    q, k, v = inputs()
+    same, other = int32(6, 2, 0), int32(6, 2, 0)
+    rest = True, None, 1.0, None, None, None, None, None, 0.0, False, None
+    keys = [call_cache.key(q, k, v, Request(*rest, same, seqused_k)) for seqused_k in (same, other, same)]
+    assert keys[0] == keys[2] != keys[1]
 
 
 def test_the_diagonal_is_that_of_the_lengths_in_use() -> None:

@@ -3,7 +3,8 @@
 All three share `stats`, which has lse in base 2 and -delta of all rows and a counter, and `dq_sum`, the float32 sum for
 dQ. Both have a whole number of tiles of rows for each head, so that tiles are loaded and added without a mask. Varlen
 sequences lie one behind the other, as if of a batch of one, and each begins with a tile of its own: sequence b with the
-tile of number `starts[b] // TILE_Q + b`, which leaves room enough and needs no sum over the other sequences.
+tile of number `starts[b] // TILE_Q + b`, which leaves room enough and needs no sum over the other sequences. A padded
+batch has the tiles of all rows, and those that do not exist are left alone.
 
 The three overlap (programmatic dependent launch): each may start when the one before it has, and waits for its end
 before it reads what that has written.

@@ -21,7 +21,7 @@ registers (+2 to 4 % at E = 64 over consumers that count the tiles themselves). 
 Without a causal mask all tiles take equally long and come in turn. Under one a program takes pairs of tiles, one from
 each end of a sequence; or for long sequences, where waiting for it does not show, the next tile that nobody has taken,
 heavy ones first (+1 to 8 % from 2,048 keys on, most where pairs do not fill the last round). The tiles of varlen
-sequences are taken so from a table, see `schedule`.
+sequences, and those of a padded batch, are taken so from a table, see `schedule`.
 n joins the denominator at the end, as one more key with logit log n and value zero.
 """
 
@@ -120,7 +120,7 @@ def produce(smem, q_desc, k_desc, v_desc, sizes, sequences, SPEC: gl.constexpr):
     """The producer warp tells the consumers their next tile of queries, and loads what that needs."""
     TILE_Q: gl.constexpr = SPEC.tiles.consumers * STRIP
     VARLEN: gl.constexpr = sequences.queries.starts is not None
-    heads, tiles = sizes.heads, gl.cdiv(sizes.len_q, TILE_Q)  # `query_tiles` counts those of varlen sequences itself
+    heads, tiles = sizes.heads, gl.cdiv(sizes.len_q, TILE_Q)  # `query_tiles` counts those in a table itself
     state, turn = State(0, 1), 0  # turn counts the tiles of queries, modulo 4
     item, items = gl.program_id(0), sizes.items
     if VARLEN or SPEC.padded:
