@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 
+from attn_n.backends.triton.hopper.configs import FORWARD
 from attn_n.call import Options
 from bench.kernels.ahead_of_time import TARGETS, compiled, padded, resources, varlen
 
@@ -48,27 +49,22 @@ def varlen_forward(width: int) -> None:
 
 
 def padded_batches(width: int) -> None:
-    """Compile both passes of padded batches. What the backward spills it does before its loops."""
-    from attn_n.backends.triton.hopper import configs
-
-    both = {"seqused_q", "seqused_k"}
-    for row in configs.FORWARD[width]:
-        for names in (both, {*both, "leftpad_k"}):
-            said = resources(_padded("forward", width, row, names), "sm_90")
-            assert said.spills <= 100, (row, said)
-            assert said.shared <= TARGETS["sm_90"].shared, (row, said)
-            assert not said.warnings, (row, said)
-    for names in (both, {"seqused_k"}, {"leftpad_k"}):
-        for kernel in ("schedule", "preprocess", "main", "postprocess"):
-            said = resources(_padded(f"backward {kernel}", width, None, names), "sm_90")
-            assert said.spills <= 350, (kernel, said)
-            assert said.shared <= TARGETS["sm_90"].shared, (kernel, said)
-            assert not said.warnings, (kernel, said)
-
-
-def _padded(kernel: str, width: int, row: Any, names: set[str]) -> Any:
-    options = padded(Options(0.1, window_right=0), *names)
-    return compiled("sm_90", f"hopper {kernel}", width, row, torch.bfloat16, options)
+    """Compile both passes of padded batches: what they spill they do outside of the loops over keys and queries."""
+    options, both = Options(0.1, window_right=0), ("seqused_q", "seqused_k")
+    variants = [
+        *[("forward", row, names) for row in FORWARD[width] for names in (both, (*both, "leftpad_k"))],
+        *[
+            (f"backward {kernel}", None, names)
+            for kernel in ("schedule", "preprocess", "main", "postprocess")
+            for names in (both, ("seqused_k",), ("leftpad_k",))
+        ],
+    ]
+    for kernel, row, names in variants:
+        found = compiled("sm_90", f"hopper {kernel}", width, row, torch.bfloat16, padded(options, *names))
+        said = resources(found, "sm_90")
+        assert said.spills <= 350, (kernel, row, names, said)
+        assert said.shared <= TARGETS["sm_90"].shared, (kernel, row, names, said)
+        assert not said.warnings, (kernel, row, names, said)
 
 
 def backward(width: int) -> None:
