@@ -37,6 +37,7 @@ class Target(NamedTuple):
     shared: int  # bytes that one program may have
 
 
+NO_N = (None, None)  # no gradient of n
 TARGETS = {
     "sm_80": Target(GPUTarget("cuda", 80, 32), (8, 0), 166912),
     "sm_89": Target(GPUTarget("cuda", 89, 32), (8, 9), 101376),
@@ -146,7 +147,7 @@ def launch_of(
         chosen, arguments = {
             "schedule": (launches.schedule, (table, *starts)),
             "preprocess": (launches.preprocess, (out, dout, lse, None, stats, dq_sum, None, None, starts[0])),
-            "main": (launches.main, (q, k, v, dout, stats, dq_sum, *into, *starts, table)),
+            "main": (launches.main, (q, k, v, dout, stats, dq_sum, *into, *starts, table, *NO_N)),
             "postprocess": (launches.postprocess, (dq_sum, dq, starts[0])),
         }[kernel.split()[-1]]
         return functools.partial(chosen.compiled if compile_only else chosen, *arguments)

@@ -187,7 +187,7 @@ def consume(
 
 @gluon.jit(do_not_specialize=RUN_TIME)
 def backward_kernel(
-    q, k, v, dout, stats, dq_sum, dk, dv, starts_q, starts_k, table,
+    q, k, v, dout, stats, dq_sum, dk, dv, starts_q, starts_k, table, shares, dn,
     strides_q, strides_k, strides_v, strides_dout, strides_dk, strides_dv,
     batches, heads, len_q, len_k, sum_rows, left, right, scale, softcap, swizzle, SPEC: gl.constexpr,
 ):  # fmt: skip
@@ -208,7 +208,8 @@ def backward_kernel(
                        softcap, SPEC)),
             (consume, (1, rings, ds_buffers, dq_buffers, sizes, dq_sum, dk, dv, strides_dk, strides_dv, scale,
                        softcap, SPEC)),
-            (produce, (rings, sizes, q, k, v, dout, stats, strides_q, strides_k, strides_v, strides_dout, SPEC)),
+            (produce, (rings, sizes, q, k, v, dout, stats, shares, dn, strides_q, strides_k, strides_v, strides_dout,
+                       SPEC)),
         ],
         [4, 1], [240, 24],
     )  # fmt: skip

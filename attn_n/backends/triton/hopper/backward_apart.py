@@ -46,6 +46,7 @@ from attn_n.backends.triton.hopper.backward_producer import (
     load_queries,
     make_loads,
     rows_of_head,
+    sum_shares,
 )
 from attn_n.backends.triton.hopper.backward_rings import (
     FIELDS,
@@ -85,7 +86,7 @@ class Shared(NamedTuple):
 
 @gluon.jit
 def produce(
-    rings, sizes, q, k, v, dout, stats, strides_q, strides_k, strides_v, strides_dout, SPEC: gl.constexpr,
+    rings, sizes, q, k, v, dout, stats, shares, dn, strides_q, strides_k, strides_v, strides_dout, SPEC: gl.constexpr,
 ):  # fmt: skip
     """The producer warp, as in `backward_producer`, with more buffers."""
     loads = make_loads(sizes, q, k, v, dout, stats, strides_q, strides_k, strides_v, strides_dout, SPEC)
@@ -111,6 +112,7 @@ def produce(
     mbarrier.wait(rings.kv.empty.index(t % KV), ((t // KV) & 1) ^ 1)
     mailbox_write(rings.mailbox, t % MAILS, FIELDS, "steps", -1)
     mbarrier.arrive(rings.kv.full.index(t % KV), count=2)
+    sum_shares(shares, dn, sizes, SPEC)
 
 
 @gluon.jit
@@ -257,7 +259,7 @@ def sum_dq(rings, shared, sizes, dq_sum, SPEC: gl.constexpr):
 
 @gluon.jit(do_not_specialize=RUN_TIME)
 def apart_kernel(
-    q, k, v, dout, stats, dq_sum, dk, dv, starts_q, starts_k, table,
+    q, k, v, dout, stats, dq_sum, dk, dv, starts_q, starts_k, table, shares, dn,
     strides_q, strides_k, strides_v, strides_dout, strides_dk, strides_dv,
     batches, heads, len_q, len_k, sum_rows, left, right, scale, softcap, swizzle, SPEC: gl.constexpr,
 ):  # fmt: skip
@@ -284,7 +286,8 @@ def apart_kernel(
             (consume, (0, rings, shared, sizes, dk, dv, strides_dk, strides_dv, scale, softcap, SPEC)),
             (consume, (1, rings, shared, sizes, dk, dv, strides_dk, strides_dv, scale, softcap, SPEC)),
             (sum_dq, (rings, shared, sizes, dq_sum, SPEC)),
-            (produce, (rings, sizes, q, k, v, dout, stats, strides_q, strides_k, strides_v, strides_dout, SPEC)),
+            (produce, (rings, sizes, q, k, v, dout, stats, shares, dn, strides_q, strides_k, strides_v, strides_dout,
+                       SPEC)),
         ],
         [4, 4, 1], [208, 72, 24],
     )  # fmt: skip

@@ -238,7 +238,7 @@ def by_threads(buffer, TILE_Q: gl.constexpr):
 
 @gluon.jit(do_not_specialize=RUN_TIME)
 def wide_kernel(
-    q, k, v, dout, stats, dq_sum, dk, dv, starts_q, starts_k, table,
+    q, k, v, dout, stats, dq_sum, dk, dv, starts_q, starts_k, table, shares, dn,
     strides_q, strides_k, strides_v, strides_dout, strides_dk, strides_dv,
     batches, heads, len_q, len_k, sum_rows, left, right, scale, softcap, swizzle, SPEC: gl.constexpr,
 ):  # fmt: skip
@@ -258,7 +258,8 @@ def wide_kernel(
         [
             (consume, (VALUES, rings, p_buffer, ds_buffer, sizes, dq_sum, dv, strides_dv, scale, softcap, SPEC)),
             (consume, (KEYS, rings, p_buffer, ds_buffer, sizes, dq_sum, dk, strides_dk, scale, softcap, SPEC)),
-            (produce, (rings, sizes, q, k, v, dout, stats, strides_q, strides_k, strides_v, strides_dout, SPEC)),
+            (produce, (rings, sizes, q, k, v, dout, stats, shares, dn, strides_q, strides_k, strides_v, strides_dout,
+                       SPEC)),
         ],
         [4, 1], [240, 24],
     )  # fmt: skip

@@ -52,19 +52,24 @@ class HopperCall:
         dq_sum = Part(workspace, 0, launches.dq_sum)
         stats = Part(workspace, launches.dq_sum, launches.stats)
         shares = shares_of_n(grads, log_n, ready.shares)
+        dn = None  # of each head, where there is not one n a row
         if shares is not None and shares.dim() == 2:  # varlen rows may belong to no sequence
             shares.zero_()
+        elif shares is not None and (log_n is None or log_n.dim() == 1):
+            dn = ready.dn()
         starts_q, starts_k = options.cu_seqlens_q, options.cu_seqlens_k
         table = list_of_tiles(launches, q, starts_k, starts_q)
         into: tuple[Tensor, ...] = dk, dv
         if launches.postprocess_kv:
             into = torch.zeros(2, launches.dkv_sum, dtype=torch.float32, device=q.device).unbind()
         launches.preprocess(out, dout, lse, dlse, stats, dq_sum, log_n, shares, starts_q)
-        launches.main(q, k, v, dout, stats, dq_sum, *into, starts_q, starts_k, table)
+        launches.main(
+            q, k, v, dout, stats, dq_sum, *into, starts_q, starts_k, table, None if dn is None else shares, dn
+        )
         for launch, x_sum, x in zip(launches.postprocess_kv, into, (dk, dv), strict=False):
             launch(x_sum, x, starts_k)
         launches.postprocess(dq_sum, dq, starts_q)
-        return Gradients(dq, dk, dv, gradient_of_n(shares, log_n))
+        return Gradients(dq, dk, dv, gradient_of_n(shares, log_n) if dn is None else dn)
 
     def _backward(self, tensors: tuple[Tensor, ...], log_n: Tensor | None, options: Options) -> BackwardCall:
         *_, out, dout = tensors
@@ -85,6 +90,7 @@ class BackwardCall:
         batch = 1 if key.varlen else key.batch
         tiles = self.launches.preprocess.programs // (batch * key.heads)
         self.shares = allocation.empty((batch, key.heads, tiles), torch.float32, key.device)
+        self.dn = allocation.empty((key.heads,), torch.float32, key.device)
 
 
 _calls: Recent[KernelKey, Prepared] = Recent()

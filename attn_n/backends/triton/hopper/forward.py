@@ -12,8 +12,8 @@ A consumer keeps two wgmmas in flight: S of a block begins before O of the block
 while that O is computed. O is rescaled only where a maximum has grown much (`lazy`: +4 to 8 % at E = 256; at E = 128 +2
 to 3 %, if the weights are ready before O is waited for; at E = 64 so too +2 % under a causal mask, else -3 %). Blocks
 of keys come from the last to the first, so that those under the diagonal come first. Two or three consumers share keys
-and values; for few keys two programs of one consumer each fit an SM, of which one computes while the other begins or
-ends a tile (+2 to 15 % at 512 keys).
+and values; for few keys two or three programs of one consumer each fit an SM, of which one computes while another
+begins or ends a tile (two: +2 to 15 % at 512 keys; three at E = 64: 7 to 11 % more under a causal mask).
 
 Programs are persistent (+7 % at 2,048 keys), and the producer tells the consumers their next tile by a mailbox in
 shared memory: the compiler knows that what is read there is the same for all threads, so that addresses stay in uniform
@@ -103,7 +103,7 @@ class Tile(NamedTuple):
 class Results(NamedTuple):
     """These say where out and lse go, and what the logits and n are."""
 
-    out_desc: gl.tensor
+    out: gl.tensor
     lse: gl.tensor  # (B, H, L) or varlen (T, H), float32
     sinks: gl.tensor  # log n of each head, or of each row as lse; None: log_n is the number for all, or None for n = 0
     stride_n: gl.tensor  # between heads; None if it is one of each row
@@ -113,9 +113,17 @@ class Results(NamedTuple):
 
 
 @gluon.jit
-def produce(smem, q_desc, k_desc, v_desc, sizes, varlen, SPEC: gl.constexpr):
+def produce(smem, q, k, v, batch, strides_q, strides_k, strides_v, sizes, varlen, SPEC: gl.constexpr):
     """The producer warp tells the consumers their next tile of queries, and loads what that needs."""
     TILE_Q: gl.constexpr = SPEC.tiles.consumers * STRIP
+    TILE_K: gl.constexpr = SPEC.tiles.tile_k
+    E: gl.constexpr = SPEC.widths.head_dim
+    EV: gl.constexpr = SPEC.widths.head_dim_v
+    heads_kv = sizes.heads // SPEC.group_size
+    # Each role makes its own descriptors beside the others: one takes about half a microsecond.
+    k_desc = tile_descriptor(k, batch, heads_kv, sizes.len_k, strides_k, TILE_K, E, panel_of(SPEC))
+    q_desc = tile_descriptor(q, batch, sizes.heads, sizes.len_q, strides_q, STRIP, E, SPEC.widths.padded)
+    v_desc = tile_descriptor(v, batch, heads_kv, sizes.len_k, strides_v, TILE_K, EV, SPEC.widths.tile_v)
     heads, tiles = sizes.heads, gl.cdiv(sizes.len_q, TILE_Q)  # `query_tiles` counts those of varlen sequences itself
     state, turn = State(0, 1), 0  # turn counts the tiles of queries, modulo 4
     item, items = gl.program_id(0), sizes.items
@@ -204,8 +212,10 @@ def begin_scores(q, k_ring, stage, s, SPEC: gl.constexpr):
 
 
 @gluon.jit
-def consume(CONSUMER: gl.constexpr, smem, sizes, results, SPEC: gl.constexpr, VARLEN: gl.constexpr):
+def consume(CONSUMER: gl.constexpr, smem, sizes, batch, strides_out, results, SPEC: gl.constexpr, VARLEN: gl.constexpr):
     """A consumer warpgroup attends with 64 queries of each tile that the producer names."""
+    EV: gl.constexpr = SPEC.widths.head_dim_v
+    out_desc = tile_descriptor(results.out, batch, sizes.heads, sizes.len_q, strides_out, STRIP, EV, SPEC.widths.tile_v)
     factor = results.scale * LOG2E if results.softcap is None else 1.0
     heads = sizes.heads
     state, turn = State(0, 0), 0
@@ -223,7 +233,7 @@ def consume(CONSUMER: gl.constexpr, smem, sizes, results, SPEC: gl.constexpr, VA
             batch_head = mailbox_read(smem.mailbox, slot, FIELDS, "head")
             rows = Rows(batch_head // heads, None, None)
             tile = Tile(batch_head, batch_head % heads, first, rows, rows, of_sequence)
-        state = attend(CONSUMER, smem, tile, results, factor, state, slot, SPEC)
+        state = attend(CONSUMER, smem, out_desc, tile, results, factor, state, slot, SPEC)
         turn = (turn + 1) & 3
         wait_turn(smem.mailbox_full, turn)
         first = mailbox_read(smem.mailbox, turn & 1, FIELDS, "first")
@@ -231,7 +241,7 @@ def consume(CONSUMER: gl.constexpr, smem, sizes, results, SPEC: gl.constexpr, VA
 
 
 @gluon.jit
-def attend(CONSUMER: gl.constexpr, smem, tile, results, factor, state, q_phase, SPEC: gl.constexpr):
+def attend(CONSUMER: gl.constexpr, smem, out_desc, tile, results, factor, state, q_phase, SPEC: gl.constexpr):
     """Compute out and lse of the 64 queries of a consumer, and return how far it has gone in the rings of K and V."""
     TILE_K: gl.constexpr = SPEC.tiles.tile_k
     TILE_Q: gl.constexpr = SPEC.tiles.consumers * STRIP
@@ -239,7 +249,7 @@ def attend(CONSUMER: gl.constexpr, smem, tile, results, factor, state, q_phase, 
     Q_IN_REGISTERS: gl.constexpr = SPEC.tiles.q_in_registers
     OUT_APART: gl.constexpr = SPEC.tiles.out_apart
     LAZY: gl.constexpr = SPEC.tiles.lazy
-    out_desc, scale, softcap = results.out_desc, results.scale, results.softcap
+    scale, softcap = results.scale, results.softcap
     len_q, len_k = tile.sizes.len_q, tile.sizes.len_k
     dtype: gl.constexpr = out_desc.dtype
     S: gl.constexpr = gl.NVMMADistributedLayout(version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, TILE_K, 16])
@@ -266,6 +276,8 @@ def attend(CONSUMER: gl.constexpr, smem, tile, results, factor, state, q_phase, 
         own_begin = gl.maximum(gl.minimum(own_begin, own_end - 1), begin)
     rows = first + gl.arange(0, STRIP, layout=ROWS)  # [64]
 
+    # A sink is asked for while the queries and keys are on their way.
+    sink = sink_of(rows, tile, results)
     consumer_wait(smem.q, State(CONSUMER, q_phase))
     q = smem.q.buffers.index(CONSUMER)  # [64, PADDED]
     if Q_IN_REGISTERS:
@@ -332,7 +344,7 @@ def attend(CONSUMER: gl.constexpr, smem, tile, results, factor, state, q_phase, 
     consumer_wait(smem.v, state)
     acc = warpgroup_mma(p_operand, smem.v.buffers.index(state.stage), acc, is_async=True)
     row_sum = gl.convert_layout(gl.sum(sums, axis=1), ROWS, assert_trivial=True)  # [64]
-    rescale = finish_softmax(row_max, row_sum, rows, tile, results)
+    rescale = finish_softmax(row_max, row_sum, sink, rows, tile, results)
     acc, p_operand = warpgroup_mma_wait(0, deps=[acc, p_operand])
     consumer_release(smem.v, state.stage)
     state = advance(state, smem.k)
@@ -356,18 +368,22 @@ def attend(CONSUMER: gl.constexpr, smem, tile, results, factor, state, q_phase, 
 
 
 @gluon.jit
-def finish_softmax(row_max, row_sum, rows, tile, results):
+def sink_of(rows, tile, results):
+    """Return log n of a tile, or of its rows; None if n is 0."""
+    sink = results.log_n
+    if results.sinks is not None:
+        if results.stride_n is None:
+            sink = gl.load(pointers_to_rows(results.sinks, tile, rows), mask=rows < tile.sizes.len_q, other=0.0)
+        else:
+            sink = gl.load(results.sinks + tile.head * results.stride_n)
+    return sink
+
+
+@gluon.jit
+def finish_softmax(row_max, row_sum, sink, rows, tile, results):
     """Store lse, and return what O is to be multiplied by, `[64]`: one over the denominator, with n in it."""
-    _out_desc, lse, sinks, stride_n, log_n, _scale, _softcap = results
-    len_q = tile.sizes.len_q
     rescale = gl.full([STRIP], 1.0, gl.float32, layout=rows.type.layout)
-    if sinks is not None or log_n is not None:
-        sink = log_n
-        if sinks is not None:
-            if stride_n is None:
-                sink = gl.load(pointers_to_rows(sinks, tile, rows), mask=rows < len_q, other=0.0)
-            else:
-                sink = gl.load(sinks + tile.head * stride_n)
+    if sink is not None:
         sink *= LOG2E
         new_max = gl.maximum(row_max, sink)
         shift = finite(new_max, True)
@@ -377,7 +393,7 @@ def finish_softmax(row_max, row_sum, rows, tile, results):
     empty = row_sum == 0.0
     rescale = rescale / gl.where(empty, 1.0, row_sum)
     row_lse = gl.where(empty, float("-inf"), (row_max + gl.log2(row_sum)) * LN2)
-    gl.store(pointers_to_rows(lse, tile, rows), row_lse, mask=rows < len_q)
+    gl.store(pointers_to_rows(results.lse, tile, rows), row_lse, mask=rows < tile.sizes.len_q)
     return rescale
 
 
@@ -440,8 +456,6 @@ def forward_kernel(
     STAGES: gl.constexpr = SPEC.tiles.stages
     OUT_APART: gl.constexpr = SPEC.tiles.out_apart
     VARLEN: gl.constexpr = starts_q is not None
-    E: gl.constexpr = SPEC.widths.head_dim
-    EV: gl.constexpr = SPEC.widths.head_dim_v
     TILE_V: gl.constexpr = SPEC.widths.tile_v
     PADDED: gl.constexpr = SPEC.widths.padded
     PANEL: gl.constexpr = panel_of(SPEC)
@@ -450,11 +464,6 @@ def forward_kernel(
         OUT_APART or not SPEC.tiles.q_in_registers, "out waits in the buffer of q, which is then free already"
     )
     dtype: gl.constexpr = q.dtype.element_ty
-    heads_kv = heads // SPEC.group_size
-    q_desc = tile_descriptor(q, batch, heads, len_q, strides_q, STRIP, E, PADDED)
-    k_desc = tile_descriptor(k, batch, heads_kv, len_k, strides_k, TILE_K, E, PANEL)
-    v_desc = tile_descriptor(v, batch, heads_kv, len_k, strides_v, TILE_K, EV, TILE_V)
-    out_desc = tile_descriptor(out, batch, heads, len_q, strides_out, STRIP, EV, TILE_V)
 
     TILED: gl.constexpr = gl.NVMMASharedLayout(128, 16)
     q_strips = gl.allocate_shared_memory(dtype, [CONSUMERS, STRIP, PADDED], TILED)
@@ -471,32 +480,32 @@ def forward_kernel(
     fence_async_shared()
     varlen = Varlen(starts_q, starts_k, table)
     sizes = Sizes(items, heads, len_q, len_k, left, right, swizzle)
-    results = Results(out_desc, lse, sinks, stride_n, log_n, scale, softcap)
+    results = Results(out, lse, sinks, stride_n, log_n, scale, softcap)
     # The producer needs 24 registers to issue TMA loads; the consumers share the others.
     if CONSUMERS == 1:
         gl.warp_specialize(
             [
-                (consume, (0, smem, sizes, results, SPEC, VARLEN)),
-                (produce, (smem, q_desc, k_desc, v_desc, sizes, varlen, SPEC)),
+                (consume, (0, smem, sizes, batch, strides_out, results, SPEC, VARLEN)),
+                (produce, (smem, q, k, v, batch, strides_q, strides_k, strides_v, sizes, varlen, SPEC)),
             ],
             [1], [24],
         )  # fmt: skip
     elif CONSUMERS == 2:
         gl.warp_specialize(
             [
-                (consume, (0, smem, sizes, results, SPEC, VARLEN)),
-                (consume, (1, smem, sizes, results, SPEC, VARLEN)),
-                (produce, (smem, q_desc, k_desc, v_desc, sizes, varlen, SPEC)),
+                (consume, (0, smem, sizes, batch, strides_out, results, SPEC, VARLEN)),
+                (consume, (1, smem, sizes, batch, strides_out, results, SPEC, VARLEN)),
+                (produce, (smem, q, k, v, batch, strides_q, strides_k, strides_v, sizes, varlen, SPEC)),
             ],
             [4, 1], [240, 24],
         )  # fmt: skip
     else:
         gl.warp_specialize(
             [
-                (consume, (0, smem, sizes, results, SPEC, VARLEN)),
-                (consume, (1, smem, sizes, results, SPEC, VARLEN)),
-                (consume, (2, smem, sizes, results, SPEC, VARLEN)),
-                (produce, (smem, q_desc, k_desc, v_desc, sizes, varlen, SPEC)),
+                (consume, (0, smem, sizes, batch, strides_out, results, SPEC, VARLEN)),
+                (consume, (1, smem, sizes, batch, strides_out, results, SPEC, VARLEN)),
+                (consume, (2, smem, sizes, batch, strides_out, results, SPEC, VARLEN)),
+                (produce, (smem, q, k, v, batch, strides_q, strides_k, strides_v, sizes, varlen, SPEC)),
             ],
             [4, 4, 1], [160, 160, 24],
         )  # fmt: skip
