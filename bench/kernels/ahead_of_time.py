@@ -23,6 +23,7 @@ from triton.backends.compiler import GPUTarget
 
 from attn_n.backends.triton import hopper
 from attn_n.backends.triton.decode import prepare as decode
+from attn_n.backends.triton.decode.configs import Gpu
 from attn_n.backends.triton.hopper.configs import BACKWARD, FORWARD, TILE_V
 from attn_n.backends.triton.kernel_key import describe, kernel_strides
 from attn_n.backends.triton.portable import configs
@@ -188,21 +189,27 @@ def compiled_sinks(target: str) -> Iterator[tuple[str, int, Any]]:
 
 
 def compiled_decoding(target: str) -> Iterator[tuple[str, int, Any]]:
-    """Yields name, width and compiled kernel of decoding: contiguous, and paged by tiles within and across blocks."""
+    """Yields name, width and compiled kernel of decoding: contiguous, and paged by tiles within and across blocks.
+
+    The merging kernel is compiled for n = 0, a number and sinks, and the other for what does without it, too.
+    """
     triton.runtime.driver.set_active(_NoGpu(TARGETS[target].gpu))
-    for width in (128, 256):
-        q, out = (torch.empty(1, 8, 1, width, dtype=torch.bfloat16) for _ in range(2))
+    gpu = Gpu(132, TARGETS[target].shared > 120000, target.startswith("sm_") and int(target[3:]) >= 90)
+    for width, queries, splits in ((128, 1, 2), (128, 1, 1), (128, 32, 2), (256, 1, 2)):
+        q, out = (torch.empty(1, 8, queries, width, dtype=torch.bfloat16) for _ in range(2))
         parts, parts_lse = torch.empty(8, 2, width), torch.empty(8, 2)
         for name, block in (("contiguous", 0), ("paged", 16), ("paged, large blocks", 128)):
             cache = torch.empty(4, 2, block or 1024, width, dtype=torch.bfloat16)
             table = torch.empty(1, 8, dtype=torch.int32) if block else None
-            options = Options(0.1, window_right=0, block_table=table, num_splits=2)
-            key = decode.key_of(q, cache, cache, 0.0, options)
-            call = decode.DecodeCall(key, q, TARGETS[target].shared > 120000)
-            rest = None, 0.0, None, None, None, table, None, None, None
-            yield f"decode, {name}", width, call.split.compiled(q, cache, cache, parts, parts_lse, *rest)
+            options = Options(0.1, window_right=0, block_table=table, num_splits=splits)
+            call = decode.DecodeCall(decode.key_of(q, cache, cache, None, options), q, gpu)
+            rest = None, None, None, None, table, None, None, None
+            yield f"decode, {name}", width, call.split.compiled(q, cache, cache, parts, parts_lse, None, *rest)
+    for n in (None, 0.0, torch.empty(8)):
+        call = decode.DecodeCall(decode.key_of(q, cache, cache, n, options), q, gpu)
         assert call.merge is not None
-        yield "decode merge", width, call.merge.compiled(parts, parts_lse, out, parts_lse, None, 0.0)
+        of_n = (n, None) if isinstance(n, Tensor) else (None, n)
+        yield "decode merge", width, call.merge.compiled(parts, parts_lse, out, parts_lse, *of_n)
 
 
 def resources(kernel: Any, target: str) -> Resources:
