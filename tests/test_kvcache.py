@@ -39,6 +39,7 @@ class Case:
     tokens_first: bool = False
     splits: int = 0
     shared: bool = False  # sequences 2 and 3 share their first block
+    size: int = 8
 
     def __str__(self) -> str:
         return self.name
@@ -115,7 +116,7 @@ def make(case: Case, dtype: torch.dtype = torch.float32, device: str = "cpu") ->
         x = torch.randn(shape, generator=generator)
         return x.to(dtype)
 
-    batch, heads, heads_kv, width = 4, 4, 2, 8
+    batch, heads, heads_kv, width = 4, 4, 2, case.size
     q, new = normal(batch, heads, case.queries, width), [normal(batch, heads_kv, case.new, width) for _ in "kv"]
     q[..., 0], new[0][..., 0] = -2.0, 3.0  # negative logits, so that n matters
     past = [normal(batch, heads_kv, case.most, width) for _ in "kv"]
