@@ -16,15 +16,15 @@ import torch
 from torch import Tensor
 
 import attn_n
-from attn_n import flash_attention_n, inference
+from attn_n import flash_attention_n
 from attn_n.backends import registry
-from attn_n.backends.adapt import in_place
 from attn_n.backends.adapt.in_place import InPlaceFlash, Places
 from attn_n.backends.flash_attn import version_2, version_3, version_4
 from attn_n.backends.flash_attn.version_2 import FlashAttention2
 from attn_n.backends.flash_attn.version_3 import FlashAttention3
 from attn_n.backends.flash_attn.version_4 import FlashAttention4
 from attn_n.call import AttentionCall, Options
+from attn_n.dispatch import over_cache
 from tests.calls import gpu_call
 from tests.cases import why_not_usable
 from tests.test_adapt import Flash
@@ -205,12 +205,16 @@ def not_copied(*_: object) -> Tensor:
     raise AssertionError("the cache was copied")
 
 
-SERVED = [(version, case) for version in (2, 3, 4) for case in ALL if reason(version, case) is None]
+# A contiguous cache with one length is a batch as any other, for the functions that have always served those.
+ONE_LENGTH = [case for case in ALL if not isinstance(case.lengths, tuple)]
+SERVED = [
+    (version, case) for version in (2, 3, 4) for case in ALL if reason(version, case) is None and case not in ONE_LENGTH
+]
 
 
 @pytest.mark.parametrize(("version", "case"), SERVED, ids=str)
 def test_against_float64(version: int, case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(inference, "gather", not_copied)
+    monkeypatch.setattr(over_cache, "gather", not_copied)
     call = make(case)
     out, lse = call.run(f"stand-in {version}")
     truth, truth_lse = call.exact()
@@ -310,14 +314,6 @@ def test_a_padded_batch_is_packed_only_if_it_has_to_be(lengths: dict[str, Tensor
         assert torch.allclose(mine, theirs, atol=1e-5)
 
 
-def test_a_constant_is_made_once() -> None:
-    in_place._numbered.clear()
-    device = torch.device("cpu")
-    assert in_place.numbered(device, 3).tolist() == [0, 1, 2]
-    assert in_place.numbered(device, 3, 7, 0).tolist() == [7, 7, 7]
-    assert in_place.numbered(device, 3) is in_place.numbered(device, 3)
-
-
 LIBRARIES = [
     pytest.param(
         version,
@@ -354,7 +350,7 @@ def test_the_library(version: int, case: Case, monkeypatch: pytest.MonkeyPatch, 
     if version == 3 and case.softcap and version_3.left_out("SOFTCAP"):
         pytest.skip("this build has no softcap")
     if expected is None:
-        monkeypatch.setattr(inference, "gather", not_copied)
+        monkeypatch.setattr(over_cache, "gather", not_copied)
         packed = "attn_n.backends.adapt.padding.forward_packed"
         monkeypatch.setattr(packed, not_copied)
     out, lse = call.run(backend)
@@ -366,14 +362,12 @@ def test_the_library(version: int, case: Case, monkeypatch: pytest.MonkeyPatch, 
 
 @pytest.mark.parametrize("version", LIBRARIES)
 def test_a_cuda_graph_of_the_library(version: int) -> None:
-    """The constants of a call that is captured first hold their numbers when it is replayed, and in no other call."""
-    in_place._numbered.clear()
+    """A call that is captured first leaves nothing behind for others."""
     case = Case("heads of 64", size=64, most=300, lengths=(250, 0, 70, 207), n="sinks")
     call, other = make(case, torch.bfloat16, "cuda"), make(case, torch.bfloat16, "cuda")
     backend = f"flash_attn:{version}"
     if version == 4:  # which compiles when it is first called
         other.run(backend)
-        in_place._numbered.clear()
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
         captured, _ = call.run(backend)

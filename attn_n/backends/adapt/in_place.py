@@ -15,7 +15,6 @@ from attn_n.backends.adapt.flash import FlashBackend
 from attn_n.backends.adapt.layout import is_of_width, of_width
 from attn_n.backends.base import Prepared, aligned
 from attn_n.call import AttentionCall, Options, describe
-from attn_n.recent import Recent
 
 
 class Places(NamedTuple):
@@ -37,7 +36,7 @@ class Places(NamedTuple):
         """Return the table of blocks; a contiguous cache is a paged one with a block for each sequence."""
         if self.table is not None:
             return self.table
-        rows = numbered(self.used.device, self.used.shape[0]) if self.rows is None else self.rows
+        rows = torch.arange(len(self.used), dtype=torch.int32, device=self.used.device) if self.rows is None else self.rows
         return rows[:, None]
 
 
@@ -111,27 +110,7 @@ def places_of(q: Tensor, k: Tensor, options: Options) -> Places:
     table, leftpad, used = options.block_table, options.leftpad_k, options.seqused_k
     if used is None:
         most = k.shape[2] * (1 if table is None else table.shape[1])
-        used = numbered(q.device, q.shape[0], most, 0)
+        used = torch.full(q.shape[:1], most, dtype=torch.int32, device=q.device)
     elif leftpad is not None:
         used = torch.maximum(used, leftpad)  # kernels count a negative number of keys as a large one
     return Places(used, leftpad, table, options.cache_batch_idx)
-
-
-_numbered: Recent[tuple[torch.device, int, int, int], Tensor] = Recent()
-
-
-def numbered(device: torch.device, size: int, first: int = 0, step: int = 1) -> Tensor:
-    """Return the int32 numbers first, first + step, ...: a constant of the calls that ask for it.
-
-    One that is made while a CUDA graph is captured has its numbers when the graph is replayed, and is not kept.
-    """
-    key = device, size, first, step
-    found = _numbered.get(key)
-    if found is None:
-        found = torch.arange(size, dtype=torch.int32, device=device) * step + first
-        if device.type != "cuda":
-            _numbered.put(key, found)
-        elif not torch.cuda.is_current_stream_capturing():
-            torch.cuda.current_stream(device).synchronize()  # other streams will read it
-            _numbered.put(key, found)
-    return found

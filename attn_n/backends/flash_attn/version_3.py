@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from attn_n.backends.adapt.flash import sequences
-from attn_n.backends.adapt.in_place import InPlaceFlash, Places, numbered
+from attn_n.backends.adapt.in_place import InPlaceFlash, Places
 from attn_n.backends.adapt.library import Library
 from attn_n.backends.adapt.signatures import changed_operator
 from attn_n.backends.base import gradients_like
@@ -23,6 +23,7 @@ LIBRARY = Library(
     ("flash-attn-3", "tokenspeed-fa3"),
 )
 MOST_SPLITS = 256
+SMALLEST_TILE = 64  # of query rows; pages are loaded row by row where one tile holds the queries of a KV head
 _OPTIONS = (
     "cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, softmax_scale, is_causal, window_size_left,"
     " window_size_right, softcap"
@@ -61,8 +62,8 @@ def left_out(feature: str) -> str | None:
 class FlashAttention3(InPlaceFlash):
     """Its TMA loads whole tiles of keys, and those that lie beyond a sequence reach the result if they are NaN.
 
-    Pages are loaded row by row, unless they hold whole tiles and no `leftpad_k` moves them. Hence a KV cache is passed
-    as a paged one with a `leftpad_k`, and a padded batch is packed where that cannot be.
+    Pages are loaded row by row, unless there are many queries, pages hold whole tiles, and no `leftpad_k` moves them.
+    Hence a KV cache is passed as a paged one, with a `leftpad_k` beside many queries.
     """
 
     name = "flash_attn:3"
@@ -89,7 +90,9 @@ class FlashAttention3(InPlaceFlash):
         return out, lse, None
 
     def kernel_in_place(self, q: Tensor, k: Tensor, v: Tensor, places: Places, options: Options) -> tuple[Tensor, Tensor]:
-        leftpad = numbered(q.device, q.shape[0], 0, 0) if places.leftpad is None else places.leftpad
+        leftpad = places.leftpad
+        if leftpad is None and q.shape[1] * q.shape[2] > SMALLEST_TILE * k.shape[2]:
+            leftpad = torch.zeros_like(places.used)
         splits = min(options.num_splits, MOST_SPLITS) if left_out("SPLIT") is None else 1
         out, lse, *_ = torch.ops.flash_attn_3.fwd(
             q, k, v, seqused_k=places.used, page_table=places.as_table(), leftpad_k=leftpad, num_splits=splits,
