@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import runpy
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -10,7 +11,10 @@ import torch
 import torch._dynamo.testing
 from torch import Tensor
 
+import attn_n
 from attn_n import flash_attention_n_with_kvcache
+from attn_n.call import checks
+from attn_n.dispatch import call_cache
 from tests.cases import INTERPRETED
 from tests.oracle import attention_n
 
@@ -246,6 +250,39 @@ def replace_new_by_reading(call: Call) -> Call:
     return Call(replace(call.case, new=0), call.q, call.caches, [], keywords, call.sequences)
 
 
+@pytest.mark.parametrize("case", [CASES[0], CASES[4], CASES[10], CASES[12], CASES[16]], ids=str)
+def test_a_known_call_reads_its_own_cache(case: Case) -> None:
+    """What is kept of a call is its metadata: lengths, tables and contents are those of each call."""
+    backend = "triton:decode" if INTERPRETED and (case.block or case.rows) else None
+    for lengths in ((5, 0, 11, 12), (3, 7, 9, 2)):
+        call = make(replace(case, lengths=lengths))
+        if case.block:
+            call.keywords["block_table"] = call.keywords["block_table"].flip(0).contiguous()
+            call.keywords["cache_seqlens"] = call.keywords["cache_seqlens"].flip(0).contiguous()
+            call.q, call.new = call.q.flip(0).contiguous(), [x.flip(0).contiguous() for x in call.new]
+            call.sequences.reverse()
+        out, _ = call.run(backend)
+        assert torch.allclose(out.double(), call.exact()[0], atol=1e-5)
+        assert len(call_cache.over_cache) == (0 if backend is None and case.rows else 1)
+    if backend is None and not case.rows:
+        call.keywords["cache_seqlens"][2] = 16 - case.new + 1
+        with pytest.raises(ValueError, match="cache_seqlens: expected numbers from 0 to"):
+            call.run(backend)
+
+
+@pytest.mark.skipif(not INTERPRETED, reason="reads by a kernel under the interpreter")
+def test_lengths_and_tables_in_any_strides() -> None:
+    for case in (CASES[9], CASES[10], CASES[12]):
+        call = make(case)
+        for name in ("cache_seqlens", "cache_leftpad", "cache_batch_idx", "block_table"):
+            x = call.keywords.get(name)
+            if x is not None:
+                call.keywords[name] = torch.stack((x, x + 1), -1)[..., 0]
+        out, _ = call.run("triton:decode")
+        assert torch.allclose(out.double(), call.exact()[0], atol=1e-5)
+        assert not call_cache.over_cache  # the next one may have other strides
+
+
 def test_half_precision_and_float64() -> None:
     for dtype, tolerance in ((torch.bfloat16, 2e-2), (torch.float64, 1e-5)):
         call = make(CASES[4], dtype)
@@ -323,6 +360,12 @@ NEW = torch.zeros(2, 2, 1, 4)
     [
         ({"k_cache": CACHE[0]}, ValueError, r"k_cache: expected 4 dimensions \(B, Hkv, Smax, E\) or, paged"),
         ({"k_cache": CACHE.double()}, TypeError, "k_cache: expected float32 as q, or float8_e4m3fn, got float64"),
+        ({"v_cache": CACHE.to(torch.float8_e4m3fn)}, TypeError, "v_cache: expected the dtype of k_cache, float32"),
+        ({"k_cache": CACHE[..., :3], "v_cache": CACHE}, ValueError, "k_cache: expected the head size of q, 4, got 3"),
+        ({"q": torch.zeros(2, 3, 1, 4)}, ValueError, "k_cache: expected a number of heads that divides the 3 heads of"),
+        ({"k_cache": CACHE.clone().requires_grad_()}, ValueError, "k_cache: expected no gradient.*no_grad"),
+        ({"v_cache": CACHE.clone().requires_grad_()}, ValueError, "v_cache: expected no gradient.*seqused_k to train"),
+        ({"k": NEW.double(), "v": NEW, "cache_seqlens": 0}, TypeError, "k: expected the dtype of q, float32, got fl"),
         ({"v_cache": CACHE[:, :1]}, ValueError, r"v_cache: expected the shape of k_cache but for the head size, \(2, "),
         ({"k_cache": CACHE[:1], "v_cache": CACHE[:1]}, ValueError, "k_cache: expected as many rows as q, 2, or cache_"),
         ({"q": torch.zeros(2, 4, 1, 4, requires_grad=True)}, ValueError, "q: expected no gradient.*no_grad"),
@@ -364,3 +407,63 @@ def test_errors(changes: dict[str, Any], error: type[Exception], text: str) -> N
     given = {"q": torch.zeros(2, 4, 1, 4), "k_cache": CACHE, "v_cache": CACHE} | changes
     with pytest.raises(error, match=text):
         flash_attention_n_with_kvcache(**given)
+
+
+def test_what_is_read_of_a_gpu_when_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    """`ATTN_N_CHECK=1` is looked at once, when the module is executed."""
+    for value in ("1", "0"):
+        monkeypatch.setenv("ATTN_N_CHECK", value)
+        assert runpy.run_path(checks.__file__)["READ_ALL"] == (value == "1")
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize(
+    ("name", "value", "paged", "text"),
+    [
+        ("cache_seqlens", int32(5, 0, 16, 12), 0, r"cache_seqlens: expected .* got \[5, 0, 16, 12\]"),
+        ("cache_leftpad", int32(0, 0, 17, 0), 0, "cache_leftpad: expected numbers from 0 to 16"),
+        ("cache_batch_idx", int32(0, 1, 2, 4), 0, "cache_batch_idx: expected numbers from 0 to 3, a row of the cache"),
+        ("block_table", torch.full((4, 4), 60, dtype=torch.int32), 4, "block_table: expected entries from 0 to 59"),
+        ("sinks", torch.tensor([0.0, torch.nan, 0.0, 0.0]), 0, "sinks: "),
+    ],
+)
+def test_values_on_a_gpu_are_checked_when_asked_for(
+    name: str, value: Tensor, paged: int, text: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In the first call of its kind, and in one that is known."""
+    call = make(replace(CASES[0], block=paged, n="sinks"), torch.bfloat16, "cuda")
+    bad = call.keywords | {name: value.cuda()}
+    good = call.keywords | {name: call.keywords.get(name, torch.zeros_like(bad[name]))}
+    monkeypatch.setattr(checks, "READ_ALL", True)
+    for keywords in (bad, good, bad):
+        if keywords is good:
+            flash_attention_n_with_kvcache(call.q, *call.caches, *call.new, **good)
+        else:
+            with pytest.raises(ValueError, match=text):
+                flash_attention_n_with_kvcache(call.q, *call.caches, *call.new, **bad)
+
+
+@pytest.mark.gpu
+def test_boundaries_on_a_gpu_are_checked_when_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    q = torch.randn(6, 2, 64, device="cuda", dtype=torch.bfloat16)
+    good, bad = int32(0, 2, 6).cuda(), int32(0, 7, 6).cuda()
+    monkeypatch.setattr(checks, "READ_ALL", True)
+    for starts in (bad, good, bad):
+        if starts is good:
+            attn_n.flash_attention_n_varlen(q, q, q, good, good, 4, 4)
+        else:
+            with pytest.raises(ValueError, match="cu_seqlens_q"):
+                attn_n.flash_attention_n_varlen(q, q, q, bad, bad, 4, 4)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_nothing_is_read_on_the_host(case: Case) -> None:
+    call = make(case, torch.bfloat16, "cuda")
+    call.run(None)  # compiles
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        out, _ = call.run(None)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    assert torch.allclose(out.double().cpu(), call.exact()[0], atol=2e-2)

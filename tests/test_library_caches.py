@@ -236,7 +236,10 @@ def cache_call(case: Case, **changes: object) -> AttentionCall:
 @pytest.mark.parametrize("version", [2, 3, 4])
 @pytest.mark.parametrize("case", ALL, ids=str)
 def test_why_not(version: int, case: Case) -> None:
-    backend, expected = {2: FlashAttention2(), 3: FlashAttention3(), 4: FlashAttention4()}[version], reason(version, case)
+    backend, expected = (
+        {2: FlashAttention2(), 3: FlashAttention3(), 4: FlashAttention4()}[version],
+        reason(version, case),
+    )
     found = backend.refusal(cache_call(case))
     assert found is None if expected is None else str(found).startswith(expected), found
 
@@ -252,7 +255,11 @@ ONE = CASES[0]
         ((2, 3, 4), {"q_shape": (4, 4, 1, 60), "k_shape": (4, 2, 16, 60), "v_shape": (4, 2, 16, 60)}, "got 60 and 60"),
         ((2, 3, 4), {"v_stride": (2048, 1024, 1, 16)}, r"got values with strides (2048, 1024, 1, 16)"),
         ((2, 3, 4), {"k_stride": (2048, 1024, 65, 1)}, "dense rows on 16-byte boundaries, got keys with strides"),
-        ((2,), {"q_shape": (4, 4, 18, 64), "window_left": 3, "window_right": None}, "open to the right only for L <= S"),
+        (
+            (2,),
+            {"q_shape": (4, 4, 18, 64), "window_left": 3, "window_right": None},
+            "open to the right only for L <= S",
+        ),
     ],
     ids=str,
 )
@@ -277,7 +284,9 @@ class Both(Flash, InPlaceFlash):
         super().__init__(takes_dlse=False, backward_multiple=8)
         self.in_place = 0
 
-    def kernel_in_place(self, q: Tensor, k: Tensor, v: Tensor, places: Places, options: Options) -> tuple[Tensor, Tensor]:
+    def kernel_in_place(
+        self, q: Tensor, k: Tensor, v: Tensor, places: Places, options: Options
+    ) -> tuple[Tensor, Tensor]:
         self.in_place += 1
         sides = options.window_left, options.window_right
         used, leftpad = places.used, places.leftpad

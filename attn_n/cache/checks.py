@@ -26,7 +26,9 @@ class Checked(NamedTuple):
     before: int | Tensor | None
 
 
-def arguments(q: Tensor, k_cache: Tensor, v_cache: Tensor, cache: CacheRequest, cache_leftpad: Tensor | None) -> Checked:
+def arguments(
+    q: Tensor, k_cache: Tensor, v_cache: Tensor, cache: CacheRequest, cache_leftpad: Tensor | None
+) -> Checked:
     """Check all arguments but those that `flash_attention_n` has too."""
     found = layout(q, k_cache, v_cache, cache.block_table, cache.cache_batch_idx)
     new = new_rows(q, k_cache, v_cache, cache.k, cache.v)

@@ -11,7 +11,7 @@ from attn_n.autograd.prepared import PreparedCall
 from attn_n.cache import append, checks
 from attn_n.cache.layout import gather
 from attn_n.call import AttentionCall, CacheRequest, Request, canonical
-from attn_n.call.checks import READ_ALL
+from attn_n.call.checks import flag, reads_values, window
 from attn_n.dispatch import call_cache, choose, run
 
 
@@ -35,7 +35,7 @@ def attend(
         if isinstance(used, int) and (new or not one_length):
             used = torch.full(q.shape[:1], used, dtype=torch.int32, device=q.device)
         if new:
-            bounded = request.causal or request.window not in (None, (None, None))  # FlashAttention 2's meaning
+            bounded = flag("causal", request.causal) or window(request.window) != (None, None)
             writer = append.prepare(q, k_cache, v_cache, cache, bounded)
             q, used = writer(q, k_cache, v_cache, used, cache)
         if one_length:
@@ -50,21 +50,27 @@ def attend(
                 for x, factors in ((k_cache, cache.k_descale), (v_cache, cache.v_descale))
             )
             return run.batch(q, keys, values, request)
-        keep = None
-        if key is not None and prepared.as_it_came(q, k_cache, v_cache, request):
-            if all([x is y for x, y in zip(dense, given, strict=True)]):
+        as_it_came = prepared.as_it_came(q, k_cache, v_cache, request)
+        as_it_came = as_it_came and all([x is y for x, y in zip(dense, given, strict=True)])
+        return run.attend(prepared, request, _keeper(key, writer) if as_it_came else None, chosen)
 
-                def keep(known: PreparedCall, _: AttentionCall) -> None:
-                    call_cache.over_cache.put(key, (known, writer))
 
-        return run.attend(prepared, request, keep, chosen)
+def _keeper(key: call_cache.Key | None, writer: append.Append | None) -> run.Keep | None:
+    """Return what keeps a call by its key; None if it is not kept."""
+    if key is None:
+        return None
+
+    def keep(known: PreparedCall, _: AttentionCall) -> None:
+        call_cache.over_cache.put(key, (known, writer))
+
+    return keep
 
 
 def _attend_known(
     known: PreparedCall, writer: append.Append | None, q: Tensor, k_cache: Tensor, v_cache: Tensor, request: Request,
     cache: CacheRequest,
 ) -> Tensor | tuple[Tensor, Tensor]:  # fmt: skip
-    if q.is_cpu or READ_ALL:
+    if reads_values(q):
         checks.arguments(q, k_cache, v_cache, cache, request.leftpad_k)
     used: Any = cache.cache_seqlens
     if writer is not None:

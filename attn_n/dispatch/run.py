@@ -16,6 +16,8 @@ from attn_n.call import AttentionCall, Options, Request, autocast, canonical, ch
 from attn_n.dispatch import call_cache, choose, forced, similar
 from attn_n.sink.weight import as_tensor
 
+Keep: TypeAlias = Callable[[PreparedCall, AttentionCall], None]
+
 
 def batch(q: Tensor, k: Tensor, v: Tensor, request: Request) -> Tensor | tuple[Tensor, Tensor]:
     """`flash_attention_n`."""
@@ -38,7 +40,7 @@ def varlen(
     key = call_cache.key(q, k, v, request, packing)
     known = call_cache.get(key) or call_cache.get_similar(key, q, k, v, request, packing)
     if known is not None:
-        if cu_seqlens_q.is_cpu or checks.READ_ALL:
+        if checks.reads_values(cu_seqlens_q):
             checks.boundaries("cu_seqlens_q", cu_seqlens_q, q.shape[0], max_seqlen_q)
             checks.boundaries("cu_seqlens_k", cu_seqlens_k, k.shape[0], max_seqlen_k)
         options = known.options._replace(cu_seqlens_q=cu_seqlens_q, cu_seqlens_k=cu_seqlens_k)
@@ -58,7 +60,7 @@ def _run_known(
     seqused_q, seqused_k, leftpad_k = request.seqused_q, request.seqused_k, request.leftpad_k
     if seqused_q is not None or seqused_k is not None or leftpad_k is not None:
         options = options._replace(seqused_q=seqused_q, seqused_k=seqused_k, leftpad_k=leftpad_k)
-        if q.is_cpu or checks.READ_ALL:
+        if checks.reads_values(q):
             checks.values_in_use(seqused_q, seqused_k, leftpad_k, q.shape[-2], k.shape[-2])
     return attend_known(known, q, k, v, request, options)
 
@@ -70,7 +72,7 @@ def attend_known(
     n = request.sm_n if request.sinks is None else request.sinks
     if not isinstance(n, Tensor):
         n = None
-    elif n.is_cpu or checks.READ_ALL:
+    elif checks.reads_values(n):
         checks.values_of_n(n, request.sinks is not None, q)
     if known.under_autocast:
         with autocast.suspended(q.device.type):
@@ -86,9 +88,6 @@ def _run_jagged(q: Tensor, k: Tensor, v: Tensor, request: Request) -> Tensor | t
         return jagged.nested(results, q)
     out, lse = results
     return jagged.nested(out, q), jagged.nested(lse, q)
-
-
-Keep: TypeAlias = Callable[[PreparedCall, AttentionCall], None]
 
 
 def _keeper(

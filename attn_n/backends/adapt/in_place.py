@@ -36,14 +36,18 @@ class Places(NamedTuple):
         """Return the table of blocks; a contiguous cache is a paged one with a block for each sequence."""
         if self.table is not None:
             return self.table
-        rows = torch.arange(len(self.used), dtype=torch.int32, device=self.used.device) if self.rows is None else self.rows
+        rows = (
+            torch.arange(len(self.used), dtype=torch.int32, device=self.used.device) if self.rows is None else self.rows
+        )
         return rows[:, None]
 
 
 class InPlaceFlash(FlashBackend):
     """A `FlashBackend` of a library with a function that reads keys where they lie."""
 
-    def kernel_in_place(self, q: Tensor, k: Tensor, v: Tensor, places: Places, options: Options) -> tuple[Tensor, Tensor]:
+    def kernel_in_place(
+        self, q: Tensor, k: Tensor, v: Tensor, places: Places, options: Options
+    ) -> tuple[Tensor, Tensor]:
         """Return out `(B, L, Hq, E)` and lse `(B, Hq, L)`, which is -inf for rows without visible keys.
 
         q is `(B, L, Hq, E)`; k and v are `(rows, S, Hkv, E)`, or paged, `(blocks, block, Hkv, E)`.

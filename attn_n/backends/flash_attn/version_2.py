@@ -82,7 +82,9 @@ class FlashAttention2(InPlaceFlash):
             out, lse, _, rng_state = library._flash_attn_varlen_forward(q, k, v, *lengths[:3], window.max_k, *arguments)
         return out, flash2.rows_without_keys(lse, options, lengths), rng_state if options.dropout_p else None
 
-    def kernel_in_place(self, q: Tensor, k: Tensor, v: Tensor, places: Places, options: Options) -> tuple[Tensor, Tensor]:
+    def kernel_in_place(
+        self, q: Tensor, k: Tensor, v: Tensor, places: Places, options: Options
+    ) -> tuple[Tensor, Tensor]:
         most = k.shape[1] if places.table is None else k.shape[1] * places.table.shape[1]
         window = flash2.window_arguments(options, Sequences(None, None, q.shape[1], most))
         out, lse = _module().flash_attn_with_kvcache(

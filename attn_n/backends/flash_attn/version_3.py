@@ -89,7 +89,9 @@ class FlashAttention3(InPlaceFlash):
         out, lse, *_ = torch.ops.flash_attn_3.fwd(q, k, v, num_splits=splits, **_keywords(options, q, k))
         return out, lse, None
 
-    def kernel_in_place(self, q: Tensor, k: Tensor, v: Tensor, places: Places, options: Options) -> tuple[Tensor, Tensor]:
+    def kernel_in_place(
+        self, q: Tensor, k: Tensor, v: Tensor, places: Places, options: Options
+    ) -> tuple[Tensor, Tensor]:
         leftpad = places.leftpad
         if leftpad is None and q.shape[1] * q.shape[2] > SMALLEST_TILE * k.shape[2]:
             leftpad = torch.zeros_like(places.used)

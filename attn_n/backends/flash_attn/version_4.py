@@ -86,7 +86,9 @@ class FlashAttention4(InPlaceFlash):
         out, lse, *_ = _module()._flash_attn_fwd(q, k, v, return_lse=True, **_keywords(options, q, k))
         return out, lse, None
 
-    def kernel_in_place(self, q: Tensor, k: Tensor, v: Tensor, places: Places, options: Options) -> tuple[Tensor, Tensor]:
+    def kernel_in_place(
+        self, q: Tensor, k: Tensor, v: Tensor, places: Places, options: Options
+    ) -> tuple[Tensor, Tensor]:
         # It splits keys on Blackwell alone.
         splits = 1 if torch.cuda.get_device_capability(q.device)[0] == 9 else max(1, options.num_splits)
         out, lse, *_ = _module()._flash_attn_fwd(
