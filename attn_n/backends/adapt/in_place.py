@@ -36,10 +36,9 @@ class Places(NamedTuple):
         """Return the table of blocks; a contiguous cache is a paged one with a block for each sequence."""
         if self.table is not None:
             return self.table
-        rows = (
-            torch.arange(len(self.used), dtype=torch.int32, device=self.used.device) if self.rows is None else self.rows
-        )
-        return rows[:, None]
+        if self.rows is not None:
+            return self.rows[:, None]
+        return torch.arange(len(self.used), dtype=torch.int32, device=self.used.device)[:, None]
 
 
 class InPlaceFlash(FlashBackend):
