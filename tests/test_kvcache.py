@@ -271,6 +271,16 @@ def test_a_known_call_reads_its_own_cache(case: Case) -> None:
             call.run(backend)
 
 
+def test_calls_that_differ_in_their_cache_alone() -> None:
+    """Whatever is passed beside q and the caches is part of the key."""
+    cases = [replace(CASES[1], queries=2, new=new, leftpad=pad) for new in (1, 2, 0) for pad in ((), (2, 0, 3, 4))]
+    cases += [replace(CASES[15], queries=2, new=2, rotary=kind) for kind in ("interleaved", "halves")]
+    for case in cases:
+        call = make(case)
+        assert torch.allclose(call.run(None)[0].double(), call.exact()[0], atol=1e-5)
+    assert len(call_cache.over_cache) == len(cases)
+
+
 @pytest.mark.skipif(not INTERPRETED, reason="reads by a kernel under the interpreter")
 def test_lengths_and_tables_in_any_strides() -> None:
     for case in (CASES[9], CASES[10], CASES[12]):
