@@ -250,6 +250,14 @@ def replace_new_by_reading(call: Call) -> Call:
     return Call(replace(call.case, new=0), call.q, call.caches, [], keywords, call.sequences)
 
 
+@pytest.fixture
+def known_backends() -> None:
+    """The first call of all loads backends, after which its key is another one."""
+    make(CASES[1]).run(None)
+    call_cache.clear()
+
+
+@pytest.mark.usefixtures("known_backends")
 @pytest.mark.parametrize("case", [CASES[0], CASES[4], CASES[10], CASES[12], CASES[16]], ids=str)
 def test_a_known_call_reads_its_own_cache(case: Case) -> None:
     """What is kept of a call is its metadata: lengths, tables and contents are those of each call."""
@@ -271,6 +279,7 @@ def test_a_known_call_reads_its_own_cache(case: Case) -> None:
             call.run(backend)
 
 
+@pytest.mark.usefixtures("known_backends")
 def test_calls_that_differ_in_their_cache_alone() -> None:
     """Whatever is passed beside q and the caches is part of the key."""
     cases = [replace(CASES[1], queries=2, new=new, leftpad=pad) for new in (1, 2, 0) for pad in ((), (2, 0, 3, 4))]
