@@ -15,8 +15,8 @@ ROOT = Path(__file__).parent.parent
 LAYERS = (
     ("version", "compilation", "recent"),
     ("call",),
-    ("cache",),
     ("launcher",),
+    ("cache",),
     ("sink",),
     ("backends",),
     ("autograd",),

@@ -292,6 +292,8 @@ MASKED = {"mask_shape": (1, 1, 256, 256), "mask_dtype": torch.bfloat16, "capabil
 TRITON_FIRST = "automatic, triton first: the gradients beside a floating mask are more accurate there"
 PADDED = "automatic, triton first: its kernels read the lengths in use, and others need a packed copy"
 ELSEWHERE = "automatic, not measured here: compute capability 8.0"
+FIRST_IN_PLACE = "automatic, first who reads keys where they lie"
+IN_PLACE = (*order.IN_PLACE, "sdpa", "flash_attn", "xformers", "reference")
 
 
 @pytest.mark.parametrize(
@@ -308,6 +310,10 @@ ELSEWHERE = "automatic, not measured here: compute capability 8.0"
         ({"dropout_p": 0.5}, DEFAULT, "automatic"),
         ({"seqused": True}, ("triton", *[name for name in DEFAULT if name != "triton"]), PADDED),
         ({"leftpad": True, "capability": (8, 0)}, ("triton", "sdpa", "flash_attn", "xformers", "reference"), PADDED),
+        (INFERENCE | {"seqused": True}, IN_PLACE, FIRST_IN_PLACE),
+        (INFERENCE | {"block_table": 4, "capability": (8, 0)}, IN_PLACE, FIRST_IN_PLACE),
+        (INFERENCE | {"cache": True, "capability": (10, 0)}, IN_PLACE, FIRST_IN_PLACE),
+        (INFERENCE | {"seqused": True, "seqused_q": True}, ("triton", *[x for x in DEFAULT if x != "triton"]), PADDED),
         ({"seqused": True, "device": "cpu", "capability": None}, ("sdpa", "reference"), "automatic"),
     ],
     ids=str,

@@ -28,7 +28,8 @@ from attn_n.backends.triton.hopper.configs import BACKWARD, FORWARD, TILE_V
 from attn_n.backends.triton.kernel_key import describe, kernel_strides
 from attn_n.backends.triton.portable import configs
 from attn_n.backends.triton.portable.prepare import launch, launch_of_dmask, padded_rows
-from attn_n.call import Options
+from attn_n.cache.fused import FusedAppend
+from attn_n.call import CacheRequest, Options
 from attn_n.sink import fused
 
 
@@ -212,6 +213,23 @@ def compiled_decoding(target: str) -> Iterator[tuple[str, int, Any]]:
         yield "decode merge", width, call.merge.compiled(parts, parts_lse, out, parts_lse, *of_n)
 
 
+def compiled_append(target: str) -> Iterator[tuple[str, int, Any]]:
+    """Yields name, width and compiled kernel of appending to a cache: with rotary embedding, and to a float8 cache."""
+    triton.runtime.driver.set_active(_NoGpu(TARGETS[target].gpu))
+    table, lengths, angles = torch.empty(1, 8, dtype=torch.int32), torch.empty(1, dtype=torch.int32), torch.empty(64, 8)
+    for width in (128, 256):
+        q, k = (torch.empty(1, heads, 1, width, dtype=torch.bfloat16) for heads in (8, 2))
+        for dtype in (torch.bfloat16, torch.float8_e4m3fn):
+            scaled = dtype != torch.bfloat16
+            if scaled and target == "sm_80":  # torch appends there
+                continue
+            pages, factors = torch.empty(4, 2, 16, width, dtype=dtype), torch.empty(1, 2) if scaled else None
+            rest = None, table, angles, angles, False, factors, factors, 0
+            append = FusedAppend(q, pages, pages, CacheRequest(k, k, lengths, *rest), True)
+            of_call = q, q, angles, angles, table, None, factors, factors
+            yield f"append, {dtype}", width, append.launch.compiled(k, k, pages, pages, lengths, lengths, *of_call)
+
+
 def resources(kernel: Any, target: str) -> Resources:
     shared = kernel.metadata.shared
     if target.startswith("gfx"):
@@ -252,7 +270,7 @@ def main(target: str) -> None:
                 "varlen": options is not causal, **found._asdict(),
             }  # fmt: skip
             print(json.dumps(line), flush=True)
-    for kernel, width, binary in (*compiled_sinks(target), *compiled_decoding(target)):
+    for kernel, width, binary in (*compiled_sinks(target), *compiled_decoding(target), *compiled_append(target)):
         found = resources(binary, target)
         print(json.dumps({"kernel": kernel, "width": width, "dtype": "torch.bfloat16", **found._asdict()}), flush=True)
 
