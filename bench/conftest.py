@@ -175,6 +175,6 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: p
         return
     terminalreporter.section("attn-n and its peers")
     terminalreporter.write_line(f"{run.machine['device']}; torch {run.machine['torch']}; commit {run.commit}")
-    for heading, table, notes in tables.costs(frame(run.points)):
+    for heading, table, notes in (*tables.costs(frame(run.points)), *tables.decoding(run)):
         parts = heading.strip("#* "), "" if table is None else table.to_string(index=False), notes
         terminalreporter.write_line("\n".join(["", *filter(None, parts)]))

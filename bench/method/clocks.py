@@ -103,7 +103,7 @@ class CudaClock:
 
 
 class CleanCudaClock(CudaClock):
-    """A CudaClock that leaves no written lines in the L2: to write them back would slow what reads at full bandwidth."""
+    """A CudaClock that leaves no written lines in the L2: to write them back would slow what reads at full speed."""
 
     def _flush(self) -> None:
         self._l2.amax()

@@ -56,7 +56,7 @@ class Exact:
         self._checked = [(b, h) for b in sorted({0, batch - 1}) for h in sorted({0, 1, heads // 2, heads - 1})]
 
     def what_is_wrong(self, out: Tensor, n: str) -> str | None:
-        """Says how far `out` is from float64 if it is further than FlashAttention's rule allows; None if it is right."""
+        """Says how far `out` is from float64 if that is more than FlashAttention's rule allows; None if it is right."""
         if out.shape != self._inputs.q.shape:
             return f"out has shape {tuple(out.shape)}"
         if n not in self._by_n:

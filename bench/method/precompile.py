@@ -21,7 +21,7 @@ from bench.workloads import Workload, make_inputs
 from bench.workloads.suites import Case, memory_workload
 
 _BYTES_A_PROCESS = 5 << 30  # of the GPU: torch's context, and the inputs and gradients of the longest workloads
-_BYTES_OF_KV = 5 << 29  # a cache that is larger leaves no room for other processes: its contenders compile when measured
+_BYTES_OF_KV = 5 << 29  # a larger cache leaves no room for other processes: its contenders compile when measured
 
 
 class Job(NamedTuple):

@@ -10,8 +10,8 @@ from bench.workloads.suites import Case
 from bench.workloads.workload import Workload
 
 SUITE = "decode"
-# Of one call: the time of the device, with a cold L2; the wall time of a call in a decode step, whose calls are launched
-# one by one, or replayed as one CUDA graph.
+# Of one call: the time of the device, with a cold L2; the wall time in a decode step, whose calls are launched one by
+# one, or replayed as one CUDA graph.
 MEASURES = ("forward", "eager", "graph")
 
 
@@ -25,9 +25,8 @@ class Decoding(Case):
 def decoding(device: str, quick: bool) -> list[Decoding]:
     sizes = _quick(device) if quick else _all(device)
     blocks = (0, 16, 128) if device == "cuda" else (0, 16)
-    return [
-        Decoding(SUITE, _workload(device, *size, block), "forward", training=False) for size in sizes for block in blocks
-    ]
+    workloads = (_workload(device, *size, block) for size in sizes for block in blocks)
+    return [Decoding(SUITE, workload, "forward", training=False) for workload in workloads]
 
 
 # Of a size: the queries, the KV heads, the sequences and the keys of each.

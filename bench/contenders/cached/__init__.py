@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from bench.contenders.base import Contender
-from bench.contenders.cached import flash_attn, flashinfer, ours, others
+from bench.contenders.cached import flash_attn, flashinfer, others, ours
 
 
 def contenders(device: str) -> tuple[Contender, ...]:

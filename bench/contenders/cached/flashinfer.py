@@ -25,8 +25,9 @@ def _decode(n: str, tensor_cores: bool) -> Decode:
         pools = tuple(token_first(x).reshape(-1, block, *x.shape[1::2]) for x in (inputs.k, inputs.v))
         workspace = torch.zeros(_WORKSPACE, dtype=torch.uint8, device=workload.device)
         wrapper: Any
+        arguments: tuple[Any, ...] = ()
         if n == "0":
-            wrapper, arguments = library.BatchDecodeWithPagedKVCacheWrapper(workspace, use_tensor_cores=tensor_cores), ()
+            wrapper = library.BatchDecodeWithPagedKVCacheWrapper(workspace, use_tensor_cores=tensor_cores)
         else:
             wrapper = library.BatchDecodeWithAttentionSinkWrapper(
                 workspace, backend="fa2", q_data_type=workload.dtype, kv_data_type=workload.dtype,
