@@ -7,11 +7,13 @@ import functools
 import itertools
 import math
 import sys
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
+from matplotlib.figure import Figure
 from torch import Tensor
 
 from bench.contenders import cached, named
@@ -19,7 +21,7 @@ from bench.contenders.base import Contender, Passes
 from bench.contenders.cached.base import token_first
 from bench.method import clocks, decoding
 from bench.method.decoding import Exact
-from bench.reporting import tables
+from bench.reporting import figures, tables
 from bench.reporting.record import Point, Run
 from bench.workloads import Workload, make_inputs
 from bench.workloads.decoding import MEASURES, Decoding
@@ -198,6 +200,12 @@ def test_a_library_that_reads_no_such_blocks_says_so() -> None:
     assert reasons[0] != reasons[16]
     (cores,) = (each for each in cached.contenders("cuda") if each.name == "flashinfer n=0")
     assert cores.why_not(ON_GPU[-1].workload) == "several queries on tensor cores alone"
+    (wide,) = (
+        w
+        for w in (case.workload for case in ON_GPU[:48])
+        if (w.batch, w.num_heads_kv, w.len_k, w.block) == (1, 1, 1024, 0)
+    )
+    assert cores.why_not(wide) == "up to 16 query heads to a KV head on CUDA cores"
 
 
 def test_a_step_is_timed_by_call(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -245,6 +253,27 @@ def test_the_table_of_the_device() -> None:
     assert (paged["of contiguous"], paged["best peer"]) == ("0.80", "-")
     assert [row[kernels] for row in steps.to_dict("records")] == ["410 / 390", "- / -"]
     assert "Decoding, time of the device" in tables.markdown(run)
+
+
+def test_the_picture_has_the_contiguous_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    shown: list[Any] = []
+
+    def record(points: Any, *_: object, over: str) -> Any:
+        shown.append((points, over))
+        return Figure(), ()
+
+    monkeypatch.setattr(figures, "_small_multiples", record)
+    monkeypatch.setattr(figures, "_save", lambda figure, path: [path])
+    run = Run({"device": "Chip 1", "kind": "cuda"}, "abc", "", "")
+    for block in (0, 16):
+        run.points += [point("attn_n kvcache n=1", 4e-4, block), point("flashinfer tensor cores n=0", 2e-4, block)]
+    run.points.append(point("attn_n n=1", 3e-4, 0))
+    assert figures.draw(run, tmp_path, "one")[0].name == "one-bfloat16-decode"
+    ((points, over),) = shown
+    assert over == "L"
+    assert set(points.label) == {"attn_n, n = 1", "FlashInfer"}
+    assert set(points.value) == {4e-4, 2e-4}
+    assert points.y.max() == pytest.approx(2**30 / 2e-4 / 1e12)
 
 
 @pytest.mark.gpu

@@ -61,6 +61,8 @@ def _why_not(tensor_cores: bool) -> Callable[[Workload], str | None]:
             return "no CPU kernel"
         if workload.length > 1 and not tensor_cores:
             return "several queries on tensor cores alone"
+        if workload.heads // workload.num_heads_kv > 16 and not tensor_cores:
+            return "up to 16 query heads to a KV head on CUDA cores"
         return why_absent("flashinfer")
 
     return why_not
