@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -15,9 +16,14 @@ from attn_n.call import Options, Request, autocast, canonical, checks, jagged
 from attn_n.dispatch import call_cache, choose, forced, similar
 from attn_n.sink.weight import as_tensor
 
+# They are shown every call before it is served: `attn_n.inspect` while it records, and else there are none.
+watchers: list[Callable[[canonical.Canonical], None]] = []
+
 
 def batch(q: Tensor, k: Tensor, v: Tensor, request: Request) -> Tensor | tuple[Tensor, Tensor]:
     """`flash_attention_n`."""
+    if watchers:
+        _show(_of_jagged(q, k, v, request) if jagged.is_jagged(q) else canonical.batch(q, k, v, request))
     key = call_cache.key(q, k, v, request)
     known = call_cache.get(key) or call_cache.get_similar(key, q, k, v, request)
     if known is not None:
@@ -34,6 +40,8 @@ def varlen(
 ) -> Tensor | tuple[Tensor, Tensor]:  # fmt: skip
     """`flash_attention_n_varlen`."""
     packing = cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k
+    if watchers:
+        _show(canonical.varlen(q, k, v, *packing, request))
     key = call_cache.key(q, k, v, request, packing)
     known = call_cache.get(key) or call_cache.get_similar(key, q, k, v, request, packing)
     if known is not None:
@@ -54,7 +62,16 @@ def cached(
     """Attention over a KV cache that is read in place; None if no backend that may be asked does so."""
     prepared = canonical.cached(q, k, v, request, **cache)
     chosen = choose.chosen(prepared.call, request.backend)
-    return None if chosen is None else _run(prepared, request, chosen=chosen)
+    if chosen is None:
+        return None
+    if watchers:
+        _show(prepared)
+    return _run(prepared, request, chosen=chosen)
+
+
+def _show(call: canonical.Canonical) -> None:
+    for watcher in watchers:
+        watcher(call)
 
 
 def _run_known(
@@ -81,8 +98,12 @@ def _run_known(
     return (out, lse) if request.return_lse else out
 
 
+def _of_jagged(q: Tensor, k: Tensor, v: Tensor, request: Request) -> canonical.Canonical:
+    return canonical.varlen(*jagged.to_varlen(q, k, v), request)
+
+
 def _run_jagged(q: Tensor, k: Tensor, v: Tensor, request: Request) -> Tensor | tuple[Tensor, Tensor]:
-    results = _run(canonical.varlen(*jagged.to_varlen(q, k, v), request), request)
+    results = _run(_of_jagged(q, k, v, request), request)
     if isinstance(results, Tensor):
         return jagged.nested(results, q)
     out, lse = results
