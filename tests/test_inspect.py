@@ -347,3 +347,16 @@ def test_first_token_of_two_recorders_at_once() -> None:
         model(torch.randn(3, 5, 8))
     assert inner.attention["MultiheadAttentionN"] == outer.attention["layers.0"]
     assert len(outer.attention) == 2
+
+
+@pytest.mark.gpu
+def test_on_a_gpu() -> None:
+    model, x = Blocks(), torch.randn(3, 5, 8)
+    with record(model) as expected:
+        model(x)
+    with record(model.cuda()) as found:
+        model(x.cuda())
+    for name, heads in expected.attention.items():
+        assert found.attention[name].rows == heads.rows
+        assert found.attention[name].entropy == pytest.approx(heads.entropy, rel=1e-3)
+    assert found.activations["up"].variance == pytest.approx(expected.activations["up"].variance, rel=1e-2)

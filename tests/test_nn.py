@@ -301,3 +301,18 @@ def test_functional() -> None:
         scaled_dot_product_attention_n(q, k, v, sm_n=1.0), F.scaled_dot_product_attention(q, *nothing)
     )
     torch.testing.assert_close(softmax_n(q, 1.0), F.pad(q, (0, 1)).softmax(-1)[..., :-1])
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_encoder_on_a_gpu(dtype: torch.dtype) -> None:
+    layer = nn.TransformerEncoderLayer(64, 4, 64, dropout=0.0, batch_first=True)
+    layer.self_attn = MultiheadAttentionN(64, 4, batch_first=True, softmax_n=20.0)
+    encoder = nn.TransformerEncoder(layer, 2)
+    x = torch.randn(3, 5, 64)
+    expected = encoder.train().double()(x.double(), src_key_padding_mask=HIDDEN)
+    encoder = encoder.eval().to("cuda", dtype)
+    with torch.no_grad():
+        found = encoder(x.to("cuda", dtype), src_key_padding_mask=HIDDEN.cuda())
+    difference = (found.cpu().double() - expected).masked_fill(HIDDEN[..., None], 0.0)
+    assert difference.abs().max() < (1e-2 if dtype == torch.float32 else 0.1)
