@@ -39,7 +39,7 @@ def test_quantized_linear_layers() -> None:
 
 def test_study(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     threads = torch.get_num_threads()
-    main(["--steps", "2", "--seeds", "3", "--every", "80", "--threads", "1", "--out", str(tmp_path)])
+    main(["--steps", "1", "--seeds", "3", "--every", "80", "--threads", "1", "--out", str(tmp_path)])
     torch.set_num_threads(threads)
     runs = json.loads((tmp_path / "study.json").read_text())["runs"]
     assert [(run["kind"], run["seed"]) for run in runs] == [("n = 0", 3), ("n = 1", 3), ("learned", 3)]
