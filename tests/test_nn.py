@@ -117,6 +117,9 @@ def test_n_against_the_oracle(kind: str, add_zero_attn: bool) -> None:
     of_oracle = given["sinks"].exp() if of_oracle is None else of_oracle
     out, _ = attention_n(q, k, v, of_oracle + add_zero_attn)
     out = F.linear(out.permute(2, 0, 1, 3).flatten(2), ours.out_proj.weight, ours.out_proj.bias)
+    keys = torch.eye(S, dtype=torch.float64).expand(BATCH, HEADS, S, S)
+    of_keys, _ = attention_n(q, k, keys, of_oracle + add_zero_attn)
+    torch.testing.assert_close(ours(*x, average_attn_weights=False)[1][..., :S], of_keys)
     expected = torch.autograd.grad((out * out.detach().cos()).sum(), [*x, *parameters])
     for need_weights in (False, True):
         found, _ = ours(*x, need_weights=need_weights)
@@ -132,6 +135,15 @@ def test_rows_without_keys_are_zero() -> None:
     for given in ({"need_weights": False}, {}):
         found = results(ours, x, attn_mask=hidden, **given)
         assert all(torch.equal(each, torch.zeros_like(each)) for each in found)
+
+
+def test_only_infinity_hides() -> None:
+    theirs, ours = pair()
+    x, mask = inputs(), FLOATING.clone()
+    mask[:, 1] = torch.finfo(torch.float64).min
+    assert_close(results(ours, x, attn_mask=mask), results(theirs, x, attn_mask=mask))
+    found, _ = ours(*x, attn_mask=mask, need_weights=False)
+    torch.testing.assert_close(found, theirs(*x, attn_mask=mask)[0])
 
 
 def test_without_a_batch() -> None:

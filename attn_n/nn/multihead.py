@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from attn_n.call import autocast, checks
 from attn_n.functional import flash_attention_n, flash_attention_n_varlen
 from attn_n.nn import masks
+from attn_n.softmax import softmax_n
 
 
 class MultiheadAttentionN(nn.MultiheadAttention):
@@ -132,11 +133,12 @@ class MultiheadAttentionN(nn.MultiheadAttention):
             mask = None if mask is None else masks.with_one_more_key(mask)
         dropout_p = self.dropout if self.training else 0.0
         attend: Any = flash_attention_n
+        # With weights that are dropped out is made of these; this call then is for those who watch calls.
+        of_call = 0.0 if need_weights else dropout_p
+        out = attend(q, k, v, causal, attn_mask=mask, dropout_p=of_call, backend=self.backend, **self._n())
         if not need_weights:
-            out = attend(q, k, v, causal, attn_mask=mask, dropout_p=dropout_p, backend=self.backend, **self._n())
             return self._joined(out, batched), None
-        out, lse = attend(q, k, v, causal, attn_mask=mask, return_lse=True, backend=self.backend, **self._n())
-        weights = F.dropout(self._weights(q, k, mask, causal, lse), dropout_p)
+        weights = F.dropout(self._weights(q, k, mask, causal), dropout_p)
         if dropout_p:
             out = weights[..., : k.shape[2]].to(v.dtype) @ v
         weights = weights.to(q.dtype)
@@ -179,10 +181,11 @@ class MultiheadAttentionN(nn.MultiheadAttention):
         joined: Tensor = self.out_proj(out.permute(order).flatten(2))
         return joined if batched else joined[0]
 
-    def _weights(self, q: Tensor, k: Tensor, mask: Tensor | None, causal: bool, lse: Tensor) -> Tensor:
-        """Return the weights in the dtype of lse `(N, heads, L)`; the last column is that of add_zero_attn."""
+    def _weights(self, q: Tensor, k: Tensor, mask: Tensor | None, causal: bool) -> Tensor:
+        """Return the weights `(N, heads, L, S)`, at least in float32; add_zero_attn has one more column."""
+        compute = torch.promote_types(q.dtype, torch.float32)
         with autocast.suspended(q.device.type):
-            logits = q.to(lse.dtype) @ k.to(lse.dtype).mT / math.sqrt(self.head_dim)
+            logits = q.to(compute) @ k.to(compute).mT / math.sqrt(self.head_dim)
         if causal:
             hidden = torch.ones(logits.shape[-2:], dtype=torch.bool, device=q.device).triu(1)
             logits = logits.masked_fill(hidden, -math.inf)
@@ -190,7 +193,11 @@ class MultiheadAttentionN(nn.MultiheadAttention):
             logits = logits.masked_fill(~mask, -math.inf) if mask.dtype == torch.bool else logits + mask
         if self.add_zero_attn:
             logits = F.pad(logits, (0, 1))
-        return (logits - lse.masked_fill(lse == -math.inf, 0.0)[..., None]).exp()
+        if self.sinks is not None:
+            of_sinks = self.sinks.to(logits.dtype)[:, None, None].expand(*logits.shape[:3], 1)
+            return softmax_n(torch.cat([logits, of_sinks], -1))[..., :-1]
+        n = self.softmax_n
+        return softmax_n(logits, n[:, None, None] if isinstance(n, Tensor) and n.dim() else n)
 
     def _attend_nested(self, query: Tensor, key: Tensor, value: Tensor, is_causal: bool) -> Tensor:
         """Attend in NestedTensors of either layout, as `TransformerEncoder` makes them of padded batches."""
