@@ -309,7 +309,7 @@ def test_outputs_that_are_no_tensor() -> None:
     model = Calls(lambda: None)
     with record(model) as found:
         model()
-    assert str(found) == "Nothing was recorded: no module of the model ran."
+    assert str(found) == "No attention recorded.\n\nNo activations recorded."
 
 
 def test_table_and_json() -> None:

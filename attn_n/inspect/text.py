@@ -20,13 +20,12 @@ def table(attention: Mapping[str, Heads], activations: Mapping[str, Distribution
          f"{x.infinity_norm:.3g}", f"{x.beyond_6_sigma:,}")
         for name, x in activations.items()
     ]  # fmt: skip
-    parts = []
-    if heads:
-        parts.append(_aligned(["attention", "head", "rows", "to nothing", "entropy", "first token"], heads))
-    if values:
-        titles = ["activations", "values", "mean", "variance", "skewness", "kurtosis", "max |x|", "beyond 6 sigma"]
-        parts.append(_aligned(titles, values))
-    return "\n\n".join(parts) or "Nothing was recorded: no module of the model ran."
+    of_heads = ["attention", "head", "rows", "to nothing", "entropy", "first token"]
+    of_values = ["activations", "values", "mean", "variance", "skewness", "kurtosis", "max |x|", "beyond 6 sigma"]
+    return "\n\n".join(
+        _aligned(titles, rows) if rows else f"No {titles[0]} recorded."
+        for titles, rows in ((of_heads, heads), (of_values, values))
+    )
 
 
 def _aligned(titles: Sequence[str], rows: Iterable[Sequence[object]]) -> str:
