@@ -269,6 +269,7 @@ def test_saved_copied_and_moved() -> None:
     assert ours.to(torch.float64).sinks.dtype == torch.float64
 
 
+@pytest.mark.slow
 def test_compiled() -> None:
     ours = MultiheadAttentionN(EMBED, HEADS, softmax_n=1.0, batch_first=True)
     x, mask = torch.randn(2, L, EMBED), torch.tensor([[0, 0, 0, 1], [0, 0, 0, 0]]) > 0
