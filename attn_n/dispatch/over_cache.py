@@ -19,7 +19,7 @@ def attend(
     q: Tensor, k_cache: Tensor, v_cache: Tensor, request: Request, cache: CacheRequest
 ) -> Tensor | tuple[Tensor, Tensor]:
     """`flash_attention_n_with_kvcache`."""
-    key = call_cache.key_over_cache(q, k_cache, v_cache, request, cache)
+    key = None if run.watchers else call_cache.key_over_cache(q, k_cache, v_cache, request, cache)
     known = call_cache.get_over_cache(key)
     if known is not None:
         return _attend_known(*known, q, k_cache, v_cache, request, cache)

@@ -18,10 +18,13 @@ from attn_n.sink.weight import as_tensor
 
 Keep: TypeAlias = Callable[[PreparedCall, AttentionCall], None]
 
+# They are shown every call before it is served, none as one that is known: `attn_n.inspect` while it records.
+watchers: list[Callable[[canonical.Canonical], None]] = []
+
 
 def batch(q: Tensor, k: Tensor, v: Tensor, request: Request) -> Tensor | tuple[Tensor, Tensor]:
     """`flash_attention_n`."""
-    key = call_cache.key(q, k, v, request)
+    key = None if watchers else call_cache.key(q, k, v, request)
     known = call_cache.get(key) or call_cache.get_similar(key, q, k, v, request)
     if known is not None:
         return _run_known(known, q, k, v, request, known.options)
@@ -37,7 +40,7 @@ def varlen(
 ) -> Tensor | tuple[Tensor, Tensor]:  # fmt: skip
     """`flash_attention_n_varlen`."""
     packing = cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k
-    key = call_cache.key(q, k, v, request, packing)
+    key = None if watchers else call_cache.key(q, k, v, request, packing)
     known = call_cache.get(key) or call_cache.get_similar(key, q, k, v, request, packing)
     if known is not None:
         if checks.reads_values(cu_seqlens_q):
@@ -109,6 +112,8 @@ def attend(
     prepared: canonical.Canonical, request: Request, keep: Keep | None = None, chosen: tuple[str, Backend] | None = None
 ) -> Tensor | tuple[Tensor, Tensor]:
     """Choose a backend unless one is `chosen`, and run the call; `keep` gets the prepared call."""
+    for watcher in watchers:
+        watcher(prepared)
     q, k, v, n, n_is_logit, options, call, out_shape = prepared
     name, backend = chosen or choose.choose(call, request.backend)
     lse: Tensor | None
