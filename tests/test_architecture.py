@@ -22,7 +22,7 @@ LAYERS = (
     ("autograd",),
     ("dispatch",),
     ("functional", "inference", "merge", "softmax"),
-    ("compat",),
+    ("compat", "distributed"),
     ("__init__",),
     ("doctor",),
     ("__main__",),
