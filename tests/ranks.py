@@ -27,7 +27,8 @@ class Ranks:
         self.size = size
         self._folder = tempfile.TemporaryDirectory()
         store = Path(self._folder.name) / "store"
-        context = mp.get_context("spawn")
+        context = mp.get_context("forkserver")
+        context.set_forkserver_preload(["torch", "pytest"])  # imported once, not by each rank
         self._pipes, self._processes = [], []
         for rank in range(size):
             here, there = context.Pipe()

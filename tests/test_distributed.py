@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -87,13 +86,6 @@ CASES = (
     Case("varlen, reference", lengths=(8, 9), n="rows:TH", backend="reference"),
 )  # fmt: skip
 FAST = {"causal", "uneven, sinks a row", "causal window", "ranks without tokens", "varlen"}
-
-
-@pytest.fixture(scope="module")
-def pools() -> Iterator[Pools]:
-    pools = Pools()
-    yield pools
-    pools.stop()
 
 
 @pytest.mark.parametrize("how", ["ring", "ulysses"])

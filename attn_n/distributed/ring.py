@@ -69,8 +69,8 @@ def ring_attention_n(
         RuntimeError: from torch.distributed: there is no group, or another rank has died or has not come within the
             timeout of the group.
 
-    The method is that of "Ring Attention with Blockwise Transformers" (H. Liu et al., 2023). The order of tokens is that
-    of context parallelism in "The Llama 3 Herd of Models" (2024).
+    The method is that of "Ring Attention with Blockwise Transformers" (H. Liu et al., 2023), and the order of tokens
+    that of context parallelism in "The Llama 3 Herd of Models" (2024).
     """
     requests.no_others("ring_attention_n", unknown)
     requests.plain(q=q, k=k, v=v, sm_n=sm_n, sinks=sinks)
