@@ -108,6 +108,31 @@ class Rows:
         return self._out, self._lse
 
 
+class Sum:
+    """The sum of the gradients of some tokens `(B, H, L, E)`, in float32 (float64) as soon as there are two terms.
+
+    The first term stays as it is: of two ranks, no float32 tensor so lies beside the memory that the kernels need.
+    """
+
+    def __init__(self, like: Tensor) -> None:
+        self._like = like
+        self._sum: Tensor | None = None
+
+    def add(self, span: Span, x: Tensor) -> None:
+        if span.length == 0:
+            return
+        if self._sum is None and span == (0, self._like.shape[2]):
+            self._sum = x
+            return
+        dtype = torch.promote_types(x.dtype, torch.float32)
+        self._sum = torch.zeros_like(self._like, dtype=dtype) if self._sum is None else self._sum.to(dtype)
+        of(self._sum, span).add_(x)
+
+    def result(self) -> Tensor:
+        """Return the sum in the dtype of the tokens."""
+        return torch.zeros_like(self._like) if self._sum is None else self._sum.to(self._like.dtype)
+
+
 def of(x: Tensor, span: Span) -> Tensor:
     """Return these tokens of `(B, H, L, ...)`."""
     return x if span == (0, x.shape[2]) else x[:, :, span.start : span.stop]

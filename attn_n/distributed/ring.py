@@ -16,7 +16,7 @@ from attn_n.autograd import passes
 from attn_n.call import Options, Request, autocast, canonical
 from attn_n.call.errors import UnsupportedError
 from attn_n.distributed import requests
-from attn_n.distributed.blocks import Attention, Rows, of
+from attn_n.distributed.blocks import Attention, Rows, Sum, of
 from attn_n.distributed.exchange import Exchange, meet
 from attn_n.distributed.groups import Ranks, ranks_of
 from attn_n.distributed.layout import Span
@@ -204,19 +204,18 @@ def _gradients(
     call: _Call, dout: Tensor, dlse: Tensor | None, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
     ranks, problem = call.ranks, call.problem
-    dtype = torch.promote_types(q.dtype, torch.float32)
-    dq, dk, dv = (torch.zeros_like(x, dtype=dtype) for x in (q, k, v))
+    dq, dk, dv = Sum(q), Sum(k), Sum(v)
     returning: Exchange | None = None
     returned = Span(0, 0)
 
     def add_returned() -> None:
         if returning is not None:
             for gradient, part in zip((dk, dv), returning.received(), strict=True):
-                of(gradient, returned).add_(part)
+                gradient.add(returned, part)
 
     for source, (keys, values), offset in _passing_by(call, k, v):
         own = source == ranks.rank
-        dkeys, dvalues = (dk, dv) if own else (torch.zeros_like(x, dtype=dtype) for x in (keys, values))
+        dkeys, dvalues = (dk, dv) if own else (Sum(keys), Sum(values))
         for part in parts(problem, ranks.rank, source):
             seen, rows = part.keys.shifted(-offset), part.rows
             found = call.attention.backward(
@@ -224,17 +223,18 @@ def _gradients(
                 of(values, seen), of(out, rows), of(lse, rows).contiguous(),
             )  # fmt: skip
             for gradient, span, x in zip((dq, dkeys, dvalues), (rows, seen, seen), found, strict=True):
-                of(gradient, span).add_(x)
+                gradient.add(span, x)
+            del found, x
         add_returned()
         if not own:
             # The gradients of these keys go back to their owner, and those of own keys come from who has had them.
             user = (2 * ranks.rank - source) % ranks.size
             returned = keys_needed(problem, user, ranks.rank)
             expected = [x.new_empty((*x.shape[:2], returned.length, x.shape[3])) for x in (k, v)]
-            sent = [x.to(q.dtype).contiguous() for x in (dkeys, dvalues)]
+            sent = [x.result().contiguous() for x in (dkeys, dvalues)]
             returning = Exchange(ranks, source, sent, user, expected)
     add_returned()
-    return dq.to(q.dtype), dk.to(k.dtype), dv.to(v.dtype)
+    return dq.result(), dk.result(), dv.result()
 
 
 def _passing_by(call: _Call, k: Tensor, v: Tensor) -> Any:
