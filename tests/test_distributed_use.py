@@ -155,6 +155,27 @@ def test_groups_of_a_mesh(pools: Pools) -> None:
     pools(4).run(groups_of_a_mesh)
 
 
+def shards_of_pytorch() -> None:
+    """Where chunks are of one length, PyTorch's context_parallel shards buffers as `shard` does."""
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.tensor.experimental import context_parallel
+
+    mesh = init_device_mesh("cpu", (2,))
+    whole = [torch.randn(1, 2, 16, 8) for _ in range(3)]
+    buffers = [x.clone() for x in whole]
+    expected = attn_n.flash_attention_n(*whole, True, sm_n=1.0)
+    with context_parallel(mesh, buffers=buffers, buffer_seq_dims=[2, 2, 2]):
+        for x, buffer in zip(whole, buffers, strict=True):
+            assert torch.equal(buffer, shard(x))
+        for attend in BOTH:
+            torch.testing.assert_close(unshard(attend(*buffers, True, sm_n=1.0)), expected)
+
+
+@pytest.mark.slow
+def test_within_context_parallel_of_pytorch(pools: Pools) -> None:
+    pools(2).run(shards_of_pytorch)
+
+
 def refusals() -> None:
     q, k, v = (torch.randn(1, 4, 6, 8) for _ in range(3))
     cu = torch.tensor([0, 12], dtype=torch.int32)

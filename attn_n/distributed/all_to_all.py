@@ -5,7 +5,7 @@ Tensors are `(B, H, L, E)`. The gradient of one direction is the other direction
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -14,7 +14,7 @@ from torch import Tensor
 
 from attn_n.backends.base import empty_in_order, memory_order
 from attn_n.distributed.groups import Ranks
-from attn_n.distributed.layout import Span, chunks_of, length_of
+from attn_n.distributed.layout import chunks_of, length_of
 
 
 class Heads(NamedTuple):
@@ -75,46 +75,57 @@ class _ToTokens(torch.autograd.Function):
 def _to_heads(x: Tensor, heads: Heads, total: int, ranks: Ranks) -> Tensor:
     batch, _, length, size = x.shape
     if not heads.in_order:
-        x = x[:, torch.tensor(heads.indices, device=x.device).flatten()]
-    # For a batch of one this is x itself.
-    sent = x.reshape(batch, ranks.size, heads.each, length, size).transpose(0, 1)
+        x = x[:, _indices(heads, x)]
+    # Rank after rank its heads: of a batch of one this is x itself.
+    sent = x.reshape(batch, ranks.size, heads.each, length, size).transpose(0, 1).reshape(-1)
     lengths = [length_of(total, ranks.size, rank) for rank in range(ranks.size)]
-    pieces = _exchanged(sent.unbind(), [(batch, heads.each, of_rank, size) for of_rank in lengths], ranks)
+    a_token = batch * heads.each * size
+    received = _exchanged(sent, [length] * ranks.size, lengths, a_token, ranks)
     whole = empty_in_order(x, (batch, heads.each, total, size), memory_order(x))
-    for rank, piece in enumerate(pieces):
-        _scatter(whole, piece, chunks_of(total, ranks.size, rank))
+    for mine, there in _chunks(received, whole, lengths, ranks):
+        there.copy_(mine)
     return whole
 
 
 def _to_tokens(x: Tensor, heads: Heads, total: int, ranks: Ranks) -> Tensor:
-    batch, _, _, size = x.shape
-    sent = [
-        torch.cat([x[:, :, span.start : span.stop] for span in chunks_of(total, ranks.size, rank)], 2)
-        for rank in range(ranks.size)
-    ]
-    length = length_of(total, ranks.size, ranks.rank)
-    pieces = _exchanged(sent, [(batch, heads.each, length, size)] * ranks.size, ranks)
+    batch, each, _, size = x.shape
+    lengths = [length_of(total, ranks.size, rank) for rank in range(ranks.size)]
+    length = lengths[ranks.rank]
+    sent = x.new_empty(x.numel())
+    for mine, there in _chunks(sent, x, lengths, ranks):
+        mine.copy_(there)
+    received = _exchanged(sent, lengths, [length] * ranks.size, batch * each * size, ranks)
+    by_head = received.view(ranks.size, batch, each, length, size).transpose(0, 1)
+    by_head = by_head.reshape(batch, ranks.size * each, length, size)
     if heads.in_order:
-        return torch.cat(pieces, 1)
+        return by_head
     # A head that several ranks have gets the sum of what they send.
     dtype = torch.promote_types(x.dtype, torch.float32)
     summed = x.new_zeros((batch, heads.all, length, size), dtype=dtype)
-    for indices, piece in zip(heads.indices, pieces, strict=True):
-        summed.index_add_(1, torch.tensor(indices, device=x.device), piece.to(dtype))
-    return summed.to(x.dtype)
+    return summed.index_add_(1, _indices(heads, x), by_head.to(dtype)).to(x.dtype)
 
 
-def _scatter(whole: Tensor, piece: Tensor, spans: Sequence[Span]) -> None:
-    start = 0
-    for span in spans:
-        whole[:, :, span.start : span.stop] = piece[:, :, start : start + span.length]
-        start += span.length
+def _indices(heads: Heads, x: Tensor) -> Tensor:
+    return torch.tensor(heads.indices, device=x.device).flatten()
 
 
-def _exchanged(sent: Sequence[Tensor], shapes: Sequence[tuple[int, ...]], ranks: Ranks) -> list[Tensor]:
-    """Send the r-th tensor to rank r, and return what came from each rank."""
-    sizes = [torch.Size(shape).numel() for shape in shapes]
-    flat_in = torch.cat([x.reshape(-1) for x in sent])
-    flat_out = flat_in.new_empty(sum(sizes))
-    dist.all_to_all_single(flat_out, flat_in, sizes, [x.numel() for x in sent], group=ranks.group)
-    return [x.view(shape) for x, shape in zip(flat_out.split(sizes), shapes, strict=True)]
+def _chunks(flat: Tensor, whole: Tensor, lengths: Sequence[int], ranks: Ranks) -> Iterator[tuple[Tensor, Tensor]]:
+    """Yield each chunk twice: where it lies among the tokens of its rank, and in the whole sequence.
+
+    `flat` has the tokens of one rank after the other, each `(B, H, L_r, E)`.
+    """
+    batch, heads, total, size = whole.shape
+    of_ranks = flat.split([batch * heads * size * length for length in lengths])
+    for rank, (of_rank, length) in enumerate(zip(of_ranks, lengths, strict=True)):
+        tokens, start = of_rank.view(batch, heads, length, size), 0
+        for span in chunks_of(total, ranks.size, rank):
+            yield tokens[:, :, start : start + span.length], whole[:, :, span.start : span.stop]
+            start += span.length
+
+
+def _exchanged(sent: Tensor, to: Sequence[int], of: Sequence[int], a_token: int, ranks: Ranks) -> Tensor:
+    """Send each rank its part of `sent`, and return theirs; `to` and `of` count tokens of `a_token` elements."""
+    received = sent.new_empty(sum(of) * a_token)
+    sizes_of, sizes_to = ([a_token * count for count in counts] for counts in (of, to))
+    dist.all_to_all_single(received, sent, sizes_of, sizes_to, group=ranks.group)
+    return received
