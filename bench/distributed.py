@@ -296,8 +296,12 @@ def _context_parallel(
         experimental = importlib.import_module("torch.distributed.tensor.experimental")
         importlib.import_module("torch.distributed.tensor.experimental._attention").set_rotate_method(method)
         tokens = torch.zeros(2 * mesh.size(), device="cuda")
-        with experimental.context_parallel(mesh, buffers=[tokens], buffer_seq_dims=[0]), sdpa_kernel(kernel):
-            yield
+        plain = F.scaled_dot_product_attention
+        try:
+            with experimental.context_parallel(mesh, buffers=[tokens], buffer_seq_dims=[0]), sdpa_kernel(kernel):
+                yield
+        finally:
+            F.scaled_dot_product_attention = plain  # PyTorch 2.11 leaves its own there after an error
 
     return within
 

@@ -44,7 +44,7 @@ class Block(nn.Module):
         return self.out(attended.transpose(1, 2).flatten(2))  # type: ignore[no-any-return]
 
 
-def trained_as_one(wrap: str, attend: Callable[..., Any]) -> None:
+def trained_as_one(wrap: str, compile: bool, attend: Callable[..., Any]) -> None:
     """The gradients that DDP and FSDP2 average over ranks are, times their number, those of one process."""
     module = Block(attn_n.flash_attention_n).double().to(device())
     x = torch.randn(2, LENGTH, SIZE, dtype=torch.float64).to(device())
@@ -59,7 +59,7 @@ def trained_as_one(wrap: str, attend: Callable[..., Any]) -> None:
         from torch.distributed.fsdp import fully_shard
 
         wrapped = fully_shard(parallel, mesh=init_device_mesh(device().type, (dist.get_world_size(),)))
-    run = torch.compile(wrapped) if wrap == "compiled ddp" else wrapped
+    run = torch.compile(wrapped, backend="aot_eager") if compile else wrapped
     run(shard(x, 1), total_length=LENGTH).square().sum().backward()
     for (name, expected), found in zip(module.named_parameters(), parallel.parameters(), strict=True):
         assert found.grad is not None
@@ -70,9 +70,15 @@ def trained_as_one(wrap: str, attend: Callable[..., Any]) -> None:
 
 
 @by_name
-@pytest.mark.parametrize("wrap", ["ddp", pytest.param("fsdp2", marks=pytest.mark.slow)])
-def test_wrapped_modules_sum_the_gradients(pools: Pools, wrap: str, attend: Callable[..., Any]) -> None:
-    pools(2).run(trained_as_one, wrap, attend)
+@pytest.mark.parametrize(
+    ("wrap", "compile"),
+    [
+        ("ddp", False),
+        *(pytest.param(*case, marks=pytest.mark.slow) for case in (("fsdp2", False), ("ddp", True), ("fsdp2", True))),
+    ],
+)
+def test_wrapped_modules_sum_the_gradients(pools: Pools, wrap: str, compile: bool, attend: Callable[..., Any]) -> None:
+    pools(2).run(trained_as_one, wrap, compile, attend)
 
 
 @pytest.mark.gpu
@@ -81,7 +87,7 @@ def test_wrapped_modules_sum_the_gradients(pools: Pools, wrap: str, attend: Call
 def test_wrapped_modules_on_two_gpus(pools: Pools, wrap: str, attend: Callable[..., Any]) -> None:
     if torch.cuda.device_count() < 2:
         pytest.skip("needs two GPUs")
-    pools(2, "nccl").run(trained_as_one, wrap, attend)
+    pools(2, "nccl").run(trained_as_one, wrap, False, attend)
 
 
 def compiled(attend: Callable[..., Any]) -> None:
