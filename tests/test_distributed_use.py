@@ -126,6 +126,54 @@ def test_dtypes_and_dimensions(pools: Pools, attend: Callable[..., Any]) -> None
     pools(2).run(dtypes_and_dimensions, attend)
 
 
+class Counting(attn_n.Backend):
+    """Causal or full attention by plain formulas, which notes its calls."""
+
+    name = "counting"
+    honours = ("causal", "window")
+
+    def __init__(self) -> None:
+        self.calls: list[tuple[str, int, int]] = []
+
+    def logits(self, q: Tensor, k: Tensor, options: attn_n.Options) -> Tensor:
+        hidden = torch.ones(q.shape[2], k.shape[2], dtype=torch.bool).triu(1 + k.shape[2] - q.shape[2])
+        return (q @ k.mT * options.scale).masked_fill(hidden & (options.window_right == 0), -torch.inf)
+
+    def forward(self, q: Tensor, k: Tensor, v: Tensor, log_n: Any, options: attn_n.Options) -> Any:
+        assert log_n is None  # n is applied to the sum of the parts
+        self.calls.append(("forward", q.shape[2], k.shape[2]))
+        logits = self.logits(q, k, options)
+        return logits.softmax(-1) @ v, logits.logsumexp(-1), None
+
+    def backward(self, grads: attn_n.Grads, saved: attn_n.Saved, options: attn_n.Options) -> attn_n.Gradients:
+        q, k, v, out, lse, *_ = saved
+        self.calls.append(("backward", q.shape[2], k.shape[2]))
+        weights = (self.logits(q, k, options) - lse[..., None]).exp()
+        delta = (grads.dout * out).sum(-1)
+        dlogits = weights * (grads.dout @ v.mT - delta[..., None]) * options.scale
+        return attn_n.Gradients(dlogits @ k, dlogits.mT @ q, weights.mT @ grads.dout)
+
+
+def calls_of_a_backend() -> None:
+    """The backend that `use_backend` names at the forward runs each part of both passes."""
+    counting = Counting()
+    attn_n.register_backend(counting)
+    whole = [torch.randn(1, 2, 8, 8, dtype=torch.float64, requires_grad=True) for _ in range(3)]
+    with attn_n.use_backend("counting"):
+        out = ring_attention_n(*(shard(x) for x in whole), True, sm_n=1.0)
+    found = torch.autograd.grad(out.square().sum(), whole)
+    expected = torch.autograd.grad(attn_n.flash_attention_n(*whole, True, sm_n=1.0).square().sum(), whole)
+    for a, b in zip(found, expected, strict=True):
+        dist.all_reduce(a)
+        torch.testing.assert_close(a, b)
+    other = (2, 4) if dist.get_rank() == 0 else (4, 2)  # half of the queries, or half of the keys
+    assert counting.calls == [(of, *sizes) for of in ("forward", "backward") for sizes in ((4, 4), other)]
+
+
+def test_calls_of_a_backend(pools: Pools) -> None:
+    pools(2).run(calls_of_a_backend)
+
+
 def gradient_of_unshard() -> None:
     x = torch.arange(7.0, requires_grad=True)
     whole = unshard(shard(x, 0), 0)

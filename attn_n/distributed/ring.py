@@ -15,6 +15,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from attn_n.autograd import passes
 from attn_n.call import Options, Request, autocast, canonical
 from attn_n.call.errors import UnsupportedError
+from attn_n.dispatch.forced import forced
 from attn_n.distributed import requests
 from attn_n.distributed.blocks import Attention, Rows, Sum, of
 from attn_n.distributed.exchange import Exchange, meet
@@ -152,7 +153,9 @@ def _attend(
         raise UnsupportedError(
             f"ring attention does not serve {described.transform}: it has an explicit backward alone"
         )
-    attention = Attention(options.scale, options.softcap, request.backend, described.needs_grad, described.return_lse)
+    attention = Attention(
+        options.scale, options.softcap, forced(request.backend)[0], described.needs_grad, described.return_lse
+    )
     log_n = math.log(n) if isinstance(n, float) else None
     call = _Call(attention, problem, ranks, canonical_call.n_is_logit, log_n)
     meet(ranks, q.device)
