@@ -22,7 +22,7 @@ LAYERS = (
     ("autograd",),
     ("dispatch",),
     ("functional", "inference", "merge", "softmax"),
-    ("compat",),
+    ("compat", "distributed"),
     ("nn", "inspect", "testing"),
     ("__init__",),
     ("doctor",),
