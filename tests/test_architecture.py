@@ -23,6 +23,7 @@ LAYERS = (
     ("dispatch",),
     ("functional", "inference", "merge", "softmax"),
     ("compat",),
+    ("integrations",),
     ("__init__",),
     ("doctor",),
     ("__main__",),

@@ -1,0 +1,3 @@
+"""stub"""
+
+get_softmax_n = set_softmax_n = strip_softmax_n = None
