@@ -11,7 +11,7 @@ from attn_n.call.errors import UnsupportedError
 from attn_n.functional import flash_attention_n, flash_attention_n_varlen
 from attn_n.integrations.transformers import paged
 from attn_n.integrations.transformers.masks import packed_by
-from attn_n.integrations.transformers.pattern import MaskPattern, Visible
+from attn_n.integrations.transformers.pattern import MaskPattern, Visible, Window
 
 # What models hand on to every function that they call, and what does not change which keys are seen.
 IRRELEVANT = {
@@ -156,7 +156,7 @@ def _without_pattern(
             " registers them too), or pass a mask (N, 1, L, S)."
         )
     causal = causal and len_q > 1
-    window = (None, None)
+    window: Window = (None, None)
     if sliding_window is not None and sliding_window < len_k:
         window = (sliding_window - 1, 0 if causal or len_q == 1 else sliding_window - 1)
     return Visible(causal, window, key_mask=key_mask)
@@ -205,7 +205,7 @@ def _packed(
     sinks = keywords["sinks"]
     if sinks is not None and sinks.dim() == 3:
         keywords = keywords | {"sinks": sinks.expand(batch, heads, len_q).transpose(1, 2).flatten(0, 1)}
-    out = flash_attention_n_varlen(
+    out: Tensor = flash_attention_n_varlen(
         q, k, v, starts_q.to(torch.int32), starts_k.to(torch.int32),
         paged.longest(longest_q, q), paged.longest(longest_k, k), **keywords,
     )  # fmt: skip

@@ -12,12 +12,12 @@ from attn_n.inference import flash_attention_n_with_kvcache
 
 
 class Lengths(NamedTuple):
-    """Where sequences begin, and how long the longest is; those of keys by the kind of a layer."""
+    """Where sequences begin, and how long the longest is; those of keys may be a dict by the kind of a layer."""
 
-    starts_q: Tensor | None
-    starts_k: Tensor | dict[str, Tensor] | None
-    longest_q: int | Tensor | None
-    longest_k: int | Tensor | dict[str, int] | None
+    starts_q: Any
+    starts_k: Any
+    longest_q: Any
+    longest_k: Any
 
 
 # What continuous batching passes along, and `attention` below reads or has no use for.
@@ -47,14 +47,16 @@ def attention(
     if getattr(module, "is_causal", True) is False:
         raise ValueError(f"{type(module).__name__}: expected causal attention in continuous batching")
     window = getattr(module, "sliding_window", None) or sliding_window
-    bounds = {"causal": True, "window": (window - 1 if window else None, None)}
+    bounds: dict[str, Any] = {"causal": True, "window": (window - 1 if window else None, None)}
     kind = "sliding_attention" if window else "full_attention"
     starts_k, longest_k = (x[kind] if isinstance(x, dict) else x for x in (lengths.starts_k, lengths.longest_k))
     if longest_k is None:
         longest_k = others.get("max_seqlen_k")
         longest_k = longest_k[kind] if isinstance(longest_k, dict) else longest_k
-    cache, table = others.get("cache"), others.get("block_table")
-    k_cache, v_cache = others.get("k_cache"), others.get("v_cache")
+    cache: Any = others.get("cache")
+    table: Any = others.get("block_table")
+    k_cache: Any = others.get("k_cache")
+    v_cache: Any = others.get("v_cache")
     old = hasattr(cache, "key_cache") and k_cache is None  # 5.17: the cache is ours to write
     if table is not None:
         if old:
@@ -68,11 +70,11 @@ def attention(
         # One query a sequence: (1, H, B, E) as (B, H, 1, E).
         q, k, v = (x.permute(2, 1, 0, 3) for x in (query, key, value))
         before = (starts_k.diff()[: q.shape[0]] - 1).to(torch.int32)
-        out = flash_attention_n_with_kvcache(
+        decoded: Tensor = flash_attention_n_with_kvcache(
             q, k_cache.transpose(1, 2), v_cache.transpose(1, 2), k, v,
             cache_seqlens=before, block_table=table, **bounds, **_of_inference(common),
         )  # fmt: skip
-        return out.permute(2, 0, 1, 3)
+        return decoded.permute(2, 0, 1, 3)
     if old:
         key, value = cache.update(
             key_states=key, value_states=value, layer_idx=module.layer_idx,
@@ -82,7 +84,7 @@ def attention(
         key, value = (x[0].transpose(0, 1) for x in (key, value))
     q = query[0].transpose(0, 1)
     longest_q = lengths.longest_q if lengths.longest_q is not None else others.get("max_seqlen_q")
-    out = flash_attention_n_varlen(
+    out: Tensor = flash_attention_n_varlen(
         q, key, value, lengths.starts_q.to(torch.int32), starts_k.to(torch.int32),
         longest(longest_q, q), longest(longest_k, key), **bounds, **common,
     )  # fmt: skip

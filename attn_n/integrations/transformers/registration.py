@@ -10,9 +10,8 @@ from transformers import modeling_flash_attention_utils as flash_utils
 
 from attn_n.compat import flash_attn
 from attn_n.integrations.transformers.attention import attention
+from attn_n.integrations.transformers.layers import NAMES, restore_on_loading
 from attn_n.integrations.transformers.masks import attention_mask
-
-NAMES: set[str] = set()
 
 
 def register(name: str = "attn_n") -> None:
@@ -35,6 +34,7 @@ def register(name: str = "attn_n") -> None:
             AttentionMaskInterface.register(key, attention_mask)
             NAMES.add(key)
     _let_flash_names_pass()
+    restore_on_loading()
 
 
 @functools.cache
