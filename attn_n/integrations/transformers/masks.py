@@ -65,15 +65,15 @@ def attention_mask(
         visible = _visible(rule, shape, q_offset, kv_offset, padding, device)
     if visible is not None:
         return MaskPattern.of(shape, device, rule, visible, build)
-    _say_once(getattr(mask_function, "__qualname__", repr(mask_function)), torch.compiler.is_compiling())
+    if not torch.compiler.is_compiling():  # which takes no logging
+        _say_once(getattr(mask_function, "__qualname__", repr(mask_function)))
     dense = build()
     return MaskPattern.of(shape, device, rule, None, lambda: dense)
 
 
 @functools.cache
-def _say_once(name: str, compiling: bool) -> None:
-    why = "torch.compile hides what it consists of" if compiling else "no window or length says what it says"
-    logger.warning("attn_n makes a dense L x S mask of %s: %s", name, why)
+def _say_once(name: str) -> None:
+    logger.warning("attn_n makes a dense L x S mask for %s: windows and lengths cannot say what it says", name)
 
 
 def rule_of(mask_function: MaskFunction) -> Rule | None:

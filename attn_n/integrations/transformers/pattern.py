@@ -40,7 +40,7 @@ class Visible(NamedTuple):
 
 
 class MaskPattern(Tensor):
-    """A mask `(N, 1, L, S)` of bools that is one byte in memory.
+    """A mask `(N, 1, L, S)` of bools that is one byte in memory, or one for each key.
 
     Models pass it on, and our attention function reads `visible`. Whoever computes with it gets the dense mask.
     """
@@ -58,7 +58,9 @@ class MaskPattern(Tensor):
         visible: Visible | None,
         build: Callable[[], Tensor],
     ) -> MaskPattern:
-        pattern = torch.zeros((), dtype=torch.bool, device=device).expand(*shape).as_subclass(MaskPattern)
+        # For one query it has its memory: torch.compile's guards do not take an input that is expanded.
+        size = shape if shape[2] == 1 else ()
+        pattern = torch.zeros(size, dtype=torch.bool, device=device).expand(*shape).as_subclass(MaskPattern)
         pattern.rule, pattern.visible, pattern.build = rule, visible, build
         return pattern
 
