@@ -58,8 +58,11 @@ def attention_mask(
         device=device,
     )
     shape = batch_size, 1, q_length, kv_length
-    rule = rule_of(mask_function)
-    visible = None
+    rule, visible = rule_of(mask_function), None
+    if torch.compiler.is_compiling() and allow_is_causal_skip and local_size is not None:
+        # Nothing was combined with a causal window, or transformers would not allow it to be skipped.
+        window = getattr(config, "sliding_window", None) == local_size
+        rule = Rule(True, (local_size - 1, None)) if window and not hasattr(config, "attention_chunk_size") else None
     if rule is not None:
         padding = None if attention_mask is None else attention_mask[:, kv_offset : kv_offset + kv_length]
         visible = _visible(rule, shape, q_offset, kv_offset, padding, device)
