@@ -17,8 +17,8 @@ transformers = pytest.importorskip("transformers", "5.17")
 from transformers import masking_utils
 
 from attn_n import UnsupportedError, flash_attention_n, flash_attention_n_varlen
-from attn_n.integrations.transformers import get_softmax_n, register, set_softmax_n, strip_softmax_n
 from attn_n.integrations.transformers import attention as adapter
+from attn_n.integrations.transformers import get_softmax_n, register, set_softmax_n, strip_softmax_n
 from attn_n.integrations.transformers.masks import attention_mask
 from attn_n.integrations.transformers.pattern import MaskPattern
 
@@ -213,7 +213,7 @@ def test_gradient_checkpointing(reentrant: bool) -> None:
 @slow
 @pytest.mark.parametrize("kind", ["none", "left"])
 def test_torch_compile(kind: str) -> None:
-    """In one graph. gpt-oss needs `batched_mm` for its experts: the loops of `eager` and `grouped_mm` break the graph."""
+    """In one graph. Of gpt-oss's experts `batched_mm` compiles; the loop of `eager` breaks the graph."""
     model, mask = make(DECODERS["gpt_oss"], torch.float32), padding(kind)
     model.set_experts_implementation("batched_mm")
     truth = run(model, "attn_n", mask, use_cache=False)
@@ -418,8 +418,8 @@ def test_what_is_refused() -> None:
         adapter.attention(module, *some(3, 5), attention_mask(1, 3, 4))
     with pytest.raises(ValueError, match="expected one of s_aux, sinks"):
         adapter.attention(module, *some(), None, s_aux=torch.zeros(2), sinks=torch.zeros(1, 2, 3, 1))
+    starts = torch.tensor([0, 3])
     with pytest.raises(ValueError, match="expected None together with cu_seq_lens_q"):
-        starts = torch.tensor([0, 3])
         adapter.attention(module, *some(), torch.ones(1, 1, 3, 3, dtype=torch.bool), cu_seq_lens_q=starts)
     with pytest.raises(TypeError, match="expected a tensor"):
         adapter.attention(module, *some(), torch.zeros(3, 3, 3))

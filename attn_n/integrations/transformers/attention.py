@@ -209,4 +209,5 @@ def _packed(
         q, k, v, starts_q.to(torch.int32), starts_k.to(torch.int32),
         paged.longest(longest_q, q), paged.longest(longest_k, k), **keywords,
     )  # fmt: skip
-    return out.unflatten(0, (batch, len_q))
+    unpacked: Tensor = out.unflatten(0, (batch, len_q))
+    return unpacked
