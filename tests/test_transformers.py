@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
 
+from tests.oracle import attention_n
 from tests.tiny_models import DECODERS, ENCODERS, LENGTH, VOCABULARY, Tiny, make, padding, stir, tokens
 
 transformers = pytest.importorskip("transformers", "5.17")
@@ -18,7 +20,7 @@ from transformers import masking_utils
 
 from attn_n import UnsupportedError, flash_attention_n, flash_attention_n_varlen
 from attn_n.integrations.transformers import attention as adapter
-from attn_n.integrations.transformers import get_softmax_n, register, set_softmax_n, strip_softmax_n
+from attn_n.integrations.transformers import get_softmax_n, paged, register, set_softmax_n, strip_softmax_n
 from attn_n.integrations.transformers.masks import attention_mask
 from attn_n.integrations.transformers.pattern import MaskPattern
 
@@ -88,12 +90,12 @@ def test_decoders(name: str, kind: str, calls: list[dict[str, Any]]) -> None:
     model, mask = make(DECODERS[name]), padding(kind)
     truth = run(model, "eager", mask, use_cache=False)
     found = run(model, "attn_n", mask, use_cache=False)
-    assert_close(found, truth, 1e-5)
-    assert len(calls) == model.config.num_hidden_layers
+    assert_close(found, truth, DECODERS[name].tolerance)
+    assert len(calls) >= model.config.num_hidden_layers
     if DECODERS[name].sinks:
         assert any(call["sinks"] is not None for call in calls)
         assert any("sink" in parameter for parameter in truth)
-    if name not in ("deepseek_v4", "llama4"):  # the first has masks of its own, the second takes chunks
+    if name not in ("deepseek_v4", "llama4", "inkling2"):  # with masks of their own, chunks, and a position bias
         masks = [call["attn_mask"] for call in calls]
         assert all(x is None or x.shape[2] == 1 for x in masks), "a mask of L x S"
         assert kind == "holes" or masks == [None] * len(calls)
@@ -106,7 +108,10 @@ def test_encoders(name: str, kind: str, calls: list[dict[str, Any]]) -> None:
     assert len(calls) == 2
 
 
-@pytest.mark.parametrize("name", [pytest.param(x, marks=() if x == "gpt_oss" else slow) for x in DECODERS])
+@pytest.mark.parametrize(
+    "name",
+    [pytest.param(x, marks=() if x == "gpt_oss" else slow) for x in DECODERS if DECODERS[x].dtype == torch.float64],
+)
 def test_float32(name: str) -> None:
     """The error is at most twice that of eager attention, plus rounding."""
     truth, eager, found = (
@@ -139,6 +144,8 @@ WAYS: dict[str, dict[str, Any]] = {
 )  # fmt: skip
 def test_generate(name: str, way: str, calls: list[dict[str, Any]]) -> None:
     """Token for token, with padding on the left, beyond the window."""
+    if name == "llama4" and "static" in way and transformers.__version__ < "5.18":
+        pytest.skip("transformers 5.17 cannot: create_chunked_causal_mask() got an unexpected keyword argument")
     model, mask = make(DECODERS[name]), padding("left")
     found = []
     for implementation in ("eager", "attn_n"):
@@ -452,6 +459,84 @@ def test_sinks_and_bias(shape: str) -> None:
     tensors = (q, k, v, sinks, bias)
     for one, two in zip(*(torch.autograd.grad(x.sin().sum(), tensors) for x in (out, truth)), strict=True):
         assert torch.allclose(one, two, atol=1e-8)
+
+
+# --- continuous batching
+
+
+@pytest.mark.parametrize("release", ["5.17", "5.24"])
+@pytest.mark.parametrize("window", [None, 4])
+def test_block_table(release: str, window: int | None) -> None:
+    """A decoding step over a paged cache, as each release hands it over: new keys are written, then seen."""
+    lengths, block, sinks = (6, 11), 4, torch.tensor([0.0, 2.0, -1.0, 4.0])
+    past = [torch.randn(2, 2, 12, 8) for _ in "kv"]  # (sequences, Hkv, most keys, E)
+    pages = torch.full((2, 9, block, 2, 8), torch.nan)
+    table = torch.tensor([[7, 2, -1], [0, 5, 3]], dtype=torch.int32)
+    for b, length in enumerate(lengths):
+        for i in range(length):
+            for x, one in zip(pages, past, strict=True):
+                x[table[b, i // block], i % block] = one[b, :, i]
+    q, k, v = torch.randn(1, 4, 2, 8), torch.randn(1, 2, 2, 8), torch.randn(1, 2, 2, 8)
+    starts = torch.tensor([0, 7, 19], dtype=torch.int32)  # with the new key
+    module = nn.Module()
+    module.layer_idx, module.sliding_window = 3, window
+    given: dict[str, Any] = {"block_table": table, "k_cache": pages[0], "v_cache": pages[1], "cu_seq_lens_k": starts}
+    if release == "5.17":
+        cache = SimpleNamespace(
+            layer_index_to_group_indices={3: (1, 0)}, block_size=block, num_key_value_heads=2, head_dim=8,
+            key_cache=[pages[0].view(-1, 2, 8)], value_cache=[pages[1].view(-1, 2, 8)],
+        )  # fmt: skip
+        kinds = {"full_attention": starts, "sliding_attention": starts} if window else starts
+        given = {"block_table": torch.stack([table * 0, table]), "cache": cache, "cu_seq_lens_k": kinds}
+    starts_q = torch.tensor([0, 1, 2])
+    out, _ = adapter.attention(module, q, k, v, s_aux=sinks, cu_seq_lens_q=starts_q, max_length_q=1, **given)
+    assert out.shape == (1, 2, 4, 8)
+    for b, length in enumerate(lengths):
+        keys, values = (
+            torch.cat([x[b, :, :length], new[0, :, b : b + 1]], 1)[None] for x, new in zip(past, (k, v), strict=True)
+        )
+        left = None if window is None else window - 1
+        truth, _ = attention_n(q[:, :, b : b + 1], keys, values, sinks=sinks, window=(left, None), causal=True)
+        assert torch.allclose(out[:, b], truth[:, :, 0], atol=1e-5)
+        assert torch.equal(pages[0][table[b, length // block], length % block], k[0, :, b])
+    with pytest.raises(TypeError, match=r"does not know the argument\(s\) tree"):
+        adapter.attention(module, q, k, v, cu_seq_lens_q=starts_q, tree=q, **given)
+
+
+@slow
+@pytest.mark.parametrize("name", ["llama", "gpt_oss"])
+def test_continuous_batching(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """`generate_batch` gives each request what it gets by itself; gpt-oss keeps its sinks and windows."""
+    model, served = make(DECODERS[name], torch.float32), []
+    requests = [row[: 5 + 4 * i] for i, row in enumerate(tokens())]
+    model.set_attn_implementation("eager")
+    truth = [model.generate(x[None], max_new_tokens=6, do_sample=False)[0, len(x) :].tolist() for x in requests]
+    original = paged.attention
+    monkeypatch.setattr(paged, "attention", lambda *args: served.append(args) or original(*args))
+    model.set_attn_implementation("flash_attn_n")
+    config = transformers.GenerationConfig(max_new_tokens=6, do_sample=False, eos_token_id=-1, pad_token_id=0)
+    found = model.generate_batch(inputs=[x.tolist() for x in requests], generation_config=config)
+    assert [x.generated_tokens for x in found.values()] == truth
+    assert len(served) >= 6 * 2
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("kind", KINDS)
+def test_no_layer_waits_for_the_gpu(kind: str) -> None:
+    """The mask function may read the padding, once; the layers read nothing."""
+    hidden_keys = hidden(kind, 9)
+    padded = None if hidden_keys is None else hidden_keys.cuda()
+    q, k, v = (torch.randn(3, 4, 9, 64, device="cuda", dtype=torch.bfloat16, requires_grad=True) for _ in "qkv")
+    sinks = torch.zeros(4, device="cuda", requires_grad=True)
+    for function in ("causal", "window"):
+        mask = attention_mask(3, 9, 9, mask_function=FUNCTIONS[function], attention_mask=padded, device="cuda")
+        for mode in ("default", "error"):  # the first call compiles
+            torch.cuda.set_sync_debug_mode(mode)
+            try:
+                out, _ = adapter.attention(nn.Module(), q, k, v, mask, s_aux=sinks)
+                torch.autograd.grad(out.sum(), (q, k, v, sinks))
+            finally:
+                torch.cuda.set_sync_debug_mode("default")
 
 
 # --- softmax_n in models

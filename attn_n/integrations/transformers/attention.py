@@ -80,16 +80,18 @@ def attention(
         "dropout_p": dropout,
         "backend": "triton:portable" if deterministic and query.is_cuda else None,
     }
-    if others.get("cache") is not None or others.get("block_table") is not None:
-        if position_bias is not None:
-            raise UnsupportedError("position_bias: continuous batching has none")
-        lengths = paged.Lengths(cu_seq_lens_q, cu_seq_lens_k, max_length_q, max_length_k)
-        return paged.attention(module, query, key, value, sliding_window, lengths, others, common), None
-    if unknown := sorted(name for name, x in others.items() if x is not None and name not in IRRELEVANT):
+    serving = any(others.get(name) is not None for name in paged.SIGNS)
+    known = IRRELEVANT | paged.KNOWN if serving else IRRELEVANT
+    if unknown := sorted(name for name, x in others.items() if x is not None and name not in known):
         raise TypeError(
             f"attn_n does not know the argument(s) {', '.join(unknown)} of {type(module).__name__}, and ignoring them"
             " might give wrong numbers"
         )
+    if serving:
+        if position_bias is not None:
+            raise UnsupportedError("position_bias: continuous batching has none")
+        lengths = paged.Lengths(cu_seq_lens_q, cu_seq_lens_k, max_length_q, max_length_k)
+        return paged.attention(module, query, key, value, sliding_window, lengths, others, common), None
     causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
     if cu_seq_lens_q is not None or cu_seq_lens_k is not None:
         rule = _rule(attention_mask, bool(causal), sliding_window)

@@ -20,10 +20,11 @@ class Lengths(NamedTuple):
     longest_k: Any
 
 
+SIGNS = ("cache", "read_index", "write_index", "block_table")  # of continuous batching, in one release or another
+
 # What continuous batching passes along, and `attention` below reads or has no use for.
 KNOWN = {
-    "cache", "read_index", "write_index", "block_table", "k_cache", "v_cache", "max_seqlen_q", "max_seqlen_k",
-    "logits_indices", "logits_processor_args", "position_ids", "use_cache", "carry_over_ids", "output_ids",
+    *SIGNS, "k_cache", "v_cache", "max_seqlen_q", "max_seqlen_k", "logits_indices", "logits_processor_args",
 }  # fmt: skip
 
 
@@ -42,8 +43,6 @@ def attention(
     transformers 5.17 leaves it to this function to write new keys and values into the cache. Later versions have done
     so, unless there is a block table.
     """
-    if unknown := sorted(name for name, x in others.items() if x is not None and name not in KNOWN):
-        raise TypeError(f"attn_n does not know the argument(s) {', '.join(unknown)} of continuous batching")
     if getattr(module, "is_causal", True) is False:
         raise ValueError(f"{type(module).__name__}: expected causal attention in continuous batching")
     window = getattr(module, "sliding_window", None) or sliding_window
