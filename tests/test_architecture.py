@@ -23,7 +23,7 @@ LAYERS = (
     ("dispatch",),
     ("functional", "inference", "merge", "softmax"),
     ("compat", "distributed"),
-    ("nn", "inspect", "testing"),
+    ("nn", "inspect", "testing", "integrations"),
     ("__init__",),
     ("doctor",),
     ("__main__",),

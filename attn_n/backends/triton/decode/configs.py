@@ -65,7 +65,7 @@ def splits_for(items: int, keys: int, at_once: int) -> int:
         return rounds / -(-items * splits // at_once)
 
     best = max(filled(splits) for splits in range(1, most + 1))
-    return next(splits for splits in range(1, most + 1) if filled(splits) >= 0.97 * best)
+    return next(splits for splits in range(1, most + 1) if filled(splits) >= 0.95 * best)
 
 
 def power_of_two(size: int, least: int = 16) -> int:
