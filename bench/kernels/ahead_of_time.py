@@ -153,7 +153,7 @@ def launch_of(
             "postprocess": (launches.postprocess, (dq_sum, dq, starts[0])),
         }[kernel.split()[-1]]
         return functools.partial(chosen.compiled if compile_only else chosen, *arguments)
-    if kernel == "dmask" and options.mask is None:
+    if (kernel == "dmask" or (config is not None and config.masked)) and options.mask is None:
         options = options.replaced(mask=torch.empty(1, 1, q.shape[2], k.shape[2], dtype=q.dtype))
     extras = options.mask, options.alibi_slopes, *(None,) * 6
     if kernel == "forward":
@@ -259,9 +259,15 @@ def resources(kernel: Any, target: str) -> Resources:
     )
 
 
-def main(target: str) -> None:
+PARTS = ("hopper", "portable", "others")
+
+
+def main(target: str, part: str | None = None) -> None:
+    """Compiles all kernels for a GPU, or a part of them, and prints a line of JSON for each."""
     causal = Options(0.1, window_right=0)
     for kernel, width, config, dtype in shipped(target):
+        if part not in (None, "hopper" if kernel.startswith("hopper") else "portable"):
+            continue
         # Most kernels are the same for varlen sequences, but for the pointers to where these begin.
         for options in (causal, varlen(causal)) if kernel.startswith("hopper") else (causal,):
             found = resources(compiled(target, kernel, width, config, dtype, options), target)
@@ -270,10 +276,12 @@ def main(target: str) -> None:
                 "varlen": options is not causal, **found._asdict(),
             }  # fmt: skip
             print(json.dumps(line), flush=True)
+    if part not in (None, "others"):
+        return
     for kernel, width, binary in (*compiled_sinks(target), *compiled_decoding(target), *compiled_append(target)):
         found = resources(binary, target)
         print(json.dumps({"kernel": kernel, "width": width, "dtype": "torch.bfloat16", **found._asdict()}), flush=True)
 
 
 if __name__ == "__main__":
-    main(sys.argv[1])
+    main(*sys.argv[1:])

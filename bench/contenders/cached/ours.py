@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 import attn_n
-from attn_n.call import AttentionCall, Request, canonical
+from attn_n.call import AttentionCall, CacheRequest, Request, canonical
 from attn_n.dispatch import choose, serving
 from bench.contenders import ours
 from bench.contenders.base import KINDS_OF_N, Contender, sinks_of
@@ -80,8 +80,8 @@ def _call(workload: Workload, n: str) -> AttentionCall:
     )  # fmt: skip
     if block:
         table = empty(batch, blocks, dtype=torch.int32)
-        cache = {"block_table": table, "cache_batch_idx": None, "k_descale": None, "v_descale": None, "num_splits": 0}
-        call = canonical.cached(q, k, v, request, **cache).call
+        cache = CacheRequest(None, None, request.seqused_k, None, table, None, None, True, None, None, 0)
+        call = canonical.cached(q, k, v, request, cache).call
     else:
         call = canonical.batch(q, k, v, request).call
     cuda = workload.device == "cuda"
