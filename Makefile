@@ -2,11 +2,14 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo lint test test-all bench
+.PHONY: demo study lint test test-all bench
 
 demo: .venv/demo
 	$(BIN)/python -m demo
 	$(BIN)/python -m attn_n
+
+study: .venv/demo
+	$(BIN)/python -m examples.study
 
 lint: .venv/dev
 	$(BIN)/ruff check

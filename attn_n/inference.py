@@ -4,15 +4,10 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Literal, TypedDict, overload
 
-import torch
 from torch import Tensor
 
-from attn_n.cache import checks, rotary
-from attn_n.cache.layout import gather, write
-from attn_n.call import Request
-from attn_n.call.checks import flag, length, readable
-from attn_n.call.checks import window as sides
-from attn_n.dispatch import run
+from attn_n.call import CacheRequest, Request
+from attn_n.dispatch import over_cache
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack  # in typing from Python 3.11 on
@@ -121,66 +116,12 @@ def flash_attention_n_with_kvcache(
             attn_n is imported, by reading them.
         UnsupportedError: no backend, or not the one that was named, serves the call.
     """
-    layout = checks.layout(q, k_cache, v_cache, block_table, cache_batch_idx)
-    new = checks.new_rows(q, k_cache, v_cache, k, v)
-    before = checks.seqlens(cache_seqlens, q, new, layout.most)
-    if cache_leftpad is not None:
-        checks.leftpad(cache_leftpad, q, layout.most)
-    checks.rotary(rotary_cos, rotary_sin, q, new, layout.most)
-    checks.descale("k_descale", k_descale, q, k_cache)
-    checks.descale("v_descale", v_descale, q, v_cache)
-    length("num_splits", num_splits)
-    used = None if before is None else before + new
-    if block_table is not None and readable(block_table):
-        in_use = used.tolist() if isinstance(used, Tensor) else [layout.most if used is None else used] * layout.batch
-        checks.table_in_use(block_table, k_cache.shape[0], layout.block, in_use)
-    with torch.no_grad():
-        if k is not None and v is not None and before is not None:
-            first = before if isinstance(before, Tensor) else q.new_full((layout.batch,), before, dtype=torch.int32)
-            if rotary_cos is not None and rotary_sin is not None:
-                bounded = flag("causal", causal) or sides(window) != (None, None)
-                positions = first[:, None] + torch.arange(max(new, q.shape[2]), device=q.device)
-                of_q = positions[:, : q.shape[2]] if bounded else first[:, None].expand(-1, q.shape[2])
-                q = rotary.turn(q, rotary_cos, rotary_sin, of_q, rotary_interleaved)
-                k = rotary.turn(k, rotary_cos, rotary_sin, positions[:, :new], rotary_interleaved)
-            write(k_cache, layout, first, _scaled_down(k, k_descale, k_cache))
-            write(v_cache, layout, first, _scaled_down(v, v_descale, v_cache))
-        lengths = used if isinstance(used, Tensor) else None
-        request = Request(
-            causal, sm_scale, sm_n, sinks, None, window, softcap, alibi_slopes, 0.0, return_lse, backend,
-            seqused_k=lengths, leftpad_k=cache_leftpad,
-        )  # fmt: skip
-        if block_table is not None or cache_batch_idx is not None or k_cache.dtype != q.dtype or num_splits:
-            if isinstance(used, int):
-                request = request._replace(seqused_k=q.new_full((layout.batch,), used, dtype=torch.int32))
-            in_place = {
-                "block_table": block_table, "cache_batch_idx": cache_batch_idx, "k_descale": k_descale,
-                "v_descale": v_descale, "num_splits": num_splits,
-            }  # fmt: skip
-            found = run.cached(q, k_cache, v_cache, request, in_place)
-            if found is not None:
-                return found
-        keys, values = (
-            _scaled_up(gather(cache, layout, lengths), factors, q)
-            for cache, factors in ((k_cache, k_descale), (v_cache, v_descale))
-        )
-        if isinstance(used, int):
-            keys, values = keys[:, :, :used], values[:, :, :used]
-        return run.batch(q, keys, values, request)
-
-
-def _scaled_down(x: Tensor, factors: Tensor | None, cache: Tensor) -> Tensor:
-    """Return new rows as a cache holds them."""
-    if cache.dtype == x.dtype:
-        return x
-    if factors is not None:
-        x = x.float() / factors[:, :, None, None]
-    largest = torch.finfo(cache.dtype).max  # what lies beyond would become NaN
-    return x.clamp(-largest, largest).to(cache.dtype)
-
-
-def _scaled_up(x: Tensor, factors: Tensor | None, q: Tensor) -> Tensor:
-    """Return the rows of a cache in the dtype of q."""
-    if x.dtype == q.dtype:
-        return x
-    return (x.float() if factors is None else x.float() * factors[:, :, None, None]).to(q.dtype)
+    request = Request(
+        causal, sm_scale, sm_n, sinks, None, window, softcap, alibi_slopes, 0.0, return_lse, backend,
+        leftpad_k=cache_leftpad,
+    )  # fmt: skip
+    cache = CacheRequest(
+        k, v, cache_seqlens, cache_batch_idx, block_table, rotary_cos, rotary_sin, rotary_interleaved, k_descale,
+        v_descale, num_splits,
+    )  # fmt: skip
+    return over_cache.attend(q, k_cache, v_cache, request, cache)

@@ -15,9 +15,9 @@ from typing import Any
 import pytest
 import torch
 
-from bench.contenders import contenders, for_call
+from bench.contenders import cached, contenders, for_call
 from bench.contenders.base import Contender
-from bench.method import clocks, interleaved, precompile
+from bench.method import clocks, decoding, interleaved, precompile
 from bench.method.machine import commit, machine
 from bench.method.prepared import prepare_all
 from bench.reporting import tables
@@ -25,6 +25,8 @@ from bench.reporting.frame import frame
 from bench.reporting.progress import in_short
 from bench.reporting.record import Point, Run
 from bench.workloads.calls import Call, calls
+from bench.workloads.decoding import Decoding
+from bench.workloads.decoding import decoding as decoding_cases
 from bench.workloads.suites import DEVICE, Case, cases, memory_lengths
 
 _run = pytest.StashKey[Run]()
@@ -49,6 +51,8 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     quick = metafunc.config.getoption("quick")
     if metafunc.function.__name__ == "test_host":
         pairs = [(call, contender) for call in calls(DEVICE) for contender in for_call(call)]
+    elif metafunc.function.__name__ == "test_decode":
+        pairs = list(itertools.product(decoding_cases(DEVICE, quick), cached.contenders(DEVICE)))
     elif "case" in metafunc.fixturenames:
         pairs = list(itertools.product(cases(quick), contenders(DEVICE, quick)))
     else:
@@ -111,8 +115,9 @@ def points(
 ) -> dict[str, Point]:
     """Returns every contender's point of this case; the first test of a case measures all of them together."""
     if case not in _points_of:
-        found = _points_of[case] = _measure(case, _contenders_of(request.session)[case], _clock(pytestconfig, case))
-        keep(*found.values())
+        measured = _measure(case, _contenders_of(request.session)[case], _clock(pytestconfig, case))
+        keep(*measured)
+        found = _points_of[case] = {point.contender: point for point in measured if point.measure == case.measure}
         _show_progress(pytestconfig, request.session, case, found)
     return _points_of[case]
 
@@ -120,18 +125,22 @@ def points(
 def _clock(config: pytest.Config, case: Case) -> clocks.Clock:
     if isinstance(case, Call):
         return clocks.HostClock()
+    if isinstance(case, Decoding) and DEVICE == "cuda":
+        return clocks.CleanCudaClock(quick=False)
     quick = config.getoption("quick")
     return clocks.CudaClock(quick) if DEVICE == "cuda" else clocks.CpuClock(quick)
 
 
-def _measure(case: Case, contenders: list[Contender], clock: clocks.Clock) -> dict[str, Point]:
+def _measure(case: Case, contenders: list[Contender], clock: clocks.Clock) -> list[Point]:
+    if isinstance(case, Decoding):
+        return decoding.measure(case, contenders, clock)
     present = prepare_all(case.workload, case.training, tuple(contenders))
     times: dict[str, list[float]] = {}
     for apart in (False, True):
         runs = {each.contender.name: each.run(case.measure) for each in present if each.contender.apart == apart}
         with torch.set_grad_enabled(case.training):
             times |= interleaved.measure({name: run for name, run in runs.items() if run is not None}, clock)
-    return {each.contender.name: each.point(case, tuple(times.get(each.contender.name, ()))) for each in present}
+    return [each.point(case, tuple(times.get(each.contender.name, ()))) for each in present]
 
 
 def _contenders_of(session: pytest.Session) -> dict[Case, list[Contender]]:
@@ -166,6 +175,6 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: p
         return
     terminalreporter.section("attn-n and its peers")
     terminalreporter.write_line(f"{run.machine['device']}; torch {run.machine['torch']}; commit {run.commit}")
-    for heading, table, notes in tables.costs(frame(run.points)):
+    for heading, table, notes in (*tables.costs(frame(run.points)), *tables.decoding(run)):
         parts = heading.strip("#* "), "" if table is None else table.to_string(index=False), notes
         terminalreporter.write_line("\n".join(["", *filter(None, parts)]))

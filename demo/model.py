@@ -8,9 +8,12 @@ from attn_n import flash_attention_n
 
 
 class GPT(nn.Module):
-    """A pre-norm transformer with rotary positions; every row of its attention has n in the denominator."""
+    """A pre-norm transformer with rotary positions; every row of its attention has n in the denominator.
 
-    def __init__(self, n: float, layers: int = 4, heads: int = 4, width: int = 128) -> None:
+    n is a number; None learns the logarithm of it for each head, from n = 1 on (sinks).
+    """
+
+    def __init__(self, n: float | None, layers: int = 4, heads: int = 4, width: int = 128) -> None:
         super().__init__()
         self.head_dim = width // heads
         self.embedding = nn.Embedding(256, width)
@@ -29,7 +32,7 @@ class GPT(nn.Module):
 
 
 class Block(nn.Module):
-    def __init__(self, n: float, heads: int, width: int) -> None:
+    def __init__(self, n: float | None, heads: int, width: int) -> None:
         super().__init__()
         self.attention = Attention(n, heads, width)
         self.up = nn.Linear(width, 4 * width, bias=False)
@@ -43,9 +46,10 @@ class Block(nn.Module):
 
 
 class Attention(nn.Module):
-    def __init__(self, n: float, heads: int, width: int) -> None:
+    def __init__(self, n: float | None, heads: int, width: int) -> None:
         super().__init__()
         self.n = n
+        self.sinks = nn.Parameter(torch.zeros(heads)) if n is None else None
         self.heads = heads
         self.qkv = nn.Linear(width, 3 * width, bias=False)
         self.out = nn.Linear(width, width, bias=False)
@@ -54,7 +58,7 @@ class Attention(nn.Module):
         """Map x `(B, L, width)` to the same shape, and return lse `(B, heads, L)` too."""
         q, k, v = self.qkv(x).unflatten(-1, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)  # each (B, heads, L, head_dim)
         q, k = rotate(q, angles), rotate(k, angles)
-        out, lse = flash_attention_n(q, k, v, causal=True, sm_n=self.n, return_lse=True)
+        out, lse = flash_attention_n(q, k, v, causal=True, sm_n=self.n, sinks=self.sinks, return_lse=True)
         return self.out(out.transpose(1, 2).flatten(2)), lse
 
 

@@ -24,7 +24,7 @@ EVALUATIONS = 20
 class Run:
     """The results of training with one n; losses are in nats per byte."""
 
-    n: float
+    n: float | None  # None is learned
     train_loss: list[float] = field(default_factory=list)  # before each step
     held_out_loss: list[tuple[int, float]] = field(default_factory=list)  # (steps done, loss on every eighth window)
     final_loss: float = math.nan  # on all of the held-out text
@@ -60,7 +60,7 @@ def train(ns: Sequence[float], text: Tensor, held_out: Tensor, steps: int, seed:
 class Learner:
     """A GPT, its optimizer and the record of its run."""
 
-    def __init__(self, n: float, steps: int, seed: int) -> None:
+    def __init__(self, n: float | None, steps: int, seed: int) -> None:
         torch.manual_seed(seed)
         self.model = GPT(n)
         self.optimizer = torch.optim.AdamW(self.model.parameters(), lr=PEAK_LR, betas=(0.9, 0.95), weight_decay=0.1)

@@ -21,6 +21,7 @@ from attn_n.backends import registry
 from attn_n.backends.base import Backend, Family, Prepared
 from attn_n.call import canonical
 from attn_n.dispatch import call_cache, forced
+from tests.ranks import Pools
 
 LONGEST = ("ahead_of_time", "random_calls", "inductor")
 
@@ -48,6 +49,14 @@ def gives_back_the_gpu() -> Iterator[None]:
     yield
     if torch.cuda.is_available() and torch.cuda.memory_reserved() > 1 << 28:
         torch.cuda.empty_cache()
+
+
+@pytest.fixture(scope="session")
+def pools() -> Iterator[Pools]:
+    """The ranks of tests of `attn_n.distributed`."""
+    pools = Pools()
+    yield pools
+    pools.stop()
 
 
 @pytest.fixture

@@ -98,6 +98,7 @@ def test_what_is_wrong_is_not_timed() -> None:
     )
 
 
+@pytest.mark.slow
 def test_a_process_of_its_own(tmp_path: Path) -> None:
     """Both tasks, and what the results and the tables make of them."""
     names = ["growing cache", "training"]

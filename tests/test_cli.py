@@ -63,7 +63,7 @@ def test_the_command_prints_one_json_object(tmp_path: Path) -> None:
     package.mkdir()
     (package / "METADATA").write_text("Metadata-Version: 2.1\nName: broken\nVersion: 1.0\n")
     (package / "entry_points.txt").write_text("[attn_n.backends]\nbroken = a_missing_library:BACKEND\n")
-    paths = [str(tmp_path), str(Path(report.__file__).parents[1])]
+    paths = [str(tmp_path), str(Path(report.__file__).parents[2])]
     settings = {
         "PYTHONPATH": os.pathsep.join(paths),
         "CUDA_VISIBLE_DEVICES": "",

@@ -101,7 +101,10 @@ def test_use_backend_within_a_graph(ran: list[str]) -> None:
     assert ran[-1] == "forward sdpa:cpu"
 
 
-@pytest.mark.parametrize(("backend", "varlen"), [("sdpa", False), ("sdpa", True), ("reference", False)])
+@pytest.mark.parametrize(
+    ("backend", "varlen"),
+    [("sdpa", True), *(pytest.param(backend, False, marks=pytest.mark.slow) for backend in ("sdpa", "reference"))],
+)
 def test_one_graph_for_all_n_and_scales(backend: str, varlen: bool) -> None:
     x = [torch.randn(10, 2, 8, requires_grad=True) for _ in range(3)] if varlen else leaves()
     packing: list[Any] = [STARTS, STARTS, 7, 7] if varlen else []

@@ -154,6 +154,15 @@ def test_the_passes_of_a_padded_batch(device: str) -> None:
     filled = torch.tensor([[first < end for first in (0, 64, 128)] for end in used], device=device)
     assert torch.equal(dq_sum.isfinite().all(-1).all(-1), filled[:, None].expand(batch, heads, tiles))
 
+    log_n, shares = sinks[0, :, 0].contiguous(), stats.new_full((batch, heads, tiles), math.nan)
+    preprocess_kernel[(programs,)](
+        out, dout, lse, None, stats, dq_sum, log_n, shares, None, ends, out.stride(), dout.stride(), None, 1, heads,
+        length, spec,
+    )  # fmt: skip
+    of_rows = (-torch.exp(log_n.double()[:, None] - lse) * delta).where(exists, 0.0)
+    assert torch.allclose(shares.double().sum((0, 2)), of_rows.sum((0, 2)), rtol=1e-3, atol=1e-3)
+    assert torch.equal(shares != 0, filled[:, None].expand(batch, heads, tiles))
+
     exact = torch.randn(programs, tile, width, device=device)
     dk = torch.full((batch, heads, length, width), -7.0, device=device).half()
     postprocess_kernel[(programs,)](

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import runpy
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -10,7 +11,11 @@ import torch
 import torch._dynamo.testing
 from torch import Tensor
 
+import attn_n
 from attn_n import flash_attention_n_with_kvcache
+from attn_n.backends import registry
+from attn_n.call import checks
+from attn_n.dispatch import call_cache
 from tests.cases import INTERPRETED
 from tests.oracle import attention_n
 from tests.places import PLACES
@@ -35,11 +40,12 @@ class Case:
     window: tuple[int | None, int | None] | None = None
     softcap: float | None = None
     alibi: bool = False
-    n: str = "number"  # "number", "sinks" or "sinks a row"
+    n: str = "number"  # "number", "zero", "sinks" or "sinks a row"
     rotary: str = ""  # "interleaved" or "halves", of 6 of the 8 columns
     tokens_first: bool = False
     splits: int = 0
     shared: bool = False  # sequences 2 and 3 share their first block
+    size: int = 8
 
     def __str__(self) -> str:
         return self.name
@@ -67,6 +73,8 @@ CASES = [
     Case("split keys, paged", most=208, lengths=(150, 0, 70, 207), splits=2, block=16, window=(100, None)),
     Case("split keys, large blocks", most=384, lengths=(250, 0, 70, 307), splits=3, block=128, queries=3, new=3),
     Case("rotary, not causal", rotary="halves", causal=False, queries=2, new=2),
+    Case("n = 0", n="zero"),
+    Case("n = 0, split keys, paged", most=208, lengths=(150, 0, 70, 207), splits=3, block=16, n="zero"),
     Case("rotary, unbounded window", rotary="halves", causal=False, window=(None, None), queries=2, new=2),
 ]  # fmt: skip
 
@@ -116,7 +124,7 @@ def make(case: Case, dtype: torch.dtype = torch.float32, device: str = "cpu") ->
         x = torch.randn(shape, generator=generator)
         return x.to(dtype)
 
-    batch, heads, heads_kv, width = 4, 4, 2, 8
+    batch, heads, heads_kv, width = 4, 4, 2, case.size
     q, new = normal(batch, heads, case.queries, width), [normal(batch, heads_kv, case.new, width) for _ in "kv"]
     q[..., 0], new[0][..., 0] = -2.0, 3.0  # negative logits, so that n matters
     past = [normal(batch, heads_kv, case.most, width) for _ in "kv"]
@@ -130,8 +138,8 @@ def make(case: Case, dtype: torch.dtype = torch.float32, device: str = "cpu") ->
     keywords: dict[str, Any] = {"causal": case.causal, "window": case.window, "softcap": case.softcap}
     if case.splits:
         keywords["num_splits"] = case.splits
-    if case.n == "number":
-        keywords["sm_n"] = 1.5
+    if case.n in ("number", "zero"):
+        keywords["sm_n"] = 1.5 if case.n == "number" else 0.0
     elif case.n == "sinks":
         keywords["sinks"] = torch.tensor([0.0, -2.0, 3.0, 20.0])
     else:
@@ -247,6 +255,59 @@ def replace_new_by_reading(call: Call) -> Call:
     return Call(replace(call.case, new=0), call.q, call.caches, [], keywords, call.sequences)
 
 
+@pytest.fixture
+def known_backends() -> None:
+    """Load all backends: each one that is loaded changes the keys."""
+    for name in registry.names():
+        registry.find(name)
+
+
+@pytest.mark.usefixtures("known_backends")
+@pytest.mark.parametrize("case", [CASES[0], CASES[4], CASES[10], CASES[12], CASES[16]], ids=str)
+def test_a_known_call_reads_its_own_cache(case: Case) -> None:
+    """What is kept of a call is its metadata: lengths, tables and contents are those of each call."""
+    moved = bool(case.block or case.rows)
+    backend = "triton:decode" if INTERPRETED and moved else None
+    for lengths in ((5, 0, 11, 12), (3, 7, 9, 2)):
+        call = make(replace(case, lengths=lengths))
+        if case.block:
+            call.keywords["block_table"] = call.keywords["block_table"].flip(0).contiguous()
+            call.keywords["cache_seqlens"] = call.keywords["cache_seqlens"].flip(0).contiguous()
+            call.q, call.new = call.q.flip(0).contiguous(), [x.flip(0).contiguous() for x in call.new]
+            call.sequences.reverse()
+        out, _ = call.run(backend)
+        assert torch.allclose(out.double(), call.exact()[0], atol=1e-5)
+        assert len(call_cache.over_cache) == (0 if backend is None and moved else 1)
+    if not moved:
+        call.keywords["cache_seqlens"][2] = 16 - case.new + 1
+        with pytest.raises(ValueError, match="cache_seqlens: expected numbers from 0 to"):
+            call.run(backend)
+
+
+@pytest.mark.usefixtures("known_backends")
+def test_calls_that_differ_in_their_cache_alone() -> None:
+    """Whatever is passed beside q and the caches is part of the key."""
+    cases = [replace(CASES[1], queries=2, new=new, leftpad=pad) for new in (1, 2, 0) for pad in ((), (2, 0, 3, 4))]
+    cases += [replace(CASES[15], queries=2, new=2, rotary=kind) for kind in ("interleaved", "halves")]
+    for case in cases:
+        call = make(case)
+        assert torch.allclose(call.run(None)[0].double(), call.exact()[0], atol=1e-5)
+    assert len(call_cache.over_cache) == len(cases)
+
+
+@pytest.mark.skipif(not INTERPRETED, reason="reads by a kernel under the interpreter")
+def test_lengths_and_tables_in_any_strides() -> None:
+    for case in (CASES[9], CASES[10], CASES[12]):
+        call = make(case)
+        for name in ("cache_seqlens", "cache_leftpad", "cache_batch_idx", "block_table"):
+            x = call.keywords.get(name)
+            if x is not None:
+                call.keywords[name] = torch.stack((x, x + 1), -1)[..., 0]
+        out, _ = call.run("triton:decode")
+        assert torch.allclose(out.double(), call.exact()[0], atol=1e-5)
+        assert not call_cache.over_cache  # the next one may have other strides
+
+
 @pytest.mark.parametrize("device", PLACES)
 @pytest.mark.parametrize("case", [CASES[4], CASES[12], CASES[19]], ids=str)
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.bfloat16, 2e-2), (torch.float16, 4e-3), (torch.float64, 1e-5)])
@@ -297,15 +358,13 @@ def test_a_compiled_decoding_step_has_one_graph_for_all_lengths(case: Case) -> N
     assert counter.frame_count == 1
 
 
-@pytest.mark.gpu
-@pytest.mark.parametrize("case", [CASES[0], CASES[4], CASES[12]], ids=str)
-def test_a_cuda_graph_is_replayed_with_other_lengths_and_tables(case: Case) -> None:
-    calls = [make(replace(case, lengths=x), torch.bfloat16, "cuda") for x in ((5, 0, 11, 12), (3, 7, 9, 2))]
-    first, second = calls
-    first.run(None)
+def replayed(case: Case, backend: str | None) -> None:
+    """Capture a call in a CUDA graph, and replay it with other lengths, tables and contents."""
+    first, second = (make(replace(case, lengths=x), torch.bfloat16, "cuda") for x in ((5, 0, 11, 12), (3, 7, 9, 2)))
+    first.run(backend)
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
-        out, _ = first.run(None)
+        out, _ = first.run(backend)
     for name, x in second.keywords.items():
         if isinstance(x, Tensor):
             first.keywords[name].copy_(x)
@@ -313,6 +372,12 @@ def test_a_cuda_graph_is_replayed_with_other_lengths_and_tables(case: Case) -> N
         mine.copy_(theirs)
     graph.replay()
     assert torch.allclose(out.double().cpu(), second.exact()[0], atol=2e-2)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("case", [CASES[0], CASES[4], CASES[12], CASES[16]], ids=str)
+def test_a_cuda_graph_is_replayed_with_other_lengths_and_tables(case: Case) -> None:
+    replayed(case, None)
 
 
 def int32(*values: int) -> Tensor:
@@ -329,6 +394,12 @@ NEW = torch.zeros(2, 2, 1, 4)
     [
         ({"k_cache": CACHE[0]}, ValueError, r"k_cache: expected 4 dimensions \(B, Hkv, Smax, E\) or, paged"),
         ({"k_cache": CACHE.double()}, TypeError, "k_cache: expected float32 as q, or float8_e4m3fn, got float64"),
+        ({"v_cache": CACHE.to(torch.float8_e4m3fn)}, TypeError, "v_cache: expected the dtype of k_cache, float32"),
+        ({"k_cache": CACHE[..., :3], "v_cache": CACHE}, ValueError, "k_cache: expected the head size of q, 4, got 3"),
+        ({"q": torch.zeros(2, 3, 1, 4)}, ValueError, "k_cache: expected a number of heads that divides the 3 heads of"),
+        ({"k_cache": CACHE.clone().requires_grad_()}, ValueError, "k_cache: expected no gradient.*no_grad"),
+        ({"v_cache": CACHE.clone().requires_grad_()}, ValueError, "v_cache: expected no gradient.*seqused_k to train"),
+        ({"k": NEW.double(), "v": NEW, "cache_seqlens": 0}, TypeError, "k: expected the dtype of q, float32, got fl"),
         ({"v_cache": CACHE[:, :1]}, ValueError, r"v_cache: expected the shape of k_cache but for the head size, \(2, "),
         ({"k_cache": CACHE[:1], "v_cache": CACHE[:1]}, ValueError, "k_cache: expected as many rows as q, 2, or cache_"),
         ({"q": torch.zeros(2, 4, 1, 4, requires_grad=True)}, ValueError, "q: expected no gradient.*no_grad"),
@@ -370,3 +441,63 @@ def test_errors(changes: dict[str, Any], error: type[Exception], text: str) -> N
     given = {"q": torch.zeros(2, 4, 1, 4), "k_cache": CACHE, "v_cache": CACHE} | changes
     with pytest.raises(error, match=text):
         flash_attention_n_with_kvcache(**given)
+
+
+def test_what_is_read_of_a_gpu_when_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    """`ATTN_N_CHECK=1` is looked at once, when the module is executed."""
+    for value in ("1", "0"):
+        monkeypatch.setenv("ATTN_N_CHECK", value)
+        assert runpy.run_path(checks.__file__)["READ_ALL"] == (value == "1")
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize(
+    ("name", "value", "paged", "text"),
+    [
+        ("cache_seqlens", int32(5, 0, 16, 12), 0, r"cache_seqlens: expected .* got \[5, 0, 16, 12\]"),
+        ("cache_leftpad", int32(0, 0, 17, 0), 0, "cache_leftpad: expected numbers from 0 to 16"),
+        ("cache_batch_idx", int32(0, 1, 2, 4), 0, "cache_batch_idx: expected numbers from 0 to 3, a row of the cache"),
+        ("block_table", torch.full((4, 4), 60, dtype=torch.int32), 4, "block_table: expected entries from 0 to 59"),
+        ("sinks", torch.tensor([0.0, torch.nan, 0.0, 0.0]), 0, "sinks: "),
+    ],
+)
+def test_values_on_a_gpu_are_checked_when_asked_for(
+    name: str, value: Tensor, paged: int, text: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In the first call of its kind, and in one that is known."""
+    call = make(replace(CASES[0], block=paged, n="sinks"), torch.bfloat16, "cuda")
+    bad = call.keywords | {name: value.cuda()}
+    good = call.keywords | {name: call.keywords.get(name, torch.zeros_like(bad[name]))}
+    monkeypatch.setattr(checks, "READ_ALL", True)
+    for keywords in (bad, good, bad):
+        if keywords is good:
+            flash_attention_n_with_kvcache(call.q, *call.caches, *call.new, **good)
+        else:
+            with pytest.raises(ValueError, match=text):
+                flash_attention_n_with_kvcache(call.q, *call.caches, *call.new, **bad)
+
+
+@pytest.mark.gpu
+def test_boundaries_on_a_gpu_are_checked_when_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    q = torch.randn(6, 2, 64, device="cuda", dtype=torch.bfloat16)
+    good, bad = int32(0, 2, 6).cuda(), int32(0, 7, 6).cuda()
+    monkeypatch.setattr(checks, "READ_ALL", True)
+    for starts in (bad, good, bad):
+        if starts is good:
+            attn_n.flash_attention_n_varlen(q, q, q, good, good, 4, 4)
+        else:
+            with pytest.raises(ValueError, match="cu_seqlens_q"):
+                attn_n.flash_attention_n_varlen(q, q, q, bad, bad, 4, 4)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_nothing_is_read_on_the_host(case: Case) -> None:
+    call = make(case, torch.bfloat16, "cuda")
+    call.run(None)  # compiles
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        out, _ = call.run(None)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    assert torch.allclose(out.double().cpu(), call.exact()[0], atol=2e-2)

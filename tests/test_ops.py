@@ -24,6 +24,7 @@ from attn_n.call import Gradients, Grads, Options, Saved, autocast
 from tests.cases import CASES, Case, make
 from tests.operators import opcheck
 from tests.oracle import attention_n
+from tests.places import slow
 
 
 @pytest.mark.parametrize("case", CASES, ids=str)
@@ -57,11 +58,11 @@ def leaves(length: int, heads_kv: int = 2, device: str = "cpu") -> list[Tensor]:
     return [x.requires_grad_() for x in (*(torch.randn(shape, device=device) for shape in shapes), n)]
 
 
-@pytest.mark.parametrize("backend", [None, "reference"])
+@pytest.mark.parametrize("backend", [None, *slow("reference")])
 @pytest.mark.parametrize(
     ("compiler", "options"),
     [
-        ("aot_eager", {}),
+        pytest.param("aot_eager", {}, marks=pytest.mark.slow),
         ("aot_eager", {"window": (3, 2)}),
         ("inductor", {"causal": True}),  # behind the same tracing as in aot_eager
     ],

@@ -292,7 +292,10 @@ MASKED = {"mask_shape": (1, 1, 256, 256), "mask_dtype": torch.bfloat16, "capabil
 TRITON_FIRST = "automatic, triton first: the gradients beside a floating mask are more accurate there"
 PADDED_FIRST = ("triton", *[name for name in DEFAULT if name != "triton"])
 PADDED = "automatic, triton first: its kernels read the lengths in use, and others need a packed copy"
+BY_SPEED = f"{PADDED}; by speed on an H100:"
 ELSEWHERE = "automatic, not measured here: compute capability 8.0"
+FIRST_IN_PLACE = "automatic, first who reads keys where they lie"
+IN_PLACE = (*order.IN_PLACE, "sdpa", "flash_attn", "xformers", "reference")
 
 
 @pytest.mark.parametrize(
@@ -311,9 +314,17 @@ ELSEWHERE = "automatic, not measured here: compute capability 8.0"
         (
             {"seqused": True, **WITH_N, **CAUSAL, **{f"{x}_shape": (8, 16, 2048, 64) for x in "qkv"}},
             ("triton:hopper", *PADDED_FIRST),
-            f"{PADDED}; by speed on an H100: training, with n, causal, heads up to 64, from 1500 keys on",
+            f"{BY_SPEED} training, with n, causal, heads up to 64, from 1500 keys on",
         ),
         ({"leftpad": True, "capability": (8, 0)}, ("triton", "sdpa", "flash_attn", "xformers", "reference"), PADDED),
+        (INFERENCE | {"seqused": True}, IN_PLACE, FIRST_IN_PLACE),
+        (INFERENCE | {"block_table": 4, "capability": (8, 0)}, IN_PLACE, FIRST_IN_PLACE),
+        (INFERENCE | {"cache": True, "capability": (10, 0)}, IN_PLACE, FIRST_IN_PLACE),
+        (
+            INFERENCE | {"seqused": True, "seqused_q": True},
+            PADDED_FIRST,
+            f"{BY_SPEED} inference, n = 0, at most 1e+10 operations, heads up to 256, from 0 keys on",
+        ),
         ({"seqused": True, "device": "cpu", "capability": None}, ("sdpa", "reference"), "automatic"),
     ],
     ids=str,

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from attn_n.autograd import flops, gradients, operators
+from attn_n.autograd import flops, gradients, operators, sharding
 from attn_n.autograd.passes import Needed
 from attn_n.autograd.prepared import PreparedCall
 from attn_n.call import Options, Saved, transforms
@@ -27,6 +27,7 @@ def attend(
     if not transforms.needs_dispatcher(q):
         return attend_eagerly(q, k, v, n, options, call)
     flops.register()
+    sharding.register()
     arguments = (q, k, v, n, call.n_is_logit, call.log_n, call.numbers, call.backend, *options)
     if transforms.by_functional_gradient() and not torch.compiler.is_compiling():
         out, lse, _ = operators.Operator.apply(*arguments)  # type: ignore[no-untyped-call]

@@ -21,12 +21,13 @@ _OPTIONS = ", ".join(
     f"{next(spelled for kind, spelled in _TYPES if kind == hint)} {name}"
     for name, hint in get_type_hints(Options).items()
 )
+# `n_is_logit` is no bool because DTensor keeps its decisions by what follows the first integer of a schema.
 _FORWARD = (
-    "Tensor q, Tensor k, Tensor v, Tensor? n, bool n_is_logit, float? log_n, Tensor? numbers, str backend, " + _OPTIONS
+    "Tensor q, Tensor k, Tensor v, Tensor? n, int n_is_logit, float? log_n, Tensor? numbers, str backend, " + _OPTIONS
 )
 _BACKWARD = (
     "Tensor dout, Tensor? dlse, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse, Tensor? rng_state, Tensor? n,"
-    " bool n_is_logit, bool rows_may_be_empty, bool needs_n_grad, bool needs_mask_grad, bool needs_slopes_grad,"
+    " int n_is_logit, bool rows_may_be_empty, bool needs_n_grad, bool needs_mask_grad, bool needs_slopes_grad,"
     " Tensor? numbers, str backend, " + _OPTIONS
 )
 _PURE, _RANDOM = "forward", "forward_with_dropout"

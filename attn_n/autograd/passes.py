@@ -81,8 +81,7 @@ def backward(
         dn = lse.new_empty(0)
         if needed.n:
             log_n = log_of(q, n, True) if n is not None and n_is_logit else None
-            dout, dlse = _in_use(options, dout, dlse)
-            dn = _shaped_as(rescale.gradient_of_n(dout, dlse, out, lse, log_n, options.varlen), n)
+            dn = gradient_of_n(options, dout, dlse, out, lse, n, log_n)
         of_options = zip((options.mask, options.alibi_slopes), needed[1:], strict=True)
         zeros = [lse.new_empty(0) if x is None or not needs_it else x.new_zeros(x.shape) for x, needs_it in of_options]
         return torch.zeros_like(q), torch.zeros_like(k), torch.zeros_like(v), dn, *zeros
@@ -113,13 +112,19 @@ def backward_by(
     found = passes.backward(grads, Saved(q, k, v, out, lse, log_n, rng_state), options)
     dn = found.dn
     if needed.n:
-        if dn is None:
-            dout, dlse = _in_use(options, dout, dlse)
-            dn = rescale.gradient_of_n(dout, dlse, out, lse, log_n, options.varlen)
-        dn = _shaped_as(dn, n)
+        dn = _shaped_as(dn, n) if dn is not None else gradient_of_n(options, dout, dlse, out, lse, n, log_n)
     heads_kv = k.shape[1]
     dk, dv = _sum_groups(found.dk, heads_kv), _sum_groups(found.dv, heads_kv)
     return found.dq, dk, dv, dn, found.dmask, found.dslopes
+
+
+def gradient_of_n(
+    options: Options, dout: Tensor, dlse: Tensor | None, out: Tensor, lse: Tensor, n: Tensor | None,
+    log_n: Tensor | None,
+) -> Tensor:  # fmt: skip
+    """The gradient of a tensor n in its shape, or, if `log_n` is given, that of log n."""
+    dout, dlse = _in_use(options, dout, dlse)
+    return _shaped_as(rescale.gradient_of_n(dout, dlse, out, lse, log_n, options.varlen), n)
 
 
 def chosen_now(name: str, q: Tensor, k: Tensor, v: Tensor, n: Tensor | None, options: Options) -> Backend:

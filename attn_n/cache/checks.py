@@ -2,15 +2,50 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from attn_n.cache.layout import Layout
-from attn_n.call import checks
+from attn_n.call import CacheRequest, checks
 
 FLOAT8 = (torch.float8_e4m3fn,)
+
+
+class Checked(NamedTuple):
+    """What a valid call says about its cache.
+
+    Attributes:
+        new: how many new keys each sequence has.
+        before: how many keys each sequence has before them; None is a full cache.
+    """
+
+    layout: Layout
+    new: int
+    before: int | Tensor | None
+
+
+def arguments(
+    q: Tensor, k_cache: Tensor, v_cache: Tensor, cache: CacheRequest, cache_leftpad: Tensor | None
+) -> Checked:
+    """Check all arguments but those that `flash_attention_n` has too."""
+    found = layout(q, k_cache, v_cache, cache.block_table, cache.cache_batch_idx)
+    new = new_rows(q, k_cache, v_cache, cache.k, cache.v)
+    before = seqlens(cache.cache_seqlens, q, new, found.most)
+    if cache_leftpad is not None:
+        leftpad(cache_leftpad, q, found.most)
+    rotary(cache.rotary_cos, cache.rotary_sin, q, new, found.most)
+    checks.flag("rotary_interleaved", cache.rotary_interleaved)
+    descale("k_descale", cache.k_descale, q, k_cache)
+    descale("v_descale", cache.v_descale, q, v_cache)
+    checks.length("num_splits", cache.num_splits)
+    table = found.block_table
+    if table is not None and checks.readable(table):
+        used = found.most if before is None else before + new
+        in_use = used.tolist() if isinstance(used, Tensor) else [used] * found.batch
+        table_in_use(table, k_cache.shape[0], found.block, in_use)
+    return Checked(found, new, before)
 
 
 def layout(
@@ -43,7 +78,13 @@ def layout(
             f"v_cache: expected the shape of k_cache but for the head size, {tuple(keys.shape)}, got"
             f" {tuple(values.shape)}"
         )
-    batch = queries.shape[0]
+    batch, heads = queries.shape[:2]
+    if keys.shape[3] != queries.shape[3]:
+        raise ValueError(f"k_cache: expected the head size of q, {queries.shape[3]}, got {keys.shape[3]}")
+    if keys.shape[1] == 0 or heads % keys.shape[1]:
+        raise ValueError(
+            f"k_cache: expected a number of heads that divides the {heads} heads of q, got {keys.shape[1]}"
+        )
     if block_table is not None:
         if cache_batch_idx is not None:
             raise ValueError("cache_batch_idx: expected None together with block_table, which says where sequences lie")

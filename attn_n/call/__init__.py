@@ -2,6 +2,8 @@
 
 from attn_n.call.description import FEATURES, AttentionCall, describe
 from attn_n.call.passes import Gradients, Grads, Options, Saved
-from attn_n.call.request import Request
+from attn_n.call.request import CacheRequest, Request
 
-__all__ = ["FEATURES", "AttentionCall", "Gradients", "Grads", "Options", "Request", "Saved", "describe"]
+__all__ = [
+    "FEATURES", "AttentionCall", "CacheRequest", "Gradients", "Grads", "Options", "Request", "Saved", "describe",
+]  # fmt: skip

@@ -13,7 +13,7 @@ from torch import Tensor
 from attn_n.call import autocast, checks, transforms
 from attn_n.call.description import AttentionCall, describe
 from attn_n.call.passes import Options
-from attn_n.call.request import Request
+from attn_n.call.request import CacheRequest, Request
 
 
 class Canonical(NamedTuple):
@@ -66,7 +66,7 @@ def batch(q: Tensor, k: Tensor, v: Tensor, request: Request, plain: bool = False
         checks.mask(mask, q, (*shape, k.shape[-2]))
         mask = _canonical_mask(_clamped_to_float32(_neg_resolved(mask), q), q.shape)
     q, k, v = _canonical(q), _canonical(k), _canonical(v)
-    left, right = _window(request, q.shape[2], k.shape[2], right_of_mask)
+    left, right = window(request, q.shape[2], k.shape[2], right_of_mask)
     if right == 0:
         _warn_of_rows_without_keys(q, k)
     options = Options(
@@ -106,7 +106,7 @@ def varlen(
     if mask is not None:
         checks.mask(mask, q, (batch, q.shape[1], max_seqlen_q, max_seqlen_k))
         mask = _clamped_to_float32(_neg_resolved(mask), q)[(None,) * (4 - mask.dim())]
-    left, right = _window(request)
+    left, right = window(request)
     # Sides beyond the longest sequence bound nothing, and kernels of other libraries truncate them to 32 bits.
     left = None if left is None else min(left, max_seqlen_k)
     right = None if right is None else min(right, max_seqlen_q)
@@ -123,16 +123,17 @@ def varlen(
     return _describe(q, k, v, batch, request, options, q.shape[:-1])
 
 
-def cached(q: Tensor, k: Tensor, v: Tensor, request: Request, **cache: Any) -> Canonical:
+def cached(q: Tensor, k: Tensor, v: Tensor, request: Request, cache: CacheRequest) -> Canonical:
     """Return the canonical form of a call over a KV cache that is read in place; `attn_n.cache.checks` has checked it.
 
-    `cache` are the fields of `Options` that say where its keys lie.
+    The new rows of `cache` are in it, and `request` has the lengths with them.
     """
-    most = k.shape[2] * (1 if cache["block_table"] is None else cache["block_table"].shape[1])
-    left, right = _window(request, q.shape[2], most)
+    q, k, v, table = _neg_resolved(q), _neg_resolved(k), _neg_resolved(v), cache.block_table
+    left, right = window(request, q.shape[2], k.shape[2] * (1 if table is None else table.shape[1]))
     options = Options(
         checks.scale(request.sm_scale, q), left, right, seqused_k=request.seqused_k, leftpad_k=request.leftpad_k,
-        **cache,
+        block_table=table, cache_batch_idx=cache.cache_batch_idx, k_descale=cache.k_descale,
+        v_descale=cache.v_descale, num_splits=cache.num_splits,
     )  # fmt: skip
     return _describe(q, k, v, q.shape[0], request, options, q.shape[:-1])
 
@@ -290,7 +291,7 @@ def _one_batch(x: Tensor, leading: Sequence[int], others: int) -> Tensor:
     return x.expand(*leading, *last).reshape(math.prod(leading), *last)
 
 
-def _window(
+def window(
     request: Request, len_q: int | None = None, len_k: int | None = None, right_of_mask: int | None = None
 ) -> tuple[int | None, int | None]:
     """Combine the window, `causal` and a CausalBias; a side that bounds nothing at these lengths is None."""

@@ -215,6 +215,11 @@ def readable(x: Tensor) -> bool:
     return (READ_ALL or x.device.type == "cpu") and type(x) in PLAIN
 
 
+def reads_values(x: Tensor) -> bool:
+    """Return True if a known call, which nothing traces, checks the values of tensors beside x."""
+    return x.is_cpu or READ_ALL
+
+
 def qkv(q: Tensor, k: Tensor, v: Tensor, varlen: bool) -> None:
     """Check types, dtypes, devices and shapes of the three tensors."""
     if not varlen and _usual(q, k, v):

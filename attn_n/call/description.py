@@ -114,10 +114,19 @@ class AttentionCall:
         return self.seqused or self.leftpad
 
     @property
+    def cached(self) -> bool:
+        """True if k and v are a KV cache that is not a batch in the order of the sequences and in the dtype of q."""
+        return self.cache or self.block_table > 0
+
+    @property
+    def most_keys(self) -> int:
+        """The most keys that a sequence of a batch may have."""
+        return self.k_shape[-2] * max(self.block_table, 1)
+
+    @property
     def keys_seen(self) -> int:
         """The most keys that a query sees, by its sequence (the average one for varlen) and by its window."""
-        keys = self.k_shape[-2] if self.sequences is None else self.k_shape[0] // max(self.sequences, 1)
-        keys *= max(self.block_table, 1)
+        keys = self.most_keys if self.sequences is None else self.k_shape[0] // max(self.sequences, 1)
         left, right = self.window_left, self.window_right
         if right is not None and right < 0:
             keys = max(0, keys + right)
@@ -177,7 +186,7 @@ class AttentionCall:
         if self.alibi:
             parts.append("ALiBi")
         parts += [words for words, asked in (("seqused", self.seqused), ("leftpad_k", self.leftpad)) if asked]
-        if self.cache or self.block_table:
+        if self.cached:
             parts.append("paged KV cache" if self.block_table else "KV cache")
         if self.dropout_p:
             parts.append(f"dropout {self.dropout_p:g}")

@@ -69,6 +69,11 @@ class Options(NamedTuple):
         return self.seqused_q is not None or self.seqused_k is not None or self.leftpad_k is not None
 
     @property
+    def cached(self) -> bool:
+        """True if a table or numbers of rows say where in k and v the keys of a sequence lie."""
+        return self.block_table is not None or self.cache_batch_idx is not None
+
+    @property
     def causal(self) -> bool:
         """True if the visible keys are exactly those of a causal mask."""
         return self.window_left is None and self.window_right == 0

@@ -24,3 +24,19 @@ class Request(NamedTuple):
     seqused_q: Tensor | None = None
     seqused_k: Tensor | None = None
     leftpad_k: Tensor | None = None
+
+
+class CacheRequest(NamedTuple):
+    """The arguments that `flash_attention_n_with_kvcache` has beside those of a `Request`."""
+
+    k: Tensor | None
+    v: Tensor | None
+    cache_seqlens: int | Tensor | None
+    cache_batch_idx: Tensor | None
+    block_table: Tensor | None
+    rotary_cos: Tensor | None
+    rotary_sin: Tensor | None
+    rotary_interleaved: bool
+    k_descale: Tensor | None
+    v_descale: Tensor | None
+    num_splits: int

@@ -15,7 +15,8 @@ from torch import Tensor
 
 from attn_n.autograd.prepared import PreparedCall
 from attn_n.backends import registry
-from attn_n.call import Request, autocast, transforms
+from attn_n.cache.append import Append
+from attn_n.call import CacheRequest, Request, autocast, transforms
 from attn_n.call.checks import PLAIN
 from attn_n.dispatch import forced, similar
 from attn_n.recent import Recent
@@ -31,6 +32,7 @@ _PACKING = frozenset((int, *PLAIN))
 
 _calls: Recent[Key, PreparedCall] = Recent()
 _kinds: Recent[tuple[Any, ...], PreparedCall] = Recent()
+over_cache: Recent[Key, tuple[PreparedCall, Append | None]] = Recent()  # by `key_over_cache`
 
 
 def key(q: Tensor, k: Tensor, v: Tensor, request: Request, packing: tuple[Any, ...] = ()) -> Key | None:
@@ -56,6 +58,22 @@ def key(q: Tensor, k: Tensor, v: Tensor, request: Request, packing: tuple[Any, .
             q.dtype is torch.float32 and torch.get_float32_matmul_precision(),
         )  # fmt: skip
     except (RuntimeError, TypeError, _NoMetadata):  # nested tensors and some sparse ones have no strides
+        return None
+
+
+def key_over_cache(q: Tensor, k: Tensor, v: Tensor, request: Request, cache: CacheRequest) -> Key | None:
+    """`key` of a call over a KV cache. None also for a number `cache_seqlens`, which grows with each token."""
+    if cache.cache_seqlens.__class__ is int:
+        return None
+    of_call = key(q, k, v, request)
+    if of_call is None:
+        return None
+    types = tuple([x.__class__ for x in cache])
+    if not _KEPT.issuperset(types):
+        return None
+    try:
+        return (*of_call, types, *[_metadata(x) if x.__class__ in PLAIN else x for x in cache])
+    except _NoMetadata:
         return None
 
 
@@ -92,6 +110,13 @@ def get(key: Key | None) -> PreparedCall | None:
     try:
         return None if key is None else _calls.get(key)
     except TypeError:  # a list, say, cannot be part of a key; nor is it right
+        return None
+
+
+def get_over_cache(key: Key | None) -> tuple[PreparedCall, Append | None] | None:
+    try:
+        return None if key is None else over_cache.get(key)
+    except TypeError:
         return None
 
 
@@ -141,3 +166,4 @@ def _kind(
 def clear() -> None:
     _calls.clear()
     _kinds.clear()
+    over_cache.clear()

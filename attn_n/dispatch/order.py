@@ -24,6 +24,9 @@ UNMEASURED = {
     11: ("flash_attn:4", "sdpa", "triton", "flash_attn", "xformers", "reference"),
 }
 
+# For calls without gradients over a KV cache, or over keys of which some do not exist: first who reads them in place.
+# Not measured yet; FlashAttention 3 splits keys, 4 does so on Blackwell alone, and 2 wants blocks of 256 keys.
+IN_PLACE = ("triton:decode", "triton", "flash_attn:3", "flash_attn:4", "flash_attn:2")
 
 # A few queries over many keys need other kernels than many queries do: split-KV, or one tile for all query heads that
 # share a KV head.
@@ -111,6 +114,8 @@ _BY_KIND = {
 def automatic(call: AttentionCall) -> tuple[str, ...]:
     """Return the backends to try, in order, for a call that forces none."""
     row, default = _row(call), _default(call)
+    if call.device == "cuda" and _reads_in_place(call):
+        return (*IN_PLACE, *[name for name in default if name not in IN_PLACE])
     if (row is None or call.padded) and _why_triton_first(call) is not None and "triton" in default:
         default = ("triton", *[name for name in default if name != "triton"])
     first = () if row is None else row.first
@@ -122,6 +127,8 @@ def automatic(call: AttentionCall) -> tuple[str, ...]:
 def reason(call: AttentionCall) -> str:
     """Return the reason for the automatic order of a call."""
     row, why_triton_first = _row(call), _why_triton_first(call)
+    if call.device == "cuda" and _reads_in_place(call):
+        return "automatic, first who reads keys where they lie"
     by_speed = f"by speed on an H100: {row}"
     if why_triton_first is not None and (row is None or call.padded):
         return f"automatic, triton first: {why_triton_first}" + (f"; {by_speed}" if row is not None else "")
@@ -129,6 +136,10 @@ def reason(call: AttentionCall) -> str:
         return f"automatic, {by_speed}"
     major, minor = call.capability or (9, 0)
     return "automatic" if major == 9 else f"automatic, not measured here: compute capability {major}.{minor}"
+
+
+def _reads_in_place(call: AttentionCall) -> bool:
+    return (call.cached or call.padded) and not call.needs_grad and not call.seqused_q
 
 
 def _default(call: AttentionCall) -> tuple[str, ...]:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from typing import Any
+from collections.abc import Callable
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor
@@ -11,21 +12,26 @@ from torch import Tensor
 from attn_n.autograd import function, passes
 from attn_n.autograd.prepared import PreparedCall
 from attn_n.backends.base import Backend
-from attn_n.call import Options, Request, autocast, canonical, checks, jagged
+from attn_n.call import AttentionCall, Options, Request, autocast, canonical, checks, jagged
 from attn_n.dispatch import call_cache, choose, forced, similar
 from attn_n.sink.weight import as_tensor
+
+Keep: TypeAlias = Callable[[PreparedCall, AttentionCall], None]
+
+# They are shown every call before it is served, none as one that is known: `attn_n.inspect` while it records.
+watchers: list[Callable[[canonical.Canonical], None]] = []
 
 
 def batch(q: Tensor, k: Tensor, v: Tensor, request: Request) -> Tensor | tuple[Tensor, Tensor]:
     """`flash_attention_n`."""
-    key = call_cache.key(q, k, v, request)
+    key = None if watchers else call_cache.key(q, k, v, request)
     known = call_cache.get(key) or call_cache.get_similar(key, q, k, v, request)
     if known is not None:
         return _run_known(known, q, k, v, request, known.options)
     if jagged.is_jagged(q):
         return _run_jagged(q, k, v, request)
     prepared = canonical.batch(q, k, v, request, plain=key is not None and not autocast.enabled(q.device.type))
-    return _run(prepared, request, key if prepared.as_it_came(q, k, v, request) else None)
+    return attend(prepared, request, _keeper(key, q, k, v, request) if prepared.as_it_came(q, k, v, request) else None)
 
 
 def varlen(
@@ -34,10 +40,10 @@ def varlen(
 ) -> Tensor | tuple[Tensor, Tensor]:  # fmt: skip
     """`flash_attention_n_varlen`."""
     packing = cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k
-    key = call_cache.key(q, k, v, request, packing)
+    key = None if watchers else call_cache.key(q, k, v, request, packing)
     known = call_cache.get(key) or call_cache.get_similar(key, q, k, v, request, packing)
     if known is not None:
-        if cu_seqlens_q.is_cpu or checks.READ_ALL:
+        if checks.reads_values(cu_seqlens_q):
             checks.boundaries("cu_seqlens_q", cu_seqlens_q, q.shape[0], max_seqlen_q)
             checks.boundaries("cu_seqlens_k", cu_seqlens_k, k.shape[0], max_seqlen_k)
         options = known.options._replace(cu_seqlens_q=cu_seqlens_q, cu_seqlens_k=cu_seqlens_k)
@@ -45,34 +51,32 @@ def varlen(
     prepared = canonical.varlen(q, k, v, *packing, request)
     as_it_came = prepared.as_it_came(q, k, v, request) and prepared.options.cu_seqlens_q is cu_seqlens_q
     as_it_came = as_it_came and prepared.options.cu_seqlens_k is cu_seqlens_k
-    return _run(prepared, request, key if as_it_came else None, packing)
-
-
-def cached(
-    q: Tensor, k: Tensor, v: Tensor, request: Request, cache: dict[str, Any]
-) -> Tensor | tuple[Tensor, Tensor] | None:
-    """Attention over a KV cache that is read in place; None if no backend that may be asked does so."""
-    prepared = canonical.cached(q, k, v, request, **cache)
-    chosen = choose.chosen(prepared.call, request.backend)
-    return None if chosen is None else _run(prepared, request, chosen=chosen)
+    return attend(prepared, request, _keeper(key, q, k, v, request, packing) if as_it_came else None)
 
 
 def _run_known(
     known: PreparedCall, q: Tensor, k: Tensor, v: Tensor, request: Request, options: Options
 ) -> Tensor | tuple[Tensor, Tensor]:
-    n = request.sm_n if request.sinks is None else request.sinks
-    if not isinstance(n, Tensor):
-        n = None
-    elif n.is_cpu or checks.READ_ALL:
-        checks.values_of_n(n, request.sinks is not None, q)
     mask = request.attn_mask
     if mask is not None:
         options = options._replace(mask=canonical.with_dimensions(mask, 4))
     seqused_q, seqused_k, leftpad_k = request.seqused_q, request.seqused_k, request.leftpad_k
     if seqused_q is not None or seqused_k is not None or leftpad_k is not None:
         options = options._replace(seqused_q=seqused_q, seqused_k=seqused_k, leftpad_k=leftpad_k)
-        if q.is_cpu or checks.READ_ALL:
+        if checks.reads_values(q):
             checks.values_in_use(seqused_q, seqused_k, leftpad_k, q.shape[-2], k.shape[-2])
+    return attend_known(known, q, k, v, request, options)
+
+
+def attend_known(
+    known: PreparedCall, q: Tensor, k: Tensor, v: Tensor, request: Request, options: Options
+) -> Tensor | tuple[Tensor, Tensor]:
+    """Run a call as one of its kind ran; `options` has its tensors."""
+    n = request.sm_n if request.sinks is None else request.sinks
+    if not isinstance(n, Tensor):
+        n = None
+    elif checks.reads_values(n):
+        checks.values_of_n(n, request.sinks is not None, q)
     if known.under_autocast:
         with autocast.suspended(q.device.type):
             out, lse = function.attend_eagerly(q, k, v, n, options, known)
@@ -82,17 +86,34 @@ def _run_known(
 
 
 def _run_jagged(q: Tensor, k: Tensor, v: Tensor, request: Request) -> Tensor | tuple[Tensor, Tensor]:
-    results = _run(canonical.varlen(*jagged.to_varlen(q, k, v), request), request)
+    results = attend(canonical.varlen(*jagged.to_varlen(q, k, v), request), request)
     if isinstance(results, Tensor):
         return jagged.nested(results, q)
     out, lse = results
     return jagged.nested(out, q), jagged.nested(lse, q)
 
 
-def _run(
-    prepared: canonical.Canonical, request: Request, key: call_cache.Key | None = None, packing: tuple[Any, ...] = (),
-    chosen: tuple[str, Backend] | None = None,
-) -> Tensor | tuple[Tensor, Tensor]:  # fmt: skip
+def _keeper(
+    key: call_cache.Key | None, q: Tensor, k: Tensor, v: Tensor, request: Request, packing: tuple[Any, ...] = ()
+) -> Keep | None:
+    """Return what keeps a call by its key, and by its kind for other lengths; None if it is not kept."""
+    if key is None:
+        return None
+
+    def keep(known: PreparedCall, call: AttentionCall) -> None:
+        call_cache.put(key, known)
+        if similar.covers(call, known.backend, forced.forced(request.backend)[0] is not None):
+            call_cache.put_kind(key, q, k, v, request, packing, known)
+
+    return keep
+
+
+def attend(
+    prepared: canonical.Canonical, request: Request, keep: Keep | None = None, chosen: tuple[str, Backend] | None = None
+) -> Tensor | tuple[Tensor, Tensor]:
+    """Choose a backend unless one is `chosen`, and run the call; `keep` gets the prepared call."""
+    for watcher in watchers:
+        watcher(prepared)
     q, k, v, n, n_is_logit, options, call, out_shape = prepared
     name, backend = chosen or choose.choose(call, request.backend)
     lse: Tensor | None
@@ -112,10 +133,8 @@ def _run(
         )  # fmt: skip
         with autocast.suspended(q.device.type):
             out, lse = function.attend(q, k, v, tensor_n, options, known)
-        if key is not None:
-            call_cache.put(key, known)
-            if similar.covers(call, name, forced.forced(request.backend)[0] is not None):
-                call_cache.put_kind(key, q, k, v, request, packing, known)
+        if keep is not None:
+            keep(known, call)
     if out.dim() != len(out_shape) + 1:
         out = out.reshape(*out_shape, out.shape[-1])
         lse = None if lse is None else lse.reshape(out_shape)

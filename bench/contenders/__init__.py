@@ -6,14 +6,14 @@ import functools
 import itertools
 from importlib.metadata import PackageNotFoundError, version
 
-from bench.contenders import eager, fla, flash_attn, flex, ours, torch_sdpa, xformers_
+from bench.contenders import cached, eager, fla, flash_attn, flex, ours, torch_sdpa, xformers_
 from bench.contenders.base import Contender
 from bench.workloads import Workload
 from bench.workloads.calls import Call, calls
 
 _PACKAGES = (
     "flash-attn", "flash-attn-3", "tokenspeed-fa3", "flash-attn-4", "nvidia-cutlass-dsl", "quack-kernels", "xformers",
-    "mslk-cuda", "fla-core", "triton",
+    "mslk-cuda", "fla-core", "flashinfer-python", "triton",
 )  # fmt: skip
 
 
@@ -46,7 +46,7 @@ def _for_call(workload: Workload, n: str) -> tuple[Contender, ...]:
 
 
 def named(name: str, device: str) -> Contender:
-    everyone = itertools.chain(contenders(device), *map(for_call, calls(device)))
+    everyone = itertools.chain(contenders(device), *map(for_call, calls(device)), cached.contenders(device))
     return next(contender for contender in everyone if contender.name == name)
 
 

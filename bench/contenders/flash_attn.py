@@ -35,11 +35,11 @@ class Version(NamedTuple):
     splits: dict[str, int]
 
 
-_2 = Version("flash-attn 2", "flash_attn.flash_attn_interface", None, None, -1, {})
+VERSION_2 = Version("flash-attn 2", "flash_attn.flash_attn_interface", None, None, -1, {})
 # Sinks are an addition of some builds, tokenspeed-fa3 among them.
-_3 = Version("flash-attn 3", "flash_attn_interface", "sinks", torch.bfloat16, -1, {"num_splits": 0})
+VERSION_3 = Version("flash-attn 3", "flash_attn_interface", "sinks", torch.bfloat16, -1, {"num_splits": 0})
 # It has no split-KV on Hopper.
-_4 = Version("flash-attn 4", "flash_attn.cute", "learnable_sink", None, None, {})
+VERSION_4 = Version("flash-attn 4", "flash_attn.cute", "learnable_sink", None, None, {})
 
 
 def _attend(version: Version) -> Callable[[Inputs], Attend]:
@@ -49,12 +49,12 @@ def _attend(version: Version) -> Callable[[Inputs], Attend]:
         options = _options(version, workload)
 
         def attend(q: Tensor, k: Tensor, v: Tensor, sinks: Tensor | None) -> Tensor:
-            return _out(library.flash_attn_func(q, k, v, **options, **_sink(version, sinks)))
+            return out_of(library.flash_attn_func(q, k, v, **options, **_sink(version, sinks)))
 
         def attend_packed(q: Tensor, k: Tensor, v: Tensor, sinks: Tensor | None) -> Tensor:
             longest = max(workload.sequences)
             lengths = {"cu_seqlens_q": starts, "cu_seqlens_k": starts, "max_seqlen_q": longest, "max_seqlen_k": longest}
-            return _out(library.flash_attn_varlen_func(q, k, v, **lengths, **options, **_sink(version, sinks)))
+            return out_of(library.flash_attn_varlen_func(q, k, v, **lengths, **options, **_sink(version, sinks)))
 
         return attend if starts is None else attend_packed
 
@@ -74,25 +74,25 @@ def _sink(version: Version, sinks: Tensor | None) -> dict[str, Tensor]:
     return {} if sinks is None else {str(version.sink): sinks.to(version.sink_dtype or sinks.dtype)}
 
 
-def _out(returned: Any) -> Tensor:
+def out_of(returned: Any) -> Tensor:
     """Returns the output, which FlashAttention 4 returns with the logsumexp."""
     out: Tensor = returned[0] if isinstance(returned, tuple) else returned
     return out
 
 
-def _why_not(version: Version, n: str) -> Callable[[Workload], str | None]:
-    def why_not(workload: Workload) -> str | None:
+def why_not(version: Version, n: str) -> Callable[[Workload], str | None]:
+    def reason(workload: Workload) -> str | None:
         if workload.device != "cuda":
             return "no CPU kernel"
         if workload.dtype not in (torch.float16, torch.bfloat16):
             return "half precision only"
-        if workload.width_v is not None and version is _2:
+        if workload.width_v is not None and version is VERSION_2:
             return "E = Ev only"
         if workload.width > 256:
             return "heads up to 256"
         return why_absent(version.module) or (None if n == "0" else _why_no_sink(version))
 
-    return why_not
+    return reason
 
 
 def _why_no_sink(version: Version) -> str | None:
@@ -103,17 +103,17 @@ def _why_no_sink(version: Version) -> str | None:
 def _contender(version: Version, n: str, measures: tuple[str, ...] = PASSES) -> Contender:
     name = f"{version.name} n=0" if n == "0" else f"{version.name} sink n={n}"
     prepare = by_autograd(_attend(version), n, token_first=True)
-    return Contender(name, n, prepare, _why_not(version, n), measures)
+    return Contender(name, n, prepare, why_not(version, n), measures)
 
 
 # Version 3 is often built without a backward.
 MEASURES_3 = FORWARD if version_3.left_out("BACKWARD") else PASSES
 
 CONTENDERS = (
-    _contender(_2, "0"),
-    _contender(_3, "0", MEASURES_3),
-    _contender(_3, "1", FORWARD),
-    _contender(_4, "0"),
-    _contender(_4, "1"),
-    _contender(_4, "per head"),
+    _contender(VERSION_2, "0"),
+    _contender(VERSION_3, "0", MEASURES_3),
+    _contender(VERSION_3, "1", FORWARD),
+    _contender(VERSION_4, "0"),
+    _contender(VERSION_4, "1"),
+    _contender(VERSION_4, "per head"),
 )

@@ -18,10 +18,13 @@ from bench.workloads import FORWARD, PASSES, Inputs, Workload
 
 
 def contenders(device: str) -> tuple[Contender, ...]:
-    automatic = tuple(_contender(None, n) for n in KINDS_OF_N)
     if device == "cpu":  # where the automatic choice is the only kernel
-        return (*automatic, _contender("reference", "1"))
-    return (*automatic, *(_contender(name, n) for name, kinds in _names() for n in kinds))
+        return (*automatic(), _contender("reference", "1"))
+    return (*automatic(), *(_contender(name, n) for name, kinds in _names() for n in kinds))
+
+
+def automatic() -> tuple[Contender, ...]:
+    return tuple(_contender(None, n) for n in KINDS_OF_N)
 
 
 def of_call(device: str, n: str) -> tuple[Contender, ...]:

@@ -23,11 +23,13 @@ from triton.backends.compiler import GPUTarget
 
 from attn_n.backends.triton import hopper
 from attn_n.backends.triton.decode import prepare as decode
+from attn_n.backends.triton.decode.configs import Gpu
 from attn_n.backends.triton.hopper.configs import BACKWARD, FORWARD, TILE_V
 from attn_n.backends.triton.kernel_key import describe, kernel_strides
 from attn_n.backends.triton.portable import configs
 from attn_n.backends.triton.portable.prepare import launch, launch_of_dmask, padded_rows
-from attn_n.call import Options
+from attn_n.cache.fused import FusedAppend
+from attn_n.call import CacheRequest, Options
 from attn_n.sink import fused
 
 
@@ -37,6 +39,7 @@ class Target(NamedTuple):
     shared: int  # bytes that one program may have
 
 
+NO_N = (None, None)  # no gradient of n
 TARGETS = {
     "sm_80": Target(GPUTarget("cuda", 80, 32), (8, 0), 166912),
     "sm_89": Target(GPUTarget("cuda", 89, 32), (8, 9), 101376),
@@ -155,11 +158,11 @@ def launch_of(
         chosen, arguments = {
             "schedule": (launches.schedule, (table, *keys, *queries)),
             "preprocess": (launches.preprocess, (out, dout, lse, None, stats, dq_sum, None, None, *queries[:2])),
-            "main": (launches.main, (q, k, v, dout, stats, dq_sum, *into, *filled, *queries[:2], *keys, table)),
+            "main": (launches.main, (q, k, v, dout, stats, dq_sum, *into, *filled, *queries[:2], *keys, table, *NO_N)),
             "postprocess": (launches.postprocess, (dq_sum, dq, *queries)),
         }[kernel.split()[-1]]
         return functools.partial(chosen.compiled if compile_only else chosen, *arguments)
-    if kernel == "dmask" and options.mask is None:
+    if (kernel == "dmask" or (config is not None and config.masked)) and options.mask is None:
         options = options.replaced(mask=torch.empty(1, 1, q.shape[2], k.shape[2], dtype=q.dtype))
     extras = options.mask, options.alibi_slopes, *(None,) * 6
     if kernel == "forward":
@@ -196,21 +199,44 @@ def compiled_sinks(target: str) -> Iterator[tuple[str, int, Any]]:
 
 
 def compiled_decoding(target: str) -> Iterator[tuple[str, int, Any]]:
-    """Yields name, width and compiled kernel of decoding: contiguous, and paged by tiles within and across blocks."""
+    """Yields name, width and compiled kernel of decoding: contiguous, and paged by tiles within and across blocks.
+
+    The merging kernel is compiled for n = 0, a number and sinks, and the other for what does without it, too.
+    """
     triton.runtime.driver.set_active(_NoGpu(TARGETS[target].gpu))
-    for width in (128, 256):
-        q, out = (torch.empty(1, 8, 1, width, dtype=torch.bfloat16) for _ in range(2))
+    gpu = Gpu(132, TARGETS[target].shared > 120000, target.startswith("sm_") and int(target[3:]) >= 90)
+    for width, queries, splits in ((128, 1, 2), (128, 1, 1), (128, 32, 2), (256, 1, 2)):
+        q, out = (torch.empty(1, 8, queries, width, dtype=torch.bfloat16) for _ in range(2))
         parts, parts_lse = torch.empty(8, 2, width), torch.empty(8, 2)
         for name, block in (("contiguous", 0), ("paged", 16), ("paged, large blocks", 128)):
             cache = torch.empty(4, 2, block or 1024, width, dtype=torch.bfloat16)
             table = torch.empty(1, 8, dtype=torch.int32) if block else None
-            options = Options(0.1, window_right=0, block_table=table, num_splits=2)
-            key = decode.key_of(q, cache, cache, 0.0, options)
-            call = decode.DecodeCall(key, q, TARGETS[target].shared > 120000)
-            rest = None, 0.0, None, None, None, table, None, None, None
-            yield f"decode, {name}", width, call.split.compiled(q, cache, cache, parts, parts_lse, *rest)
+            options = Options(0.1, window_right=0, block_table=table, num_splits=splits)
+            call = decode.DecodeCall(decode.key_of(q, cache, cache, None, options), q, gpu)
+            rest = None, None, None, None, table, None, None, None
+            yield f"decode, {name}", width, call.split.compiled(q, cache, cache, parts, parts_lse, None, *rest)
+    for n in (None, 0.0, torch.empty(8)):
+        call = decode.DecodeCall(decode.key_of(q, cache, cache, n, options), q, gpu)
         assert call.merge is not None
-        yield "decode merge", width, call.merge.compiled(parts, parts_lse, out, parts_lse, None, 0.0)
+        of_n = (n, None) if isinstance(n, Tensor) else (None, n)
+        yield "decode merge", width, call.merge.compiled(parts, parts_lse, out, parts_lse, *of_n)
+
+
+def compiled_append(target: str) -> Iterator[tuple[str, int, Any]]:
+    """Yields name, width and compiled kernel of appending to a cache: with rotary embedding, and to a float8 cache."""
+    triton.runtime.driver.set_active(_NoGpu(TARGETS[target].gpu))
+    table, lengths, angles = torch.empty(1, 8, dtype=torch.int32), torch.empty(1, dtype=torch.int32), torch.empty(64, 8)
+    for width in (128, 256):
+        q, k = (torch.empty(1, heads, 1, width, dtype=torch.bfloat16) for heads in (8, 2))
+        for dtype in (torch.bfloat16, torch.float8_e4m3fn):
+            scaled = dtype != torch.bfloat16
+            if scaled and target == "sm_80":  # torch appends there
+                continue
+            pages, factors = torch.empty(4, 2, 16, width, dtype=dtype), torch.empty(1, 2) if scaled else None
+            rest = None, table, angles, angles, False, factors, factors, 0
+            append = FusedAppend(q, pages, pages, CacheRequest(k, k, lengths, *rest), True)
+            of_call = q, q, angles, angles, table, None, factors, factors
+            yield f"append, {dtype}", width, append.launch.compiled(k, k, pages, pages, lengths, lengths, *of_call)
 
 
 def resources(kernel: Any, target: str) -> Resources:
@@ -242,9 +268,15 @@ def resources(kernel: Any, target: str) -> Resources:
     )
 
 
-def main(target: str) -> None:
+PARTS = ("hopper", "portable", "others")
+
+
+def main(target: str, part: str | None = None) -> None:
+    """Compiles all kernels for a GPU, or a part of them, and prints a line of JSON for each."""
     causal = Options(0.1, window_right=0)
     for kernel, width, config, dtype in shipped(target):
+        if part not in (None, "hopper" if kernel.startswith("hopper") else "portable"):
+            continue
         # Most kernels are the same for varlen sequences, but for the pointers to where these begin.
         for options in (causal, varlen(causal)) if kernel.startswith("hopper") else (causal,):
             found = resources(compiled(target, kernel, width, config, dtype, options), target)
@@ -253,10 +285,12 @@ def main(target: str) -> None:
                 "varlen": options is not causal, **found._asdict(),
             }  # fmt: skip
             print(json.dumps(line), flush=True)
-    for kernel, width, binary in (*compiled_sinks(target), *compiled_decoding(target)):
+    if part not in (None, "others"):
+        return
+    for kernel, width, binary in (*compiled_sinks(target), *compiled_decoding(target), *compiled_append(target)):
         found = resources(binary, target)
         print(json.dumps({"kernel": kernel, "width": width, "dtype": "torch.bfloat16", **found._asdict()}), flush=True)
 
 
 if __name__ == "__main__":
-    main(sys.argv[1])
+    main(*sys.argv[1:])

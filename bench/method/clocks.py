@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Protocol
 
 import torch
@@ -50,17 +50,13 @@ class HostClock:
 
     def turn(self, run: Run) -> list[float]:
         run()
-        self._wait()
+        _wait()
         marks = [time.perf_counter()]
         for _ in range(self.CALLS):
             run()
             marks.append(time.perf_counter())
-        self._wait()
+        _wait()
         return [end - start for start, end in itertools.pairwise(marks)]
-
-    def _wait(self) -> None:
-        if torch.cuda.is_available():
-            torch.cuda.synchronize()
 
 
 class CudaClock:
@@ -93,7 +89,7 @@ class CudaClock:
     def _queue(self, run: Run) -> tuple[torch.cuda.Event, torch.cuda.Event]:
         for _ in range(self.TRIES):
             start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-            self._l2.fill_(1)
+            self._flush()
             torch.cuda._sleep(self.AHEAD)
             start.record()
             run()
@@ -101,3 +97,38 @@ class CudaClock:
             if not start.query():
                 break  # otherwise the event span may contain time of the host
         return start, end
+
+    def _flush(self) -> None:
+        self._l2.fill_(1)
+
+
+class CleanCudaClock(CudaClock):
+    """A CudaClock that leaves no written lines in the L2: to write them back would slow what reads at full speed."""
+
+    def _flush(self) -> None:
+        self._l2.amax()
+
+
+class StepClock:
+    """Wall time of a step of several calls, from the first call to the end of all work, by call."""
+
+    ROUNDS = 3
+
+    def __init__(self, calls: Mapping[Run, int]) -> None:
+        """`calls` has the number of calls of each step."""
+        self._calls = calls
+
+    def rounds(self, runs: Sequence[Run]) -> int:
+        return self.ROUNDS
+
+    def turn(self, run: Run) -> list[float]:
+        _wait()
+        start = time.perf_counter()
+        run()
+        _wait()
+        return [(time.perf_counter() - start) / self._calls[run]]
+
+
+def _wait() -> None:
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()

@@ -21,6 +21,7 @@ from bench.workloads import Workload, make_inputs
 from bench.workloads.suites import Case, memory_workload
 
 _BYTES_A_PROCESS = 5 << 30  # of the GPU: torch's context, and the inputs and gradients of the longest workloads
+_BYTES_OF_KV = 5 << 29  # a larger cache leaves no room for other processes: its contenders compile when measured
 
 
 class Job(NamedTuple):
@@ -41,6 +42,8 @@ def _job(parameters: Mapping[str, Any]) -> Job | None:
     case: Case | None = parameters.get("case")
     length: int | None = parameters.get("length")
     if contender is None or contender.apart:  # those measured apart compile nothing and take long
+        return None
+    if case is not None and (case.workload.bytes_of_kv > _BYTES_OF_KV or contender.why_not(case.workload) is not None):
         return None
     if case is not None:
         return Job(contender.name, case.workload, case.training)

@@ -10,7 +10,7 @@ from bench.contenders.base import Contender, Passes
 from bench.contenders.library import one_line
 from bench.method.check import what_is_wrong
 from bench.reporting.record import Point
-from bench.workloads import Inputs, Workload, make_inputs
+from bench.workloads import PASSES, Inputs, Workload, make_inputs
 from bench.workloads.calls import Call
 from bench.workloads.suites import Case
 
@@ -42,7 +42,7 @@ class Prepared:
         return Point(
             case.suite, case.workload.fields(), "host" if of_host else case.measure, contender.name, contender.n,
             contender.ours, status, reason, self.backend, values,
-            None if of_host else case.workload.flops(case.measure),
+            None if of_host or case.measure not in PASSES else case.workload.flops(case.measure),
         )  # fmt: skip
 
 

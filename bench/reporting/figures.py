@@ -26,6 +26,9 @@ _LINES = {
     "flash-attn 3": ("FlashAttention 3", "#cc79a7"),
     "flash-attn 2": ("FlashAttention 2", "#e69f00"),
     "torch sdpa cudnn": ("cuDNN", "#009e73"),
+    "torch sdpa cudnn mask": ("cuDNN", "#009e73"),
+    "flashinfer": ("FlashInfer", "#f0e442"),
+    "flashinfer tensor cores": ("FlashInfer", "#f0e442"),
     "flex": ("FlexAttention", "#56b4e9"),
     "torch sdpa flash": ("PyTorch's FlashAttention 2", "#e69f00"),
     "torch sdpa": ("PyTorch's SDPA", "#d55e00"),
@@ -71,7 +74,7 @@ def draw(run: Run, folder: Path, stem: str) -> list[Path]:
         "best-peer": (_best_peer, best_pairs(grid)),
         "memory": (_memory, _lines(timed[timed.measure == "memory"])),
         "cost-of-n": (_cost_of_n, _over_plain(grid[grid.ours])),
-        "decode": (_decode, _lines(timed[(timed.suite == "decode") & (timed.measure == "forward")])),
+        "decode": (_decode, _lines(_contiguous(timed[(timed.suite == "decode") & (timed.measure == "forward")]))),
     }
     folder.mkdir(parents=True, exist_ok=True)
     paths = []
@@ -101,6 +104,15 @@ def _lines(points: pd.DataFrame) -> pd.DataFrame:
     names = library.mask(library.isin(left_out)).map({name: label for name, (label, _) in _LINES.items()})
     named = points.assign(label=names.mask(points.contender == "attn_n n=1", _OURS)).dropna(subset="label")
     return fastest(named, ["place", "label"])
+
+
+def _contiguous(points: pd.DataFrame) -> pd.DataFrame:
+    """Without paged caches; over a contiguous one, the call for caches stands for ours."""
+    points = points[~(points.block > 0)]
+    over_cache = points.contender == "attn_n kvcache n=1"
+    if over_cache.any():
+        points = points[points.contender != "attn_n n=1"]
+    return points.assign(contender=points.contender.mask(over_cache, "attn_n n=1"))
 
 
 def _over_plain(points: pd.DataFrame) -> pd.DataFrame:
@@ -148,10 +160,11 @@ def _decode(points: pd.DataFrame, machine: Mapping[str, Any]) -> Figure:
     """How fast K and V are read, each once, which is nearly all that decoding has to do."""
     scale, unit = (1e12, "TB/s") if machine["kind"] == "cuda" else (1e9, "GB/s")
     bytes_of_kv = 2 * points.batch * points.heads_kv * points.S * points.E * (4 if "32" in points.dtype.iloc[0] else 2)
-    keys = "S = " + points.S.map(_short) + ", " + _width(points)
+    x, other = ("S", "L") if points.S.nunique() > 1 else ("L", "S")
+    rows = f"{other} = " + points[other].map(_short) + ", " + _width(points)
     columns = "batch " + points.BxH.str.replace("x", ", heads ") + ":" + points.heads_kv.astype(str)
-    shown = points.assign(row=keys, column=columns, x=points.L, y=bytes_of_kv / points.value / scale)
-    figure, all_axes = _small_multiples(shown, unit, "Decoding, K and V read", _LOOKS, over="L")
+    shown = points.assign(row=rows, column=columns, x=points[x], y=bytes_of_kv / points.value / scale)
+    figure, all_axes = _small_multiples(shown, unit, "Decoding, K and V read", _LOOKS, over=x)
     top = _ceiling(machine, "copy_bytes")
     for axes in all_axes:
         if top is not None:

@@ -27,7 +27,7 @@ def _row(point: Point) -> dict[str, object]:
         "flops": point.flops, "workload": str(workload), "dtype": point.problem["dtype"], "causal": workload.causal,
         "mask": "causal" if workload.causal else "full", "E": workload.width, "S": workload.len_k,
         "L": workload.length, "batch": workload.batch, "heads_kv": workload.num_heads_kv,
-        "BxH": f"{workload.batch}x{workload.heads}",
+        "BxH": f"{workload.batch}x{workload.heads}", "block": workload.block,
     }  # fmt: skip
 
 

@@ -10,6 +10,7 @@ from typing import NamedTuple
 
 import pandas as pd
 
+from bench.reporting.decoding import tables as decode_tables
 from bench.reporting.frame import best_pairs, by_pass, contenders, frame, measured
 from bench.reporting.ratios import ratio, workload_of
 from bench.reporting.record import Run
@@ -51,7 +52,8 @@ class Section(NamedTuple):
 def markdown(run: Run) -> str:
     """All tables of a run, below a heading that says what it ran on."""
     points = frame(run.points)
-    return "\n\n".join([_heading(run), *map(str, (*speed(points, run.machine["kind"]), *costs(points)))])
+    sections = (*speed(points, run.machine["kind"]), *decoding(run), *costs(points))
+    return "\n\n".join([_heading(run), *map(str, sections)])
 
 
 def _heading(run: Run) -> str:
@@ -75,6 +77,13 @@ def speed(points: pd.DataFrame, kind: str) -> Iterator[Section]:
                 title = ", ".join([str(measure), *(f"E = {each}" for each in width), dtype, unit.name])
                 yield Section(f"**{title}**", _by_contender(group, labels, unit))
         yield from _left_out(there)
+
+
+def decoding(run: Run) -> Iterator[Section]:
+    """What is read of the bandwidth, and what a call takes in a decode step."""
+    copy_bytes = (run.machine.get("ceilings") or {}).get("copy_bytes")
+    for title, table in decode_tables(run.points, copy_bytes):
+        yield Section(f"### {title}", table)
 
 
 def costs(points: pd.DataFrame) -> Iterator[Section]:

@@ -72,7 +72,6 @@ def _cuda() -> tuple[Suite, ...]:
         for length in (512, 2048, 8192, 16384)
         for causal in (False, True)
     )
-    decode = tuple(_half(length, batch=8, heads=32, heads_kv=8, keys=65536) for length in (1, 4, 16))
     gqa = tuple(_half(8192, True, batch=2, heads=32, heads_kv=heads) for heads in (None, 8, 4, 1))
     varlen = tuple(
         _half(sum(lengths), True, heads=16, sequences=lengths)
@@ -89,7 +88,6 @@ def _cuda() -> tuple[Suite, ...]:
     scaling = tuple(_half(512 << step, True, batch=1, heads=16) for step in range(9))
     return (
         Suite("grid", grid, tuple(p for p in grid if p.width == 128 and p.length == 8192 and p.causal)),
-        Suite("decode", decode, decode[:1], FORWARD),
         Suite("gqa", gqa, (), PASSES[:2]),
         Suite("varlen", varlen, varlen[1:2], PASSES[:2]),
         Suite("window", window, window[1:2], PASSES[:2]),

@@ -26,6 +26,7 @@ class Workload:
         window: how many keys before its own a query sees; None is all.
         sequences: the lengths of packed sequences, whose sum is `length`; then batch is 1 and L = S.
         mask: the dtype of a mask `(L, S)` in memory, "bool"; None is no mask.
+        block: the keys of a block where they lie in a paged KV cache; 0 is a contiguous cache, None is no cache.
     """
 
     length: int
@@ -39,6 +40,7 @@ class Workload:
     window: int | None = None
     sequences: tuple[int, ...] = ()
     mask: str | None = None
+    block: int | None = None
     dtype: torch.dtype = torch.float32
     device: str = "cpu"
 
@@ -56,6 +58,8 @@ class Workload:
             parts.append(f"window{self.window}")
         if self.mask is not None:
             parts.append(f"{self.mask}-mask")
+        if self.block is not None:
+            parts.append(f"paged{self.block}" if self.block else "contiguous")
         parts.append("causal" if self.causal else "full")
         return "-".join(parts)
 
@@ -70,6 +74,11 @@ class Workload:
     @property
     def columns_of_v(self) -> int:
         return self.width if self.width_v is None else self.width_v
+
+    @property
+    def bytes_of_kv(self) -> int:
+        columns = self.width + self.columns_of_v
+        return self.batch * self.num_heads_kv * self.len_k * columns * self.dtype.itemsize
 
     def flops(self, measure: str) -> float:
         """Counts the operations of "forward", "backward" or "both", as FlashAttention does.
@@ -99,6 +108,10 @@ class Inputs(NamedTuple):
     """The tensors of a workload: q `(B, H, L, E)`, k and v `(B, Hkv, S, E or Ev)`, or packed `(T, H, E)`; dout as out.
 
     q, k and v require gradients. `starts` is cu_seqlens of packed sequences.
+
+    In a cache `(B, S, Hkv, E)` lies in memory, of which k and v are views; in a paged one `(blocks, block, Hkv, E)`, of
+    which they are views `(blocks, Hkv, block, E)`, and `table` `(B, S / block)` has the blocks of each sequence, in
+    random order. `used` `(B,)` is S for each. Nothing requires gradients.
     """
 
     q: Tensor
@@ -108,6 +121,8 @@ class Inputs(NamedTuple):
     starts: Tensor | None
     workload: Workload
     mask: Tensor | None = None
+    table: Tensor | None = None
+    used: Tensor | None = None
 
 
 def make_inputs(workload: Workload) -> Inputs:
@@ -117,6 +132,8 @@ def make_inputs(workload: Workload) -> Inputs:
     as n = 1, and a contender that drops n is far off at any length and in any dtype.
     """
     generator = torch.Generator(workload.device).manual_seed(0)
+    if workload.block is not None:
+        return _with_cache(workload, generator)
 
     def normal(heads: int, length: int, width: int) -> Tensor:
         shape = (length, heads) if workload.sequences else (workload.batch, heads, length)
@@ -125,10 +142,7 @@ def make_inputs(workload: Workload) -> Inputs:
     widths = workload.width, workload.columns_of_v
     q, dout = (normal(workload.heads, workload.length, width) for width in widths)
     k, v = (normal(workload.num_heads_kv, workload.len_k, width) for width in widths)
-    # In place: a copy would raise the resident peak that bench.method.memory starts from.
-    mean = math.sqrt(math.log(max(workload.sequences or (workload.len_k,))) / math.sqrt(workload.width))
-    q.add_(mean)
-    k.sub_(mean)
+    _move_apart(q, k, max(workload.sequences or (workload.len_k,)))
     starts = None
     if workload.sequences:
         starts = torch.tensor([0, *workload.sequences], device=workload.device).cumsum(0).to(torch.int32)
@@ -137,3 +151,26 @@ def make_inputs(workload: Workload) -> Inputs:
         mask = torch.ones(workload.length, workload.len_k, dtype=torch.bool, device=workload.device)
         mask[:, ::8] = False
     return Inputs(q.requires_grad_(), k.requires_grad_(), v.requires_grad_(), dout, starts, workload, mask)
+
+
+def _with_cache(workload: Workload, generator: torch.Generator) -> Inputs:
+    batch, keys, block = workload.batch, workload.len_k, workload.block
+    options: dict[str, Any] = {"device": workload.device, "generator": generator}
+
+    def normal(*shape: int) -> Tensor:
+        return torch.randn(shape, **options, dtype=workload.dtype).transpose(1, 2)
+
+    q = normal(batch, workload.length, workload.heads, workload.width)
+    rows = (batch * keys // block, block) if block else (batch, keys)
+    k, v = (normal(*rows, workload.num_heads_kv, width) for width in (workload.width, workload.columns_of_v))
+    _move_apart(q, k, keys)
+    table = torch.randperm(rows[0], **options).int().view(batch, -1) if block else None
+    used = torch.full((batch,), keys, dtype=torch.int32, device=workload.device)
+    return Inputs(q, k, v, torch.empty_like(q), None, workload, table=table, used=used)
+
+
+def _move_apart(q: Tensor, k: Tensor, keys: int) -> None:
+    """Moves the means of q and k, in place: a copy would raise the peak that bench.method.memory starts from."""
+    mean = math.sqrt(math.log(keys) / math.sqrt(q.shape[-1]))
+    q.add_(mean)
+    k.sub_(mean)

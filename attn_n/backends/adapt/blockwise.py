@@ -19,6 +19,7 @@ from attn_n.backends.adapt.dense_bias import dense_bias
 from attn_n.backends.adapt.layout import is_of_width, lse_as_value_column, narrowed, of_width
 from attn_n.backends.base import Backend, Prepared, empty_in_order, memory_order
 from attn_n.call import Gradients, Grads, Options, Saved
+from attn_n.sink.merging import merge_
 
 
 class BlockwiseBackend(Backend):
@@ -93,7 +94,7 @@ class BlockwiseBackend(Backend):
                 some_out.copy_(part)
                 some_lse.copy_(part_lse)
             else:
-                _merge_(some_out, some_lse, part, part_lse)
+                merge_(some_out, some_lse, part, part_lse)
         return narrowed(out, size_v).to(q.dtype), lse
 
     def forward_of(self, block: Block, q: Tensor, k: Tensor, v: Tensor, options: Options) -> tuple[Tensor, Tensor]:
@@ -271,14 +272,6 @@ def _nothing(q: Tensor, width_v: int) -> tuple[Tensor, Tensor]:
     shape, dtype = q.shape[:-1], _accumulator(q)
     out = empty_in_order(q, (*shape, width_v), memory_order(q)).to(dtype).zero_()
     return out, torch.full(shape, -math.inf, dtype=dtype, device=q.device)
-
-
-def _merge_(out: Tensor, lse: Tensor, part: Tensor, part_lse: Tensor) -> None:
-    """Add to `out` and `lse`, in place, the attention of the same rows over further keys."""
-    hidden = (lse == -math.inf) & (part_lse == -math.inf)
-    weight = torch.sigmoid(part_lse - lse).masked_fill_(hidden, 0.0)[..., None]
-    out.mul_(1.0 - weight).addcmul_(part.to(out.dtype), weight)
-    lse.copy_(torch.logaddexp(lse, part_lse))
 
 
 def _accumulator(q: Tensor) -> torch.dtype:

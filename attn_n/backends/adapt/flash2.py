@@ -34,15 +34,17 @@ def window_arguments(options: Options, lengths: Sequences) -> WindowArguments:
     return WindowArguments(False, -1 if left is None else left, -1 if right is None else right, max_k)
 
 
-def why_not_window(call: AttentionCall) -> str | None:
+def why_not_window(call: AttentionCall, in_place: bool = False) -> str | None:
     """Return the reason why the kernels do not serve the window of the call, or None.
 
     A right side without a bound, or with one from S on, counts as S, which hides keys from queries far before the first
-    key.
+    key. A padded batch is packed as varlen sequences, unless its keys are read `in_place`.
     """
-    if call.varlen or call.padded or not call.windowed or call.q_shape[2] <= call.k_shape[2] + 1:
+    if call.varlen or not call.windowed or call.q_shape[2] <= call.most_keys + 1:
         return None
-    if call.window_right is None or call.window_right >= call.k_shape[2]:
+    if (call.padded or call.cached) and not in_place:
+        return None
+    if call.window_right is None or call.window_right >= call.most_keys:
         return "FlashAttention 2 takes a window that is open to the right only for L <= S + 1"
     return None
 
@@ -52,4 +54,9 @@ def rows_without_keys(lse: Tensor, options: Options, lengths: Sequences) -> Tens
     ahead = options.window_right is not None and lengths.max_q > lengths.max_k
     if lengths.starts_q is None and not ahead:
         return lse
-    return lse.masked_fill(lse == math.inf, -math.inf)
+    return minus_infinity_(lse)
+
+
+def minus_infinity_(lse: Tensor) -> Tensor:
+    """Replace +inf by -inf in place, in one launch."""
+    return lse.nan_to_num_(nan=math.nan, posinf=-math.inf, neginf=-math.inf)

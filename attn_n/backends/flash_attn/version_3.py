@@ -8,7 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from attn_n.backends.adapt.flash import FlashBackend, sequences
+from attn_n.backends.adapt.flash import sequences
+from attn_n.backends.adapt.in_place import InPlaceFlash, Places
 from attn_n.backends.adapt.library import Library
 from attn_n.backends.adapt.signatures import changed_operator
 from attn_n.backends.base import gradients_like
@@ -21,6 +22,8 @@ LIBRARY = Library(
     "from its source, or the forward alone by pip install tokenspeed-fa3",
     ("flash-attn-3", "tokenspeed-fa3"),
 )
+MOST_SPLITS = 256
+SMALLEST_TILE = 64  # of query rows; pages are loaded row by row where one tile holds the queries of a KV head
 _OPTIONS = (
     "cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, softmax_scale, is_causal, window_size_left,"
     " window_size_right, softcap"
@@ -33,6 +36,12 @@ def why_not_usable() -> str | None:
         f"flash_attn_3::fwd(q, k, v, *, {_OPTIONS}, num_splits) -> 4",
         f"flash_attn_3::bwd(dout, q, k, v, out, softmax_lse, dq, dk, dv, *, {_OPTIONS}, deterministic)",
     )
+
+
+@constant_when_compiled
+def why_not_cache() -> str | None:
+    """Return the reason why its forward cannot be called for KV caches; None if it can."""
+    return changed_operator(f"flash_attn_3::fwd(q, k, v, *, {_OPTIONS}, seqused_k, page_table, leftpad_k, num_splits)")
 
 
 @constant_when_compiled
@@ -50,15 +59,25 @@ def left_out(feature: str) -> str | None:
     return f"this build of FlashAttention 3 ({LIBRARY.version()}) was made without {feature.lower()}"
 
 
-class FlashAttention3(FlashBackend):
+class FlashAttention3(InPlaceFlash):
+    """Its TMA loads whole tiles of keys, and those that lie beyond a sequence reach the result if they are NaN.
+
+    Pages are loaded row by row, unless there are many queries, pages hold whole tiles, and no `leftpad_k` moves them.
+    Hence a KV cache is passed as a paged one, with a `leftpad_k` beside many queries.
+    """
+
     name = "flash_attn:3"
     summary = "FlashAttention 3, for Hopper"
-    honours = ("causal", "window", "softcap", "varlen", "lse gradient", "seqused", "leftpad")
+    honours = ("causal", "window", "softcap", "varlen", "lse gradient", "seqused", "leftpad", "cache", "block table")
 
     def why_not(self, call: AttentionCall) -> str | None:
         if call.capability != (9, 0):
             return f"is for compute capability 9.0, got {call.capability}"
-        return self.too_wide(call) or why_not_usable() or _why_not_built(call)
+        reason = self.too_wide(call) or why_not_usable() or _why_not_built(call)
+        return reason or (self.why_not_in_place(call) if call.cached else None)
+
+    def why_not_in_place(self, call: AttentionCall) -> str | None:
+        return super().why_not_in_place(call) or why_not_cache() or left_out("PAGEDKV")
 
     def out_dim_order(self, q: Tensor) -> tuple[int, ...]:
         """Tokens come before heads, whatever the dimension order of q."""
@@ -69,6 +88,19 @@ class FlashAttention3(FlashBackend):
         splits = 1 if options.varlen else 0
         out, lse, *_ = torch.ops.flash_attn_3.fwd(q, k, v, num_splits=splits, **_keywords(options, q, k))
         return out, lse, None
+
+    def kernel_in_place(
+        self, q: Tensor, k: Tensor, v: Tensor, places: Places, options: Options
+    ) -> tuple[Tensor, Tensor]:
+        leftpad = places.leftpad
+        if leftpad is None and q.shape[1] * q.shape[2] > SMALLEST_TILE * k.shape[2]:
+            leftpad = torch.zeros_like(places.used)
+        splits = min(options.num_splits, MOST_SPLITS) if left_out("SPLIT") is None else 1
+        out, lse, *_ = torch.ops.flash_attn_3.fwd(
+            q, k, v, seqused_k=places.used, page_table=places.as_table(), leftpad_k=leftpad, num_splits=splits,
+            **_keywords(options, q, k),
+        )  # fmt: skip
+        return out, lse
 
     def kernel_backward(self, grads: Grads, saved: Saved, options: Options) -> Gradients:
         q, k, v, out, lse, *_ = saved
@@ -85,7 +117,7 @@ def _why_not_built(call: AttentionCall) -> str | None:
         "BACKWARD": call.needs_grad,
         "SOFTCAP": call.softcap is not None,
         "LOCAL": call.windowed,
-        "VARLEN": call.varlen or call.padded,
+        "VARLEN": call.varlen or call.padded or call.cached,
         "FP16": call.dtype == torch.float16,
         "HDIM256": max(call.head_dim, call.head_dim_v) > 192,
     }

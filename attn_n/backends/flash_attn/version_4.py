@@ -8,7 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from attn_n.backends.adapt.flash import FlashBackend, sequences
+from attn_n.backends.adapt.flash import sequences
+from attn_n.backends.adapt.in_place import InPlaceFlash, Places
 from attn_n.backends.adapt.library import Library
 from attn_n.backends.adapt.signatures import changed_function
 from attn_n.backends.base import gradients_like
@@ -34,14 +35,28 @@ def why_not_usable() -> str | None:
     )  # fmt: skip
 
 
+@constant_when_compiled
+def why_not_cache() -> str | None:
+    """Return the reason why its forward cannot be called for KV caches; None if it can."""
+    module = _module()
+    return changed_function(module, "_flash_attn_fwd", "seqused_k", "page_table", "num_splits") or changed_function(
+        module, "_tile_size_fwd_sm90", "head_dim", "head_dim_v", "is_causal", "is_local"
+    )
+
+
 def _module() -> Any:
     return importlib.import_module(LIBRARY.module)
 
 
-class FlashAttention4(FlashBackend):
+class FlashAttention4(InPlaceFlash):
+    """Its TMA loads whole tiles of keys, and those that lie beyond a sequence reach the result if they are NaN.
+
+    Pages are loaded row by row, unless they are tiles. Hence a contiguous KV cache is passed as a paged one.
+    """
+
     name = "flash_attn:4"
     summary = "FlashAttention 4, for Hopper and Blackwell"
-    honours = ("causal", "window", "softcap", "varlen", "lse gradient", "seqused", "leftpad")
+    honours = ("causal", "window", "softcap", "varlen", "lse gradient", "seqused", "leftpad", "cache", "block table")
     takes_dlse = True
     # At other head sizes 4.0.0b36 on Hopper computes a wrong dq for all but the first queries, since its kernel and its
     # buffers round the size differently: https://github.com/Dao-AILab/flash-attention/pull/2896
@@ -50,7 +65,18 @@ class FlashAttention4(FlashBackend):
     def why_not(self, call: AttentionCall) -> str | None:
         if call.capability is None or call.capability[0] not in (9, 10, 11):
             return f"is used here for compute capability 9.0 to 11.0, got {call.capability}"
-        return self.too_wide(call, 256 if call.capability[0] == 9 else 128) or why_not_usable()
+        reason = self.too_wide(call, 256 if call.capability[0] == 9 else 128) or why_not_usable()
+        return reason or (self.why_not_in_place(call) if call.cached else None)
+
+    def why_not_in_place(self, call: AttentionCall) -> str | None:
+        if call.leftpad:
+            return "has no cache_leftpad"
+        reason = super().why_not_in_place(call) or why_not_cache()
+        if reason is not None or call.k_shape[2] != _keys_of_tile(
+            call.capability, call.head_dim, call.head_dim_v, call.causal, call.windowed
+        ):
+            return reason
+        return f"loads blocks of {call.k_shape[2]} keys whole, and NaN behind the last key would reach the result"
 
     def out_dim_order(self, q: Tensor) -> tuple[int, ...]:
         """Tokens come before heads, whatever the dimension order of q."""
@@ -60,6 +86,17 @@ class FlashAttention4(FlashBackend):
         out, lse, *_ = _module()._flash_attn_fwd(q, k, v, return_lse=True, **_keywords(options, q, k))
         return out, lse, None
 
+    def kernel_in_place(
+        self, q: Tensor, k: Tensor, v: Tensor, places: Places, options: Options
+    ) -> tuple[Tensor, Tensor]:
+        # It splits keys on Blackwell alone.
+        splits = 1 if torch.cuda.get_device_capability(q.device)[0] == 9 else max(1, options.num_splits)
+        out, lse, *_ = _module()._flash_attn_fwd(
+            q, k, v, return_lse=True, seqused_k=places.used, page_table=places.as_table(), num_splits=splits,
+            **_keywords(options, q, k),
+        )  # fmt: skip
+        return out, lse
+
     def kernel_backward(self, grads: Grads, saved: Saved, options: Options) -> Gradients:
         q, k, v, out, lse, *_ = saved
         dq, dk, dv = gradients_like(q, k, v)
@@ -68,6 +105,16 @@ class FlashAttention4(FlashBackend):
             deterministic=torch.are_deterministic_algorithms_enabled(), **_keywords(options, q, k),
         )  # fmt: skip
         return Gradients(dq, dk, dv)
+
+
+@constant_when_compiled
+def _keys_of_tile(
+    capability: tuple[int, int] | None, head_dim: int, head_dim_v: int, causal: bool, windowed: bool
+) -> int:
+    if capability is None or capability[0] != 9:
+        return 128
+    keys: int = _module()._tile_size_fwd_sm90(head_dim, head_dim_v, causal, windowed).n_block_size
+    return keys
 
 
 def _keywords(options: Options, q: Tensor, k: Tensor) -> dict[str, Any]:

@@ -24,7 +24,7 @@ class Triton(Family):
         self.members = {"hopper": HopperKernels(), "portable": PortableKernels(), "decode": DecodeKernels()}
 
     def priority(self, call: AttentionCall) -> Sequence[str]:
-        if call.cache or call.block_table:
+        if call.cached:
             return ("decode",)
         if call.device != "cuda":
             return ("portable",)

@@ -7,11 +7,13 @@ lse at n = 0, and `merge_kernel` puts them together. n is applied once, there.
     split_kernel   (sequence, KV head, rows, split)      rows = query heads of the KV head x queries
     merge_kernel   (sequence, query head, query)         out = sum of exp(lse_i - lse) out_i, with n as one more part
 
-How many keys a sequence has is read on the GPU. A split without keys stores -inf.
+How many keys a sequence has is read on the GPU. A split without keys stores -inf. Where it can (PDL), `merge_kernel` is
+launched while the last programs of `split_kernel` store their parts.
 """
 
 import triton
 import triton.language as tl
+from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from attn_n.backends.triton.portable.tile import LN2, LOG2E, add_dot, dot, tanh
 
@@ -55,9 +57,9 @@ def load_keys(x, row_of_cache, table, keys, exist, strides, block, PAGED: tl.con
 
 @triton.jit
 def row_sink(sinks, log_n, stride_n, head, row):
-    """Return log n in base 2 of each row, or None. `row` counts the rows of all sequences and heads."""
+    """Return log n in base 2 of each row. `row` counts the rows of all sequences and heads."""
     if sinks is None:
-        return None if log_n is None else log_n * LOG2E
+        return log_n * LOG2E
     elif stride_n is None:
         return tl.load(sinks + row) * LOG2E
     else:
@@ -71,7 +73,7 @@ def split_kernel(
     stride_n, heads, len_q, len_k, left, right, scale, softcap, splits, row_tiles, block,
     GROUPS: tl.constexpr, WIDTH: tl.constexpr, WIDTH_V: tl.constexpr, TILE_E: tl.constexpr, TILE_V: tl.constexpr,
     TILE_R: tl.constexpr, TILE_K: tl.constexpr, PAGED: tl.constexpr, WHOLE: tl.constexpr, SPLIT: tl.constexpr,
-    PRECISION: tl.constexpr,
+    PDL: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Attend with a tile of rows to one part of the keys.
 
@@ -150,16 +152,17 @@ def split_kernel(
         acc = add_dot(acc * rescale[:, None], weights.to(q_tile.dtype), v_tile.to(q_tile.dtype), PRECISION)
         row_max = new_max
 
+    if PDL:
+        gdc_launch_dependents()
     row = (batch * heads + head) * len_q + query
-    if not SPLIT:
+    if not SPLIT and (sinks is not None or log_n is not None):
         sink = row_sink(sinks, log_n, stride_n, tl.where(there, head, 0), tl.where(there, row, 0))
-        if sink is not None:
-            new_max = tl.maximum(row_max, sink)
-            shift = tl.where(new_max == float("-inf"), 0.0, new_max)
-            rescale = tl.exp2(row_max - shift)
-            acc *= rescale[:, None]
-            row_sum = row_sum * rescale + tl.exp2(sink - shift)
-            row_max = new_max
+        new_max = tl.maximum(row_max, sink)
+        shift = tl.where(new_max == float("-inf"), 0.0, new_max)
+        rescale = tl.exp2(row_max - shift)
+        acc *= rescale[:, None]
+        row_sum = row_sum * rescale + tl.exp2(sink - shift)
+        row_max = new_max
     empty = row_sum == 0.0
     if v_descale is not None:
         acc *= tl.load(v_descale + batch * strides_v_descale[0] + head_kv * strides_v_descale[1])
@@ -180,7 +183,7 @@ def split_kernel(
 @triton.jit(do_not_specialize=RUN_TIME)
 def merge_kernel(
     parts, parts_lse, out, lse, sinks, log_n, strides_out, stride_n, heads, len_q, splits,
-    WIDTH_V: tl.constexpr, TILE_V: tl.constexpr, TILE_S: tl.constexpr,
+    WIDTH_V: tl.constexpr, TILE_V: tl.constexpr, TILE_S: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """Merge the parts of one row, all of its splits in one tile, and apply n."""
     row = tl.program_id(0).to(tl.int64)
@@ -188,15 +191,19 @@ def merge_kernel(
     head, batch = program % heads, program // heads
     split, columns = tl.arange(0, TILE_S), tl.arange(0, TILE_V)
     of_part = row * splits + split
+    has_sink: tl.constexpr = sinks is not None or log_n is not None
+    if has_sink:
+        sink = row_sink(sinks, log_n, stride_n, head, row)
+    if PDL:
+        gdc_wait()
     lses = tl.load(parts_lse + of_part, mask=split < splits, other=float("-inf"))
     row_max = tl.max(lses, 0)
-    sink = row_sink(sinks, log_n, stride_n, head, row)
-    if sink is not None:
+    if has_sink:
         row_max = tl.maximum(row_max, sink)
     shift = tl.where(row_max == float("-inf"), 0.0, row_max)
     weights = tl.exp2(lses - shift)
     row_sum = tl.sum(weights, 0)
-    if sink is not None:
+    if has_sink:
         row_sum += tl.exp2(sink - shift)
     inside = (split < splits)[:, None] & (columns < WIDTH_V)[None, :]
     part = tl.load(parts + of_part[:, None] * WIDTH_V + columns[None, :], mask=inside, other=0.0)

@@ -2,21 +2,18 @@
 
 from __future__ import annotations
 
-import functools
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from attn_n.backends.triton import allocation
+from attn_n.backends.triton.decode import configs
+from attn_n.backends.triton.decode.configs import Config, Gpu, power_of_two
 from attn_n.backends.triton.decode.kernels import merge_kernel, split_kernel
 from attn_n.call import Gradients, Grads, Options, Saved
 from attn_n.launcher import Launch
 from attn_n.recent import Recent
-
-MOST_SPLITS = 128
-# A split has at least so many keys, where there are enough: it takes as long to begin and to end as to read some.
-LEAST_KEYS = 256
 
 
 class DecodeKey(NamedTuple):
@@ -43,25 +40,31 @@ class DecodeKey(NamedTuple):
     tf32: bool
     num_splits: int  # 0 chooses
 
+    @property
+    def most_seen(self) -> int:
+        """How many keys the queries of a sequence see together at most."""
+        if self.left is None or self.right is None:
+            return self.most
+        return max(0, min(self.most, self.left + self.right + self.q_shape[2]))
+
 
 class DecodeCall:
     """A prepared call: the launches of a forward, and what allocates its results and its parts."""
 
-    def __init__(self, key: DecodeKey, q: Tensor, room: bool) -> None:
-        """`room`: a program may have the shared memory of an A100, 163 KB; consumer GPUs have 99 KB, ROCm's 64 KB."""
+    def __init__(self, key: DecodeKey, q: Tensor, gpu: Gpu, config: Config | None = None) -> None:
+        """`config` replaces the tiles that are chosen."""
         batch, heads, len_q, width = key.q_shape
         groups = heads // key.heads_kv
-        tile_r = max(16, min(64, _power_of_two(groups * len_q)))
-        row_tiles = -(-groups * len_q // tile_r)
+        tile_e, tile_v = power_of_two(width), power_of_two(key.width_v)
+        config = config or configs.find(groups * len_q, max(tile_e, tile_v), key.dtype.itemsize, key.block > 0, gpu)
+        row_tiles = -(-groups * len_q // config.tile_r)
         items = batch * key.heads_kv * row_tiles
-        self.splits = splits = key.num_splits or splits_for(items, key.most, _sm_count(key.device))
+        splits = key.num_splits or configs.splits_for(items, key.most_seen, config.programs * gpu.sm_count)
         self._out, strides_out = allocation.empty_like(q, key.width_v)
         self._lse = allocation.empty(key.q_shape[:-1], torch.float32, key.device)
         rows = batch * heads * len_q
         self._parts = allocation.empty((rows, splits, key.width_v), torch.float32, key.device)
         self._parts_lse = allocation.empty((rows, splits), torch.float32, key.device)
-        tile_e, tile_v = _power_of_two(width), _power_of_two(key.width_v)
-        tile_k = max(16, min(64, 16384 // (max(tile_e, tile_v) * key.dtype.itemsize)))  # a tile has 16 KB
         numbers = (
             *key.strides, strides_out, key.stride_table, key.strides_slopes, key.strides_k_descale,
             key.strides_v_descale, key.stride_n, heads, len_q, key.most, key.left, key.right, key.scale, key.softcap,
@@ -69,20 +72,18 @@ class DecodeCall:
         )  # fmt: skip
         constants = {
             "GROUPS": groups, "WIDTH": width, "WIDTH_V": key.width_v, "TILE_E": tile_e, "TILE_V": tile_v,
-            "TILE_R": tile_r, "TILE_K": tile_k, "PAGED": key.block > 0,
-            "WHOLE": key.block > 0 and key.block % tile_k == 0, "SPLIT": splits > 1,
-            "PRECISION": "tf32" if key.tf32 else "ieee",
+            "TILE_R": config.tile_r, "TILE_K": config.tile_k, "PAGED": key.block > 0,
+            "WHOLE": key.block > 0 and key.block % config.tile_k == 0, "SPLIT": splits > 1,
+            "PDL": splits > 1 and gpu.pdl, "PRECISION": "tf32" if key.tf32 else "ieee",
         }  # fmt: skip
-        stages = 3 if room else 2
-        if key.block:  # a load waits for that of the table, and Triton divides the stages between the two
-            stages = 2 * stages - 1
-        options = {"num_warps": 4, "num_stages": stages}
+        options = {"num_warps": config.num_warps, "num_stages": config.num_stages}
         self.split = Launch(split_kernel, items * splits, key.device, numbers, constants, options, False)
         self.merge = None
         if splits > 1:
-            constants = {"WIDTH_V": key.width_v, "TILE_V": tile_v, "TILE_S": _power_of_two(splits, 1)}
+            constants = {"WIDTH_V": key.width_v, "TILE_V": tile_v, "TILE_S": power_of_two(splits, 1), "PDL": gpu.pdl}
+            options = {"num_warps": 4} | ({"launch_pdl": True} if gpu.pdl else {})
             numbers = strides_out, key.stride_n, heads, len_q, splits
-            self.merge = Launch(merge_kernel, rows, key.device, numbers, constants, {"num_warps": 4}, False)
+            self.merge = Launch(merge_kernel, rows, key.device, numbers, constants, options, False)
 
     def forward(
         self, q: Tensor, k: Tensor, v: Tensor, log_n: float | Tensor | None, options: Options
@@ -104,7 +105,7 @@ class DecodeCall:
 
 def call_for(q: Tensor, k: Tensor, v: Tensor, log_n: float | Tensor | None, options: Options) -> DecodeCall:
     key = key_of(q, k, v, log_n, options)
-    return _calls.get(key) or _calls.put(key, DecodeCall(key, q, _has_room(key.device)))
+    return _calls.get(key) or _calls.put(key, DecodeCall(key, q, configs.gpu_of(key.device)))
 
 
 def key_of(q: Tensor, k: Tensor, v: Tensor, log_n: float | Tensor | None, options: Options) -> DecodeKey:
@@ -124,37 +125,5 @@ def key_of(q: Tensor, k: Tensor, v: Tensor, log_n: float | Tensor | None, option
 _calls: Recent[DecodeKey, DecodeCall] = Recent()
 
 
-def splits_for(items: int, keys: int, sm_count: int) -> int:
-    """Return into how many parts to split the keys, so that the programs fill the SMs: two programs fit each.
-
-    It depends on what the host knows: how many keys a sequence may have, not how many it has.
-    """
-    at_once = 2 * sm_count
-    most = max(1, min(MOST_SPLITS, keys // LEAST_KEYS, -(-2 * at_once // items)))
-
-    def filled(splits: int) -> float:
-        rounds = items * splits / at_once
-        return rounds / -(-items * splits // at_once)
-
-    best = max(filled(splits) for splits in range(1, most + 1))
-    return next(splits for splits in range(1, most + 1) if filled(splits) >= 0.9 * best)
-
-
 def _strides(x: Tensor | None) -> tuple[int, ...] | None:
     return None if x is None else x.stride()
-
-
-def _power_of_two(size: int, least: int = 16) -> int:
-    return max(least, 1 << (size - 1).bit_length())
-
-
-@functools.cache
-def _has_room(device: torch.device) -> bool:
-    properties: Any = torch.cuda.get_device_properties(device) if device.type == "cuda" else None
-    return properties is None or properties.shared_memory_per_block_optin > 120000
-
-
-@functools.cache
-def _sm_count(device: torch.device) -> int:
-    """Return the number of SMs; without a GPU four, with which the interpreter splits keys too."""
-    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 4

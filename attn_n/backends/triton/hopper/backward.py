@@ -189,7 +189,7 @@ def consume(
 @gluon.jit(do_not_specialize=RUN_TIME)
 def backward_kernel(
     q, k, v, dout, stats, dq_sum, dk, dv, filled_dq, filled_dk, filled_dv,
-    starts_q, used_q, starts_k, used_k, leftpad, table,
+    starts_q, used_q, starts_k, used_k, leftpad, table, shares, dn,
     strides_q, strides_k, strides_v, strides_dout, strides_dk, strides_dv, strides_dq,
     batches, heads, len_q, len_k, sum_rows, left, right, scale, softcap, swizzle, SPEC: gl.constexpr,
 ):  # fmt: skip
@@ -213,7 +213,8 @@ def backward_kernel(
                        softcap, SPEC)),
             (consume, (1, rings, ds_buffers, dq_buffers, sizes, dq_sum, dk, dv, strides_dk, strides_dv, scale,
                        softcap, SPEC)),
-            (produce, (rings, sizes, q, k, v, dout, stats, strides_q, strides_k, strides_v, strides_dout, SPEC)),
+            (produce, (rings, sizes, q, k, v, dout, stats, shares, dn, strides_q, strides_k, strides_v, strides_dout,
+                       SPEC)),
             (fill, (filled_dq, filled_dk, filled_dv, strides_dq, strides_dk, strides_dv, sizes, dtype, SPEC)),
         ][: 3 + SPEC.padded],
         [4, 1, 1][: 2 + SPEC.padded], [240, 24, 24][: 2 + SPEC.padded],

@@ -47,6 +47,7 @@ from attn_n.backends.triton.hopper.backward_producer import (
     load_queries,
     make_loads,
     rows_of_head,
+    sum_shares,
 )
 from attn_n.backends.triton.hopper.backward_rings import (
     FIELDS,
@@ -87,7 +88,7 @@ class Shared(NamedTuple):
 
 @gluon.jit
 def produce(
-    rings, sizes, q, k, v, dout, stats, strides_q, strides_k, strides_v, strides_dout, SPEC: gl.constexpr,
+    rings, sizes, q, k, v, dout, stats, shares, dn, strides_q, strides_k, strides_v, strides_dout, SPEC: gl.constexpr,
 ):  # fmt: skip
     """The producer warp, as in `backward_producer`, with more buffers."""
     loads = make_loads(sizes, q, k, v, dout, stats, strides_q, strides_k, strides_v, strides_dout, SPEC)
@@ -113,6 +114,7 @@ def produce(
     mbarrier.wait(rings.kv.empty.index(t % KV), ((t // KV) & 1) ^ 1)
     mailbox_write(rings.mailbox, t % MAILS, FIELDS, "steps", -1)
     mbarrier.arrive(rings.kv.full.index(t % KV), count=2)
+    sum_shares(shares, dn, sizes, SPEC)
 
 
 @gluon.jit
@@ -260,7 +262,7 @@ def sum_dq(rings, shared, sizes, dq_sum, SPEC: gl.constexpr):
 @gluon.jit(do_not_specialize=RUN_TIME)
 def apart_kernel(
     q, k, v, dout, stats, dq_sum, dk, dv, filled_dq, filled_dk, filled_dv,
-    starts_q, used_q, starts_k, used_k, leftpad, table,
+    starts_q, used_q, starts_k, used_k, leftpad, table, shares, dn,
     strides_q, strides_k, strides_v, strides_dout, strides_dk, strides_dv, strides_dq,
     batches, heads, len_q, len_k, sum_rows, left, right, scale, softcap, swizzle, SPEC: gl.constexpr,
 ):  # fmt: skip
@@ -290,7 +292,8 @@ def apart_kernel(
             (consume, (0, rings, shared, sizes, dk, dv, strides_dk, strides_dv, scale, softcap, SPEC)),
             (consume, (1, rings, shared, sizes, dk, dv, strides_dk, strides_dv, scale, softcap, SPEC)),
             (sum_dq, (rings, shared, sizes, dq_sum, SPEC)),
-            (produce, (rings, sizes, q, k, v, dout, stats, strides_q, strides_k, strides_v, strides_dout, SPEC)),
+            (produce, (rings, sizes, q, k, v, dout, stats, shares, dn, strides_q, strides_k, strides_v, strides_dout,
+                       SPEC)),
             (fill, (filled_dq, filled_dk, filled_dv, strides_dq, strides_dk, strides_dv, sizes, dtype, SPEC)),
         ][: 4 + SPEC.padded],
         [4, 4, 1, 1][: 3 + SPEC.padded], [208, 72, 24, 24][: 3 + SPEC.padded],

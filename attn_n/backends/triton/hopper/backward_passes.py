@@ -4,7 +4,7 @@ All three share `stats`, which has lse in base 2 and -delta of all rows and a co
 dQ. Both have a whole number of tiles of rows for each head, so that tiles are loaded and added without a mask. Varlen
 sequences lie one behind the other, as if of a batch of one, and each begins with a tile of its own: sequence b with the
 tile of number `starts[b] // TILE_Q + b`, which leaves room enough and needs no sum over the other sequences. A padded
-batch has the tiles of all rows, and those that do not exist are left alone.
+batch has the tiles of all rows; those that do not exist have no zeros in `dq_sum`, and 0 is their share of dn.
 
 The three overlap (programmatic dependent launch): each may start when the one before it has, and waits for its end
 before it reads what that has written.
@@ -76,6 +76,10 @@ def preprocess_kernel(
     if starts is not None:
         first_row, first_q, len_q = rows_of_tile(starts, sequences, tile, TILE_Q)
     rows = first_row + tl.arange(0, TILE_Q)  # [TILE_Q], as are row_lse and row_delta
+    sink = 0.0  # without sinks the gradient is that of n itself
+    if dn is not None and sinks is not None:  # asked for with the other rows, so that nothing waits for it alone
+        sink = load_sink(sinks, stride_n, batch, head, heads, first_q, rows, len_q, all_q, starts is not None)
+        sink *= LOG2E
     of_out, of_dout = (
         base_of(out, strides_out, batch, head, first_q),
         base_of(dout, strides_dout, batch, head, first_q),
@@ -99,10 +103,6 @@ def preprocess_kernel(
     if dn is not None:
         # The gradient of log n is the sum of -exp(log n - lse) * delta; without sinks this is that of n itself, which
         # is the sum of -exp(-lse) * delta.
-        sink = 0.0
-        if sinks is not None:
-            sink = load_sink(sinks, stride_n, batch, head, heads, first_q, rows, len_q, all_q, starts is not None)
-            sink *= LOG2E
         # A large number in place of infinity, since the shares of two rows could be infinite and of opposite sign.
         power = sink - row_lse
         share = tl.where(power > 127.9, 7.9e28, tl.exp2(tl.minimum(power, 127.9)))  # 2**96

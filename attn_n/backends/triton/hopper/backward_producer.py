@@ -162,8 +162,27 @@ def items_of(sizes, PARTS: gl.constexpr, SPEC: gl.constexpr):
 
 
 @gluon.jit
+def sum_shares(shares, dn, sizes, SPEC: gl.constexpr):
+    """Sum up the gradient of n of each head, of which `preprocess_kernel` has written the share of each tile.
+
+    Tiles without rows have shares of 0. A warp of each program does so for some heads while its consumers compute.
+    """
+    if dn is not None:
+        LAYOUT: gl.constexpr = gl.BlockedLayout([1], [32], [1], [0])
+        tiles = rows_of_head(sizes, SPEC) // SPEC.pass_q
+        count = sizes.batches * tiles
+        for head in range(gl.program_id(0), sizes.heads, gl.num_programs(0)):
+            total = gl.zeros([128], gl.float32, LAYOUT)
+            for first in range(0, count, 128):
+                i = first + gl.arange(0, 128, LAYOUT)
+                at = (i // tiles * sizes.heads + head) * tiles + i % tiles
+                total += gl.load(shares + at, mask=i < count, other=0.0)
+            gl.store(dn + head, gl.sum(total, 0))
+
+
+@gluon.jit
 def produce(
-    rings, sizes, q, k, v, dout, stats, strides_q, strides_k, strides_v, strides_dout, SPEC: gl.constexpr,
+    rings, sizes, q, k, v, dout, stats, shares, dn, strides_q, strides_k, strides_v, strides_dout, SPEC: gl.constexpr,
 ):  # fmt: skip
     """The producer warp tells the consumers their next tile of keys, and loads it and the queries that see it."""
     loads = make_loads(sizes, q, k, v, dout, stats, strides_q, strides_k, strides_v, strides_dout, SPEC)
@@ -186,6 +205,7 @@ def produce(
     mbarrier.wait(rings.kv.empty.index(0), slot ^ 1)
     mailbox_write(rings.mailbox, slot, FIELDS, "steps", -1)
     mbarrier.arrive(rings.kv.full.index(0), count=2)
+    sum_shares(shares, dn, sizes, SPEC)
 
 
 @gluon.jit

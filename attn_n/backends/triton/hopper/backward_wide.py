@@ -240,7 +240,7 @@ def by_threads(buffer, TILE_Q: gl.constexpr):
 @gluon.jit(do_not_specialize=RUN_TIME)
 def wide_kernel(
     q, k, v, dout, stats, dq_sum, dk, dv, filled_dq, filled_dk, filled_dv,
-    starts_q, used_q, starts_k, used_k, leftpad, table,
+    starts_q, used_q, starts_k, used_k, leftpad, table, shares, dn,
     strides_q, strides_k, strides_v, strides_dout, strides_dk, strides_dv, strides_dq,
     batches, heads, len_q, len_k, sum_rows, left, right, scale, softcap, swizzle, SPEC: gl.constexpr,
 ):  # fmt: skip
@@ -263,7 +263,8 @@ def wide_kernel(
         [
             (consume, (VALUES, rings, p_buffer, ds_buffer, sizes, dq_sum, dv, strides_dv, scale, softcap, SPEC)),
             (consume, (KEYS, rings, p_buffer, ds_buffer, sizes, dq_sum, dk, strides_dk, scale, softcap, SPEC)),
-            (produce, (rings, sizes, q, k, v, dout, stats, strides_q, strides_k, strides_v, strides_dout, SPEC)),
+            (produce, (rings, sizes, q, k, v, dout, stats, shares, dn, strides_q, strides_k, strides_v, strides_dout,
+                       SPEC)),
             (fill, (filled_dq, filled_dk, filled_dv, strides_dq, strides_dk, strides_dv, sizes, dtype, SPEC)),
         ][: 3 + SPEC.padded],
         [4, 1, 1][: 2 + SPEC.padded], [240, 24, 24][: 2 + SPEC.padded],

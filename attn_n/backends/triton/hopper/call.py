@@ -52,8 +52,11 @@ class HopperCall:
         dq_sum = Part(workspace, 0, launches.dq_sum)
         stats = Part(workspace, launches.dq_sum, launches.stats)
         shares = shares_of_n(grads, log_n, ready.shares)
+        dn = None  # of each head, where there is not one n a row
         if shares is not None and shares.dim() == 2:  # varlen rows may belong to no sequence
             shares.zero_()
+        elif shares is not None and (log_n is None or log_n.dim() == 1):
+            dn = ready.dn()
         queries, keys = _extents(options)
         table = list_of_tiles(launches, q, keys, queries)
         filled = (dq, dk, dv) if options.padded else (None, None, None)  # with zeros in the rows that do not exist
@@ -61,11 +64,12 @@ class HopperCall:
         if launches.postprocess_kv:
             into = torch.zeros(2, launches.dkv_sum, dtype=torch.float32, device=q.device).unbind()
         launches.preprocess(out, dout, lse, dlse, stats, dq_sum, log_n, shares, *queries[:2])
-        launches.main(q, k, v, dout, stats, dq_sum, *into, *filled, *queries[:2], *keys, table)
+        of_n = (None if dn is None else shares, dn)
+        launches.main(q, k, v, dout, stats, dq_sum, *into, *filled, *queries[:2], *keys, table, *of_n)
         for launch, x_sum, x in zip(launches.postprocess_kv, into, (dk, dv), strict=False):
             launch(x_sum, x, *keys)
         launches.postprocess(dq_sum, dq, *queries)
-        return Gradients(dq, dk, dv, gradient_of_n(shares, log_n))
+        return Gradients(dq, dk, dv, gradient_of_n(shares, log_n) if dn is None else dn)
 
     def _backward(self, tensors: tuple[Tensor, ...], log_n: Tensor | None, options: Options) -> BackwardCall:
         *_, out, dout = tensors
@@ -86,6 +90,7 @@ class BackwardCall:
         batch = 1 if key.varlen else key.batch
         tiles = self.launches.preprocess.programs // (batch * key.heads)
         self.shares = allocation.empty((batch, key.heads, tiles), torch.float32, key.device)
+        self.dn = allocation.empty((key.heads,), torch.float32, key.device)
 
 
 _calls: Recent[KernelKey, Prepared] = Recent()

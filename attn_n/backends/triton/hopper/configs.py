@@ -10,13 +10,14 @@ from attn_n.backends.triton.kernel_key import KernelKey
 class Tiles(NamedTuple):
     """The constants that the forward kernel is compiled for."""
 
-    consumers: int  # consumer warpgroups, of 64 queries each; two programs with one consumer fit an SM
+    consumers: int  # consumer warpgroups, of 64 queries each
     tile_k: int
     stages: int  # of the ring of K and V
     q_in_registers: bool = False  # each consumer keeps its queries in registers
     out_apart: bool = True  # out has a buffer of its own, so the next queries can be loaded meanwhile (+3 % at 2048)
     lazy: bool = False  # O is rescaled only where row_max has grown by much (see `forward.py`)
     weights_first: bool = False  # all weights of a block are computed before the wait for O of the block before it
+    programs: int = 1  # that share an SM
 
 
 class Config(NamedTuple):
@@ -25,6 +26,7 @@ class Config(NamedTuple):
     tiles: Tiles
     counted: bool = False  # programs take tiles by an atomic counter, heavy ones first; for masks of later keys
     at_least: int = 0  # a query sees at least so many keys on average
+    masked: bool = False  # the row is for masks of later keys alone
 
 
 class Widths(NamedTuple):
@@ -63,19 +65,20 @@ TILE_V = {64: 64, 128: 128, 192: 128, 256: 256}
 
 # By tile, then by length, the longest first; each row was the fastest of those tried, causal or not. Measured in
 # bfloat16, PyTorch 2.11, Triton 3.6: on an H200, 2026-11-23, S = 512 to 8192; on an H100, S = 512 to 16,384, `counted`
-# 2026-11-25, `lazy` and all of E = 128 and 256 2026-11-26. Not measured: 192, here and below.
+# 2026-11-25, `lazy` and all of E = 128 and 256 2026-11-26, `masked` 2026-11-28. Not measured: 192, here and below.
 FORWARD: dict[int, tuple[Config, ...]] = {
     64: (
         Config(Tiles(3, 128, 2, lazy=True, weights_first=True), counted=True, at_least=1500),
         Config(Tiles(3, 128, 2), at_least=1500),
-        Config(Tiles(1, 128, 2, q_in_registers=True), counted=True, at_least=1000),
-        Config(Tiles(1, 128, 2, q_in_registers=True), at_least=400),
-        Config(Tiles(1, 64, 4, q_in_registers=True)),
+        Config(Tiles(1, 128, 2, q_in_registers=True, programs=2), counted=True, at_least=1000),
+        Config(Tiles(1, 64, 3, q_in_registers=True, programs=3), masked=True),
+        Config(Tiles(1, 128, 2, q_in_registers=True, programs=2), at_least=400),
+        Config(Tiles(1, 64, 4, q_in_registers=True, programs=2)),
     ),
     128: (
         Config(Tiles(2, 128, 2, q_in_registers=True, lazy=True, weights_first=True), counted=True, at_least=1000),
         Config(Tiles(2, 128, 2, q_in_registers=True, lazy=True, weights_first=True), at_least=400),
-        Config(Tiles(1, 64, 2, q_in_registers=True)),
+        Config(Tiles(1, 64, 2, q_in_registers=True, programs=2)),
     ),
     192: (
         Config(Tiles(2, 128, 2, out_apart=False, lazy=True), counted=True, at_least=1000),
@@ -107,7 +110,7 @@ def widths(head_dim: int, head_dim_v: int) -> Widths | None:
 def find(key: KernelKey, tile: int) -> Config:
     """Return the row of the table for a forward."""
     keys, masked = key.keys_on_average, key.right is not None
-    return next(row for row in FORWARD[tile] if keys >= row.at_least and (masked or not row.counted))
+    return next(row for row in FORWARD[tile] if keys >= row.at_least and (masked or not (row.counted or row.masked)))
 
 
 def heads_of_item(key: KernelKey, tile: int, sm_count: int) -> int:

@@ -12,8 +12,8 @@ A consumer keeps two wgmmas in flight: S of a block begins before O of the block
 while that O is computed. O is rescaled only where a maximum has grown much (`lazy`: +4 to 8 % at E = 256; at E = 128 +2
 to 3 %, if the weights are ready before O is waited for; at E = 64 so too +2 % under a causal mask, else -3 %). Blocks
 of keys come from the last to the first, so that those under the diagonal come first. Two or three consumers share keys
-and values; for few keys two programs of one consumer each fit an SM, of which one computes while the other begins or
-ends a tile (+2 to 15 % at 512 keys).
+and values; for few keys two or three programs of one consumer each fit an SM, of which one computes while another
+begins or ends a tile (two: +2 to 15 % at 512 keys; three at E = 64: 7 to 11 % more under a causal mask).
 
 Programs are persistent (+7 % at 2,048 keys), and the producer tells the consumers their next tile by a mailbox in
 shared memory: the compiler knows that what is read there is the same for all threads, so that addresses stay in uniform
@@ -53,7 +53,7 @@ from attn_n.backends.triton.hopper.rings import (
 )
 from attn_n.backends.triton.hopper.schedule import Extents, rows_of_sequence
 from attn_n.backends.triton.hopper.scheduler import Sequences, Sizes, next_item, query_tiles
-from attn_n.backends.triton.hopper.tma import Descriptor, Rows, tile_descriptor, tma_load, tma_store
+from attn_n.backends.triton.hopper.tma import Rows, tile_descriptor, tma_load, tma_store
 from attn_n.backends.triton.hopper.unused import store_zeros, tile_of_zeros
 from attn_n.backends.triton.portable.tile import LN2, LOG2E, tanh
 
@@ -105,7 +105,7 @@ class Tile(NamedTuple):
 class Results(NamedTuple):
     """These say where out and lse go, and what the logits and n are."""
 
-    out_desc: Descriptor
+    out: gl.tensor
     lse: gl.tensor  # (B, H, L) or varlen (T, H), float32
     all_q: gl.tensor  # L of a padded batch; None of others
     sinks: gl.tensor  # log n of each head, or of each row as lse; None: log_n is the number for all, or None for n = 0
@@ -116,10 +116,19 @@ class Results(NamedTuple):
 
 
 @gluon.jit
-def produce(smem, q_desc, k_desc, v_desc, sizes, sequences, SPEC: gl.constexpr):
+def produce(smem, q, k, v, batches, strides_q, strides_k, strides_v, sizes, sequences, SPEC: gl.constexpr):
     """The producer warp tells the consumers their next tile of queries, and loads what that needs."""
     TILE_Q: gl.constexpr = SPEC.tiles.consumers * STRIP
+    TILE_K: gl.constexpr = SPEC.tiles.tile_k
+    E: gl.constexpr = SPEC.widths.head_dim
+    EV: gl.constexpr = SPEC.widths.head_dim_v
     VARLEN: gl.constexpr = sequences.queries.starts is not None
+    heads_kv = sizes.heads // SPEC.group_size
+    batch_dim = None if SPEC.padded else batches
+    # Each role makes its own descriptors beside the others: one takes about half a microsecond.
+    k_desc = tile_descriptor(k, batch_dim, heads_kv, sizes.len_k, strides_k, TILE_K, E, panel_of(SPEC))
+    q_desc = tile_descriptor(q, batch_dim, sizes.heads, sizes.len_q, strides_q, STRIP, E, SPEC.widths.padded)
+    v_desc = tile_descriptor(v, batch_dim, heads_kv, sizes.len_k, strides_v, TILE_K, EV, SPEC.widths.tile_v)
     heads, tiles = sizes.heads, gl.cdiv(sizes.len_q, TILE_Q)  # `query_tiles` counts those in a table itself
     state, turn = State(0, 1), 0  # turn counts the tiles of queries, modulo 4
     item, items = gl.program_id(0), sizes.items
@@ -204,8 +213,14 @@ def begin_scores(q, k_ring, stage, s, SPEC: gl.constexpr):
 
 
 @gluon.jit
-def consume(CONSUMER: gl.constexpr, smem, sizes, results, SPEC: gl.constexpr, VARLEN: gl.constexpr):
+def consume(
+    CONSUMER: gl.constexpr, smem, sizes, batches, strides_out, results, SPEC: gl.constexpr, VARLEN: gl.constexpr,
+):  # fmt: skip
     """A consumer warpgroup attends with 64 queries of each tile that the producer names."""
+    EV: gl.constexpr = SPEC.widths.head_dim_v
+    TILE_V: gl.constexpr = SPEC.widths.tile_v
+    batch_dim = None if SPEC.padded else batches
+    out_desc = tile_descriptor(results.out, batch_dim, sizes.heads, sizes.len_q, strides_out, STRIP, EV, TILE_V)
     factor = results.scale * LOG2E if results.softcap is None else 1.0
     heads = sizes.heads
     state, turn = State(0, 0), 0
@@ -223,7 +238,7 @@ def consume(CONSUMER: gl.constexpr, smem, sizes, results, SPEC: gl.constexpr, VA
             batch_head = mailbox_read(smem.mailbox, slot, FIELDS, "head")
             rows = Rows(batch_head // heads, len_q, len_q)
             tile = Tile(batch_head, batch_head % heads, first, rows, rows, of_sequence)
-        state = attend(CONSUMER, smem, tile, results, factor, state, slot, SPEC)
+        state = attend(CONSUMER, smem, out_desc, tile, results, factor, state, slot, SPEC)
         turn = (turn + 1) & 3
         wait_turn(smem.mailbox_full, turn)
         first = mailbox_read(smem.mailbox, turn & 1, FIELDS, "first")
@@ -231,7 +246,7 @@ def consume(CONSUMER: gl.constexpr, smem, sizes, results, SPEC: gl.constexpr, VA
 
 
 @gluon.jit
-def attend(CONSUMER: gl.constexpr, smem, tile, results, factor, state, q_phase, SPEC: gl.constexpr):
+def attend(CONSUMER: gl.constexpr, smem, out_desc, tile, results, factor, state, q_phase, SPEC: gl.constexpr):
     """Compute out and lse of the 64 queries of a consumer, and return how far it has gone in the rings of K and V."""
     TILE_K: gl.constexpr = SPEC.tiles.tile_k
     TILE_Q: gl.constexpr = SPEC.tiles.consumers * STRIP
@@ -239,7 +254,7 @@ def attend(CONSUMER: gl.constexpr, smem, tile, results, factor, state, q_phase, 
     Q_IN_REGISTERS: gl.constexpr = SPEC.tiles.q_in_registers
     OUT_APART: gl.constexpr = SPEC.tiles.out_apart
     LAZY: gl.constexpr = SPEC.tiles.lazy
-    out_desc, scale, softcap = results.out_desc, results.scale, results.softcap
+    scale, softcap = results.scale, results.softcap
     len_q, len_k = tile.sizes.len_q, tile.sizes.len_k
     dtype: gl.constexpr = out_desc.tiles.dtype
     S: gl.constexpr = gl.NVMMADistributedLayout(version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, TILE_K, 16])
@@ -266,6 +281,8 @@ def attend(CONSUMER: gl.constexpr, smem, tile, results, factor, state, q_phase, 
         own_begin = gl.maximum(gl.minimum(own_begin, own_end - 1), begin)
     rows = first + gl.arange(0, STRIP, layout=ROWS)  # [64]
 
+    # A sink is asked for while the queries and keys are on their way.
+    sink = sink_of(rows, tile, results)
     consumer_wait(smem.q, State(CONSUMER, q_phase))
     q = smem.q.buffers.index(CONSUMER)  # [64, PADDED]
     if Q_IN_REGISTERS:
@@ -332,7 +349,7 @@ def attend(CONSUMER: gl.constexpr, smem, tile, results, factor, state, q_phase, 
     consumer_wait(smem.v, state)
     acc = warpgroup_mma(p_operand, smem.v.buffers.index(state.stage), acc, is_async=True)
     row_sum = gl.convert_layout(gl.sum(sums, axis=1), ROWS, assert_trivial=True)  # [64]
-    rescale = finish_softmax(row_max, row_sum, rows, tile, results)
+    rescale = finish_softmax(row_max, row_sum, sink, rows, tile, results)
     acc, p_operand = warpgroup_mma_wait(0, deps=[acc, p_operand])
     consumer_release(smem.v, state.stage)
     state = advance(state, smem.k)
@@ -356,18 +373,23 @@ def attend(CONSUMER: gl.constexpr, smem, tile, results, factor, state, q_phase, 
 
 
 @gluon.jit
-def finish_softmax(row_max, row_sum, rows, tile, results):
+def sink_of(rows, tile, results):
+    """Return log n of a tile, or of its rows; None if n is 0."""
+    sink = results.log_n
+    if results.sinks is not None:
+        if results.stride_n is None:
+            of_rows = pointers_to_rows(results.sinks, tile, rows, results.all_q)
+            sink = gl.load(of_rows, mask=rows < tile.sizes.len_q, other=0.0)
+        else:
+            sink = gl.load(results.sinks + tile.head * results.stride_n)
+    return sink
+
+
+@gluon.jit
+def finish_softmax(row_max, row_sum, sink, rows, tile, results):
     """Store lse, and return what O is to be multiplied by, `[64]`: one over the denominator, with n in it."""
-    _out_desc, lse, all_q, sinks, stride_n, log_n, _scale, _softcap = results
-    len_q = tile.sizes.len_q
     rescale = gl.full([STRIP], 1.0, gl.float32, layout=rows.type.layout)
-    if sinks is not None or log_n is not None:
-        sink = log_n
-        if sinks is not None:
-            if stride_n is None:
-                sink = gl.load(pointers_to_rows(sinks, tile, rows, all_q), mask=rows < len_q, other=0.0)
-            else:
-                sink = gl.load(sinks + tile.head * stride_n)
+    if sink is not None:
         sink *= LOG2E
         new_max = gl.maximum(row_max, sink)
         shift = finite(new_max, True)
@@ -377,7 +399,8 @@ def finish_softmax(row_max, row_sum, rows, tile, results):
     empty = row_sum == 0.0
     rescale = rescale / gl.where(empty, 1.0, row_sum)
     row_lse = gl.where(empty, float("-inf"), (row_max + gl.log2(row_sum)) * LN2)
-    gl.store(pointers_to_rows(lse, tile, rows, all_q), row_lse, mask=rows < len_q)
+    of_lse = pointers_to_rows(results.lse, tile, rows, results.all_q)
+    gl.store(of_lse, row_lse, mask=rows < tile.sizes.len_q)
     return rescale
 
 
@@ -430,11 +453,11 @@ def finite(row_max, MAYBE_EMPTY: gl.constexpr):
 
 
 @gluon.jit
-def fill(out, strides_out, results, sizes, sequences, batch, SPEC: gl.constexpr):
+def fill(strides_out, results, sizes, sequences, batch, SPEC: gl.constexpr):
     """A warp fills the rows that do not exist as those of queries without keys: zeros in out, n alone in lse."""
     heads, all_q = sizes.heads, sizes.len_q
-    zeros = tile_of_zeros(out.dtype.element_ty)
-    store_zeros(out, strides_out, batch, heads, sequences.queries, zeros, SPEC.widths.head_dim_v)
+    zeros = tile_of_zeros(results.out.dtype.element_ty)
+    store_zeros(results.out, strides_out, batch, heads, sequences.queries, zeros, SPEC.widths.head_dim_v)
     LAYOUT: gl.constexpr = gl.BlockedLayout([1], [32], [1], [0])
     row_sum = gl.zeros([STRIP], gl.float32, layout=LAYOUT)
     row_max = gl.full([STRIP], float("-inf"), gl.float32, layout=LAYOUT)
@@ -442,7 +465,8 @@ def fill(out, strides_out, results, sizes, sequences, batch, SPEC: gl.constexpr)
         _, length = rows_of_sequence(sequences.queries, batch_head // heads)
         tile = Tile(batch_head, batch_head % heads, None, None, None, sizes)
         for first in range(length, all_q, STRIP):
-            finish_softmax(row_max, row_sum, first + gl.arange(0, STRIP, layout=LAYOUT), tile, results)
+            rows = first + gl.arange(0, STRIP, layout=LAYOUT)
+            finish_softmax(row_max, row_sum, sink_of(rows, tile, results), rows, tile, results)
 
 
 @gluon.jit(do_not_specialize=RUN_TIME)
@@ -457,8 +481,6 @@ def forward_kernel(
     STAGES: gl.constexpr = SPEC.tiles.stages
     OUT_APART: gl.constexpr = SPEC.tiles.out_apart
     VARLEN: gl.constexpr = starts_q is not None
-    E: gl.constexpr = SPEC.widths.head_dim
-    EV: gl.constexpr = SPEC.widths.head_dim_v
     TILE_V: gl.constexpr = SPEC.widths.tile_v
     PADDED: gl.constexpr = SPEC.widths.padded
     PANEL: gl.constexpr = panel_of(SPEC)
@@ -467,12 +489,6 @@ def forward_kernel(
         OUT_APART or not SPEC.tiles.q_in_registers, "out waits in the buffer of q, which is then free already"
     )
     dtype: gl.constexpr = q.dtype.element_ty
-    heads_kv = heads // SPEC.group_size
-    batch_dim = None if SPEC.padded else batch
-    q_desc = tile_descriptor(q, batch_dim, heads, len_q, strides_q, STRIP, E, PADDED)
-    k_desc = tile_descriptor(k, batch_dim, heads_kv, len_k, strides_k, TILE_K, E, PANEL)
-    v_desc = tile_descriptor(v, batch_dim, heads_kv, len_k, strides_v, TILE_K, EV, TILE_V)
-    out_desc = tile_descriptor(out, batch_dim, heads, len_q, strides_out, STRIP, EV, TILE_V)
 
     TILED: gl.constexpr = gl.NVMMASharedLayout(128, 16)
     q_strips = gl.allocate_shared_memory(dtype, [CONSUMERS, STRIP, PADDED], TILED)
@@ -491,17 +507,17 @@ def forward_kernel(
     keys = Extents(starts_k, used_k, leftpad, len_k if SPEC.padded else None)
     sequences = Sequences(queries, keys, table)
     sizes = Sizes(items, heads, len_q, len_k, left, right, swizzle)
-    results = Results(out_desc, lse, len_q if SPEC.padded else None, sinks, stride_n, log_n, scale, softcap)
+    results = Results(out, lse, len_q if SPEC.padded else None, sinks, stride_n, log_n, scale, softcap)
     FILLED: gl.constexpr = used_q is not None
     # The producer, and who fills, need 24 registers to issue TMA loads and stores; the consumers share the others.
     OTHERS: gl.constexpr = 240 if CONSUMERS == 2 else 160
     gl.warp_specialize(
         [
-            (consume, (CONSUMERS - 3, smem, sizes, results, SPEC, VARLEN)),
-            (consume, (CONSUMERS - 2, smem, sizes, results, SPEC, VARLEN)),
-            (consume, (CONSUMERS - 1, smem, sizes, results, SPEC, VARLEN)),
-            (produce, (smem, q_desc, k_desc, v_desc, sizes, sequences, SPEC)),
-            (fill, (out, strides_out, results, sizes, sequences, batch, SPEC)),
+            (consume, (CONSUMERS - 3, smem, sizes, batch, strides_out, results, SPEC, VARLEN)),
+            (consume, (CONSUMERS - 2, smem, sizes, batch, strides_out, results, SPEC, VARLEN)),
+            (consume, (CONSUMERS - 1, smem, sizes, batch, strides_out, results, SPEC, VARLEN)),
+            (produce, (smem, q, k, v, batch, strides_q, strides_k, strides_v, sizes, sequences, SPEC)),
+            (fill, (strides_out, results, sizes, sequences, batch, SPEC)),
         ][3 - CONSUMERS : 4 + FILLED],
         [4, 4, 1, 1][3 - CONSUMERS : 3 + FILLED], [OTHERS, OTHERS, 24, 24][3 - CONSUMERS : 3 + FILLED],
     )  # fmt: skip

@@ -40,7 +40,7 @@ def forward(key: KernelKey, out: Strides, config: Config | None = None) -> Forwa
     tiles_of_head = _cdiv(p.len_q, tile_q)
     tiles = most_tiles(p, p.rows, tile_q) if p.varlen else p.batch * tiles_of_head
     items = p.heads * tiles
-    at_once = _sm_count(p.device) * (2 if config.tiles.consumers == 1 else 1)
+    at_once = _sm_count(p.device) * config.tiles.programs
     listed, swizzle = p.varlen or p.padded, None
     if config.counted and right is not None and not listed:
         # These heads take turns: as many as have 32 MB of keys and values, and enough for three rounds of all programs.
@@ -57,7 +57,8 @@ def forward(key: KernelKey, out: Strides, config: Config | None = None) -> Forwa
     )
     constants = {"SPEC": ForwardSpec(config.tiles, widths, p.heads // p.heads_kv, one_edge, p.padded)}
     # The registers of the SM are divided among the consumers, the producer and the idle warps that complete its four.
-    options = {"num_warps": 4, "maxnreg": {1: 128, 2: 168, 3: 128}[config.tiles.consumers]}
+    threads = 128 * (config.tiles.consumers + 1) * config.tiles.programs
+    options = {"num_warps": 4, "maxnreg": (1 << 16) // threads // 8 * 8}
     programs = min(items, at_once)
     return Forward(
         _schedule(p, tile_q, p.len_q, p.len_k) if listed else None,

@@ -52,9 +52,9 @@ SM_90: Table = {
         64: (Config(128, 64, 4, 3, True, 700, True), Config(128, 64, 8, 3, True, 700), Config(64, 32, 4, 3)),
         128: (Config(128, 64, 8, 3, True, 700), Config(64, 32, 4, 2, masked=True), Config(128, 32, 4, 3)),
         256: (
-            Config(64, 32, 8, 2, True, 700, True),
+            Config(128, 32, 8, 2, True, 700, True),
             Config(128, 32, 8, 3, True, 700),
-            Config(64, 32, 8, 2, masked=True),
+            Config(64, 32, 4, 2, masked=True),
             Config(128, 32, 8, 3),
         ),
         512: (Config(32, 32, 8, 1),),
@@ -70,9 +70,9 @@ SM_90: Table = {
     },
     "dk": {
         256: (
-            Config(32, 64, 8, 2, True, 700, True),
+            Config(32, 64, 4, 2, True, 700, True),
             Config(32, 128, 8, 3, True, 700),
-            Config(32, 64, 8, 2, masked=True),
+            Config(32, 64, 4, 2, masked=True),
             Config(32, 128, 8, 3),
         ),
         512: (Config(32, 32, 8, 1),),
