@@ -378,8 +378,8 @@ def sink_of(rows, tile, results):
     sink = results.log_n
     if results.sinks is not None:
         if results.stride_n is None:
-            of_rows = pointers_to_rows(results.sinks, tile, rows, results.all_q)
-            sink = gl.load(of_rows, mask=rows < tile.sizes.len_q, other=0.0)
+            len_q, all_q = tile.sizes.len_q, results.all_q
+            sink = gl.load(pointers_to_rows(results.sinks, tile, rows, all_q), mask=rows < len_q, other=0.0)
         else:
             sink = gl.load(results.sinks + tile.head * results.stride_n)
     return sink
@@ -399,8 +399,7 @@ def finish_softmax(row_max, row_sum, sink, rows, tile, results):
     empty = row_sum == 0.0
     rescale = rescale / gl.where(empty, 1.0, row_sum)
     row_lse = gl.where(empty, float("-inf"), (row_max + gl.log2(row_sum)) * LN2)
-    of_lse = pointers_to_rows(results.lse, tile, rows, results.all_q)
-    gl.store(of_lse, row_lse, mask=rows < tile.sizes.len_q)
+    gl.store(pointers_to_rows(results.lse, tile, rows, results.all_q), row_lse, mask=rows < tile.sizes.len_q)
     return rescale
 
 
