@@ -127,7 +127,8 @@ def to_train(model: torch.nn.Module, only: Sequence[str]) -> dict[str, torch.nn.
 def documents(path: Path | None) -> list[str]:
     """Return the documents of a file, or paragraphs of the demo's text."""
     if path is None:
-        return bytes(data.load()[0].tolist()).decode().split("\n\n")
+        text = bytes(data.load()[0].tolist()).decode(errors="ignore")  # it may be cut within a character
+        return text.split("\n\n")
     text = path.read_text()
     return [json.loads(line)["text"] for line in text.splitlines()] if path.suffix == ".jsonl" else text.split("\n\n")
 
