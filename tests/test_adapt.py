@@ -233,7 +233,7 @@ class Widths(Flash):
     """It keeps the head sizes that the kernels get."""
 
     def __init__(self, takes_dlse: bool) -> None:
-        super().__init__(takes_dlse, 8)
+        super().__init__(takes_dlse, FlashBackend.backward_multiple)
         self.widths: list[int] = []
 
     def kernel_forward(self, q: Tensor, k: Tensor, v: Tensor, options: Options) -> tuple[Tensor, Tensor, None]:
@@ -247,14 +247,29 @@ class Widths(Flash):
 
 @pytest.mark.parametrize(
     ("takes_dlse", "size_v", "lse_grad", "expected"),
-    [(False, 8, False, 8), (False, 7, True, 8), (False, 8, True, 16), (True, 8, True, 8)],
+    [(False, 8, False, 16), (False, 15, True, 16), (False, 16, True, 24), (True, 16, True, 16)],
 )
 def test_the_backward_is_as_wide_as_it_has_to_be(takes_dlse: bool, size_v: int, lse_grad: bool, expected: int) -> None:
-    backend, q, k = Widths(takes_dlse), torch.randn(1, 2, 3, 8), torch.randn(1, 2, 9, 8)
+    backend, q, k = Widths(takes_dlse), torch.randn(1, 2, 3, 16), torch.randn(1, 2, 9, 16)
     v, options = torch.randn(1, 2, 9, size_v), Options(1.0)
     out, lse, _ = backend.forward(q, k, v, None, options)
     backend.backward(Grads(out, lse if lse_grad else None), Saved(q, k, v, out, lse), options)
-    assert backend.widths == [8, expected]
+    assert backend.widths == [16, expected]
+
+
+def test_a_large_number_in_base_2() -> None:
+    """A row of numbers of which each overflows there attends equally to its keys, in both passes."""
+    attn_n.register_backend(Efficient())
+    q, k, v = (torch.randn(1, 2, length, 8, requires_grad=True) for length in (4, 6, 6))
+    mask = torch.randn(4, 6)
+    mask[1] = torch.finfo(torch.float32).min
+    found, expected = (
+        torch.autograd.grad(
+            attn_n.flash_attention_n(q, k, v, sm_n=0.0, attn_mask=mask, backend=name).square().sum(), (q, k, v)
+        )
+        for name in ("efficient stand-in", "reference")
+    )
+    assert all(torch.allclose(*pair, atol=1e-5) for pair in zip(found, expected, strict=True))
 
 
 @pytest.mark.parametrize(
@@ -355,13 +370,19 @@ def test_a_dense_bias_has_the_dtype_of_the_logits(dtype: torch.dtype, default: t
 
 
 def test_head_sizes_are_filled_up_to_multiples() -> None:
-    assert [MemoryEfficientBackend().widths(*sizes) for sizes in ((5, 8), (8, 9), (16, 1))] == [
+    assert [MemoryEfficientBackend().widths(*sizes) for sizes in ((5, 8), (8, 9), (9, 1))] == [
         (8, 8),
         (8, 16),
         (16, 8),
     ]
     sizes = (8, 8), (9, 8), (8, 16), (8, 8, 1), (16, 8, 1), (8, 8, 0, 32), (8, 32, 1, 32)
     assert [layout.common_width(*each) for each in sizes] == [8, 16, 16, 16, 16, 32, 64]
+
+
+def test_what_has_not_been_tested_on_rocm(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.version, "hip", "6.4")
+    for backend in (FlashBackend(), MemoryEfficientBackend()):
+        assert backend.refusal(gpu_call()) == "has not been tested on ROCm"
 
 
 def test_the_memory_efficient_kernel_has_tokens_before_heads() -> None:
