@@ -471,17 +471,9 @@ def test_no_keys_under_a_dispatch_mode(name: str) -> None:
     with FlopCounterMode(display=False):
         _, lse = flash_attention_n(q, k, k, return_lse=True, backend="sdpa", **{name: n})
         (dn,) = torch.autograd.grad(lse.sum(), n)
-    assert lse.dtype == torch.float64
+        _, lse_without_n = flash_attention_n(q, k, k, return_lse=True, backend="sdpa")
+    assert lse.dtype == lse_without_n.dtype == torch.float64
     assert torch.allclose(dn, torch.full((4,), 10.0 / (3.0 if name == "sm_n" else 1.0)))
-
-
-def test_no_queries_under_a_dispatch_mode() -> None:
-    q, k, n = torch.randn(2, 4, 0, 8, requires_grad=True), torch.randn(2, 2, 5, 8, requires_grad=True), torch.ones(4)
-    with FlopCounterMode(display=False):
-        out = flash_attention_n(q, k, k, sm_n=n.requires_grad_(), backend="sdpa")
-        gradients = torch.autograd.grad(out.sum(), (q, k, n))
-    assert [x.shape for x in gradients] == [q.shape, k.shape, n.shape]
-    assert not any(x.any() for x in gradients)
 
 
 def test_the_operators_say_what_they_are() -> None:
@@ -540,6 +532,16 @@ def told(monkeypatch: pytest.MonkeyPatch) -> Told:
     return backend
 
 
+def test_no_queries_under_a_dispatch_mode(told: Told) -> None:
+    q, k, n = torch.randn(2, 4, 0, 8, requires_grad=True), torch.randn(2, 2, 5, 8, requires_grad=True), torch.ones(4)
+    with FlopCounterMode(display=False):
+        out = flash_attention_n(q, k, k, sm_n=n.requires_grad_(), backend="told")
+        gradients = torch.autograd.grad(out.sum(), (q, k, n))
+    assert [x.shape for x in gradients] == [q.shape, k.shape, n.shape]
+    assert not any(x.any() for x in gradients)
+    assert told.backwards == [], "no backend is asked"
+
+
 def test_the_sign_beside_a_gradient_is_resolved(told: Told) -> None:
     """Kernels read the memory of a tensor, and not the flag that its numbers are the negative ones."""
     q, k, v, _ = leaves(5)
@@ -568,7 +570,7 @@ def test_a_backward_is_asked_for_what_is_needed(told: Told) -> None:
 def test_the_state_of_dropout_reaches_the_backward(told: Told) -> None:
     q, k, v, _ = leaves(5)
     told.state = torch.tensor([3, 4])
-    for _ in range(2):
+    for _ in range(3):  # the last one is known
         flash_attention_n(q, k, v, sm_n=1.0, dropout_p=0.5, backend="told").sum().backward()
         state = told.backwards[-1][1].rng_state
         assert state is not None
@@ -595,6 +597,10 @@ def test_what_an_open_choice_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
     for kind, n in kinds.items():
         passes.chosen_now(passes.ANY_BACKEND, q, q, q, n, Options(1.0))
         assert (calls[-1].n_kind, calls[-1].needs_grad) == (kind, False)
+    starts = torch.tensor([0, 5], dtype=torch.int32)
+    varlen = Options(1.0, cu_seqlens_q=starts, cu_seqlens_k=starts, max_seqlen_q=5, max_seqlen_k=5)
+    passes.chosen_now(passes.ANY_BACKEND, *[torch.ones(5, 4, 8)] * 3, torch.ones(5, 4), varlen)
+    assert calls[-1].n_kind == "per row"
 
 
 def test_a_backend_with_other_strides_is_set_right(monkeypatch: pytest.MonkeyPatch) -> None:
