@@ -16,12 +16,14 @@ from torch import Tensor
 
 import attn_n
 from attn_n.backends import registry
+from attn_n.backends.adapt import dense_bias as dense_bias_module
 from attn_n.backends.adapt import flash2, layout, one_by_one
 from attn_n.backends.adapt.blockwise import Block
 from attn_n.backends.adapt.blockwise import _blocks as blocks_of
 from attn_n.backends.adapt.dense_bias import dense_bias
 from attn_n.backends.adapt.efficient import MemoryEfficientBackend
-from attn_n.backends.adapt.flash import FlashBackend, Sequences, sequences
+from attn_n.backends.adapt.flash import FlashBackend, FlashBatch, Sequences, sequences
+from attn_n.backends.base import empty_in_order
 from attn_n.call import AttentionCall, Gradients, Grads, Options, Saved
 from tests import compare
 from tests.calls import gpu_call
@@ -221,6 +223,63 @@ def test_head_sizes_of_flash_attention(
     assert next(each.reason for each in explained.verdicts if each.name == backend.name) == said
 
 
+def test_an_lse_without_a_gradient_takes_no_column() -> None:
+    of_256 = {f"{x}_shape": (2, 8, 64, 256) for x in "qkv"}
+    reasons = [Flash(False, 8).too_wide(gpu_call(**of_256, return_lse=True, needs_grad=x)) for x in (False, True)]
+    assert reasons == [None, "takes head sizes up to 256, got 264, of which one carries the gradient of lse"]
+
+
+class Widths(Flash):
+    """It keeps the head sizes that the kernels get."""
+
+    def __init__(self, takes_dlse: bool) -> None:
+        super().__init__(takes_dlse, FlashBackend.backward_multiple)
+        self.widths: list[int] = []
+
+    def kernel_forward(self, q: Tensor, k: Tensor, v: Tensor, options: Options) -> tuple[Tensor, Tensor, None]:
+        self.widths.append(q.shape[-1])
+        return super().kernel_forward(q, k, v, options)
+
+    def kernel_backward(self, grads: Grads, saved: Saved, options: Options) -> Gradients:
+        self.widths.append(saved.q.shape[-1])
+        return super().kernel_backward(grads, saved, options)
+
+
+@pytest.mark.parametrize(
+    ("takes_dlse", "size_v", "lse_grad", "expected"),
+    [(False, 8, False, 16), (False, 15, True, 16), (False, 16, True, 24), (True, 16, True, 16)],
+)
+def test_the_backward_is_as_wide_as_it_has_to_be(takes_dlse: bool, size_v: int, lse_grad: bool, expected: int) -> None:
+    backend, q, k = Widths(takes_dlse), torch.randn(1, 2, 3, 16), torch.randn(1, 2, 9, 16)
+    v, options = torch.randn(1, 2, 9, size_v), Options(1.0)
+    out, lse, _ = backend.forward(q, k, v, None, options)
+    backend.backward(Grads(out, lse if lse_grad else None), Saved(q, k, v, out, lse), options)
+    assert backend.widths == [16, expected]
+
+
+def test_a_large_number_in_base_2() -> None:
+    """A row of numbers of which each overflows there attends equally to its keys, in both passes."""
+    attn_n.register_backend(Efficient())
+    q, k, v = (torch.randn(1, 2, length, 8, requires_grad=True) for length in (4, 6, 6))
+    mask = torch.randn(4, 6)
+    mask[1] = torch.finfo(torch.float32).min
+    found, expected = (
+        torch.autograd.grad(
+            attn_n.flash_attention_n(q, k, v, sm_n=0.0, attn_mask=mask, backend=name).square().sum(), (q, k, v)
+        )
+        for name in ("efficient stand-in", "reference")
+    )
+    assert all(torch.allclose(*pair, atol=1e-5) for pair in zip(found, expected, strict=True))
+
+
+@pytest.mark.parametrize(
+    ("size", "size_v", "as_they_are"), [(16, 16, True), (16, 8, False), (12, 12, False), (9, 9, False), (18, 18, False)]
+)
+def test_what_flash_attention_gets_as_it_is(size: int, size_v: int, as_they_are: bool) -> None:
+    backend, q, v = Flash(False, 8), torch.randn(1, 2, 8, size), torch.randn(1, 2, 8, size_v)
+    assert isinstance(backend.prepare(q, q, v, None, Options(1.0)), FlashBatch) == as_they_are
+
+
 @pytest.mark.parametrize("lse_grad", [False, True])
 @pytest.mark.parametrize(
     "case",
@@ -260,6 +319,7 @@ BLOCKS = [
     ),
     ((9, 12, None, 9, *SHORT), [Block(None, None)]),
     ((12, 9, None, 2, *SHORT), [Block((1, 10), None, causal=True), Block((10, 12), None)]),
+    ((2, 5, None, 0, *SHORT), [Block(None, (0, 3), alone=False), Block((0, 2), (3, 5), causal=True, alone=False)]),
     ((1, 9, None, 0, *SHORT), [Block(None, (0, 8), alone=False), Block((0, 1), (8, 9), alone=False)]),
     ((9, 2, None, -3, *SHORT), []),
     ((6, 6, 1, 1, 0, 0, 0, 4), [Block((0, 4), (0, 5), biased=True), Block((4, 6), (3, 6), biased=True)]),
@@ -275,23 +335,64 @@ def test_the_blocks_of_a_call(arguments: tuple[Any, ...], expected: list[Block])
     assert list(blocks_of(*arguments)) == expected
 
 
+@pytest.mark.parametrize(
+    ("options", "rows"),
+    [
+        (Options(1.0, softcap=9.0), 100),
+        (Options(1.0, alibi_slopes=torch.ones(2, 3)), 100),
+        (Options(1.0, alibi_slopes=torch.ones(1, 3)), 200),
+        (Options(1.0, 99, mask=torch.ones(2, 1, 1, 10)), 300),
+        (Options(1.0, 99, mask=torch.ones(1, 3, 1, 10)), 200),
+        (Options(1.0, 99), 600),
+    ],
+)
+def test_how_large_a_bias_becomes(options: Options, rows: int) -> None:
+    """Of 6,000 elements, for batches and heads apart where it, or what stands for it, depends on them."""
+    backend = Efficient()
+    backend.bias_elements = 6000
+    block, *_ = backend._blocks(torch.empty(2, 3, 700, 8), torch.empty(2, 1, 10, 8), options)
+    assert block.rows == (0, rows)
+
+
+@pytest.mark.parametrize("default", [torch.float32, torch.float64])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-def test_a_dense_bias_has_the_dtype_of_the_logits(dtype: torch.dtype) -> None:
+def test_a_dense_bias_has_the_dtype_of_the_logits(dtype: torch.dtype, default: torch.dtype) -> None:
     mask = torch.eye(5, 9, dtype=torch.bool)[None, None]
-    for options in (Options(1.0, mask=mask), Options(1.0, 2, 0), Options(1.0, mask=mask.half(), window_right=1)):
-        bias = dense_bias(options, 5, 9, (1, 4), (2, 9), dtype, torch.device("cpu"))
-        assert bias is not None
-        assert (bias.dtype, bias.shape) == (dtype, (1, 1, 3, 7))
+    dense_bias_module._constants.cache_clear()
+    torch.set_default_dtype(default)
+    try:
+        for options in (Options(1.0, mask=mask), Options(1.0, 2, 0), Options(1.0, mask=mask.half(), window_right=1)):
+            bias = dense_bias(options, 5, 9, (1, 4), (2, 9), dtype, torch.device("cpu"))
+            assert bias is not None
+            assert (bias.dtype, bias.shape) == (dtype, (1, 1, 3, 7))
+    finally:
+        torch.set_default_dtype(torch.float32)
 
 
 def test_head_sizes_are_filled_up_to_multiples() -> None:
-    assert [MemoryEfficientBackend().widths(*sizes) for sizes in ((5, 8), (8, 9), (16, 1))] == [
+    assert [MemoryEfficientBackend().widths(*sizes) for sizes in ((5, 8), (8, 9), (9, 1))] == [
         (8, 8),
         (8, 16),
         (16, 8),
     ]
     sizes = (8, 8), (9, 8), (8, 16), (8, 8, 1), (16, 8, 1), (8, 8, 0, 32), (8, 32, 1, 32)
     assert [layout.common_width(*each) for each in sizes] == [8, 16, 16, 16, 16, 32, 64]
+
+
+def test_what_has_not_been_tested_on_rocm(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.version, "hip", "6.4")
+    for backend in (FlashBackend(), MemoryEfficientBackend()):
+        assert backend.refusal(gpu_call()) == "has not been tested on ROCm"
+
+
+def test_the_memory_efficient_kernel_has_tokens_before_heads() -> None:
+    backend = MemoryEfficientBackend()
+    for shape in ((2, 3, 5, 8), (5, 3, 8)):  # varlen tensors have that order
+        x = torch.empty(shape)
+        for order in (backend.out_dim_order(x), backend.gradient_dim_order(x)):
+            found = empty_in_order(x, shape, order)
+            assert found.shape == shape
+            assert (found.transpose(1, 2) if x.dim() == 4 else found).is_contiguous()
 
 
 NOTHING = Sequences(None, None, 5, 9)

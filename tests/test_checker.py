@@ -27,7 +27,7 @@ def with_nothing(q: Tensor, k: Tensor, v: Tensor, sinks: Tensor, attn_mask: Tens
 
 
 def rescaled(q: Tensor, k: Tensor, v: Tensor, sinks: Tensor) -> Tensor:
-    """The same by eager operations that keep the gradient of lse."""
+    """Compute the same by eager operations, which keep the gradient of lse."""
     logits = (q @ k.mT).to(torch.promote_types(q.dtype, torch.float32)) / math.sqrt(q.shape[-1])
     share = (logits.logsumexp(-1) - sinks[:, None]).sigmoid()
     return (logits.softmax(-1) @ v.to(logits.dtype) * share[..., None]).to(q.dtype)

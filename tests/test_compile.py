@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 from torch._subclasses import FakeTensorMode
 from torch.torch_version import TorchVersion
+from torch.utils import flop_counter
 from torch.utils.checkpoint import checkpoint
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -276,8 +277,10 @@ def test_a_checkpoint_on_another_backend(monkeypatch: pytest.MonkeyPatch) -> Non
 
 
 @pytest.mark.parametrize("backend", ["sdpa", *(["triton"] if INTERPRETED else [])])
-def test_flops(backend: str) -> None:
+def test_flops(backend: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """The counter finds 2 matmuls forward and 5 backward over all pairs, as PyTorch counts SDPA."""
+    for name in ("forward", "forward_with_dropout", "backward"):  # they are registered anew
+        monkeypatch.delitem(flop_counter.flop_registry, getattr(torch.ops.attn_n, name), raising=False)
     batch, heads, len_q, len_k, size, size_v = 2, 4, 5, 7, 16, 8
     q = torch.randn(batch, heads, len_q, size, requires_grad=True)
     k, v = (torch.randn(batch, 2, len_k, width, requires_grad=True) for width in (size, size_v))
@@ -379,6 +382,28 @@ def test_an_exported_program_trains_on_the_reference(of_n: bool, ran: list[str])
         got = torch.autograd.grad(program(*inputs).square().sum(), inputs)
     assert set(ran) == {"attend reference"}
     assert all(torch.allclose(*pair, atol=1e-5) for pair in zip(got, expected, strict=True))
+
+
+class WithBias(torch.nn.Module):
+    def forward(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor, slopes: Tensor) -> Any:
+        return flash_attention_n(q, k, v, sm_n=1.0, attn_mask=mask, alibi_slopes=slopes, return_lse=True)
+
+
+def test_the_bias_of_an_exported_program_has_its_gradient(ran: list[str]) -> None:
+    x = leaves()
+    x += [torch.randn(x[0].shape[2], x[1].shape[2], requires_grad=True), torch.rand(2, requires_grad=True)]
+    program = torch.export.export(WithBias(), tuple(y.detach() for y in x)).module()
+    ran.clear()
+    losses: list[Callable[[Tensor, Tensor], Tensor]] = [
+        lambda _, lse: lse.square().sum(),
+        lambda *x: x[0].sum() + x[1].sum(),
+    ]
+    for loss, of in zip(losses, ((0, 1, 3, 4), range(5)), strict=True):  # the lse does not depend on v
+        with use_backend("reference"):
+            wanted = [x[i] for i in of]
+            got, expected = (torch.autograd.grad(loss(*attend(*x)), wanted) for attend in (program, WithBias()))
+        assert all(torch.allclose(*pair, atol=1e-5) for pair in zip(got, expected, strict=True))
+    assert set(ran) == {"attend reference"}
 
 
 def test_an_exported_program_keeps_a_name(ran: list[str]) -> None:

@@ -265,7 +265,7 @@ def known_backends() -> None:
 @pytest.mark.usefixtures("known_backends")
 @pytest.mark.parametrize("case", [CASES[0], CASES[4], CASES[10], CASES[12], CASES[16]], ids=str)
 def test_a_known_call_reads_its_own_cache(case: Case) -> None:
-    """What is kept of a call is its metadata: lengths, tables and contents are those of each call."""
+    """A known call keeps metadata alone: it reads the lengths, tables and contents that it is given."""
     moved = bool(case.block or case.rows)
     backend = "triton:decode" if INTERPRETED and moved else None
     for lengths in ((5, 0, 11, 12), (3, 7, 9, 2)):

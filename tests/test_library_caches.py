@@ -349,7 +349,7 @@ ON_GPU = [
 @pytest.mark.parametrize("version", LIBRARIES)
 @pytest.mark.parametrize("case", ON_GPU, ids=str)
 def test_the_library(version: int, case: Case, monkeypatch: pytest.MonkeyPatch, ran: list[str]) -> None:
-    """What it reads in place is not copied, and what it does not is right too."""
+    """A cache that a library reads in place is not copied; others are served from a copy, and right."""
     backend, call = f"flash_attn:{version}", make(case, torch.bfloat16, "cuda")
     expected = reason(version, case)
     if version != 2 and case.alibi:

@@ -16,11 +16,12 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 from torch.utils.flop_counter import FlopCounterMode
 
-from attn_n import Backend, flash_attention_n, flash_attention_n_varlen, register_backend, use_backend
+from attn_n import Backend, UnsupportedError, flash_attention_n, flash_attention_n_varlen, register_backend, use_backend
+from attn_n.autograd import passes
 from attn_n.autograd.passes import log_of, rows_may_be_empty_in
 from attn_n.backends import registry
 from attn_n.backends.base import lies_in_order
-from attn_n.call import Gradients, Grads, Options, Saved, autocast
+from attn_n.call import AttentionCall, Gradients, Grads, Options, Saved, autocast
 from tests.cases import CASES, Case, make
 from tests.operators import opcheck
 from tests.oracle import attention_n
@@ -443,6 +444,163 @@ def test_the_operators_on_meta_tensors() -> None:
         out, None, q, k, v, out, lse, state, n, True, False, True, False, False, None, "sdpa:cpu", *options
     )
     assert [x.shape for x in gradients] == [q.shape, k.shape, v.shape, n.shape, (0,), (0,)]
+
+
+@pytest.mark.parametrize("wanted", [(False, False, False), (True, True, True), (False, True, False)])
+def test_the_gradients_of_a_call_without_keys_have_their_shapes(wanted: tuple[bool, ...]) -> None:
+    """The operator's fake has them for any call; of a call without keys no backend is asked."""
+    found = []
+    for device in ("cpu", "meta"):
+        q, k, n = (torch.ones(*shape, device=device) for shape in ((2, 4, 5, 8), (2, 2, 0, 8), (4,)))
+        options = Options(
+            0.25, mask=torch.ones(1, 1, 5, 1, device=device), alibi_slopes=torch.ones(2, 4, device=device)
+        )
+        out, lse = torch.zeros_like(q), torch.zeros(2, 4, 5, device=device)
+        found.append(torch.ops.attn_n.backward(
+            out, lse, q, k, k, out, lse, None, n, False, True, *wanted, None, "sdpa:cpu", *options
+        ))  # fmt: skip
+    of_inputs = [q.shape, k.shape, k.shape, n.shape, (1, 1, 5, 1), (2, 4)]
+    expected = [shape if asked else (0,) for shape, asked in zip(of_inputs, (True, True, True, *wanted), strict=True)]
+    assert [x.shape for x in found[0]] == [x.shape for x in found[1]] == expected
+
+
+@pytest.mark.parametrize("name", ["sm_n", "sinks"])
+def test_no_keys_under_a_dispatch_mode(name: str) -> None:
+    q, k, n = torch.randn(2, 4, 5, 8).double(), torch.randn(2, 2, 0, 8).double(), torch.full((4,), 3.0)
+    n.requires_grad_()
+    with FlopCounterMode(display=False):
+        _, lse = flash_attention_n(q, k, k, return_lse=True, backend="sdpa", **{name: n})
+        (dn,) = torch.autograd.grad(lse.sum(), n)
+        _, lse_without_n = flash_attention_n(q, k, k, return_lse=True, backend="sdpa")
+    assert lse.dtype == lse_without_n.dtype == torch.float64
+    assert torch.allclose(dn, torch.full((4,), 10.0 / (3.0 if name == "sm_n" else 1.0)))
+
+
+def test_the_operators_say_what_they_are() -> None:
+    """torch.compile takes them as they are; it keeps the generator's state around one that draws."""
+    operators = [getattr(torch.ops.attn_n, name).default for name in ("forward", "forward_with_dropout", "backward")]
+    assert all(torch.Tag.pt2_compliant_tag in operator.tags for operator in operators)
+    assert [torch.Tag.nondeterministic_seeded in operator.tags for operator in operators] == [False, True, False]
+
+
+def test_the_backward_operator_has_no_derivative() -> None:
+    q, k, v, n = leaves(5)
+    out, lse, state = torch.ops.attn_n.forward(q, k, v, n, False, None, None, "sdpa:cpu", *Options(0.25))
+    dq, *_ = torch.ops.attn_n.backward(
+        out.detach(), None, q, k, v, out, lse, state, n, False, False, False, False, False, None, "sdpa:cpu",
+        *Options(0.25),
+    )  # fmt: skip
+    with pytest.raises(UnsupportedError, match="backend 'sdpa:cpu' has no double backward"):
+        dq.sum().backward()
+
+
+def test_gradients_of_repeated_heads_are_added_up() -> None:
+    dk = torch.arange(8.0).reshape(1, 4, 2, 1)  # of 4 query heads and 2 keys
+    assert passes._sum_groups(dk, 2)[0, :, :, 0].tolist() == [[2.0, 4.0], [10.0, 12.0]]
+    assert passes._sum_groups(dk, 4) is dk
+
+
+class Told(Backend):
+    """`sdpa:cpu`, which notes what it is told."""
+
+    name = "told"
+    honours = frozenset(("lse gradient", "dropout"))
+    state: Tensor | None = None
+
+    def __init__(self) -> None:
+        self.log_n_prepared: list[object] = []
+        self.backwards: list[tuple[Grads, Saved]] = []
+
+    def prepare(self, q: Tensor, k: Tensor, v: Tensor, log_n: object, options: Options) -> Backend:
+        self.log_n_prepared.append(log_n)
+        return self
+
+    def forward(self, q: Tensor, k: Tensor, v: Tensor, log_n: object, options: Options) -> Any:
+        out, lse, _ = registry.loaded("sdpa:cpu").forward(q, k, v, None, options.replaced(dropout_p=0.0))
+        return out, lse, self.state
+
+    def backward(self, grads: Grads, saved: Saved, options: Options) -> Gradients:
+        self.backwards.append((grads, saved))
+        return registry.loaded("sdpa:cpu").backward(grads, saved, options.replaced(dropout_p=0.0))
+
+
+@pytest.fixture
+def told(monkeypatch: pytest.MonkeyPatch) -> Told:
+    monkeypatch.setattr(registry, "_entries", dict(registry._entries))
+    backend = Told()
+    register_backend(backend)
+    return backend
+
+
+def test_no_queries_under_a_dispatch_mode(told: Told) -> None:
+    q, k, n = torch.randn(2, 4, 0, 8, requires_grad=True), torch.randn(2, 2, 5, 8, requires_grad=True), torch.ones(4)
+    with FlopCounterMode(display=False):
+        out = flash_attention_n(q, k, k, sm_n=n.requires_grad_(), backend="told")
+        gradients = torch.autograd.grad(out.sum(), (q, k, n))
+    assert [x.shape for x in gradients] == [q.shape, k.shape, n.shape]
+    assert not any(x.any() for x in gradients)
+    assert told.backwards == [], "no backend is asked"
+
+
+def test_the_sign_beside_a_gradient_is_resolved(told: Told) -> None:
+    """Kernels read the memory of a tensor, and not the flag that its numbers are the negative ones."""
+    q, k, v, _ = leaves(5)
+    out, lse = flash_attention_n(q, k, v, sm_n=1.0, return_lse=True, backend="told")
+    ones, ones_of_lse = torch.ones_like(out), torch.ones_like(lse)
+    flagged, flagged_of_lse = torch._neg_view(-ones), torch._neg_view(-ones_of_lse)
+    expected = torch.autograd.grad((out, lse), q, (ones, ones_of_lse), retain_graph=True)
+    for dout, dlse in ((flagged, ones_of_lse), (ones, flagged_of_lse), (flagged, flagged_of_lse)):
+        assert torch.equal(*expected, *torch.autograd.grad((out, lse), q, (dout, dlse), retain_graph=True))
+    torch.autograd.grad(out, q, flagged)
+    assert not any(x is not None and x.is_neg() for grads, _ in told.backwards for x in grads[:2])
+    assert [grads.dlse is None for grads, _ in told.backwards] == [False] * 4 + [True]
+
+
+def test_a_backward_is_asked_for_what_is_needed(told: Told) -> None:
+    q, k, v, n = leaves(5)
+    asked = [("sm_n", n, "n"), ("sinks", n, "log n"), ("sm_n", n.detach(), None), ("sinks", n.detach(), None)]
+    for name, given, of_n in [*asked, ("sm_n", 1.0, None)]:
+        for _ in range(2):  # once to prepare it
+            flash_attention_n(q, k, v, backend="told", **{name: given}).sum().backward()
+            grads, saved = told.backwards[-1]
+            assert (grads.of_n, saved.log_n is not None) == (of_n, of_n == "log n")
+    assert set(told.log_n_prepared) == {None}, "n is applied behind it"
+
+
+def test_the_state_of_dropout_reaches_the_backward(told: Told) -> None:
+    q, k, v, _ = leaves(5)
+    told.state = torch.tensor([3, 4])
+    for _ in range(3):  # the last one is known
+        flash_attention_n(q, k, v, sm_n=1.0, dropout_p=0.5, backend="told").sum().backward()
+        state = told.backwards[-1][1].rng_state
+        assert state is not None
+        assert state.tolist() == [3, 4]
+
+
+def test_what_an_open_choice_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    calls: list[AttentionCall] = []
+
+    def choose(call: AttentionCall) -> Backend:
+        calls.append(call)
+        return registry.loaded("sdpa:cpu")
+
+    monkeypatch.setattr(passes, "_choose", choose)
+    given = {"q": (2, 4, 5, 8), "k": (2, 4, 7, 8), "v": (2, 4, 7, 8), "n": (4,), "mask": (1, 1, 5, 7), "slopes": (2, 4)}
+    for wanted in (None, *given):
+        x = {name: torch.ones(shape, requires_grad=name == wanted) for name, shape in given.items()}
+        options = Options(1.0, mask=x["mask"], alibi_slopes=x["slopes"])
+        passes.chosen_now(passes.ANY_BACKEND, x["q"], x["k"], x["v"], x["n"], options)
+        call = calls[-1]
+        assert (call.needs_grad, call.return_lse) == (wanted is not None, wanted is not None)
+        assert (call.mask_needs_grad, call.alibi_needs_grad) == (wanted == "mask", wanted == "slopes")
+    q, kinds = torch.ones(given["q"]), {"float": None, "per head": torch.ones(4), "per row": torch.ones(2, 4, 5)}
+    for kind, n in kinds.items():
+        passes.chosen_now(passes.ANY_BACKEND, q, q, q, n, Options(1.0))
+        assert (calls[-1].n_kind, calls[-1].needs_grad) == (kind, False)
+    starts = torch.tensor([0, 5], dtype=torch.int32)
+    varlen = Options(1.0, cu_seqlens_q=starts, cu_seqlens_k=starts, max_seqlen_q=5, max_seqlen_k=5)
+    passes.chosen_now(passes.ANY_BACKEND, *[torch.ones(5, 4, 8)] * 3, torch.ones(5, 4), varlen)
+    assert calls[-1].n_kind == "per row"
 
 
 def test_a_backend_with_other_strides_is_set_right(monkeypatch: pytest.MonkeyPatch) -> None:

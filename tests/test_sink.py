@@ -11,7 +11,8 @@ from torch import Tensor
 
 from attn_n import flash_attention_n
 from attn_n.sink import rescale
-from attn_n.sink.weight import as_tensor, weight_of_n
+from attn_n.sink.merging import merge_
+from attn_n.sink.weight import as_tensor, bounded_exp, weight_of_n
 from tests.places import PLACES
 
 pytest.importorskip("triton")
@@ -123,6 +124,54 @@ def test_gradient_of_n(device: str, layout: str, of: str, with_dlse: bool, dtype
         assert torch.allclose(got[0].double(), exact, rtol=2e-5, atol=1e-3)
 
 
+@pytest.mark.parametrize("device", PLACES)
+def test_batches_of_several_tiles(device: str) -> None:
+    out, dout = (torch.randn(2, 2, 300, 64, device=device) for _ in range(2))
+    lse, n = torch.randn(2, 2, 300, device=device), torch.tensor([-1.0, 2.0], device=device)
+    assert fused.launch_for("scale", out.device, out.dtype, out.shape, (), (), 0).programs == 2 * 2 * 3
+    dn = fused.gradient_of_n(dout, None, out, lse, n)
+    exact = [x.double() for x in (dout, out, lse, n)]
+    assert torch.allclose(dn.double(), rescale.gradient_of_n(exact[0], None, *exact[1:], False), rtol=1e-5, atol=1e-3)
+    lse_n = fused.add_sink_(out, lse, n)
+    rescale.scale_(*exact[1:], False)
+    assert torch.allclose(out.double(), exact[1], rtol=2e-6, atol=1e-7)
+    assert torch.allclose(lse_n.double(), rescale.add_to_lse(*exact[2:], False), rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize("device", PLACES)
+def test_the_gradient_of_n_is_float32_whatever_the_default(device: str) -> None:
+    out, lse = torch.ones(1, 2, 4, 8, device=device), torch.zeros(1, 2, 4, device=device)
+    torch.set_default_dtype(torch.float64)
+    try:
+        assert fused.gradient_of_n(out, None, out, lse, None).dtype == torch.float32
+    finally:
+        torch.set_default_dtype(torch.float32)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_the_bounded_exponential_has_finite_derivatives(dtype: torch.dtype) -> None:
+    """At the largest number too, where one step of rounding is the difference to infinity."""
+    end = math.log(torch.finfo(dtype).max)
+    x = torch.tensor([-3.0, end - 0.03, end, end + 1e-3, end + 0.01, end + 1, math.inf], dtype=dtype).requires_grad_()
+    found = bounded_exp(x)
+    (dx,) = torch.autograd.grad(found.sum(), x)
+    assert found.isfinite().all()
+    assert dx.isfinite().all()
+    assert torch.allclose(found[:2], x[:2].exp())
+
+
+def test_rows_that_see_no_key_in_some_parts() -> None:
+    logits, v = torch.randn(2, 3, 4, 6, dtype=torch.float64), torch.randn(2, 3, 6, 8, dtype=torch.float64)
+    logits[:, :, 1, :3] = logits[:, :, 2, 3:] = logits[:, :, 3] = -math.inf
+    (out, lse), (part, part_lse), (expected, expected_lse) = (
+        ((x.softmax(-1).nan_to_num(0.0) @ of_v).float(), x.logsumexp(-1).float())
+        for x, of_v in ((logits[..., :3], v[:, :, :3]), (logits[..., 3:], v[:, :, 3:]), (logits, v))
+    )
+    merge_(out, lse, part, part_lse)
+    assert torch.allclose(out, expected, atol=1e-6)
+    assert torch.allclose(lse, expected_lse, atol=1e-6)
+
+
 @pytest.mark.parametrize("n", [1e-40, 3e-30, 0.3, 7.0, 1e30])
 @pytest.mark.parametrize("as_number", [True, False])
 def test_the_weight_of_n_has_no_rounding_of_its_logarithm(n: float, as_number: bool) -> None:
@@ -139,8 +188,9 @@ def test_n_as_a_tensor() -> None:
 
 @pytest.mark.parametrize("device", PLACES)
 def test_a_gradient_that_exp_would_overflow(device: str) -> None:
-    out, lse = torch.zeros(1, 2, 4, 8, device=device), torch.full((1, 2, 4), -300.0, device=device)
-    assert torch.equal(fused.gradient_of_n(out, None, out, lse, None).cpu(), torch.zeros(2))
+    for power in (89.2, 300.0):
+        out, lse = torch.zeros(1, 2, 4, 8, device=device), torch.full((1, 2, 4), -power, device=device)
+        assert torch.equal(fused.gradient_of_n(out, None, out, lse, None).cpu(), torch.zeros(2))
 
 
 @pytest.mark.parametrize(

@@ -99,13 +99,15 @@ def test_vmap(backend: str | None, in_dims: tuple[int | None, ...], ran: list[st
 
 def test_vmap_joins_the_batch(ran: list[str]) -> None:
     """One kernel serves all samples, unless n, a mask or varlen sequences keep them apart."""
-    x = inputs(3, 2)
-    torch.vmap(ours, (0, 0, 0, None))(*x)
+    x = inputs(3, 2, heads_kv=1)
+    got = torch.vmap(ours, (0, 0, 0, None))(*x)
     assert ran == ["forward sdpa:cpu"]
+    assert torch.equal(got, torch.stack([ours(*each, x[3]) for each in zip(*x[:3], strict=True)]))
+    ran.clear()
     torch.vmap(lambda q, k, v, mask: flash_attention_n(q, k, v, sm_n=1.0, attn_mask=mask))(
         *x[:3], torch.rand(3, 5, 5) > 0.3
     )
-    assert ran == ["forward sdpa:cpu"] * 4
+    assert ran == ["forward sdpa:cpu"] * 3
 
 
 @pytest.mark.parametrize(

@@ -182,9 +182,7 @@ def _in_use(options: Options, dout: Tensor, dlse: Tensor | None) -> tuple[Tensor
 
 def _shaped_as(dn: Tensor, n: Tensor | None) -> Tensor:
     """The gradient of n per head as that of a scalar, if n is one; that of one a row in the shape of n."""
-    if n is None or n.dim() == 1:
-        return dn
-    return dn.sum_to_size(n.shape) if n.dim() else dn.sum() if dn.numel() else dn
+    return dn if n is None or n.dim() == 1 else dn.sum_to_size(n.shape)
 
 
 def _nothing_to_see(q: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:

@@ -53,7 +53,7 @@ class PreparedCall:
         self, q: Tensor, k: Tensor, v: Tensor, n: Tensor | None, options: Options, lse_wanted: bool
     ) -> tuple[Tensor, Tensor, Tensor | None]:
         served = registry.loaded(self.backend)
-        if not (served.differentiates or q.numel() == 0 or k.numel() == 0):
+        if q.numel() and k.numel():
             log_n = self.log_n if n is None else passes.log_of(q, n, self.n_is_logit)
             self._applies_n, self._rows_may_be_empty = served.applies_n, passes.rows_may_be_empty_in(q, k, options)
             # Last, because it tells other threads that all of this is known.

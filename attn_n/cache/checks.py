@@ -14,7 +14,7 @@ FLOAT8 = (torch.float8_e4m3fn,)
 
 
 class Checked(NamedTuple):
-    """What a valid call says about its cache.
+    """A call whose arguments are valid has this cache, and these keys in it.
 
     Attributes:
         new: how many new keys each sequence has.

@@ -114,7 +114,7 @@ _BY_KIND = {
 def automatic(call: AttentionCall) -> tuple[str, ...]:
     """Return the backends to try, in order, for a call that forces none."""
     row, default = _row(call), _default(call)
-    if call.device == "cuda" and _reads_in_place(call):
+    if _reads_in_place(call):
         return (*IN_PLACE, *[name for name in default if name not in IN_PLACE])
     if (row is None or call.padded) and _why_triton_first(call) is not None and "triton" in default:
         default = ("triton", *[name for name in default if name != "triton"])
@@ -127,7 +127,7 @@ def automatic(call: AttentionCall) -> tuple[str, ...]:
 def reason(call: AttentionCall) -> str:
     """Return the reason for the automatic order of a call."""
     row, why_triton_first = _row(call), _why_triton_first(call)
-    if call.device == "cuda" and _reads_in_place(call):
+    if _reads_in_place(call):
         return "automatic, first who reads keys where they lie"
     by_speed = f"by speed on an H100: {row}"
     if why_triton_first is not None and (row is None or call.padded):
@@ -139,7 +139,8 @@ def reason(call: AttentionCall) -> str:
 
 
 def _reads_in_place(call: AttentionCall) -> bool:
-    return (call.cached or call.padded) and not call.needs_grad and not call.seqused_q
+    in_place = (call.cached or call.padded) and not call.seqused_q
+    return call.device == "cuda" and in_place and not call.needs_grad
 
 
 def _default(call: AttentionCall) -> tuple[str, ...]:

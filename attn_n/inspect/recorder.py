@@ -25,7 +25,7 @@ from attn_n.inspect.moments import Accumulator, Distribution
 
 
 class Record:
-    """What was recorded, so far or in all: print it for a table."""
+    """The statistics that were recorded so far; printed, they are a table."""
 
     def __init__(self) -> None:
         self._attention: dict[str, HeadSums] = {}

@@ -51,7 +51,7 @@ class Finding:
 
 @dataclass(frozen=True)
 class Report:
-    """What a check found: print it for the explanations.
+    """The findings of a check; printed, they come with explanations.
 
     Attributes:
         findings: what is wrong, in the order of the problems.

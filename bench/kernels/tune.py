@@ -89,8 +89,9 @@ def _candidates(kernel: str, width: int) -> Iterator[tuple[Any, ...]]:
         places = ((False, False), (False, True), (True, True))  # of q_in_registers and out_apart
         softmax = ((False, False), (True, False), (True, True))  # of lazy and weights_first
         for *one, place, kind in itertools.product((1, 2, 3), (64, 128), (2, 3, 4), places, softmax):
-            for counted in (False, True):
-                yield hopper.Tiles(*one, *place, *kind), counted
+            at_once = (2, 3) if one[0] == 1 else (1,)  # programs of an SM
+            for programs, counted in itertools.product(at_once, (False, True)):
+                yield hopper.Tiles(*one, *place, *kind, programs), counted
         return
     for tile, warps, stages, descriptors in itertools.product(TILES, (4, 8), (1, 2, 3, 4), (False, True)):
         if _plausible(kernel, width, tile, warps):

@@ -10,11 +10,11 @@ from collections.abc import Callable, Mapping, Sequence
 import torch
 from torch import Tensor
 
-from bench.contenders.base import Contender, sinks_of
+from bench.contenders.base import Contender, Passes, sinks_of
 from bench.contenders.library import one_line
 from bench.method import interleaved
 from bench.method.clocks import Clock, Run, StepClock
-from bench.method.prepared import Prepared
+from bench.method.prepared import Prepared, prepare
 from bench.reporting.record import Point
 from bench.workloads import Inputs, make_inputs
 from bench.workloads.decoding import Decoding
@@ -30,8 +30,12 @@ def measure(case: Decoding, contenders: Sequence[Contender], clock: Clock) -> li
     """Returns a point for each contender and each of MEASURES; `clock` is that of the device."""
     inputs = make_inputs(case.workload)
     exact = Exact(inputs)
+
+    def wrong(contender: Contender, passes: Passes) -> str | None:
+        return exact.what_is_wrong(passes.forward(), contender.n)
+
     with torch.no_grad():
-        present = [_prepare(contender, inputs, exact) for contender in contenders]
+        present = [prepare(contender, inputs, False, wrong) for contender in contenders]
         calls = {each.contender.name: each.passes.forward for each in present if each.passes is not None}
         times = {"forward": interleaved.measure(calls, clock)}
         layers = {name: _layers(statistics.median(values)) for name, values in times["forward"].items()}
@@ -86,20 +90,6 @@ class Exact:
     def _keys(self, x: Tensor, b: int, head: int) -> Tensor:
         table = self._inputs.table
         return x[b, head] if table is None else x[table[b].long(), head].flatten(0, 1)
-
-
-def _prepare(contender: Contender, inputs: Inputs, exact: Exact) -> Prepared:
-    reason = contender.why_not(inputs.workload)
-    if reason is not None:
-        return Prepared(contender, "absent", reason)
-    try:
-        passes = contender.prepare(inputs)
-        reason = exact.what_is_wrong(passes.forward(), contender.n)
-    except Exception as failure:  # of one contender; the others are timed all the same
-        reason = f"fails: {one_line(failure)}"
-    if reason is not None:
-        return Prepared(contender, "wrong", reason)
-    return Prepared(contender, "measured", None, passes, contender.backend(inputs.workload, False))
 
 
 def _layers(seconds: float) -> int:

@@ -49,16 +49,23 @@ class Prepared:
 @functools.lru_cache(maxsize=1)  # all passes of a workload are measured before the next one
 def prepare_all(workload: Workload, training: bool, contenders: tuple[Contender, ...]) -> tuple[Prepared, ...]:
     inputs = make_inputs(workload)
-    return tuple(_prepare(contender, inputs, training) for contender in contenders)
+
+    def wrong(contender: Contender, passes: Passes) -> str | None:
+        return what_is_wrong(passes, contender.n, inputs, training and "backward" in contender.measures)
+
+    return tuple(prepare(contender, inputs, training, wrong) for contender in contenders)
 
 
-def _prepare(contender: Contender, inputs: Inputs, training: bool) -> Prepared:
+def prepare(
+    contender: Contender, inputs: Inputs, training: bool, wrong: Callable[[Contender, Passes], str | None]
+) -> Prepared:
+    """Prepares a contender; `wrong` returns what is wrong with its results, or None."""
     reason = contender.why_not(inputs.workload)
     if reason is not None:
         return Prepared(contender, "absent", reason)
     try:
         passes = contender.prepare(inputs)
-        reason = what_is_wrong(passes, contender.n, inputs, training and "backward" in contender.measures)
+        reason = wrong(contender, passes)
     except Exception as failure:  # of one contender; the others are timed all the same
         reason = f"fails: {one_line(failure)}"
     if reason is not None:

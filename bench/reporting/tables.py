@@ -80,7 +80,7 @@ def speed(points: pd.DataFrame, kind: str) -> Iterator[Section]:
 
 
 def decoding(run: Run) -> Iterator[Section]:
-    """What is read of the bandwidth, and what a call takes in a decode step."""
+    """Returns two tables: the bandwidth that each call reaches, and the time of a call in a decode step."""
     copy_bytes = (run.machine.get("ceilings") or {}).get("copy_bytes")
     for title, table in decode_tables(run.points, copy_bytes):
         yield Section(f"### {title}", table)

@@ -264,7 +264,8 @@ def _adds(options: Options) -> bool:
 
 def _adds_large(options: Options) -> bool:
     """Return True if these numbers can be so large that float32 rounds the logits away; float16 ends at 65504."""
-    return _adds(options) and options.mask is not None and options.mask.dtype != torch.float16
+    mask = options.mask
+    return mask is not None and mask.is_floating_point() and mask.dtype != torch.float16
 
 
 def _nothing(q: Tensor, width_v: int) -> tuple[Tensor, Tensor]:

@@ -90,7 +90,7 @@ def repeat_kv(q: Tensor, k: Tensor, v: Tensor, dim: int = 1) -> tuple[Tensor, Te
 def rounds_bias(call: AttentionCall) -> str | None:
     """Return the reason why a kernel that adds a bias in the dtype of q does not serve the call, or None."""
     bias = torch.float32 if call.alibi else call.mask_dtype
-    if bias is not None and bias.is_floating_point and torch.promote_types(bias, call.dtype) != call.dtype:
+    if bias is not None and torch.promote_types(bias, call.dtype) != call.dtype:
         return f"rounds what is added to the logits to {str(call.dtype).removeprefix('torch.')}"
     return None
 

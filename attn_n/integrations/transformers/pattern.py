@@ -16,7 +16,7 @@ Window = tuple[int | None, int | None]
 
 
 class Rule(NamedTuple):
-    """What a mask function of transformers says, without padding."""
+    """The keys that a mask function of transformers lets a query see, but for padding."""
 
     causal: bool = False
     window: Window = (None, None)

@@ -11,7 +11,7 @@ from attn_n.backends.triton.hopper import prepare
 from attn_n.backends.triton.hopper.prepare import Extents, can_count, list_of_tiles
 from attn_n.backends.triton.kernel_key import KernelKey, Strides, describe, fits_descriptors
 from attn_n.backends.triton.portable import prepare as portable
-from attn_n.backends.triton.portable.prepare import gradient_of_n, log_n_of, shares_of_n
+from attn_n.backends.triton.portable.prepare import log_n_of, shares_of_n
 from attn_n.call import Gradients, Grads, Options, Saved
 from attn_n.launcher import Part
 from attn_n.recent import Recent
@@ -52,11 +52,10 @@ class HopperCall:
         dq_sum = Part(workspace, 0, launches.dq_sum)
         stats = Part(workspace, launches.dq_sum, launches.stats)
         shares = shares_of_n(grads, log_n, ready.shares)
-        dn = None  # of each head, where there is not one n a row
+        a_row = log_n is not None and log_n.dim() > 1  # then `shares` is the gradient
+        dn = None if shares is None or a_row else ready.dn()
         if shares is not None and shares.dim() == 2:  # varlen rows may belong to no sequence
             shares.zero_()
-        elif shares is not None and (log_n is None or log_n.dim() == 1):
-            dn = ready.dn()
         queries, keys = _extents(options)
         table = list_of_tiles(launches, q, keys, queries)
         filled = (dq, dk, dv) if options.padded else (None, None, None)  # with zeros in the rows that do not exist
@@ -69,7 +68,7 @@ class HopperCall:
         for launch, x_sum, x in zip(launches.postprocess_kv, into, (dk, dv), strict=False):
             launch(x_sum, x, *keys)
         launches.postprocess(dq_sum, dq, *queries)
-        return Gradients(dq, dk, dv, gradient_of_n(shares, log_n) if dn is None else dn)
+        return Gradients(dq, dk, dv, shares if dn is None else dn)
 
     def _backward(self, tensors: tuple[Tensor, ...], log_n: Tensor | None, options: Options) -> BackwardCall:
         *_, out, dout = tensors
