@@ -195,10 +195,11 @@ def make(case: Case, dtype: torch.dtype = torch.float32, device: str = "cpu") ->
 def paged(x: Tensor, case: Case, lengths: tuple[int, ...], generator: torch.Generator) -> tuple[Tensor, Tensor]:
     """Lay a cache out in blocks of random order; of the table what lies beyond a sequence is -1."""
     most = case.most // case.block
-    order = torch.randperm(60, generator=generator.manual_seed(7))[: 4 * most].reshape(4, most)
+    blocks = max(60, 4 * most)
+    order = torch.randperm(blocks, generator=generator.manual_seed(7))[: 4 * most].reshape(4, most)
     if case.shared:
         order[3, 0] = order[2, 0]
-    cache = torch.full((60, x.shape[1], case.block, x.shape[3]), torch.nan, dtype=x.dtype)
+    cache = torch.full((blocks, x.shape[1], case.block, x.shape[3]), torch.nan, dtype=x.dtype)
     table = torch.full((4, most), -1, dtype=torch.int32)
     for b, length in enumerate(lengths):
         for i in range(-(-(length + case.new) // case.block)):

@@ -18,6 +18,7 @@ from torch import Tensor
 import attn_n
 from attn_n import flash_attention_n
 from attn_n.backends import registry
+from attn_n.backends.adapt import padding
 from attn_n.backends.adapt.in_place import InPlaceFlash, Places
 from attn_n.backends.flash_attn import version_2, version_3, version_4
 from attn_n.backends.flash_attn.version_2 import FlashAttention2
@@ -358,8 +359,7 @@ def test_the_library(version: int, case: Case, monkeypatch: pytest.MonkeyPatch, 
         return
     if expected is None:
         monkeypatch.setattr(over_cache, "gather", not_copied)
-        packed = "attn_n.backends.adapt.padding.forward_packed"
-        monkeypatch.setattr(packed, not_copied)
+        monkeypatch.setattr(padding, "forward_packed", not_copied)
     out, lse = call.run(backend)
     assert ran == [f"forward {backend}"]
     truth, truth_lse = call.exact()
