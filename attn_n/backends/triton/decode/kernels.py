@@ -15,9 +15,9 @@ import triton
 import triton.language as tl
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
-from attn_n.backends.triton.portable.tile import LN2, LOG2E, add_dot, dot, tanh
+from attn_n.backends.triton.portable.tile import LN2, LOG2E, add_dot, dot, logits
 
-RUN_TIME = ("stride_n", "heads", "len_q", "len_k", "left", "right", "splits", "row_tiles", "block")
+RUN_TIME = ("stride_n", "heads", "len_q", "len_k", "left", "right", "splits", "row_tiles")
 
 
 @triton.jit
@@ -32,23 +32,20 @@ def sequence_rows(used, leftpad, batch, len_k):
 
 
 @triton.jit
-def load_keys(x, row_of_cache, table, keys, exist, strides, block, PAGED: tl.constexpr, WHOLE: tl.constexpr,
-    WIDTH: tl.constexpr, TILE_WIDTH: tl.constexpr,
-):  # fmt: skip
-    """Load the rows `keys` (TILE_K, TILE_WIDTH) of a head; `x` points to its first row.
-
-    `row_of_cache` is the row of a contiguous cache. Of a paged one a tile lies in one block if it is WHOLE.
-    """
-    if not PAGED:
-        of_row = x + row_of_cache.to(tl.int64) * strides[0] + keys.to(tl.int64) * strides[2]
-    elif WHOLE:
-        first = tl.min(keys, 0)
-        of_block = tl.load(table + first // block).to(tl.int64)
-        of_row = x + of_block * strides[0] + (keys % block).to(tl.int64) * strides[2]
+def places_of(table, row_of_cache, keys, exist, BLOCK: tl.constexpr, TILE_K: tl.constexpr):
+    """Return where keys (TILE_K,) lie: in which row of a contiguous cache, or in which blocks, and where in these."""
+    if BLOCK == 0:
+        return row_of_cache.to(tl.int64), keys
+    elif BLOCK % TILE_K == 0:  # all in one block
+        return tl.load(table + tl.min(keys, 0) // BLOCK).to(tl.int64), keys % BLOCK
     else:
-        of_block = tl.load(table + keys // block, mask=exist, other=0).to(tl.int64)
-        of_row = x + of_block * strides[0] + (keys % block).to(tl.int64) * strides[2]
-    columns = tl.arange(0, TILE_WIDTH)
+        return tl.load(table + keys // BLOCK, mask=exist, other=0).to(tl.int64), keys % BLOCK
+
+
+@triton.jit
+def load_keys(x, block, row, exist, strides, WIDTH: tl.constexpr, TILE_WIDTH: tl.constexpr):
+    """Load the rows (TILE_K, TILE_WIDTH) of a head that lie there; `x` points to its first row."""
+    of_row, columns = x + (block * strides[0] + row.to(tl.int64) * strides[2]), tl.arange(0, TILE_WIDTH)
     inside = exist[:, None]
     if WIDTH != TILE_WIDTH:
         inside = inside & (columns < WIDTH)[None, :]
@@ -70,9 +67,9 @@ def row_sink(sinks, log_n, stride_n, head, row):
 def split_kernel(
     q, k, v, out, lse, sinks, log_n, slopes, used, leftpad, table, cache_rows, k_descale, v_descale,
     strides_q, strides_k, strides_v, strides_out, stride_table, strides_slopes, strides_k_descale, strides_v_descale,
-    stride_n, heads, len_q, len_k, left, right, scale, softcap, splits, row_tiles, block,
+    stride_n, heads, len_q, len_k, left, right, scale, softcap, splits, row_tiles,
     GROUPS: tl.constexpr, WIDTH: tl.constexpr, WIDTH_V: tl.constexpr, TILE_E: tl.constexpr, TILE_V: tl.constexpr,
-    TILE_R: tl.constexpr, TILE_K: tl.constexpr, PAGED: tl.constexpr, WHOLE: tl.constexpr, SPLIT: tl.constexpr,
+    TILE_R: tl.constexpr, TILE_K: tl.constexpr, BLOCK: tl.constexpr, LINEAR: tl.constexpr, SPLIT: tl.constexpr,
     PDL: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Attend with a tile of rows to one part of the keys.
@@ -97,21 +94,23 @@ def split_kernel(
     )  # fmt: skip
     slope = None
     if slopes is not None:
-        slope = tl.load(slopes + batch * strides_slopes[0] + head * strides_slopes[1], mask=there, other=0.0) * LOG2E
-    factor = scale
+        slope = tl.load(slopes + batch * strides_slopes[0] + head * strides_slopes[1], mask=there, other=0.0)[:, None]
     if k_descale is not None:
-        factor *= tl.load(k_descale + batch * strides_k_descale[0] + head_kv * strides_k_descale[1])
+        scale *= tl.load(k_descale + batch * strides_k_descale[0] + head_kv * strides_k_descale[1])
+    factor = scale * LOG2E if LINEAR else 1.0  # which `logits` leaves to its caller
 
-    # The keys that some row of the tile sees, by whole tiles of keys from `start` on.
+    # The keys that some row of the tile sees, by whole tiles of keys from `start` on, and those that every row sees.
     first, end = sequence_rows(used, leftpad, batch, len_k)
     of_first = row_tile * TILE_R // GROUPS + (end - len_q)  # the positions of the first and the last query
     of_last = tl.minimum(((row_tile + 1) * TILE_R - 1) // GROUPS, len_q - 1) + (end - len_q)
-    position = query + (end - len_q)
     begin, stop = first, end
+    of_all, to_all = first, end
     if right is not None:
         stop = tl.maximum(tl.minimum(end, of_last + right + 1), 0)
+        to_all = tl.minimum(end, of_first + right + 1)
     if left is not None:
         begin = tl.maximum(first, of_first - left)
+        of_all = tl.maximum(first, of_last - left)
     start = begin // TILE_K * TILE_K
     of_split = tl.cdiv(tl.cdiv(tl.maximum(stop - start, 0), TILE_K), splits) * TILE_K
     from_key = start + split * of_split
@@ -119,7 +118,7 @@ def split_kernel(
 
     row_of_cache = batch if cache_rows is None else tl.load(cache_rows + batch)
     of_table = None
-    if PAGED:
+    if BLOCK > 0:
         of_table = table + batch * stride_table
     of_k, of_v = k + head_kv.to(tl.int64) * strides_k[1], v + head_kv.to(tl.int64) * strides_v[1]
     acc = tl.zeros((TILE_R, TILE_V), tl.float32)
@@ -128,27 +127,21 @@ def split_kernel(
     for first_key in tl.range(from_key, to_key, TILE_K):
         keys = first_key + tl.arange(0, TILE_K)
         exist = (keys >= first) & (keys < end)
-        k_tile = load_keys(of_k, row_of_cache, of_table, keys, exist, strides_k, block, PAGED, WHOLE, WIDTH, TILE_E)
-        s = dot(q_tile, k_tile.to(q_tile.dtype).T, PRECISION)
-        if softcap is not None:
-            s = tanh(s * (factor / softcap)) * (softcap * LOG2E)
-        else:
-            s *= factor * LOG2E
-        distance = position[:, None] - keys[None, :]
-        if slopes is not None:
-            s -= tl.abs(distance).to(tl.float32) * slope[:, None]
-        visible = exist[None, :]
-        if left is not None:
-            visible = visible & (distance <= left)
-        if right is not None:
-            visible = visible & (-distance <= right)
-        s = tl.where(visible, s, float("-inf"))
-        new_max = tl.maximum(row_max, tl.max(s, 1))
+        of_block, of_row = places_of(of_table, row_of_cache, keys, exist, BLOCK, TILE_K)
+        k_tile = load_keys(of_k, of_block, of_row, exist, strides_k, WIDTH, TILE_E)
+        padding = None
+        if leftpad is not None:
+            padding = (keys >= first)[None, :]
+        s, _ = logits(
+            dot(q_tile, k_tile.to(q_tile.dtype).T, PRECISION), query[:, None], keys[None, :], len_q, end, left, right,
+            scale, softcap, padding, slope, (first_key < of_all) | (first_key + TILE_K > to_all), LINEAR, False,
+        )  # fmt: skip
+        new_max = tl.maximum(row_max, tl.max(s, 1) * factor)
         shift = tl.where(new_max == float("-inf"), 0.0, new_max)
-        weights = tl.exp2(s - shift[:, None])
+        weights = tl.exp2(s * factor - shift[:, None])
         rescale = tl.exp2(row_max - shift)
         row_sum = row_sum * rescale + tl.sum(weights, 1)
-        v_tile = load_keys(of_v, row_of_cache, of_table, keys, exist, strides_v, block, PAGED, WHOLE, WIDTH_V, TILE_V)
+        v_tile = load_keys(of_v, of_block, of_row, exist, strides_v, WIDTH_V, TILE_V)
         acc = add_dot(acc * rescale[:, None], weights.to(q_tile.dtype), v_tile.to(q_tile.dtype), PRECISION)
         row_max = new_max
 

@@ -41,6 +41,12 @@ class DecodeKey(NamedTuple):
     num_splits: int  # 0 chooses
 
     @property
+    def linear(self) -> bool:
+        """The logits are q k times a positive number."""
+        without = self.softcap, self.strides_slopes, self.strides_k_descale
+        return self.scale > 0 and all([x is None for x in without])
+
+    @property
     def most_seen(self) -> int:
         """How many keys the queries of a sequence see together at most."""
         if self.left is None or self.right is None:
@@ -68,13 +74,12 @@ class DecodeCall:
         numbers = (
             *key.strides, strides_out, key.stride_table, key.strides_slopes, key.strides_k_descale,
             key.strides_v_descale, key.stride_n, heads, len_q, key.most, key.left, key.right, key.scale, key.softcap,
-            splits, row_tiles, key.block,
+            splits, row_tiles,
         )  # fmt: skip
         constants = {
             "GROUPS": groups, "WIDTH": width, "WIDTH_V": key.width_v, "TILE_E": tile_e, "TILE_V": tile_v,
-            "TILE_R": config.tile_r, "TILE_K": config.tile_k, "PAGED": key.block > 0,
-            "WHOLE": key.block > 0 and key.block % config.tile_k == 0, "SPLIT": splits > 1,
-            "PDL": splits > 1 and gpu.pdl, "PRECISION": "tf32" if key.tf32 else "ieee",
+            "TILE_R": config.tile_r, "TILE_K": config.tile_k, "BLOCK": key.block, "LINEAR": key.linear,
+            "SPLIT": splits > 1, "PDL": splits > 1 and gpu.pdl, "PRECISION": "tf32" if key.tf32 else "ieee",
         }  # fmt: skip
         options = {"num_warps": config.num_warps, "num_stages": config.num_stages}
         self.split = Launch(split_kernel, items * splits, key.device, numbers, constants, options, False)
