@@ -38,19 +38,21 @@ def gpu_of(device: torch.device) -> Gpu:
     return Gpu(properties.multi_processor_count, properties.shared_memory_per_block_optin > 120000, pdl)
 
 
-# Measured on an H100, 2026-11-28, PyTorch 2.11, Triton 3.6, bfloat16, E = 128: 1 and 32 sequences of 1,024 to 131,072
-# keys, 32 query heads; one query beside 8 KV heads (4 rows), four beside one (128 rows).
+# Measured on an H100 and an H200, 2026-11-28, PyTorch 2.11, Triton 3.6, bfloat16, E = 64 and 128: 1 to 32 sequences of
+# 1,024 to 131,072 keys, 32 query heads; one query beside 8 KV heads (4 rows) up to 64 queries (256 rows), and four
+# queries beside one KV head (128 rows).
 def find(rows: int, width: int, itemsize: int, paged: bool, gpu: Gpu) -> Config:
     """Return the tiles for so many rows; `width` is the larger of those of the tiles of k and v."""
-    tile_r, stages = max(16, min(64, power_of_two(rows))), 3 if gpu.room else 2
-    if rows > 64 and gpu.room and width * itemsize <= 256:  # two warpgroups share keys and values
-        config = Config(128, 64, 8, stages, 1)
+    bytes_of_row, stages = width * itemsize, 3 if gpu.room else 2
+    if rows > 64 and gpu.room and bytes_of_row <= 256:  # two warpgroups share keys and values
+        config = Config(128, 128, 8, 2, 1) if paged and bytes_of_row > 128 else Config(128, 64, 8, stages, 1)
     else:
+        tile_r = max(16, min(64, power_of_two(rows)))
         warps = 4 if gpu.room or tile_r < 64 else 8
-        bytes_of_tile, programs = (8192, 2) if paged else (16384, 1)
-        config = Config(tile_r, max(16, min(64, bytes_of_tile // (width * itemsize))), warps, stages, programs)
+        bytes_of_tile, programs = (8192, 2) if paged or bytes_of_row <= 128 else (16384, 1)
+        config = Config(tile_r, max(16, min(64, bytes_of_tile // bytes_of_row)), warps, stages, programs)
     # Paged, a load waits for that of the table, and Triton divides the stages between the two.
-    return config._replace(num_stages=2 * stages - 1) if paged else config
+    return config._replace(num_stages=2 * config.num_stages - 1) if paged else config
 
 
 def splits_for(items: int, keys: int, at_once: int) -> int:
