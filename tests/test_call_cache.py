@@ -69,11 +69,11 @@ def test_bad_boundaries_after_good_ones() -> None:
 @pytest.mark.parametrize("shape", [(6, 6), (2, 6, 6), (1, 1, 6, 6)], ids=str)
 def test_each_call_has_its_own_mask(shape: tuple[int, ...]) -> None:
     q, k, v = inputs()
-    for _ in range(3):
+    for _ in range(4):
         mask = torch.randn(shape)
         expected = attention_n(q, k, v, 1.0, mask=mask.expand(1, 2, 6, 6))[0]
         assert torch.allclose(flash_attention_n(q, k, v, sm_n=1.0, attn_mask=mask), expected, atol=1e-5)
-    assert len(call_cache._calls) == 1
+    assert len(call_cache._calls) <= 2  # the first call of all loads backends, after which its key is another one
 
 
 def test_what_a_plan_depends_on(monkeypatch: pytest.MonkeyPatch, ran: list[str]) -> None:

@@ -208,6 +208,8 @@ FA_4, FA_3, PYTORCHS = ("flash_attn:4", "triton"), ("flash_attn:3", "flash_attn:
 HOPPER_FA_3, OURS = ("triton:hopper", *FA_3[:2]), ("triton", "sdpa")
 PORTABLE, BOTH, FA_3_HOPPER = ("triton:portable", "sdpa"), ("triton:hopper", *FA_4), ("flash_attn:3", "triton:hopper")
 ONE_QUERY = ("sdpa:flash", *FA_3)
+FEW_ROWS = ("triton:decode", "flash_attn:3", "triton")
+MANY_ROWS = ("flash_attn:3", "triton:decode", "triton")
 
 
 @pytest.mark.parametrize(
@@ -215,7 +217,8 @@ ONE_QUERY = ("sdpa:flash", *FA_3)
     [
         # by the number of keys
         (sized(1, 4095, **WITH_N), OURS, sized(1, 4096, **WITH_N), ONE_QUERY),
-        (sized(4, 1024, **INFERENCE, **WITH_N), OURS, sized(4, 1025, **INFERENCE, **WITH_N), FA_3),
+        (sized(1, 4095, **INFERENCE), ONE_QUERY, sized(1, 4096, **INFERENCE), ("triton:decode", "sdpa:flash")),
+        (sized(4, 1024, **INFERENCE, **WITH_N), OURS, sized(4, 1025, **INFERENCE, **WITH_N), FEW_ROWS),
         (sized(500, 5999, 128, **WITH_N), OURS, sized(500, 6000, 128, **WITH_N), FA_4),
         (sized(500, 1499, **WITH_N, **CAUSAL), OURS, sized(500, 1500, **WITH_N, **CAUSAL), BOTH),
         (sized(500, 1499, **WITH_N), OURS, sized(500, 1500, **WITH_N), FA_4),
@@ -233,7 +236,10 @@ ONE_QUERY = ("sdpa:flash", *FA_3)
         # by the number of queries
         (sized(1, 3000), ONE_QUERY, sized(2, 3000), OURS),
         (sized(127, 3000), OURS, sized(128, 3000), FA_4),
-        (sized(127, 3000, **INFERENCE), FA_3, sized(128, 3000, **INFERENCE), HOPPER_FA_3),
+        (sized(127, 3000, **INFERENCE), MANY_ROWS, sized(128, 3000, **INFERENCE), HOPPER_FA_3),
+        # by the query heads of a KV head, times the queries
+        (sized(64, 3000, **INFERENCE), FEW_ROWS, sized(65, 3000, **INFERENCE), MANY_ROWS),
+        (sized(100, 6103, batch=4, **INFERENCE), FEW_ROWS, sized(100, 6104, batch=4, **INFERENCE), MANY_ROWS),
         # by the operations of a forward
         (
             sized(3125, 3125, heads=4, batch=1, **INFERENCE), PYTORCHS,
@@ -246,7 +252,7 @@ ONE_QUERY = ("sdpa:flash", *FA_3)
         (sized(1, 5000, 256), ONE_QUERY, sized(1, 5000, 257), DEFAULT),
         (sized(1, 300, 256), ONE_QUERY, sized(1, 300, 256, 257), DEFAULT),
         (sized(1, 300, 256, **WITH_N), OURS, sized(1, 300, 257, **WITH_N), DEFAULT),
-        (sized(4, 3000, 256, **INFERENCE), FA_3, sized(4, 3000, 257, **INFERENCE), DEFAULT),
+        (sized(4, 3000, 256, **INFERENCE), FEW_ROWS, sized(4, 3000, 257, **INFERENCE), DEFAULT),
         (sized(4, 3000, 256), OURS, sized(4, 3000, 257), DEFAULT),
         (sized(8, 8, 256, **INFERENCE), PYTORCHS, sized(8, 8, 257, **INFERENCE), DEFAULT),
         (sized(500, 6000, 128, **WITH_N), FA_4, sized(500, 6000, 129, **WITH_N), OURS),
@@ -278,7 +284,14 @@ def test_where_the_order_changes(
     ("call", "said"),
     [
         (sized(1, 4096), "one query, heads up to 256, from 4096 keys on"),
-        (sized(4, 2000, **INFERENCE), "inference, few queries, heads up to 256, from 1025 keys on"),
+        (
+            sized(4, 2000, **INFERENCE),
+            "inference, few queries, at most 1e+10 operations, heads up to 256, from 1025 keys on",
+        ),
+        (
+            sized(65, 6000, **INFERENCE),
+            "inference, few queries, from 65 rows on, heads up to 256, from 1025 keys on",
+        ),
         (sized(8, 8, **INFERENCE), "inference, n = 0, at most 1e+10 operations, heads up to 256, from 0 keys on"),
         (sized(500, 1500, **WITH_N, **CAUSAL), "training, with n, causal, heads up to 64, from 1500 keys on"),
         (packed(1280), "training, varlen, heads up to 128, from 128 keys on"),
@@ -296,6 +309,8 @@ BY_SPEED = f"{PADDED}; by speed on an H100:"
 ELSEWHERE = "automatic, not measured here: compute capability 8.0"
 FIRST_IN_PLACE = "automatic, first who reads keys where they lie"
 IN_PLACE = (*order.IN_PLACE, "sdpa", "flash_attn", "xformers", "reference")
+MANY_IN_PLACE = ("flash_attn:3", *[name for name in IN_PLACE if name != "flash_attn:3"])
+FOUR_QUERIES = INFERENCE | {"q_shape": (32, 32, 4, 128), **{f"{x}_shape": (40000, 1, 16, 128) for x in "kv"}}
 
 
 @pytest.mark.parametrize(
@@ -320,6 +335,8 @@ IN_PLACE = (*order.IN_PLACE, "sdpa", "flash_attn", "xformers", "reference")
         (INFERENCE | {"seqused": True}, IN_PLACE, FIRST_IN_PLACE),
         (INFERENCE | {"block_table": 4, "capability": (8, 0)}, IN_PLACE, FIRST_IN_PLACE),
         (INFERENCE | {"cache": True, "capability": (10, 0)}, IN_PLACE, FIRST_IN_PLACE),
+        (FOUR_QUERIES | {"block_table": 128}, IN_PLACE, FIRST_IN_PLACE),
+        (FOUR_QUERIES | {"block_table": 1024}, MANY_IN_PLACE, FIRST_IN_PLACE),
         (
             INFERENCE | {"seqused": True, "seqused_q": True},
             PADDED_FIRST,

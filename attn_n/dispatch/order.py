@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -25,13 +26,18 @@ UNMEASURED = {
 }
 
 # For calls without gradients over a KV cache, or over keys of which some do not exist: first who reads them in place.
-# Not measured yet; FlashAttention 3 splits keys, 4 does so on Blackwell alone, and 2 wants blocks of 256 keys.
+# FlashAttention 3 splits keys, 4 does so on Blackwell alone, and 2 wants blocks of 256 keys. By h100-2026-11-28-decode
+# and h100-2026-11-28-decode-fa4 our decoding kernels take the least time, or 1.03 times the least, but for many rows
+# over many keys.
 IN_PLACE = ("triton:decode", "triton", "flash_attn:3", "flash_attn:4", "flash_attn:2")
+IN_PLACE_MANY_ROWS = ("flash_attn:3", *[name for name in IN_PLACE if name != "flash_attn:3"])
 
 # A few queries over many keys need other kernels than many queries do: split-KV, or one tile for all query heads that
 # share a KV head.
 MANY, FEW, ONE = "many queries", "few queries", "one query"
 FEW_QUERIES = 128  # fewer than these
+MANY_KEYS = 1025
+MANY_ROWS = 65  # query heads of a KV head, times queries: from here on to multiply takes longer than to load keys
 
 SHORT = 1e10  # operations of a forward: they take an H100 about 20 us, less than any backend takes the host
 
@@ -48,6 +54,7 @@ class Row(NamedTuple):
     causal: bool = False  # True matches only causal calls
     queries: str = MANY
     short: bool = False  # True matches only calls that `is_short` finds to take the host longer than the GPU
+    many_rows: bool = False  # True matches only calls with `MANY_ROWS`
 
     def __str__(self) -> str:
         passes = {None: "", True: "training, ", False: "inference, "}[self.training]
@@ -55,7 +62,7 @@ class Row(NamedTuple):
         keys = f"from {self.keys} keys on"
         kinds = {
             "varlen": self.varlen, self.queries: self.queries != MANY, "causal": self.causal,
-            f"at most {SHORT:.0e} operations": self.short,
+            f"at most {SHORT:.0e} operations": self.short, f"from {MANY_ROWS} rows on": self.many_rows,
         }  # fmt: skip
         kind = "".join(f"{name}, " for name, is_so in kinds.items() if is_so)
         return f"{passes}{n}{kind}heads up to {self.widest}, {keys}"
@@ -70,9 +77,9 @@ class Row(NamedTuple):
 # fast on the portable kernels as on the Hopper ones; sequences of 512 keys train 1.33 times as fast on the Hopper ones.
 # With n, windows of 256 and 1,024 keys are 1.08 and 1.01 times as fast on those as on FlashAttention 4.
 #
-# Few queries: h100-2026-11-26-decode.json. FlashAttention 3 and 4 take half the time of all others, and for one query
-# PyTorch's FlashAttention-2 takes as little. Below 4,096 keys each of them takes less time than the host does for a new
-# length, which comes with each step of a decoder; h100-2026-11-28-lengths.json has what each then takes.
+# Few queries: h100-2026-11-28-few-queries.json. Our decoding kernels take the least time but for many rows over many
+# keys, which FlashAttention 3 multiplies faster. One query and fewer than 4,096 keys take each of them less time than
+# the host for a new length, which comes with each step of a decoder; h100-2026-11-28-lengths.json has what each takes.
 #
 # Short calls without n: the host takes as long for a known length on each backend, and for a new one half as long on
 # PyTorch's FlashAttention-2, which prepares nothing: h100-2026-11-28-host.json and h100-2026-11-28-lengths.json.
@@ -80,18 +87,22 @@ class Row(NamedTuple):
 # The portable kernels are 1.2 to 1.9 times as fast as PyTorch's FlashAttention-2 at every point of the grid. Hence they
 # come before it for calls that the Hopper kernels do not serve.
 SM_90 = (
+    Row(False, None, 256, 4096, ("triton:decode", "sdpa:flash", "flash_attn:3", "triton"), queries=ONE),
+    Row(False, True, 256, 0, ("triton:decode", "triton"), queries=ONE),
     Row(None, None, 256, 4096, ("sdpa:flash", "flash_attn:3", "flash_attn:4", "triton"), queries=ONE),
     Row(None, True, 256, 0, ("triton",), queries=ONE),
     Row(None, False, 256, 0, ("sdpa:flash", "flash_attn:3", "flash_attn:4", "triton"), queries=ONE),
-    Row(False, None, 256, 1025, ("flash_attn:3", "flash_attn:4", "triton"), queries=FEW),
-    Row(None, None, 256, 1025, ("triton",), queries=FEW),
+    Row(False, None, 256, MANY_KEYS, ("triton:decode", "flash_attn:3", "triton"), queries=FEW, short=True),
+    Row(False, None, 256, MANY_KEYS, ("flash_attn:3", "triton:decode", "triton"), queries=FEW, many_rows=True),
+    Row(False, None, 256, MANY_KEYS, ("triton:decode", "flash_attn:3", "triton"), queries=FEW),
+    Row(None, None, 256, MANY_KEYS, ("triton",), queries=FEW),
     Row(False, False, 256, 0, ("sdpa:flash", "triton"), short=True),
     Row(True, True, 128, 6000, ("flash_attn:4", "triton")),
     Row(True, True, 64, 1500, ("triton:hopper", "flash_attn:4", "triton"), causal=True),
     Row(True, True, 64, 1500, ("flash_attn:4", "triton")),
     Row(True, False, 128, 1500, ("flash_attn:4", "triton")),
     Row(False, False, 128, 1500, ("flash_attn:3", "triton:hopper", "flash_attn:4", "triton"), causal=True),
-    Row(False, None, 256, 1025, ("triton:hopper", "flash_attn:3", "flash_attn:4", "triton")),
+    Row(False, None, 256, MANY_KEYS, ("triton:hopper", "flash_attn:3", "flash_attn:4", "triton")),
     Row(True, None, 64, 700, ("triton",), causal=True),
     Row(True, None, 64, 0, ("triton:portable",), causal=True),
     Row(None, None, 256, 0, ("triton",)),
@@ -102,7 +113,7 @@ SM_90 = (
 
 
 # The lengths at which the order changes: see `_queries`, and the rows.
-LENGTHS = tuple(sorted({2, FEW_QUERIES, 1025, *(row.keys for row in SM_90 if row.keys)}))
+LENGTHS = tuple(sorted({2, FEW_QUERIES, MANY_KEYS, *(row.keys for row in SM_90 if row.keys)}))
 
 _BY_KIND = {
     (varlen, queries): tuple(row for row in SM_90 if row.varlen == varlen and row.queries == queries)
@@ -115,7 +126,8 @@ def automatic(call: AttentionCall) -> tuple[str, ...]:
     """Return the backends to try, in order, for a call that forces none."""
     row, default = _row(call), _default(call)
     if _reads_in_place(call):
-        return (*IN_PLACE, *[name for name in default if name not in IN_PLACE])
+        first = IN_PLACE_MANY_ROWS if has_many_rows(call.q_shape, call.k_shape) and not _is_short(call) else IN_PLACE
+        return (*first, *[name for name in default if name not in first])
     if (row is None or call.padded) and _why_triton_first(call) is not None and "triton" in default:
         default = ("triton", *[name for name in default if name != "triton"])
     first = () if row is None else row.first
@@ -157,6 +169,16 @@ def is_short(queries: int, keys: int, columns: int) -> bool:
     return 2 * queries * keys * columns <= SHORT
 
 
+def has_many_rows(q_shape: Sequence[int], k_shape: Sequence[int]) -> bool:
+    """Return True if the query heads of a KV head, times the queries, are `MANY_ROWS`."""
+    return q_shape[2] * q_shape[1] >= MANY_ROWS * k_shape[1]
+
+
+def _is_short(call: AttentionCall) -> bool:
+    batch, heads, len_q, _ = call.q_shape
+    return is_short(batch * heads * len_q, call.keys_seen, call.head_dim + call.head_dim_v)
+
+
 def _why_triton_first(call: AttentionCall) -> str | None:
     """Return the reason why `triton` comes first on a GPU, whatever the speed; None if there is none."""
     if call.device != "cuda":
@@ -192,7 +214,7 @@ def _queries(call: AttentionCall) -> str:
         return MANY
     if call.q_shape[-2] == 1 and not call.windowed:
         return ONE
-    if call.q_shape[-2] < FEW_QUERIES and call.keys_seen > 1024:
+    if call.q_shape[-2] < FEW_QUERIES and call.keys_seen >= MANY_KEYS:
         return FEW
     return MANY
 
@@ -207,10 +229,10 @@ def _fits(row: Row, call: AttentionCall) -> bool:
         return False
     if row.causal and not call.causal:
         return False
-    if row.short:
-        batch, heads, len_q, _ = call.q_shape
-        if not is_short(batch * heads * len_q, call.keys_seen, call.head_dim + call.head_dim_v):
-            return False
+    if row.short and not _is_short(call):
+        return False
+    if row.many_rows and not has_many_rows(call.q_shape, call.k_shape):
+        return False
     if call.head_dim > row.widest or call.head_dim_v > row.widest:
         return False
     return call.keys_seen >= row.keys

@@ -50,6 +50,7 @@ def _of_batch(q: Tensor, k: Tensor, v: Tensor, request: Request) -> tuple[Any, .
     return (
         batch, batch_k, heads, heads_kv, bisect_right(order.LENGTHS, len_q), bisect_right(order.LENGTHS, seen),
         order.is_short(batch * heads * len_q, seen, q.shape[3] + v.shape[3]),
+        seen >= order.MANY_KEYS and order.has_many_rows(q.shape, k.shape),
         len_q == len_k, len_q > len_k, len_q > len_k + 1, len_q > 2 * len_k, left is None, right is None, within,
     )  # fmt: skip
 
