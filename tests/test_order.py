@@ -208,7 +208,6 @@ FA_4, FA_3, PYTORCHS = ("flash_attn:4", "triton"), ("flash_attn:3", "flash_attn:
 HOPPER_FA_3, OURS = ("triton:hopper", *FA_3[:2]), ("triton", "sdpa")
 PORTABLE, BOTH, FA_3_HOPPER = ("triton:portable", "sdpa"), ("triton:hopper", *FA_4), ("flash_attn:3", "triton:hopper")
 ONE_QUERY = ("sdpa:flash", *FA_3)
-FEW_ROWS = ("triton:decode", "flash_attn:3", "triton")
 MANY_ROWS = ("flash_attn:3", "triton:decode", "triton")
 
 
@@ -218,7 +217,7 @@ MANY_ROWS = ("flash_attn:3", "triton:decode", "triton")
         # by the number of keys
         (sized(1, 4095, **WITH_N), OURS, sized(1, 4096, **WITH_N), ONE_QUERY),
         (sized(1, 4095, **INFERENCE), ONE_QUERY, sized(1, 4096, **INFERENCE), ("triton:decode", "sdpa:flash")),
-        (sized(4, 1024, **INFERENCE, **WITH_N), OURS, sized(4, 1025, **INFERENCE, **WITH_N), FEW_ROWS),
+        (sized(4, 1024, **INFERENCE, **WITH_N), OURS, sized(4, 1025, **INFERENCE, **WITH_N), order.FEW_ROWS),
         (sized(500, 5999, 128, **WITH_N), OURS, sized(500, 6000, 128, **WITH_N), FA_4),
         (sized(500, 1499, **WITH_N, **CAUSAL), OURS, sized(500, 1500, **WITH_N, **CAUSAL), BOTH),
         (sized(500, 1499, **WITH_N), OURS, sized(500, 1500, **WITH_N), FA_4),
@@ -238,8 +237,8 @@ MANY_ROWS = ("flash_attn:3", "triton:decode", "triton")
         (sized(127, 3000), OURS, sized(128, 3000), FA_4),
         (sized(127, 3000, **INFERENCE), MANY_ROWS, sized(128, 3000, **INFERENCE), HOPPER_FA_3),
         # by the query heads of a KV head, times the queries
-        (sized(64, 3000, **INFERENCE), FEW_ROWS, sized(65, 3000, **INFERENCE), MANY_ROWS),
-        (sized(100, 6103, batch=4, **INFERENCE), FEW_ROWS, sized(100, 6104, batch=4, **INFERENCE), MANY_ROWS),
+        (sized(64, 3000, **INFERENCE), order.FEW_ROWS, sized(65, 3000, **INFERENCE), MANY_ROWS),
+        (sized(100, 6103, batch=4, **INFERENCE), order.FEW_ROWS, sized(100, 6104, batch=4, **INFERENCE), MANY_ROWS),
         # by the operations of a forward
         (
             sized(3125, 3125, heads=4, batch=1, **INFERENCE), PYTORCHS,
@@ -252,7 +251,7 @@ MANY_ROWS = ("flash_attn:3", "triton:decode", "triton")
         (sized(1, 5000, 256), ONE_QUERY, sized(1, 5000, 257), DEFAULT),
         (sized(1, 300, 256), ONE_QUERY, sized(1, 300, 256, 257), DEFAULT),
         (sized(1, 300, 256, **WITH_N), OURS, sized(1, 300, 257, **WITH_N), DEFAULT),
-        (sized(4, 3000, 256, **INFERENCE), FEW_ROWS, sized(4, 3000, 257, **INFERENCE), DEFAULT),
+        (sized(4, 3000, 256, **INFERENCE), order.FEW_ROWS, sized(4, 3000, 257, **INFERENCE), DEFAULT),
         (sized(4, 3000, 256), OURS, sized(4, 3000, 257), DEFAULT),
         (sized(8, 8, 256, **INFERENCE), PYTORCHS, sized(8, 8, 257, **INFERENCE), DEFAULT),
         (sized(500, 6000, 128, **WITH_N), FA_4, sized(500, 6000, 129, **WITH_N), OURS),

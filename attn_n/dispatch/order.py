@@ -86,15 +86,16 @@ class Row(NamedTuple):
 #
 # The portable kernels are 1.2 to 1.9 times as fast as PyTorch's FlashAttention-2 at every point of the grid. Hence they
 # come before it for calls that the Hopper kernels do not serve.
+FEW_ROWS = "triton:decode", "flash_attn:3", "flash_attn:4", "triton"
 SM_90 = (
     Row(False, None, 256, 4096, ("triton:decode", "sdpa:flash", "flash_attn:3", "triton"), queries=ONE),
     Row(False, True, 256, 0, ("triton:decode", "triton"), queries=ONE),
     Row(None, None, 256, 4096, ("sdpa:flash", "flash_attn:3", "flash_attn:4", "triton"), queries=ONE),
     Row(None, True, 256, 0, ("triton",), queries=ONE),
     Row(None, False, 256, 0, ("sdpa:flash", "flash_attn:3", "flash_attn:4", "triton"), queries=ONE),
-    Row(False, None, 256, MANY_KEYS, ("triton:decode", "flash_attn:3", "triton"), queries=FEW, short=True),
+    Row(False, None, 256, MANY_KEYS, FEW_ROWS, queries=FEW, short=True),
     Row(False, None, 256, MANY_KEYS, ("flash_attn:3", "triton:decode", "triton"), queries=FEW, many_rows=True),
-    Row(False, None, 256, MANY_KEYS, ("triton:decode", "flash_attn:3", "triton"), queries=FEW),
+    Row(False, None, 256, MANY_KEYS, FEW_ROWS, queries=FEW),
     Row(None, None, 256, MANY_KEYS, ("triton",), queries=FEW),
     Row(False, False, 256, 0, ("sdpa:flash", "triton"), short=True),
     Row(True, True, 128, 6000, ("flash_attn:4", "triton")),
