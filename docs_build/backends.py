@@ -17,7 +17,7 @@ FEATURES = {
     "softcap": ("softcap",),
     "mask": ("mask",),
     "ALiBi": ("alibi",),
-    "their gradient": ("mask gradient", "alibi gradient"),
+    "gradient of both": ("mask gradient", "alibi gradient"),
     "dropout": ("dropout",),
     "varlen": ("varlen",),
     "padding": ("seqused", "leftpad"),

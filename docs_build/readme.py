@@ -46,8 +46,8 @@ def _whole_grid() -> str:
     ours, torchs = (host[host.contender == name].set_index("suite").value * 1e6 for name in (HOPPER, "torch sdpa n=0"))
     said = (
         f"Over the {len(pairs)} points of the grid (heads of 64, 128 and 256, 512 to 16,384 keys, causal or not), our"
-        f" fastest backend with n has {span(pairs.times_faster)} times the speed of the fastest other library, whatever"
-        f" its n; it is ahead in {ahead}. In `triton:hopper`, n = 1 costs at most {most['forward']}"
+        f" fastest backend with n has {span(pairs.times_faster)} times the speed of the fastest other library, with"
+        f" or without n. It is ahead in {ahead}. In `triton:hopper`, n = 1 costs at most {most['forward']}"
         f" forward and {most['backward']} backward. The host, which bounds short calls, takes"
         f" {ours[_FORWARD]:.0f} us for its forward and {ours[_BOTH]:.0f} us for both passes (PyTorch's SDPA:"
         f" {torchs[_FORWARD]:.0f} and {torchs[_BOTH]:.0f})."

@@ -294,7 +294,7 @@ def _mark(axes: Axes, height: float, label: str) -> None:
     axes.axhline(height, color=_CEILING, lw=0.9)
     axes.set_ylim(top=max(axes.get_ylim()[1], 1.12 * height))
     across = axes.get_yaxis_transform()
-    axes.annotate(label, (0.99, height), (0, 1), across, "offset points", color=_CEILING, ha="right")
+    axes.annotate(label, (0.01, height), (0, 1), across, "offset points", color=_CEILING)
 
 
 def _ceiling(machine: Mapping[str, Any], name: str) -> float | None:
