@@ -20,16 +20,17 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 _OURS = "attn_n, n = 1"
-# The lines of a picture by the name of a contender without its n, in Okabe and Ito's colours, which the colour-blind
-# tell apart. PyTorch's FlashAttention 2 is shown where the package is not installed; the last two are those of a CPU.
+# The lines of a picture by the name of a contender without its n, mostly in Okabe and Ito's colours, which the
+# colour-blind tell apart. PyTorch's FlashAttention 2 is shown where the package is not installed; the last two are
+# those of a CPU.
 _LINES = {
     "flash-attn 4": ("FlashAttention 4", "#d55e00"),
     "flash-attn 3": ("FlashAttention 3", "#cc79a7"),
     "flash-attn 2": ("FlashAttention 2", "#e69f00"),
     "torch sdpa cudnn": ("cuDNN", "#009e73"),
     "torch sdpa cudnn mask": ("cuDNN", "#009e73"),
-    "flashinfer": ("FlashInfer", "#f0e442"),
-    "flashinfer tensor cores": ("FlashInfer", "#f0e442"),
+    "flashinfer": ("FlashInfer", "#9467bd"),
+    "flashinfer tensor cores": ("FlashInfer", "#9467bd"),
     "flex": ("FlexAttention", "#56b4e9"),
     "torch sdpa flash": ("PyTorch's FlashAttention 2", "#e69f00"),
     "torch sdpa": ("PyTorch's SDPA", "#d55e00"),
@@ -202,14 +203,15 @@ def _decode(points: pd.DataFrame, machine: Mapping[str, Any]) -> Figure:
     scale, unit = (1e12, "TB/s") if machine["kind"] == "cuda" else (1e9, "GB/s")
     bytes_of_kv = 2 * points.batch * points.heads_kv * points.S * points.E * (4 if "32" in points.dtype.iloc[0] else 2)
     x, other = ("S", "L") if points.S.nunique() > 1 else ("L", "S")
-    rows = f"{other} = " + points[other].map(_short) + ", " + _width(points)
-    columns = "batch " + points.BxH.str.replace("x", ", heads ") + ":" + points.heads_kv.astype(str)
+    heads = points.BxH.str.partition("x")[2] + ":" + points.heads_kv.astype(str)
+    rows = f"{other} = " + points[other].map(_short) + ", heads " + heads
+    columns = _width(points) + ", batch " + points.batch.astype(str)
     shown = points.assign(row=rows, column=columns, x=points[x], y=bytes_of_kv / points.value / scale)
     figure, all_axes = _small_multiples(shown, unit, "Decoding, K and V read", _looks(), over=x)
     top = _ceiling(machine, "copy_bytes")
     for axes in all_axes:
         if top is not None:
-            _mark(axes, top / scale, f"copy {top / scale:.2g}")
+            _mark(axes, top / scale, f"copy {top / scale:.3g}")
         axes.set_ylim(bottom=0)
     return figure
 
@@ -294,7 +296,7 @@ def _mark(axes: Axes, height: float, label: str) -> None:
     axes.axhline(height, color=_CEILING, lw=0.9)
     axes.set_ylim(top=max(axes.get_ylim()[1], 1.12 * height))
     across = axes.get_yaxis_transform()
-    axes.annotate(label, (0.01, height), (0, 1), across, "offset points", color=_CEILING)
+    axes.annotate(label, (0.01, height), (0, 3), across, "offset points", color=_CEILING)
 
 
 def _ceiling(machine: Mapping[str, Any], name: str) -> float | None:
