@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import textwrap
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
@@ -27,3 +28,9 @@ def names(text: str) -> list[str]:
 
 def table(head: list[str], rows: list[list[str]]) -> str:
     return "\n".join(f"| {' | '.join(row)} |" for row in (head, ["---"] * len(head), *rows))
+
+
+def filled(text: str) -> str:
+    """Return a paragraph in lines of 120, which break no "n = 1" and no number from its unit."""
+    kept = re.sub(r"n = |(?<=\d) (?=%|us\b)", lambda found: found[0].replace(" ", "\0"), text)
+    return textwrap.fill(kept, 120).replace("\0", " ")

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 from bench.reporting import figures
 from bench.reporting.record import Run
-from docs_build import measured
+from docs_build import attention, measured
 from docs_build.blocks import ROOT
 
 if TYPE_CHECKING:
@@ -38,6 +38,8 @@ def draw() -> Iterator[Path]:
     for kind, names in SHOWN.items():
         for theme in THEMES:
             yield from draw_run(measured.run(measured.newest(kind)), names, theme)
+    for theme in THEMES:
+        yield saved(attention.draw(theme), "attention", theme)
 
 
 def draw_run(run: Run, names: tuple[str, ...], theme: str) -> Iterator[Path]:

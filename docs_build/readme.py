@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-import re
-import textwrap
-
 import pandas as pd
 
 from bench.reporting.frame import best_pairs
-from docs_build.blocks import table
+from docs_build.blocks import filled, table
 from docs_build.measured import PASSES, costs_of_n, newest, of_suite, percent, points, span
 from docs_build.names import AUTOMATIC, CUDNN, FA3, FA4, FLEX, HOPPER, NAMES
 
@@ -53,9 +50,3 @@ def _whole_grid() -> str:
         f" {torchs[_FORWARD]:.0f} and {torchs[_BOTH]:.0f})."
     )
     return filled(said)
-
-
-def filled(text: str) -> str:
-    """Return a paragraph in lines of 120, which break no "n = 1" and no number from its unit."""
-    kept = re.sub(r"n = |(?<=\d) (?=%|us\b)", lambda found: found[0].replace(" ", "\0"), text)
-    return textwrap.fill(kept, 120).replace("\0", " ")

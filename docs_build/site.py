@@ -1,6 +1,8 @@
-"""A hook of MkDocs: what pages of docs/ link to outside of it becomes part of the site.
+"""A hook of MkDocs, so that pages read well on a forge and work on the site.
 
-So links are written as a reader of the repository needs them, `../CONTRIBUTING.md`, and work on the site as well.
+What pages of docs/ link to outside of it becomes part of the site: links are written as a reader of the repository
+needs them, `../CONTRIBUTING.md`. The title and the description for search engines stand in a comment at the top of a
+page; forges would show the usual front matter as a table.
 """
 
 from __future__ import annotations
@@ -10,9 +12,11 @@ import re
 from pathlib import Path
 from typing import Any
 
+import yaml
 from mkdocs.structure.files import File, Files
 
 ROOT = Path(__file__).parent.parent
+_HEAD = re.compile(r"<!--\n(title: .*?)\n-->\n", re.DOTALL)
 _LINK = re.compile(r"(\]\()([^)#:\s]+)([)#])")
 
 
@@ -31,6 +35,9 @@ def on_files(files: Files, config: Any) -> Files:
 
 def on_page_markdown(markdown: str, page: Any, **_: Any) -> str:
     here = page.file.src_uri
+    if head := _HEAD.match(markdown):
+        page.meta.update(yaml.safe_load(head[1]))
+        markdown = markdown[head.end() :]
 
     def moved(link: re.Match[str]) -> str:
         target = _repository_path(here, link[2])

@@ -1,6 +1,6 @@
 """The generated tables by the names that documents give them."""
 
-from docs_build import backends, grid, readme, suites
+from docs_build import attention, backends, grid, readme, study, suites
 
 _OF_RESULTS = (
     grid.machine, grid.grid, grid.ratios, grid.portable, grid.everybody, grid.costs, suites.scaling, suites.varlen,
@@ -13,5 +13,8 @@ MAKERS = {
     "backends": backends.takes,
     "orders": backends.orders,
     "hopper-rows": backends.rows_of_hopper,
+    "attention": attention.findings,
+    "study-means": study.means,
+    "study-differences": study.differences,
     **{maker.__name__.replace("_", "-"): maker for maker in _OF_RESULTS},
 }

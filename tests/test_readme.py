@@ -113,7 +113,7 @@ def test_commands_exist() -> None:
 
 def test_every_page_has_a_title_and_a_description() -> None:
     for document in DOCUMENTS[1:]:
-        assert re.match(r"---\ntitle: .+\ndescription: ", document.read_text()), document.name
+        assert re.match(r"<!--\ntitle: .+\ndescription: .+\n", document.read_text()), document.name
 
 
 def test_every_page_is_in_the_navigation() -> None:
