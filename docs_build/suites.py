@@ -75,7 +75,9 @@ def decode() -> str:
     for length, group in there.groupby("L"):
         best = group.set_index("contender").value.reindex(names) * 1e6
         rows.append([f"{length}", *map(whole, best)])
-    return headed("queries; us", names, rows, path)
+    one = there.iloc[0]
+    corner = f"{one.batch} sequences of {one.S:,} keys, {one.BxH.partition('x')[2]} heads, {one.heads_kv} KV heads"
+    return headed(f"{corner}, E = {one.E}; queries: us", names, rows, path)
 
 
 def bias() -> str:
