@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo study lint test test-all bench
+.PHONY: demo study lint test test-all bench tables pictures docs
 
 demo: .venv/demo
 	$(BIN)/python -m demo
@@ -25,6 +25,17 @@ test-all: lint
 
 bench: .venv/dev
 	$(BIN)/pytest bench
+
+# The generated tables of README.md and docs/, from the code and from bench/results; and with them the pictures.
+tables: .venv/docs
+	$(BIN)/python -m docs_build --tables
+
+pictures: .venv/docs
+	$(BIN)/python -m docs_build
+
+# The site, into build/site.
+docs: tables
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
 
 # torch comes first and by name: unpinned, it would be the newest build with all of CUDA.
 .venv/%: pyproject.toml constraints.txt

@@ -49,11 +49,15 @@ def test_the_link_to_the_backends() -> None:
     assert link.resolve() == (ROOT / "attn_n" / "backends").resolve()
 
 
+def test_the_citation_is_of_this_version() -> None:
+    assert f"\nversion: {attn_n.__version__}\n" in (ROOT / "CITATION.cff").read_text()
+
+
 def test_torch_is_the_only_hard_dependency(built: tuple[Path, Path]) -> None:
     with zipfile.ZipFile(built[0]) as archive:
         metadata = message_from_bytes(archive.read(f"attn_n-{attn_n.__version__}.dist-info/METADATA"))
     required = metadata.get_all("Requires-Dist", [])
     assert [each for each in required if "extra ==" not in each] == ["torch>=2.8"]
-    extras = {"triton", "flash-attn", "xformers", "transformers", "demo", "bench", "test", "dev"}
+    extras = {"triton", "flash-attn", "xformers", "transformers", "demo", "bench", "docs", "test", "dev"}
     assert set(metadata.get_all("Provides-Extra", [])) == extras
     assert metadata["Requires-Python"] == ">=3.10"

@@ -117,6 +117,7 @@ class CudnnAttention(Backend):
     devices = ("cuda",)
     dtypes = HALF
     capability = (8, 0)
+    rocm = False
 
     _signatures = (
         "aten::_scaled_dot_product_cudnn_attention(query, key, value, attn_bias, compute_log_sumexp, dropout_p,"
