@@ -83,7 +83,10 @@ def orders() -> str:
     for major, names in order.UNMEASURED.items():
         rows.append([f"compute capability {major}.x, not measured", _names(names)])
     rows.append(["any other device", _names(order.ELSEWHERE)])
-    rows.append(["without gradients over a KV cache, or with `seqused_k` or `leftpad_k`", _names(order.IN_PLACE)])
+    in_place = "without gradients over a KV cache, or with `seqused_k` or `leftpad_k`"
+    rows.append([in_place, _names(order.IN_PLACE)])
+    many = f"as before, from {order.MANY_ROWS} queries of a KV head on, over {order.SHORT:.0e} operations"
+    rows.append([many.replace("e+", "e"), _names(order.IN_PLACE_MANY_ROWS)])
     return table(["device or call", "tried in this order"], rows)
 
 
@@ -91,14 +94,10 @@ def rows_of_hopper() -> str:
     """The measured rows for sm_90, of which the first that matches a call counts."""
     rows = []
     for row in order.SM_90:
-        kind = ["varlen"] if row.varlen else []
-        kind += [row.queries] if row.queries != order.MANY else []
-        kind += ["causal"] if row.causal else []
-        kind += [f"at most {order.SHORT:.0e} operations".replace("e+", "e")] if row.short else []
         rows.append([
             {None: "any", True: "training", False: "inference"}[row.training],
             {None: "any", True: "n > 0", False: "n = 0"}[row.with_n],
-            ", ".join(kind) or "any", f"{row.widest}", f"{row.keys:,}", _names(row.first),
+            ", ".join(row.kinds) or "any", f"{row.widest}", f"{row.keys:,}", _names(row.first),
         ])  # fmt: skip
     return table(["pass", "n", "kind of call", "heads up to", "keys from", "tried first"], rows)
 

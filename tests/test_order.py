@@ -236,7 +236,7 @@ MANY_ROWS = ("flash_attn:3", "triton:decode", "triton")
         (sized(1, 3000), ONE_QUERY, sized(2, 3000), OURS),
         (sized(127, 3000), OURS, sized(128, 3000), FA_4),
         (sized(127, 3000, **INFERENCE), MANY_ROWS, sized(128, 3000, **INFERENCE), HOPPER_FA_3),
-        # by the query heads of a KV head, times the queries
+        # by the queries of all query heads of a KV head
         (sized(64, 3000, **INFERENCE), order.FEW_ROWS, sized(65, 3000, **INFERENCE), MANY_ROWS),
         (sized(100, 6103, batch=4, **INFERENCE), order.FEW_ROWS, sized(100, 6104, batch=4, **INFERENCE), MANY_ROWS),
         # by the operations of a forward
@@ -285,13 +285,13 @@ def test_where_the_order_changes(
         (sized(1, 4096), "one query, heads up to 256, from 4096 keys on"),
         (
             sized(4, 2000, **INFERENCE),
-            "inference, few queries, at most 1e+10 operations, heads up to 256, from 1025 keys on",
+            "inference, few queries, at most 1e10 operations, heads up to 256, from 1025 keys on",
         ),
         (
             sized(65, 6000, **INFERENCE),
-            "inference, few queries, from 65 rows on, heads up to 256, from 1025 keys on",
+            "inference, few queries, from 65 queries of a KV head on, heads up to 256, from 1025 keys on",
         ),
-        (sized(8, 8, **INFERENCE), "inference, n = 0, at most 1e+10 operations, heads up to 256, from 0 keys on"),
+        (sized(8, 8, **INFERENCE), "inference, n = 0, at most 1e10 operations, heads up to 256, from 0 keys on"),
         (sized(500, 1500, **WITH_N, **CAUSAL), "training, with n, causal, heads up to 64, from 1500 keys on"),
         (packed(1280), "training, varlen, heads up to 128, from 128 keys on"),
     ],
@@ -339,7 +339,7 @@ FOUR_QUERIES = INFERENCE | {"q_shape": (32, 32, 4, 128), **{f"{x}_shape": (40000
         (
             INFERENCE | {"seqused": True, "seqused_q": True},
             PADDED_FIRST,
-            f"{BY_SPEED} inference, n = 0, at most 1e+10 operations, heads up to 256, from 0 keys on",
+            f"{BY_SPEED} inference, n = 0, at most 1e10 operations, heads up to 256, from 0 keys on",
         ),
         ({"seqused": True, "device": "cpu", "capability": None}, ("sdpa", "reference"), "automatic"),
     ],

@@ -37,7 +37,7 @@ IN_PLACE_MANY_ROWS = ("flash_attn:3", *[name for name in IN_PLACE if name != "fl
 MANY, FEW, ONE = "many queries", "few queries", "one query"
 FEW_QUERIES = 128  # fewer than these
 MANY_KEYS = 1025
-MANY_ROWS = 65  # query heads of a KV head, times queries: from here on to multiply takes longer than to load keys
+MANY_ROWS = 65  # queries of all query heads of a KV head: from here on to multiply takes longer than to load keys
 
 SHORT = 1e10  # operations of a forward: they take an H100 about 20 us, less than any backend takes the host
 
@@ -56,16 +56,20 @@ class Row(NamedTuple):
     short: bool = False  # True matches only calls that `is_short` finds to take the host longer than the GPU
     many_rows: bool = False  # True matches only calls with `MANY_ROWS`
 
-    def __str__(self) -> str:
-        passes = {None: "", True: "training, ", False: "inference, "}[self.training]
-        n = {None: "", True: "with n, ", False: "n = 0, "}[self.with_n]
-        keys = f"from {self.keys} keys on"
+    @property
+    def kinds(self) -> list[str]:
+        """The kinds of calls that the row is for, but for the pass and n."""
         kinds = {
             "varlen": self.varlen, self.queries: self.queries != MANY, "causal": self.causal,
-            f"at most {SHORT:.0e} operations": self.short, f"from {MANY_ROWS} rows on": self.many_rows,
+            f"at most {SHORT:.0e} operations".replace("e+", "e"): self.short,
+            f"from {MANY_ROWS} queries of a KV head on": self.many_rows,
         }  # fmt: skip
-        kind = "".join(f"{name}, " for name, is_so in kinds.items() if is_so)
-        return f"{passes}{n}{kind}heads up to {self.widest}, {keys}"
+        return [name for name, is_so in kinds.items() if is_so]
+
+    def __str__(self) -> str:
+        passes = {None: [], True: ["training"], False: ["inference"]}[self.training]
+        n = {None: [], True: ["with n"], False: ["n = 0"]}[self.with_n]
+        return ", ".join([*passes, *n, *self.kinds, f"heads up to {self.widest}", f"from {self.keys} keys on"])
 
 
 # An H100, bfloat16, 2026-11-26: PyTorch 2.11, Triton 3.6, FlashAttention 2 (2.8.3.post2), 3 (tokenspeed-fa3
@@ -171,7 +175,7 @@ def is_short(queries: int, keys: int, columns: int) -> bool:
 
 
 def has_many_rows(q_shape: Sequence[int], k_shape: Sequence[int]) -> bool:
-    """Return True if the query heads of a KV head, times the queries, are `MANY_ROWS`."""
+    """Return True if all query heads of a KV head have `MANY_ROWS` queries together."""
     return q_shape[2] * q_shape[1] >= MANY_ROWS * k_shape[1]
 
 
