@@ -83,14 +83,6 @@ class Section(NamedTuple):
     device: str | None = None
 
 
-def collect(extent: Extent = USUAL) -> Report:
-    """Make the whole report."""
-    found = Report()
-    for _ in steps(found, extent, Progress()):
-        pass
-    return found
-
-
 def steps(found: Report, extent: Extent, progress: Progress) -> Iterator[Section]:
     """Fill an empty report, and yield each of its sections as soon as it is there."""
     found.versions = _versions()
@@ -238,7 +230,8 @@ def _timed(found: list[Device], extent: Extent) -> list[Device]:
     """Return the devices that are timed: of those with the same name the first one, unless each was asked for."""
     if not extent.timed:
         return []
-    return found if extent.each_gpu else list({device.name: device for device in reversed(found)}.values())
+    first = {device.name: device for device in reversed(found)}
+    return [device for device in found if extent.each_gpu or device is first[device.name]]
 
 
 def _left_out(found: list[Device], extent: Extent) -> list[str]:
