@@ -2,11 +2,16 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo study lint test test-all bench
+.PHONY: demo first study lint test test-all bench
 
-demo: .venv/demo
-	$(BIN)/python -m demo
-	$(BIN)/python -m attn_n
+# Threads that spin while they wait for one another cost minutes where other programs run too.
+demo: quiet :=
+demo: first .venv/demo
+	OMP_WAIT_POLICY=PASSIVE $(BIN)/python -m demo
+
+first:
+	@echo "The demo trains two small models and draws where they look: at most three minutes on two cores."
+	@test -e .venv/demo || echo "This first time pip installs PyTorch and Matplotlib before; that depends on the network."
 
 study: .venv/demo
 	$(BIN)/python -m examples.study
@@ -26,9 +31,11 @@ test-all: lint
 bench: .venv/dev
 	$(BIN)/pytest bench
 
+quiet := --quiet
+
 # torch comes first and by name: unpinned, it would be the newest build with all of CUDA.
 .venv/%: pyproject.toml constraints.txt
 	test -d .venv || $(PYTHON) -m venv .venv
-	$(BIN)/pip install --quiet -c constraints.txt torch==2.13.0
-	$(BIN)/pip install --quiet -c constraints.txt -e '.[$*]'
+	$(BIN)/pip install $(quiet) -c constraints.txt torch==2.13.0
+	$(BIN)/pip install $(quiet) -c constraints.txt -e '.[$*]'
 	touch $@

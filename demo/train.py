@@ -11,13 +11,15 @@ from torch import Tensor
 from torch.nn.functional import cross_entropy
 from tqdm import tqdm
 
+from attn_n.inspect import record
 from demo import data
 from demo.model import GPT, share_to_nothing
 
 CONTEXT = 256
 BATCH = 8
 PEAK_LR = 3e-3
-EVALUATIONS = 20
+EVALUATIONS = 10
+MOST_STEPS = 500  # the loss still falls then, but the heads know where they look
 
 
 @dataclass
@@ -29,7 +31,26 @@ class Run:
     held_out_loss: list[tuple[int, float]] = field(default_factory=list)  # (steps done, loss on every eighth window)
     final_loss: float = math.nan  # on all of the held-out text
     ms_per_step: float = math.nan  # the median
-    share_to_nothing: list[list[float]] = field(default_factory=list)  # (layers, heads), mean over held-out rows
+    # Shares of a row's attention, means over the held-out rows: (layers, heads), and (layers, heads, CONTEXT).
+    first_token: list[list[float]] = field(default_factory=list)
+    to_nothing: list[list[float]] = field(default_factory=list)
+    to_nothing_by_position: list[list[list[float]]] = field(default_factory=list)
+
+
+def steps_within(seconds: float, models: int, text: Tensor, held_out: Tensor) -> tuple[int, float]:
+    """Return how many steps `train` can do in this time, and how many seconds it then takes: a few steps are timed."""
+    learner, generator = Learner(1.0, MOST_STEPS, seed=0), torch.Generator().manual_seed(0)
+    windows = followed(data.all_windows(held_out, CONTEXT))
+    for _ in range(5):
+        learner.step(data.random_windows(text, BATCH, CONTEXT, generator))
+    start = time.perf_counter()
+    learner.follow(windows)
+    follow = time.perf_counter() - start
+    step = statistics.median(learner.seconds[1:])
+    # `finish` takes as long as two dozen times `follow`: all windows, and the logits of each once more.
+    fixed = (EVALUATIONS + 1 + 24) * follow
+    steps = max(EVALUATIONS, min(MOST_STEPS, int((seconds / models - fixed) / step)))
+    return steps, models * (fixed + steps * step)
 
 
 def train(ns: Sequence[float], text: Tensor, held_out: Tensor, steps: int, seed: int) -> list[Run]:
@@ -45,13 +66,13 @@ def train(ns: Sequence[float], text: Tensor, held_out: Tensor, steps: int, seed:
         batch = data.random_windows(text, BATCH, CONTEXT, generator)
         for learner, bar in zip(learners, bars, strict=True):
             if step % math.ceil(steps / EVALUATIONS) == 0:
-                learner.follow(windows[::8])
+                learner.follow(followed(windows))
             learner.step(batch)
             train_loss, (_, held_out_loss) = learner.run.train_loss[-1], learner.run.held_out_loss[-1]
             bar.set_postfix(train=f"{train_loss:.3f}", held_out=f"{held_out_loss:.3f}", refresh=False)
             bar.update()
     for learner, bar in zip(learners, bars, strict=True):
-        learner.follow(windows[::8])
+        learner.follow(followed(windows))
         learner.finish(windows)
         bar.close()
     return [learner.run for learner in learners]
@@ -89,10 +110,18 @@ class Learner:
     @torch.no_grad()
     def finish(self, windows: Tensor) -> None:
         """Measures the final loss, the shares and the time of a step."""
-        loss, lse = loss_and_lse(self.model, windows)
+        with record(self.model, layers=["blocks.*.attention"]) as found:
+            loss, lse = loss_and_lse(self.model, windows)
         self.run.final_loss = loss.item()
-        self.run.share_to_nothing = share_to_nothing(lse, self.run.n).mean(dim=(1, 3)).tolist()
+        self.run.first_token = [heads.first_token for heads in found.attention.values()]
+        self.run.to_nothing = [heads.to_nothing for heads in found.attention.values()]
+        self.run.to_nothing_by_position = share_to_nothing(lse, self.run.n).mean(dim=1).tolist()
         self.run.ms_per_step = 1000 * statistics.median(self.seconds)
+
+
+def followed(windows: Tensor) -> Tensor:
+    """Return the windows of which the held-out curve is made."""
+    return windows[::8]
 
 
 def loss_and_lse(model: GPT, windows: Tensor) -> tuple[Tensor, Tensor]:
