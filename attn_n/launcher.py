@@ -59,7 +59,7 @@ class Compilations:
             return
         if key is not None:
             self._seen.add(key)
-        self.futures.append(self._pool.submit(launch.compiled, *_tensors(arguments)))
+        self.futures.append(self._pool.submit(launch.loaded, *_tensors(arguments)))
 
 
 class Part:
@@ -160,11 +160,15 @@ class Launch:
 
     def compiled(self, *arguments: Argument) -> Any:
         """The kernel, compiled but not launched."""
-        on_device = torch.cuda.device(self._device) if self._one_of_several else contextlib.nullcontext()
-        with on_device:  # Triton compiles for the current device
-            return self._kernel.warmup(
-                *arguments, *self._numbers, **self._constants, **self._options, grid=(self.programs,)
-            )
+        return self._kernel.warmup(
+            *arguments, *self._numbers, **self._constants, **self._options, grid=(self.programs,)
+        )
+
+    def loaded(self, *arguments: Argument) -> Any:
+        """What launches the kernel, which is on the GPU then: Triton compiles that, too, by a C compiler."""
+        # Triton compiles for the current device, which each thread has for itself.
+        with torch.cuda.device(self._device) if self._one_of_several else contextlib.nullcontext():
+            return self.compiled(*arguments).run
 
 
 def _tensors(arguments: tuple[Argument, ...]) -> list[Tensor | float | None]:

@@ -14,6 +14,7 @@ from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -335,14 +336,14 @@ def test_nothing_is_launched_in_the_meantime() -> None:
         def __getitem__(self, grid: object) -> object:
             return lambda *arguments, **constants: launched.append(arguments)
 
-        def warmup(self, *arguments: object, **constants: object) -> str:
-            return "compiled"
+        def warmup(self, *arguments: object, **constants: object) -> SimpleNamespace:
+            return SimpleNamespace(run="loaded")
 
     launch, x = launcher.Launch(Kernel(), 1, CPU, (), {}, {}, descriptors=False), torch.zeros(4)
     with ThreadPoolExecutor(1) as pool, launcher.compiling_only(pool) as compilations:
         launch(x)
         launch(x)
-        assert [future.result() for future in compilations.futures] == ["compiled"]
+        assert [future.result() for future in compilations.futures] == ["loaded"]
         assert launched == []
     launch(x)
     assert len(launched) == 1
