@@ -20,6 +20,8 @@ BATCH = 8
 PEAK_LR = 3e-3
 EVALUATIONS = 10
 MOST_STEPS = 500  # the loss still falls then, but the heads know where they look
+EXCERPT = 100  # bytes
+FINISH = 8 + 6  # how many times as long as `Learner.follow` `Learner.finish` takes: all windows, and a fourth recorded
 
 
 @dataclass
@@ -35,20 +37,21 @@ class Run:
     first_token: list[list[float]] = field(default_factory=list)
     to_nothing: list[list[float]] = field(default_factory=list)
     to_nothing_by_position: list[list[list[float]]] = field(default_factory=list)
+    excerpt: str = ""  # some of the held-out text, and the shares of its rows, (layers, heads, EXCERPT)
+    to_nothing_in_excerpt: list[list[list[float]]] = field(default_factory=list)
 
 
 def steps_within(seconds: float, models: int, text: Tensor, held_out: Tensor) -> tuple[int, float]:
     """Return how many steps `train` can do in this time, and how many seconds it then takes: a few steps are timed."""
     learner, generator = Learner(1.0, MOST_STEPS, seed=0), torch.Generator().manual_seed(0)
     windows = followed(data.all_windows(held_out, CONTEXT))
-    for _ in range(5):
+    for _ in range(10):
         learner.step(data.random_windows(text, BATCH, CONTEXT, generator))
     start = time.perf_counter()
     learner.follow(windows)
     follow = time.perf_counter() - start
-    step = statistics.median(learner.seconds[1:])
-    # `finish` takes as long as two dozen times `follow`: all windows, and the logits of each once more.
-    fixed = (EVALUATIONS + 1 + 24) * follow
+    step = statistics.mean(learner.seconds[2:])
+    fixed = (EVALUATIONS + 1 + FINISH) * follow
     steps = max(EVALUATIONS, min(MOST_STEPS, int((seconds / models - fixed) / step)))
     return steps, models * (fixed + steps * step)
 
@@ -109,13 +112,17 @@ class Learner:
 
     @torch.no_grad()
     def finish(self, windows: Tensor) -> None:
-        """Measures the final loss, the shares and the time of a step."""
+        """Measures the final loss on all windows, the shares on every fourth one, and the time of a step."""
+        self.run.final_loss = loss_and_lse(self.model, windows)[0].item()
+        windows = windows[::4]
         with record(self.model, layers=["blocks.*.attention"]) as found:
-            loss, lse = loss_and_lse(self.model, windows)
-        self.run.final_loss = loss.item()
+            _, lse = loss_and_lse(self.model, windows)
         self.run.first_token = [heads.first_token for heads in found.attention.values()]
         self.run.to_nothing = [heads.to_nothing for heads in found.attention.values()]
-        self.run.to_nothing_by_position = share_to_nothing(lse, self.run.n).mean(dim=1).tolist()
+        shares = share_to_nothing(lse, self.run.n)  # (layers, B, heads, L)
+        self.run.to_nothing_by_position = shares.mean(dim=1).tolist()
+        self.run.excerpt = bytes(windows[-1, CONTEXT - EXCERPT : CONTEXT].tolist()).decode("ascii", "replace")
+        self.run.to_nothing_in_excerpt = shares[:, -1, :, -EXCERPT:].tolist()
         self.run.ms_per_step = 1000 * statistics.median(self.seconds)
 
 

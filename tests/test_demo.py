@@ -41,6 +41,8 @@ def test_demo(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: p
         # Even attention would put on the first token what a row of so many keys puts on one, on average.
         even = sum(1 / keys for keys in range(1, train.CONTEXT + 1)) / train.CONTEXT
         assert all(even / 4 < share < 4 * even for shares in run["first_token"] for share in shares)
+        assert len(run["excerpt"]) == train.EXCERPT
+        assert torch.tensor(run["to_nothing_in_excerpt"]).shape == (4, 4, train.EXCERPT)
     # The weights and the batch are the same before the first step: only n can make this difference.
     assert plain["train_loss"][0] != offset["train_loss"][0]
     assert torch.equal(torch.tensor(plain["to_nothing"]), torch.zeros(4, 4))
@@ -57,7 +59,7 @@ def test_demo(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: p
 
 @pytest.mark.parametrize(
     ("step", "follow", "steps", "seconds"),
-    [(0.2, 0.5, 287, 149.8), (0.01, 0.5, train.MOST_STEPS, 45.0), (9.0, 0.5, train.EVALUATIONS, 215.0)],
+    [(0.2, 0.4, 250, 120.0), (0.01, 0.4, train.MOST_STEPS, 30.0), (9.0, 0.4, train.EVALUATIONS, 200.0)],
 )
 def test_steps_fit_the_time(step: float, follow: float, steps: int, seconds: float, monkeypatch: pytest.MonkeyPatch):
     """On a machine with these times of a step and of an evaluation; where even a few steps take longer, it says so."""
