@@ -33,16 +33,22 @@ def main(arguments: Sequence[str] | None = None) -> None:
     torch.set_num_threads(options.threads)
     text, held_out = data.load()
     print(f"Text: Python's language reference, {len(text):,} bytes to train on and {len(held_out):,} held out.")
-    steps = options.steps
-    if steps is None:
+    if options.steps is None:
         steps, seconds = steps_within(SECONDS, 2, text, held_out)
         print(f"A few steps were timed: {steps} steps of each of the two models take about {seconds:.0f} s here.")
-    plain, offset = train((0.0, 1.0), text, held_out, steps, options.seed)
+        plain, offset = train((0.0, 1.0), text, held_out, steps, options.seed, SECONDS)
+    else:
+        plain, offset = train((0.0, 1.0), text, held_out, options.steps, options.seed)
 
     options.out.mkdir(parents=True, exist_ok=True)
     picture, results = options.out / "demo.png", options.out / "results.json"
     draw(plain, offset, picture)
-    settings = {"steps": steps, "seed": options.seed, "threads": options.threads, "torch": torch.__version__}
+    settings = {
+        "steps": len(plain.train_loss),
+        "seed": options.seed,
+        "threads": options.threads,
+        "torch": torch.__version__,
+    }
     results.write_text(json.dumps({**settings, "runs": [asdict(plain), asdict(offset)]}, indent=1))
     print(f"\nNumbers: {results}\nPicture: {picture}")
     print("\n".join(f"- {line}" for line in findings(plain, offset)))

@@ -56,24 +56,34 @@ def steps_within(seconds: float, models: int, text: Tensor, held_out: Tensor) ->
     return steps, models * (fixed + steps * step)
 
 
-def train(ns: Sequence[float], text: Tensor, held_out: Tensor, steps: int, seed: int) -> list[Run]:
+def train(
+    ns: Sequence[float], text: Tensor, held_out: Tensor, steps: int, seed: int, seconds: float = math.inf
+) -> list[Run]:
     """Train one model for each n, from the same weights and on the same batches.
 
-    The runs take their steps in turn, so that whatever else the machine does slows them alike.
+    The runs take their steps in turn, so that whatever else the machine does slows them alike. There are fewer steps if
+    that makes them take longer than these seconds.
     """
     learners = [Learner(n, steps, seed) for n in ns]
     bars = [tqdm(total=steps, desc=f"n = {n:g}", unit="step", position=i) for i, n in enumerate(ns)]
     generator = torch.Generator().manual_seed(seed)
     windows = data.all_windows(held_out, CONTEXT)
-    for step in range(steps):
+    start, every, done = time.perf_counter(), math.ceil(steps / EVALUATIONS), 0
+    while done < steps:
         batch = data.random_windows(text, BATCH, CONTEXT, generator)
         for learner, bar in zip(learners, bars, strict=True):
-            if step % math.ceil(steps / EVALUATIONS) == 0:
+            if done % every == 0:
                 learner.follow(followed(windows))
             learner.step(batch)
             train_loss, (_, held_out_loss) = learner.run.train_loss[-1], learner.run.held_out_loss[-1]
             bar.set_postfix(train=f"{train_loss:.3f}", held_out=f"{held_out_loss:.3f}", refresh=False)
             bar.update()
+        done += 1
+        taken = time.perf_counter() - start
+        if done % every == 0 and taken / done * steps > seconds:
+            steps = done + int(max(0.0, seconds - taken) / taken * done)
+            for learner, bar in zip(learners, bars, strict=True):
+                learner.steps = bar.total = steps
     for learner, bar in zip(learners, bars, strict=True):
         learner.follow(followed(windows))
         learner.finish(windows)
@@ -88,7 +98,8 @@ class Learner:
         torch.manual_seed(seed)
         self.model = GPT(n)
         self.optimizer = torch.optim.AdamW(self.model.parameters(), lr=PEAK_LR, betas=(0.9, 0.95), weight_decay=0.1)
-        self.schedule = torch.optim.lr_scheduler.LambdaLR(self.optimizer, lambda step: lr_factor(step, steps))
+        self.steps = steps
+        self.schedule = torch.optim.lr_scheduler.LambdaLR(self.optimizer, lambda step: lr_factor(step, self.steps))
         self.run = Run(n)
         self.seconds: list[float] = []
 

@@ -78,6 +78,33 @@ def test_steps_fit_the_time(step: float, follow: float, steps: int, seconds: flo
     assert train.steps_within(SECONDS, 2, *data.load()) == (steps, pytest.approx(seconds, abs=0.4))
 
 
+@pytest.mark.parametrize(("of_step", "steps"), [(0.5, 100), (1.0, 60), (20.0, 10)])
+def test_fewer_steps_where_time_runs_short(of_step: float, steps: int, monkeypatch: pytest.MonkeyPatch):
+    """In 120 s, of two models that take this long for a step; the learning rate ends low all the same."""
+    now = 0.0
+    learners: list[train.Learner] = []
+
+    def step(learner: train.Learner, windows: torch.Tensor) -> None:
+        nonlocal now
+        now += of_step
+        learner.run.train_loss.append(0.0)
+        learner.optimizer.step()
+        learner.schedule.step()
+
+    def finish(learner: train.Learner, windows: torch.Tensor) -> None:
+        learners.append(learner)
+
+    monkeypatch.setattr(train.Learner, "step", step)
+    monkeypatch.setattr(train.Learner, "follow", lambda learner, windows: learner.run.held_out_loss.append((0, 0.0)))
+    monkeypatch.setattr(train.Learner, "finish", finish)
+    monkeypatch.setattr(train.time, "perf_counter", lambda: now)
+    text, held_out = (part[:3000] for part in data.load())
+    runs = train.train((0.0, 1.0), text, held_out, 100, 0, seconds=120.0)
+    assert [len(run.train_loss) for run in runs] == [steps, steps]
+    if of_step < 20:  # there it is over at the first look at the time
+        assert all(learner.schedule.get_last_lr()[0] < 0.11 * train.PEAK_LR for learner in learners)
+
+
 @pytest.mark.skipif(shutil.which("make") is None, reason="needs make")
 def test_make_demo_says_first_how_long_it_takes():
     def commands(target: str) -> list[str]:
