@@ -64,7 +64,7 @@ def findings(plain: Run, offset: Run) -> list[str]:
     even = sum(1 / keys for keys in range(1, CONTEXT + 1)) / CONTEXT
     return [
         f"With n = {offset.n:g} heads may attend to nothing: {mean_and_largest(nothing)}, and up to {of_row:.0%} at"
-        f" single bytes. With n = {plain.n:g} each row has to hand out all of its attention.",
+        f" a byte of the excerpt. With n = {plain.n:g} each row has to hand out all of its attention.",
         f"On the first token they put {mean_and_largest(of_plain)} with n = {plain.n:g}, and {mean_and_largest(first)}"
         f" with n = {offset.n:g}; even attention would put {even:.1%} there.",
         f"The loss on held-out text is {plain.final_loss:.3f} nats a byte with n = {plain.n:g}, and"
