@@ -1,12 +1,18 @@
 # Everything runs in .venv, which the targets make; nothing else needs to be installed but Python and make.
 PYTHON ?= python3
 BIN := .venv/bin
+quiet := --quiet
 
-.PHONY: demo study lint test test-all bench tables pictures docs
+.PHONY: demo first study lint test test-all bench tables pictures docs
 
-demo: .venv/demo
-	$(BIN)/python -m demo
-	$(BIN)/python -m attn_n
+# Threads that spin while they wait for one another cost minutes where other programs run too.
+demo: quiet :=
+demo: first .venv/demo
+	OMP_WAIT_POLICY=PASSIVE $(BIN)/python -m demo
+
+first:
+	@echo "The demo trains two small models and draws where they look: at most three minutes on two cores."
+	@test -e .venv/demo || echo "This first time pip installs PyTorch and Matplotlib before; that depends on the network."
 
 study: .venv/demo
 	$(BIN)/python -m examples.study
@@ -40,6 +46,6 @@ docs: tables
 # torch comes first and by name: unpinned, it would be the newest build with all of CUDA.
 .venv/%: pyproject.toml constraints.txt
 	test -d .venv || $(PYTHON) -m venv .venv
-	$(BIN)/pip install --quiet -c constraints.txt torch==2.13.0
-	$(BIN)/pip install --quiet -c constraints.txt -e '.[$*]'
+	$(BIN)/pip install $(quiet) -c constraints.txt torch==2.13.0
+	$(BIN)/pip install $(quiet) -c constraints.txt -e '.[$*]'
 	touch $@

@@ -8,7 +8,10 @@ first, which takes as long as the launch, and is left to them.
 
 from __future__ import annotations
 
+import contextlib
 import threading
+from collections.abc import Iterator
+from concurrent.futures import Executor, Future
 from typing import Any, TypeAlias
 
 import torch
@@ -23,6 +26,40 @@ _one_at_a_time = threading.RLock()
 
 # Compiled kernels by Triton's specialisation, so that a new length reuses a kernel compiled for another length.
 _compiled: dict[tuple[Any, ...], Any] = {}
+
+# Within `compiling_only`, what compiles.
+_compilations: Compilations | None = None
+
+
+@contextlib.contextmanager
+def compiling_only(pool: Executor) -> Iterator[Compilations]:
+    """Compile in threads of the pool what calls would launch within, and launch nothing: their results are undefined.
+
+    This holds in all threads, since a backward has one of its own. A later launch finds what was compiled.
+    """
+    global _compilations
+    _compilations = Compilations(pool)
+    try:
+        yield _compilations
+    finally:
+        _compilations = None
+
+
+class Compilations:
+    """What is compiled in a pool, each kernel once."""
+
+    def __init__(self, pool: Executor) -> None:
+        self.futures: list[Future[Any]] = []
+        self._pool = pool
+        self._seen: set[tuple[Any, ...]] = set()
+
+    def add(self, key: tuple[Any, ...] | None, launch: Launch, arguments: tuple[Argument, ...]) -> None:
+        """Compile a launch, unless one of the same key was; None is no key."""
+        if key in self._seen:
+            return
+        if key is not None:
+            self._seen.add(key)
+        self.futures.append(self._pool.submit(launch.loaded, *_tensors(arguments)))
 
 
 class Part:
@@ -86,14 +123,19 @@ class Launch:
                 bits |= address
         aligned, kinds = not bits & 15, tuple([x.__class__ for x in arguments])
         found = (self._found.get(kinds) or self._find(kinds, arguments)) if aligned else None
+        if _compilations is not None:
+            if found is None:
+                _compilations.add(self._specialization(arguments) if aligned else None, self, arguments)
+            return
         if found is not None and not _profiled():
             run, stream, function, metadata = found
             run(self.programs, 1, 1, stream(self._device.index), function, metadata, None, None, None, *values,
                 *self._rest)  # fmt: skip
             return
-        tensors = [x.view() if isinstance(x, Part) else x for x in arguments]
         with _one_at_a_time:
-            compiled = self._kernel[self.programs,](*tensors, *self._numbers, **self._constants, **self._options)
+            compiled = self._kernel[self.programs,](
+                *_tensors(arguments), *self._numbers, **self._constants, **self._options
+            )
         if aligned and compiled is not None:  # Triton's interpreter compiles nothing
             self._found[kinds] = _loaded(compiled)
             key = self._specialization(arguments)
@@ -121,6 +163,16 @@ class Launch:
         return self._kernel.warmup(
             *arguments, *self._numbers, **self._constants, **self._options, grid=(self.programs,)
         )
+
+    def loaded(self, *arguments: Argument) -> Any:
+        """What launches the kernel, which is on the GPU then: Triton compiles that, too, by a C compiler."""
+        # Triton compiles for the current device, which each thread has for itself.
+        with torch.cuda.device(self._device) if self._one_of_several else contextlib.nullcontext():
+            return self.compiled(*arguments).run
+
+
+def _tensors(arguments: tuple[Argument, ...]) -> list[Tensor | float | None]:
+    return [x.view() if isinstance(x, Part) else x for x in arguments]
 
 
 def _kinds(numbers: tuple[Any, ...]) -> tuple[Any, ...]:

@@ -11,13 +11,17 @@ from torch import Tensor
 from torch.nn.functional import cross_entropy
 from tqdm import tqdm
 
+from attn_n.inspect import record
 from demo import data
 from demo.model import GPT, share_to_nothing
 
 CONTEXT = 256
 BATCH = 8
 PEAK_LR = 3e-3
-EVALUATIONS = 20
+EVALUATIONS = 10
+MOST_STEPS = 500  # the loss still falls then, but the heads know where they look
+EXCERPT = 100  # bytes
+FINISH = 8 + 6  # how many times as long as `Learner.follow` `Learner.finish` takes: all windows, and a fourth recorded
 
 
 @dataclass
@@ -29,29 +33,59 @@ class Run:
     held_out_loss: list[tuple[int, float]] = field(default_factory=list)  # (steps done, loss on every eighth window)
     final_loss: float = math.nan  # on all of the held-out text
     ms_per_step: float = math.nan  # the median
-    share_to_nothing: list[list[float]] = field(default_factory=list)  # (layers, heads), mean over held-out rows
+    # Shares of a row's attention, means over the held-out rows: (layers, heads), and (layers, heads, CONTEXT).
+    first_token: list[list[float]] = field(default_factory=list)
+    to_nothing: list[list[float]] = field(default_factory=list)
+    to_nothing_by_position: list[list[list[float]]] = field(default_factory=list)
+    excerpt: str = ""  # some of the held-out text, and the shares of its rows, (layers, heads, EXCERPT)
+    to_nothing_in_excerpt: list[list[list[float]]] = field(default_factory=list)
 
 
-def train(ns: Sequence[float], text: Tensor, held_out: Tensor, steps: int, seed: int) -> list[Run]:
+def steps_within(seconds: float, models: int, text: Tensor, held_out: Tensor) -> tuple[int, float]:
+    """Return how many steps `train` can do in this time, and how many seconds it then takes: a few steps are timed."""
+    learner, generator = Learner(1.0, MOST_STEPS, seed=0), torch.Generator().manual_seed(0)
+    windows = followed(data.all_windows(held_out, CONTEXT))
+    for _ in range(10):
+        learner.step(data.random_windows(text, BATCH, CONTEXT, generator))
+    start = time.perf_counter()
+    learner.follow(windows)
+    follow = time.perf_counter() - start
+    step = statistics.mean(learner.seconds[2:])
+    fixed = (EVALUATIONS + 1 + FINISH) * follow
+    steps = max(EVALUATIONS, min(MOST_STEPS, int((seconds / models - fixed) / step)))
+    return steps, models * (fixed + steps * step)
+
+
+def train(
+    ns: Sequence[float], text: Tensor, held_out: Tensor, steps: int, seed: int, seconds: float = math.inf
+) -> list[Run]:
     """Train one model for each n, from the same weights and on the same batches.
 
-    The runs take their steps in turn, so that whatever else the machine does slows them alike.
+    The runs take their steps in turn, so that whatever else the machine does slows them alike. There are fewer steps if
+    that makes them take longer than these seconds.
     """
     learners = [Learner(n, steps, seed) for n in ns]
     bars = [tqdm(total=steps, desc=f"n = {n:g}", unit="step", position=i) for i, n in enumerate(ns)]
     generator = torch.Generator().manual_seed(seed)
     windows = data.all_windows(held_out, CONTEXT)
-    for step in range(steps):
+    start, every, done = time.perf_counter(), math.ceil(steps / EVALUATIONS), 0
+    while done < steps:
         batch = data.random_windows(text, BATCH, CONTEXT, generator)
         for learner, bar in zip(learners, bars, strict=True):
-            if step % math.ceil(steps / EVALUATIONS) == 0:
-                learner.follow(windows[::8])
+            if done % every == 0:
+                learner.follow(followed(windows))
             learner.step(batch)
             train_loss, (_, held_out_loss) = learner.run.train_loss[-1], learner.run.held_out_loss[-1]
             bar.set_postfix(train=f"{train_loss:.3f}", held_out=f"{held_out_loss:.3f}", refresh=False)
             bar.update()
+        done += 1
+        taken = time.perf_counter() - start
+        if done % every == 0 and taken / done * steps > seconds:
+            steps = done + int(max(0.0, seconds - taken) / taken * done)
+            for learner, bar in zip(learners, bars, strict=True):
+                learner.steps = bar.total = steps
     for learner, bar in zip(learners, bars, strict=True):
-        learner.follow(windows[::8])
+        learner.follow(followed(windows))
         learner.finish(windows)
         bar.close()
     return [learner.run for learner in learners]
@@ -64,7 +98,8 @@ class Learner:
         torch.manual_seed(seed)
         self.model = GPT(n)
         self.optimizer = torch.optim.AdamW(self.model.parameters(), lr=PEAK_LR, betas=(0.9, 0.95), weight_decay=0.1)
-        self.schedule = torch.optim.lr_scheduler.LambdaLR(self.optimizer, lambda step: lr_factor(step, steps))
+        self.steps = steps
+        self.schedule = torch.optim.lr_scheduler.LambdaLR(self.optimizer, lambda step: lr_factor(step, self.steps))
         self.run = Run(n)
         self.seconds: list[float] = []
 
@@ -88,11 +123,23 @@ class Learner:
 
     @torch.no_grad()
     def finish(self, windows: Tensor) -> None:
-        """Measures the final loss, the shares and the time of a step."""
-        loss, lse = loss_and_lse(self.model, windows)
-        self.run.final_loss = loss.item()
-        self.run.share_to_nothing = share_to_nothing(lse, self.run.n).mean(dim=(1, 3)).tolist()
+        """Measures the final loss on all windows, the shares on every fourth one, and the time of a step."""
+        self.run.final_loss = loss_and_lse(self.model, windows)[0].item()
+        windows = windows[::4]
+        with record(self.model, layers=["blocks.*.attention"]) as found:
+            _, lse = loss_and_lse(self.model, windows)
+        self.run.first_token = [heads.first_token for heads in found.attention.values()]
+        self.run.to_nothing = [heads.to_nothing for heads in found.attention.values()]
+        shares = share_to_nothing(lse, self.run.n)  # (layers, B, heads, L)
+        self.run.to_nothing_by_position = shares.mean(dim=1).tolist()
+        self.run.excerpt = bytes(windows[-1, CONTEXT - EXCERPT : CONTEXT].tolist()).decode("ascii", "replace")
+        self.run.to_nothing_in_excerpt = shares[:, -1, :, -EXCERPT:].tolist()
         self.run.ms_per_step = 1000 * statistics.median(self.seconds)
+
+
+def followed(windows: Tensor) -> Tensor:
+    """Return the windows of which the held-out curve is made."""
+    return windows[::8]
 
 
 def loss_and_lse(model: GPT, windows: Tensor) -> tuple[Tensor, Tensor]:

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import importlib.metadata
 import platform
-from collections.abc import Iterator
-from dataclasses import dataclass, replace
-from typing import Any
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field, replace
+from functools import partial
+from typing import Any, NamedTuple
 
 import torch
 
@@ -16,6 +17,8 @@ from attn_n.backends.base import Family
 from attn_n.call import AttentionCall
 from attn_n.dispatch import order, serving
 from attn_n.doctor import selfcheck, timing
+from attn_n.doctor.progress import Progress
+from attn_n.doctor.warm_up import compile_kernels
 
 DISTRIBUTIONS = ("triton", "flash-attn", "flash-attn-3", "tokenspeed-fa3", "flash-attn-4", "xformers", "mslk-cuda")
 
@@ -44,31 +47,76 @@ class Support:
     reasons: dict[str, list[str]]
 
 
-@dataclass(frozen=True)
+@dataclass
 class Report:
-    versions: dict[str, str | None]
-    devices: list[Device]
-    support: list[Support]
-    checks: list[selfcheck.Check]
-    timings: list[timing.Timing]
-    passed: bool
+    """What `steps` has found so far; `left_out` says what was not done, and which option does it."""
+
+    versions: dict[str, str | None] = field(default_factory=dict)
+    devices: list[Device] = field(default_factory=list)
+    support: list[Support] = field(default_factory=list)
+    checks: list[selfcheck.Check] = field(default_factory=list)
+    timings: list[timing.Timing] = field(default_factory=list)
+    left_out: list[str] = field(default_factory=list)
+    passed: bool = True
 
 
-def collect(workloads: dict[str, timing.Workload] = timing.WORKLOADS, seconds: float = 0.2) -> Report:
-    """Make the whole report; each timing takes about `seconds`."""
-    found = devices()
-    support = [row for device in found for row in _support(device)]
-    checks = [check for device in found for check in _checks(device)]
-    # A backend that is wrong here is not timed, since nobody should choose it for its speed.
-    failed = {(check.device, check.backend) for check in checks if not check.passed}
-    timings = [
-        result
-        for device in found
-        for backend in (timing.PEER, *_kernels(device))
-        if (device.device, backend) not in failed
-        for result in _timings(backend, device, workloads, seconds)
-    ]
-    return Report(_versions(), found, support, checks, timings, not failed)
+@dataclass(frozen=True)
+class Extent:
+    """How much is done, and how long each timing takes, about."""
+
+    cases: tuple[selfcheck.Case, ...]
+    timed: bool = True
+    each_gpu: bool = False  # time GPUs of the same name, too
+    workloads: dict[str, timing.Workload] = field(default_factory=lambda: timing.WORKLOADS)
+    seconds: float = 0.2
+
+
+QUICK = Extent(selfcheck.CASES[:1], timed=False)
+USUAL = Extent(selfcheck.CASES[:3])
+FULL = Extent(selfcheck.CASES, each_gpu=True)
+
+
+class Section(NamedTuple):
+    """A part of the report that is complete: the name of its field, and the device that it is about, if about one."""
+
+    field: str
+    device: str | None = None
+
+
+def steps(found: Report, extent: Extent, progress: Progress) -> Iterator[Section]:
+    """Fill an empty report, and yield each of its sections as soon as it is there."""
+    found.versions = _versions()
+    yield Section("versions")
+    found.devices = devices()
+    yield Section("devices")
+    timed = _timed(found.devices, extent)
+    for device in found.devices:
+        found.support += _support(device)
+        yield Section("support", device.device)
+        checks = [(backend, dtype) for backend in _kernels(device) for dtype in selfcheck.TOLERANCE]
+        lengths = extent.workloads[_place(device).type].lengths if device in timed else ()
+        timings = [(backend, length) for backend in (timing.PEER, *_kernels(device)) for length in lengths]
+        if _place(device).type == "cuda":
+            compile_kernels([*_calls_checked(device, extent, checks), *_calls_timed(device, extent, timings)], progress)
+        for done, (backend, dtype) in enumerate(checks):
+            progress.show(done, len(checks), f"checking {backend} on {device.device}")
+            check = selfcheck.check(backend, _place(device), dtype, extent.cases)
+            if check is not None:
+                found.checks.append(check)
+                found.passed &= check.passed
+        yield Section("checks", device.device)
+        # A backend that is wrong here is not timed, since nobody should choose it for its speed.
+        failed = {(check.device, check.backend) for check in found.checks if not check.passed}
+        for done, (backend, length) in enumerate(timings):
+            progress.show(done, len(timings), f"timing {backend} on {device.device}")
+            if (device.device, backend) not in failed:
+                workload = extent.workloads[_place(device).type]
+                result = timing.measure(backend, _place(device), workload, length, extent.seconds)
+                found.timings += [] if result is None else [result]
+        if timings:
+            yield Section("timings", device.device)
+    found.left_out = _left_out(found.devices, extent)
+    yield Section("left_out")
 
 
 def devices() -> list[Device]:
@@ -162,20 +210,41 @@ def _kernels(device: Device) -> list[str]:
     return [kernel for name in registry.names() for kernel in _members(name, device) or [name]]
 
 
-def _checks(device: Device) -> Iterator[selfcheck.Check]:
-    for backend in _kernels(device):
-        for dtype in selfcheck.TOLERANCE:
-            check = selfcheck.check(backend, torch.device(device.device), dtype)
-            if check is not None:
-                yield check
+def _calls_checked(
+    device: Device, extent: Extent, checks: list[tuple[str, torch.dtype]]
+) -> Iterator[tuple[str, Callable[[], object]]]:
+    for backend, dtype in checks:
+        for case in extent.cases:
+            yield backend, partial(selfcheck.run, case, backend, _place(device), dtype)
 
 
-def _timings(
-    backend: str, device: Device, workloads: dict[str, timing.Workload], seconds: float
-) -> Iterator[timing.Timing]:
-    place = torch.device(device.device)
-    workload = workloads[place.type]
-    for length in workload.lengths:
-        result = timing.measure(backend, place, workload, length, seconds)
-        if result is not None:
-            yield result
+def _calls_timed(
+    device: Device, extent: Extent, timings: list[tuple[str, int]]
+) -> Iterator[tuple[str, Callable[[], object]]]:
+    workload = extent.workloads[_place(device).type]
+    for backend, length in timings:
+        yield backend, partial(timing.run_once, backend, _place(device), workload, length)
+
+
+def _timed(found: list[Device], extent: Extent) -> list[Device]:
+    """Return the devices that are timed: of those with the same name the first one, unless each was asked for."""
+    if not extent.timed:
+        return []
+    first = {device.name: device for device in reversed(found)}
+    return [device for device in found if extent.each_gpu or device is first[device.name]]
+
+
+def _left_out(found: list[Device], extent: Extent) -> list[str]:
+    left_out = []
+    cases, of = len(extent.cases), len(selfcheck.CASES)
+    if cases < of:
+        left_out.append(f"{of - cases} of the {of} cases of the self-check: --full checks them all")
+    if not extent.timed:
+        left_out.append("the timings: without --quick they are made")
+    elif untimed := [device.device for device in found if device not in _timed(found, extent)]:
+        left_out.append(f"timings on GPUs that are the same as others, {', '.join(untimed)}: --full makes them, too")
+    return left_out
+
+
+def _place(device: Device) -> torch.device:
+    return torch.device(device.device)

@@ -4,29 +4,30 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 
-from attn_n.doctor.report import Device, Report
+from attn_n.doctor.report import Device, Report, Section
 from attn_n.doctor.timing import Timing
 
 
-def text(report: Report) -> str:
-    sections = [("versions", _versions(report)), ("devices", _devices(report))]
-    for device in report.devices:
-        place = device.device
-        sections += [
-            (f"{place}: what each backend serves", _support(report, place)),
-            (f"{place}: self-check, worst relative error against float64", _checks(report, place)),
-            (f"{place}: timing, median milliseconds", _timings(report, place)),
-        ]
-    blocks = ["\n".join([title, *(f"  {line}" for line in lines)]) for title, lines in sections]
-    return "\n\n".join(blocks)
+def section(report: Report, of: Section) -> str:
+    """Return a section of the report, a title and lines."""
+    device = of.device or ""
+    title, lines = {
+        "versions": ("versions", _versions),
+        "devices": ("devices", _devices),
+        "support": (f"{device}: what each backend serves", _support),
+        "checks": (f"{device}: self-check, worst relative error against float64", _checks),
+        "timings": (f"{device}: timing, median milliseconds", _timings),
+        "left_out": ("result", _result),
+    }[of.field]
+    return "\n".join([title, *(f"  {line}" for line in lines(report, device))])
 
 
-def _versions(report: Report) -> Iterator[str]:
+def _versions(report: Report, device: str) -> Iterator[str]:
     return _table([[name, version or "not installed"] for name, version in report.versions.items()])
 
 
-def _devices(report: Report) -> Iterator[str]:
-    return _table([[device.device, device.name, _size(device)] for device in report.devices])
+def _devices(report: Report, device: str) -> Iterator[str]:
+    return _table([[each.device, each.name, _size(each)] for each in report.devices])
 
 
 def _size(device: Device) -> str:
@@ -78,6 +79,15 @@ def _timings(report: Report, device: str) -> Iterator[str]:
     for timing in timings.values():
         if timing.failure is not None:
             yield f"{timing.backend} at {timing.length}: {_first_line(timing.failure)}"
+
+
+def _result(report: Report, device: str) -> Iterator[str]:
+    failed = [check for check in report.checks if not check.passed]
+    for check in failed:
+        yield f"FAIL: {check.backend} in {check.dtype} on {check.device}"
+    if not failed:
+        yield f"PASS: each backend in each dtype that it serves, {len(report.checks)} checks"
+    yield from (f"left out: {each}" for each in report.left_out)
 
 
 def _milliseconds(timing: Timing | None) -> tuple[str, str]:

@@ -55,6 +55,27 @@ class Timing:
 
 def measure(backend: str, device: torch.device, workload: Workload, length: int, seconds: float) -> Timing | None:
     """Time one backend, or `PEER`, for about `seconds` a number; return None if it does not serve the workload."""
+    try:
+        forward, forward_backward = passes(backend, device, workload, length)
+        numbers = _median_ms(forward, device, seconds), _median_ms(forward_backward, device, seconds)
+        return Timing(str(device), backend, str(workload), length, *numbers, None)
+    except UnsupportedError:
+        return None
+    except Exception as raised:  # out of memory, for one; the other backends are still worth a number
+        failure = f"{type(raised).__name__}: {raised}"
+        return Timing(str(device), backend, str(workload), length, None, None, failure)
+
+
+def run_once(backend: str, device: torch.device, workload: Workload, length: int) -> None:
+    """Run what is measured."""
+    for run in passes(backend, device, workload, length):
+        run()
+
+
+def passes(
+    backend: str, device: torch.device, workload: Workload, length: int
+) -> tuple[Callable[[], None], Callable[[], None]]:
+    """Return what runs the forward, and the forward with its backward."""
     shape = (workload.batch, workload.heads, length, workload.size)
     q, k, v, dout = (torch.randn(shape, dtype=workload.dtype, device=device) for _ in range(4))
     inputs = [x.requires_grad_() for x in (q, k, v)]
@@ -71,21 +92,14 @@ def measure(backend: str, device: torch.device, workload: Workload, length: int,
     def forward_backward() -> None:
         torch.autograd.grad(attend(), inputs, dout)
 
-    try:
-        numbers = _median_ms(forward, device, seconds), _median_ms(forward_backward, device, seconds)
-        return Timing(str(device), backend, str(workload), length, *numbers, None)
-    except UnsupportedError:
-        return None
-    except Exception as raised:  # out of memory, for one; the other backends are still worth a number
-        failure = f"{type(raised).__name__}: {raised}"
-        return Timing(str(device), backend, str(workload), length, None, None, failure)
+    return forward, forward_backward
 
 
 def _median_ms(run: Callable[[], None], device: torch.device, seconds: float) -> float:
     clock = _cuda_ms if device.type == "cuda" else _host_ms
     clock(run, device, 1)  # the first run compiles, tunes and allocates
     (once,) = clock(run, device, 1)
-    repeats = max(2, min(MOST_REPEATS, int(1e3 * seconds / once)))
+    repeats = min(MOST_REPEATS, int(1e3 * seconds / once))
     return statistics.median([once, *clock(run, device, repeats)])
 
 
