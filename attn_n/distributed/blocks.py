@@ -109,13 +109,14 @@ class Rows:
 
 
 class Sum:
-    """The sum of the gradients of some tokens `(B, H, L, E)`, in float32 (float64) as soon as there are two terms.
+    """The sum of the gradients of some tokens `(B, H, L, E)`, to each of which at most so many terms are added.
 
-    The first term stays as it is: of two ranks, no float32 tensor so lies beside the memory that the kernels need.
+    It is in float32 (float64). Of two terms it is in their own dtype, which rounds their sum once, too: so beside the
+    memory that the kernels need there is no float32 tensor where two ranks share a sequence.
     """
 
-    def __init__(self, like: Tensor) -> None:
-        self._like = like
+    def __init__(self, like: Tensor, terms: int) -> None:
+        self._like, self._dtype = like, like.dtype if terms <= 2 else torch.promote_types(like.dtype, torch.float32)
         self._sum: Tensor | None = None
 
     def add(self, span: Span, x: Tensor) -> None:
@@ -124,8 +125,8 @@ class Sum:
         if self._sum is None and span == (0, self._like.shape[2]):
             self._sum = x
             return
-        dtype = torch.promote_types(x.dtype, torch.float32)
-        self._sum = torch.zeros_like(self._like, dtype=dtype) if self._sum is None else self._sum.to(dtype)
+        like = self._like
+        self._sum = torch.zeros_like(like, dtype=self._dtype) if self._sum is None else self._sum.to(self._dtype)
         of(self._sum, span).add_(x)
 
     def result(self) -> Tensor:

@@ -207,7 +207,9 @@ def _gradients(
     call: _Call, dout: Tensor, dlse: Tensor | None, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
     ranks, problem = call.ranks, call.problem
-    dq, dk, dv = Sum(q), Sum(k), Sum(v)
+    of_sources = {source: parts(problem, ranks.rank, source) for source in range(ranks.size)}
+    dq = Sum(q, sum(map(len, of_sources.values())))
+    dk, dv = (Sum(x, len(of_sources[ranks.rank]) + ranks.size - 1) for x in (k, v))
     returning: Exchange | None = None
     returned = Span(0, 0)
 
@@ -218,8 +220,8 @@ def _gradients(
 
     for source, (keys, values), offset in _passing_by(call, k, v):
         own = source == ranks.rank
-        dkeys, dvalues = (dk, dv) if own else (Sum(keys), Sum(values))
-        for part in parts(problem, ranks.rank, source):
+        dkeys, dvalues = (dk, dv) if own else (Sum(x, len(of_sources[source])) for x in (keys, values))
+        for part in of_sources[source]:
             seen, rows = part.keys.shifted(-offset), part.rows
             found = call.attention.backward(
                 part, of(dout, rows), None if dlse is None else of(dlse, rows), of(q, rows), of(keys, seen),
