@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
+from typing import Any
 
 import pandas as pd
 
@@ -11,6 +12,7 @@ from bench.reporting.decoding import tables as decode_tables
 from docs_build.blocks import table
 from docs_build.measured import (
     PASSES,
+    RESULTS,
     headed,
     newest,
     newest_of_cpu,
@@ -91,6 +93,49 @@ def bias() -> str:
     names = list(json.loads(path.read_text())["lines"][0]["contenders"])
     head = table(["bias", *(f"`{name}`" if ":" in name else label(name) for name in names)], rows)
     return f"{head}\n\n{source(path)}"
+
+
+def padding() -> str:
+    """A training step of a padded batch, beside the same sequences without padding."""
+    path = newest("padding")
+    stored = json.loads(path.read_text())
+    rows = []
+    for line in stored["lines"]:
+        ms, over = line["ms"], line["speed over"]
+        cells = [f"{ms[name]:.2f} ms" for name in ("padded", "varlen", "full")]
+        rows.append([f"`{line['backend']}`, E = {line['E']}", *cells, f"{over['varlen']:.2f}"])
+    head = table(["backend", "padded", "as varlen", "all rows in use", "speed over varlen"], rows)
+    return f"{head}\n\n{source(path)}"
+
+
+def transformers() -> str:
+    """A small gpt-oss in transformers, by attention implementation."""
+    path = newest("transformers")
+    lines = json.loads(path.read_text())["lines"]
+    names = list(dict.fromkeys(line["implementation"] for line in lines))
+    found = {(line["what"], line["implementation"]): _of_model(line) for line in lines}
+    rows = [[what, *(found[what, name] for name in names)] for what in dict.fromkeys(line["what"] for line in lines)]
+    return f"{table(['', *(f'`{name}`' for name in names)], rows)}\n\n{source(path)}"
+
+
+def _of_model(line: dict[str, Any]) -> str:
+    if "ms" not in line:
+        return str(line["reason"])
+    return f"{line['ms']:.0f} ms, {line['peak_MiB'] / 1024:.1f} GiB"
+
+
+def distributed() -> str:
+    """Attention of two GPUs together, by their efficiency over one."""
+    path = sorted(RESULTS.glob("*x2-????-??-??-distributed.json"))[-1]
+    stored = json.loads(path.read_text())
+    rows = []
+    for line in stored["lines"]:
+        if "both, ms" in line:
+            passes = [f"{line[f'{each}, efficiency']:.2f}" for each in ("forward", "backward", "both")]
+            speed, peak = line["both, TFLOP/s a GPU"], max(line["peak with its inputs, MB, by rank"])
+            rows.append([f"{line['tokens']:,}", line["contender"], f"{speed:.0f}", *passes, f"{peak / 1000:.2f} GB"])
+    columns = ["tokens", "", "TFLOP/s a GPU", "efficiency, forward", "backward", "both", "peak of a GPU, with inputs"]
+    return f"{table(columns, rows)}\n\n{source(path)} Each GPU: {stored['machine']['device']}."
 
 
 def sink() -> str:

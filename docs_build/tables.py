@@ -4,7 +4,8 @@ from docs_build import attention, backends, grid, readme, study, suites
 
 _OF_RESULTS = (
     grid.machine, grid.grid, grid.ratios, grid.portable, grid.everybody, grid.costs, suites.scaling, suites.varlen,
-    suites.window, suites.gqa, suites.decode, suites.bias, suites.sink, suites.memory, suites.first_call, suites.host,
+    suites.window, suites.gqa, suites.decode, suites.bias, suites.padding, suites.transformers,
+    suites.distributed, suites.sink, suites.memory, suites.first_call, suites.host,
     suites.lengths, suites.cpu,
 )  # fmt: skip
 
