@@ -219,7 +219,7 @@ def test_what_was_put_last_is_kept(monkeypatch: pytest.MonkeyPatch) -> None:
     for length in range(2, 10):
         flash_attention_n(*inputs(length), sm_n=1.0)
         assert len(call_cache._calls) <= 3
-    assert [key[2][2] for key in call_cache._calls] == [7, 8, 9]
+    assert [key[2][0][2] for key in call_cache._calls] == [7, 8, 9]
 
 
 # What calls of one kind share: lengths come from these, around all at which something changes.
