@@ -69,15 +69,11 @@ def most_tiles(key: KernelKey, rows: int, tile: int) -> int:
     return rows // tile + key.batch
 
 
-def list_of_tiles(
-    launches: Forward | Backward, like: Tensor, starts: Tensor | None, others: Tensor | None
-) -> Tensor | None:
-    """Return the table of `schedule.py`, or for batches its counter alone; None where programs take tiles in turn.
+def list_of_tiles(launches: Forward | Backward, like: Tensor, starts: Tensor | None, others: Tensor | None) -> Tensor:
+    """Return the table of `schedule.py`, or for batches its counter alone.
 
     Tiles are of the sequences that begin at `starts`; `others` are those that each of them meets.
     """
-    if not launches.table:
-        return None
     if launches.schedule is None:
         return torch.zeros(launches.table, dtype=torch.int32, device=like.device)
     table = torch.empty(launches.table, dtype=torch.int32, device=like.device)
