@@ -65,13 +65,11 @@ class Compilations:
 class Part:
     """A part of a tensor of one dimension: an address takes the host a tenth of the time of a view."""
 
-    __slots__ = ("_of", "_size", "_start")
+    __slots__ = ("_of", "_size", "_start", "address")
 
     def __init__(self, of: Tensor, start: int, size: int) -> None:
         self._of, self._start, self._size = of, start, size
-
-    def data_ptr(self) -> int:
-        return self._of.data_ptr() + self._start * self._of.itemsize
+        self.address = of.data_ptr() + start * of.itemsize
 
     @property
     def dtype(self) -> torch.dtype:
@@ -104,11 +102,8 @@ class Launch:
     def __call__(self, *arguments: Argument) -> None:
         if self._one_of_several and self._device.index != torch.cuda.current_device():
             with torch.cuda.device(self._device):  # Triton launches on the current device
-                self._launch(arguments)
-        else:
-            self._launch(arguments)
-
-    def _launch(self, arguments: tuple[Argument, ...]) -> None:
+                self(*arguments)
+            return
         if self._descriptors:
             triton.set_allocator(_workspace)  # of this thread, and backward has another than forward
         # Addresses, where Triton's launcher would ask each tensor for its own, and the driver what it points to.
@@ -118,10 +113,10 @@ class Launch:
             if x is None or x.__class__ is float:
                 values.append(x)
             else:
-                address = x.data_ptr()  # type: ignore[union-attr]
+                address = x.address if x.__class__ is Part else x.data_ptr()  # type: ignore[union-attr]
                 values.append(address)
                 bits |= address
-        aligned, kinds = not bits & 15, tuple([x.__class__ for x in arguments])
+        aligned, kinds = not bits & 15, tuple(map(type, arguments))
         found = (self._found.get(kinds) or self._find(kinds, arguments)) if aligned else None
         if _compilations is not None:
             if found is None:

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import dataclasses
 import random
+import sys
 from collections.abc import Callable, Iterator
+from pathlib import Path
+from types import FrameType
 from typing import Any
 
 import pytest
@@ -219,7 +222,7 @@ def test_what_was_put_last_is_kept(monkeypatch: pytest.MonkeyPatch) -> None:
     for length in range(2, 10):
         flash_attention_n(*inputs(length), sm_n=1.0)
         assert len(call_cache._calls) <= 3
-    assert [key[2][2] for key in call_cache._calls] == [7, 8, 9]
+    assert [key[2][0][2] for key in call_cache._calls] == [7, 8, 9]
 
 
 # What calls of one kind share: lengths come from these, around all at which something changes.
@@ -645,3 +648,48 @@ def test_a_learned_n_is_planned_on_a_gpu(ran: list[str]) -> None:
         flash_attention_n(q, k, v, sm_n=1.0, sinks=n)
     with pytest.raises(ValueError, match="sm_n: expected shape"):
         flash_attention_n(q, k, v, sm_n=torch.ones(3, device="cuda"))
+
+
+@pytest.mark.parametrize(
+    ("options", "training", "most"),
+    [({"sm_n": 1.0}, False, 15), ({"sinks": torch.zeros(2)}, False, 23), ({"sm_n": 1.0}, True, 32)],
+    ids=["n", "sinks", "both passes"],
+)
+def test_a_known_call_enters_few_functions(options: dict[str, Any], training: bool, most: int) -> None:
+    """Each of them takes the host up to 1 us: between two calls much else has run, and its code is in no cache."""
+    q, k, v = (x.requires_grad_(training) for x in inputs())
+    dout, package, entered = torch.randn(1, 2, 6, 8), str(Path(attn_n.__file__).parent), list[str]()
+
+    def call() -> None:
+        out = flash_attention_n(q, k, v, **options)
+        if training:
+            out.backward(dout)
+
+    def note(frame: FrameType, event: str, argument: object) -> None:
+        code = frame.f_code
+        if event == "call" and code.co_filename.startswith(package) and not code.co_name.startswith("<"):
+            entered.append(code.co_name)
+
+    for _ in range(2):
+        call()
+    sys.setprofile(note)
+    try:
+        call()
+    finally:
+        sys.setprofile(None)
+    assert entered[0] == "flash_attention_n"
+    assert len(entered) <= most, entered
+
+
+def test_an_lse_that_nobody_wants_is_no_output_of_autograd() -> None:
+    """It would take autograd 2 us; it is saved for the backward all the same."""
+    q, k, v = (x.requires_grad_() for x in inputs())
+    for _ in range(2):
+        for wanted, outputs in ((False, 1), (True, 2)):
+            result = flash_attention_n(q, k, v, sm_n=1.0, return_lse=wanted)
+            made_by = (result[0] if wanted else result).grad_fn
+            assert len(made_by._input_metadata) == outputs
+            (dq,) = torch.autograd.grad((result[0] if wanted else result).sum(), q)
+            x = q.detach().double().requires_grad_()
+            (expected,) = torch.autograd.grad(attention_n(x, k.double(), v.double(), n=1.0)[0].sum(), x)
+            assert torch.allclose(dq.double(), expected, atol=1e-5)

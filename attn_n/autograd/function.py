@@ -22,7 +22,7 @@ from attn_n.call import Options, Saved, transforms
 
 def attend(
     q: Tensor, k: Tensor, v: Tensor, n: Tensor | None, options: Options, call: PreparedCall
-) -> tuple[Tensor, Tensor]:
+) -> tuple[Tensor, Tensor | None]:
     """(out, lse) of canonical tensors by a backend with a forward and a backward; n is `()` or `(Hq,)`."""
     if not transforms.needs_dispatcher(q):
         return attend_eagerly(q, k, v, n, options, call)
@@ -38,15 +38,15 @@ def attend(
 
 def attend_eagerly(
     q: Tensor, k: Tensor, v: Tensor, n: Tensor | None, options: Options, call: PreparedCall
-) -> tuple[Tensor, Tensor]:
-    """`attend` where nobody watches operators."""
+) -> tuple[Tensor, Tensor | None]:
+    """`attend` where nobody watches operators; an lse that nobody wants may be None."""
     if not call.needs_grad:
         out, lse, _ = call.forward(q, k, v, n, options, call.lse_wanted)
         return out, lse
     # Here autograd sees them as tensors, beside the options.
     mask, slopes = options.mask if call.of_mask else None, options.alibi_slopes if call.of_slopes else None
-    attended: tuple[Tensor, Tensor] = _apply(q, k, v, n, mask, slopes, options, call)
-    return attended
+    attended = _apply(q, k, v, n, mask, slopes, options, call)
+    return attended if call.lse_wanted else (attended, None)
 
 
 _PLACES = (0, 1, 2, 3, 4, 5, None, None)  # the arguments of `_Attention`, by their places in `passes.Found`
@@ -59,7 +59,7 @@ class _Attention(torch.autograd.Function):
     def forward(
         ctx: Any, q: Tensor, k: Tensor, v: Tensor, n: Tensor | None, mask: Tensor | None, slopes: Tensor | None,
         options: Options, call: PreparedCall,
-    ) -> tuple[Tensor, Tensor]:  # fmt: skip
+    ) -> Tensor | tuple[Tensor, Tensor]:  # fmt: skip
         # The lse always has n here. Under a checkpoint the backward gets what is saved from a second forward, which can
         # run in another way than the first: nothing may be known of it but what it returned.
         out, lse, rng_state = call.forward(q, k, v, n, options, True)
@@ -71,10 +71,10 @@ class _Attention(torch.autograd.Function):
             arguments = q, k, v, n, call.n_is_logit, call.log_n, None, call.backend
             gradients.save(ctx, _PLACES, arguments, options, out, lse, rng_state)
         ctx.call = call
-        return out, lse
+        return (out, lse) if call.lse_wanted else out  # each output takes autograd 2 us
 
     @staticmethod
-    def backward(ctx: Any, dout: Tensor | None, dlse: Tensor | None) -> Any:
+    def backward(ctx: Any, dout: Tensor | None, dlse: Tensor | None = None) -> Any:
         call = ctx.call
         if dout is None and dlse is None:
             return (None,) * len(_PLACES)

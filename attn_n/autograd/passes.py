@@ -107,15 +107,17 @@ def backward_by(
     log_n = log_of(q, n, True) if n is not None and n_is_logit and needed.n else None
     if rows_may_be_empty:
         lse, dlse = rescale.lse_for_backward(lse, dlse)
+    if rows_may_be_empty or log_n is not None:
+        saved = Saved(q, k, v, out, lse, log_n, rng_state)
     of_n: Any = None if not needed.n else "n" if log_n is None else "log n"
-    grads = Grads(dout, dlse, of_n, needed.mask, needed.slopes)
-    found = passes.backward(grads, Saved(q, k, v, out, lse, log_n, rng_state), options)
-    dn = found.dn
+    dq, dk, dv, dn, dmask, dslopes = passes.backward(
+        Grads(dout, dlse, of_n, needed.mask, needed.slopes), saved, options
+    )
     if needed.n:
         dn = _shaped_as(dn, n) if dn is not None else gradient_of_n(options, dout, dlse, out, lse, n, log_n)
-    heads_kv = k.shape[1]
-    dk, dv = _sum_groups(found.dk, heads_kv), _sum_groups(found.dv, heads_kv)
-    return found.dq, dk, dv, dn, found.dmask, found.dslopes
+    if dk.shape[1] != k.shape[1] or dv.shape[1] != k.shape[1]:
+        dk, dv = _sum_groups(dk, k.shape[1]), _sum_groups(dv, k.shape[1])
+    return dq, dk, dv, dn, dmask, dslopes
 
 
 def gradient_of_n(
@@ -152,9 +154,10 @@ def log_of(q: Tensor, n: Tensor, n_is_logit: bool) -> Tensor:
     dtype = lse_dtype(q)
     if n.dim() > 1:
         return n.detach().to(dtype).expand(q.shape[:-1]).contiguous()
+    if n.requires_grad:
+        n = n.detach()
     if n_is_logit and n.dtype is dtype and n.dim() == 1 and n.is_contiguous():
-        return n.detach()
-    n = n.detach()
+        return n
     if not n_is_logit:  # a float64 n may be no number of float32, and its logarithm is one
         n = n.to(torch.promote_types(n.dtype, dtype)).log()
     return n.to(dtype).contiguous().expand(q.shape[1])

@@ -10,7 +10,8 @@ from torch import Tensor
 from attn_n.autograd import passes
 from attn_n.backends import registry
 from attn_n.backends.base import Prepared
-from attn_n.call import Options, Saved, autocast, transforms
+from attn_n.call import Options, Saved, transforms
+from attn_n.call.checks import PLAIN
 
 
 class PreparedCall:
@@ -47,7 +48,9 @@ class PreparedCall:
         if prepared is None:
             return self._first_forward(q, k, v, n, options, lse_wanted)
         log_n = self.log_n if n is None else passes.log_of(q, n, self.n_is_logit)
-        return passes.forward_by(prepared, self._applies_n, q, k, v, log_n, options, lse_wanted)
+        if self._applies_n:
+            return prepared.forward(q, k, v, log_n, options)
+        return passes.forward_by(prepared, False, q, k, v, log_n, options, lse_wanted)
 
     def _first_forward(
         self, q: Tensor, k: Tensor, v: Tensor, n: Tensor | None, options: Options, lse_wanted: bool
@@ -70,14 +73,19 @@ class PreparedCall:
         )  # fmt: skip
 
     def serves(self, q: Tensor, dout: Tensor | None, dlse: Tensor | None) -> bool:
-        """Return False where `backward` does not: dispatch modes, autocast, batched or differentiable gradients."""
+        """Return False where `backward` does not: dispatch modes, autocast, batched or differentiable gradients.
+
+        Nor does it on devices that have no key in the cache of calls.
+        """
         return not (
             self._passes is None
             or torch.is_grad_enabled()
-            or autocast.enabled("cuda" if q.is_cuda else q.device.type)
+            or not (q.is_cuda or q.is_cpu)
+            or torch.is_autocast_enabled("cuda" if q.is_cuda else "cpu")
+            or transforms.watched()
+            or type(q) not in PLAIN
             or transforms.is_batched(dout)
-            or transforms.is_batched(dlse)
-            or transforms.needs_dispatcher(q)
+            or (dlse is not None and transforms.is_batched(dlse))
         )
 
     def backward(

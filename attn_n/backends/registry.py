@@ -83,7 +83,7 @@ class _Entry:
 
 _entries: dict[str, _Entry] = {}
 _entry_points_read = False
-_generation = 0
+generation = 0  # it grows when a backend is registered or loaded: earlier choices may no longer hold then
 _lock = threading.RLock()  # held for a few assignments, and never while foreign code runs
 
 
@@ -109,15 +109,10 @@ def register_backend(backend: Backend) -> None:
         _changed()
 
 
-def generation() -> int:
-    """Return a number that grows when a backend is registered or loaded: earlier choices may no longer hold then."""
-    return _generation
-
-
 def _changed() -> None:
     """Increase the generation. Call it after the change, so that a reader of the new number also finds the change."""
-    global _generation
-    _generation += 1
+    global generation
+    generation += 1
 
 
 def names() -> list[str]:
@@ -168,7 +163,7 @@ def _load(name: str) -> None:
 
 def loaded(name: str) -> Backend:
     """Return the backend called `name`, which has been chosen before and is therefore loaded."""
-    return _loaded(name, _generation)
+    return _loaded(name, generation)
 
 
 @functools.lru_cache(256)  # a call asks for its backend in a few places

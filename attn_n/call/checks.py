@@ -356,8 +356,9 @@ _LARGEST_SINK = torch.finfo(torch.float32).max / 2
 def sink_values(sinks: Tensor, q: Tensor) -> None:
     """Check that sinks do not overflow in base 2, in which kernels compute: there they are 1.44 times as large."""
     largest = _LARGEST_SINK if q.dtype is not torch.float64 else torch.finfo(torch.float64).max / 2
-    if sinks.numel() and not sinks.detach().max().item() < largest:
-        raise ValueError(f"sinks: expected logits below {largest:.1e} and no NaN (-inf is n = 0), got {sinks.detach()}")
+    values = sinks.detach() if sinks.requires_grad else sinks
+    if sinks.numel() and not values.max().item() < largest:
+        raise ValueError(f"sinks: expected logits below {largest:.1e} and no NaN (-inf is n = 0), got {values}")
 
 
 def values_of_n(n: Tensor, is_logit: bool, q: Tensor) -> None:

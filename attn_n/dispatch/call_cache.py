@@ -23,12 +23,16 @@ from attn_n.recent import Recent
 
 Key = tuple[Any, ...]
 
-_of_tensor = operator.attrgetter("dtype", "device", "requires_grad", "layout")
+# Of a tensor; its shape comes first, because calls of one kind leave it out.
+_of_tensor = operator.attrgetter("shape", "dtype", "device", "requires_grad", "layout")
 
 # The types of arguments that a key may hold: numbers and names, and tensors by their metadata.
 _NUMBERS = frozenset((NoneType, bool, int, float, str, tuple))
 _KEPT = _NUMBERS.union(PLAIN)
-_PACKING = frozenset((int, *PLAIN))
+# The places of the tensors of a request of which the metadata decide; of the others more than that does.
+_TENSORS = [
+    Request._fields.index(name) for name in ("sm_n", "sinks", "attn_mask", "seqused_q", "seqused_k", "leftpad_k")
+]
 
 _calls: Recent[Key, PreparedCall] = Recent()
 _kinds: Recent[tuple[Any, ...], PreparedCall] = Recent()
@@ -44,17 +48,17 @@ def key(q: Tensor, k: Tensor, v: Tensor, request: Request, packing: tuple[Any, .
         return None
     if q.is_neg() or k.is_neg() or v.is_neg() or not (q.is_cuda or q.is_cpu):
         return None
-    types, window = tuple([x.__class__ for x in request]), request.window
+    types, window, device = tuple(map(type, request)), request.window, "cuda" if q.is_cuda else "cpu"
     values: tuple[Any, ...] = request
     try:
         if packing or not _NUMBERS.issuperset(types):
-            values = _metadata_of_all(request, types, packing)
+            values = _with_metadata(request, packing)
         if window is not None:  # its numbers, too, may equal another one of a type that is refused
-            types += tuple([x.__class__ for x in window])
+            types += tuple(map(type, window))
         return (
-            values, types, q.shape, k.shape, v.shape, q.stride(), k.stride(), v.stride(), *_of_tensor(q),
-            *_of_tensor(k), *_of_tensor(v), torch.is_grad_enabled(), autocast.dtype("cuda" if q.is_cuda else "cpu"),
-            forced.forced(request.backend), registry.generation(), torch.are_deterministic_algorithms_enabled(),
+            values, types, _of_tensor(q), _of_tensor(k), _of_tensor(v), q.stride(), k.stride(), v.stride(),
+            torch.is_grad_enabled(), torch.is_autocast_enabled(device) and autocast.dtype(device),
+            forced.surroundings(), registry.generation, torch._C._get_deterministic_algorithms(),
             q.dtype is torch.float32 and torch.get_float32_matmul_precision(),
         )  # fmt: skip
     except (RuntimeError, TypeError, _NoMetadata):  # nested tensors and some sparse ones have no strides
@@ -81,29 +85,29 @@ class _NoMetadata(Exception):
     """A tensor is more than its metadata say."""
 
 
-def _metadata_of_all(request: Request, types: tuple[type, ...], packing: tuple[Any, ...]) -> tuple[Any, ...]:
+def _with_metadata(request: Request, packing: tuple[Any, ...]) -> tuple[Any, ...]:
     """Return the arguments with metadata in place of the tensors."""
-    if not _KEPT.issuperset(types):
+    values: list[Any] = list(request)
+    for place in _TENSORS:
+        if values[place].__class__ in PLAIN:
+            values[place] = _metadata(values[place])
+    if not _NUMBERS.issuperset(map(type, values)):
         raise _NoMetadata
-    # Of other tensors more than the metadata decides.
-    tensors = (
-        request.sm_n, request.sinks, request.attn_mask, request.seqused_q, request.seqused_k, request.leftpad_k,
-    )  # fmt: skip
-    if len([x for x in types if x in PLAIN]) != len([x for x in tensors if x.__class__ in PLAIN]):
-        raise _NoMetadata
-    values: tuple[Any, ...] = (*request, request.seqused_q is request.seqused_k)
+    values.append(request.seqused_q is request.seqused_k)  # one tensor: kernels know the diagonal
     if packing:
-        of_packing = [x.__class__ for x in packing]
-        if not _PACKING.issuperset(of_packing):
+        starts_q, starts_k, longest_q, longest_k = packing
+        if starts_q.__class__ not in PLAIN or starts_k.__class__ not in PLAIN:
             raise _NoMetadata
-        values = (*request, *packing, packing[0] is packing[1])  # one tensor: kernels know the diagonal
-    return tuple([_metadata(x) if x.__class__ in PLAIN else x for x in values])
+        if longest_q.__class__ is not int or longest_k.__class__ is not int:
+            raise _NoMetadata
+        values += _metadata(starts_q), _metadata(starts_k), starts_q is starts_k, longest_q, longest_k
+    return tuple(values)
 
 
 def _metadata(x: Tensor) -> tuple[Any, ...]:
     if x.is_neg():
         raise _NoMetadata
-    return (x.shape, x.stride(), *_of_tensor(x))
+    return _of_tensor(x), x.stride()
 
 
 def get(key: Key | None) -> PreparedCall | None:
@@ -157,10 +161,10 @@ def _kind(
     of_shapes = similar.kind(q, k, v, request, packing)
     if of_shapes is None:
         return None
-    values, types, _, _, _, _, _, _, *rest = key
-    if packing:  # without the lengths of the longest sequences
-        values = values[: len(request) + 2]
-    return values, types, of_shapes, *rest
+    values, types, of_q, of_k, of_v, _, _, _, *rest = key
+    if packing:  # without what may differ: the lengths, and whether q and k have the same ones
+        values = values[:-3]
+    return values, types, of_shapes, of_q[1:], of_k[1:], of_v[1:], *rest
 
 
 def clear() -> None:

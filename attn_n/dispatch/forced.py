@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import os
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextvars import ContextVar
 
 import torch
@@ -18,6 +19,11 @@ ENVIRONMENT_VARIABLE = "ATTN_N_BACKEND"
 # `os.environ.get` takes 0.7 us where a variable is not set: it encodes the name, and raises within. The dictionary
 # behind it takes a tenth of that.
 _variables = getattr(os.environ, "_data", None)
+_in_environment: Callable[[], object] = (
+    functools.partial(os.environ.get, ENVIRONMENT_VARIABLE)
+    if _variables is None
+    else functools.partial(_variables.get, os.environ.encodekey(ENVIRONMENT_VARIABLE))
+)
 
 _innermost: ContextVar[str | None] = ContextVar("attn_n_backend", default=None)
 
@@ -71,9 +77,12 @@ def forced(backend: str | None) -> tuple[str | None, str]:
     return _of_environment()
 
 
+def surroundings() -> tuple[object, object]:
+    """Return what `forced` depends on besides its argument, where nothing is compiled."""
+    return _innermost.get(), _in_environment()
+
+
 @constant_when_compiled  # torch.compile does not guard the environment
 def _of_environment() -> tuple[str | None, str]:
-    if _variables is not None and os.environ.encodekey(ENVIRONMENT_VARIABLE) not in _variables:
-        return None, "automatic"
-    named = os.environ.get(ENVIRONMENT_VARIABLE)
+    named = os.environ.get(ENVIRONMENT_VARIABLE) if _in_environment() else None
     return (named, ENVIRONMENT_VARIABLE) if named else (None, "automatic")

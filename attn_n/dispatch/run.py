@@ -80,9 +80,11 @@ def attend_known(
     if known.under_autocast:
         with autocast.suspended(q.device.type):
             out, lse = function.attend_eagerly(q, k, v, n, options, known)
-    else:
+    elif known.needs_grad:
         out, lse = function.attend_eagerly(q, k, v, n, options, known)
-    return (out, lse) if request.return_lse else out
+    else:
+        out, lse, _ = known.forward(q, k, v, n, options, known.lse_wanted)
+    return out if lse is None or not request.return_lse else (out, lse)
 
 
 def _run_jagged(q: Tensor, k: Tensor, v: Tensor, request: Request) -> Tensor | tuple[Tensor, Tensor]:

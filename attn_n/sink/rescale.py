@@ -26,7 +26,7 @@ def add_sink_(out: Tensor, lse: Tensor, log_n: float | Tensor, varlen: bool, lse
     `log_n` is a number, `(Hq,)`, or one a row, of the shape of lse. Without `lse_wanted` the returned lse
     may still be that at n = 0, which saves a launch.
     """
-    fused = _fused(out, lse)
+    fused = _fused(out, lse) if out.is_cuda else None
     if fused is not None:
         lse_n: Tensor = fused.add_sink_(out, lse, log_n)
         return lse_n
@@ -57,7 +57,7 @@ def of_rows(lse: Tensor, log_n: float | Tensor, varlen: bool) -> Tensor:
 
 def per_row(log_n: Tensor, varlen: bool) -> Tensor:
     """Shape `(Hq,)` to broadcast with an lse `(B, Hq, L)`, or `(T, Hq)` of varlen tensors."""
-    return log_n if varlen or log_n.dim() > 1 else log_n[:, None]
+    return log_n if varlen or log_n.dim() > 1 else log_n.unsqueeze(-1)
 
 
 def gradient_of_n(

@@ -144,7 +144,7 @@ def launch_of(
             table = q.new_empty(ready.table, dtype=torch.int32) if ready.table else None
             return functools.partial(ready.main.compiled, *arguments, table)
         # Each launch needs a new counter.
-        return lambda: ready.main(*arguments, prepare.list_of_tiles(ready, q, queries, keys))
+        return lambda: ready.main(*arguments, prepare.list_of_tiles(ready, q, queries, keys) if ready.table else None)
     if kernel.startswith("hopper backward"):
         from attn_n.backends.triton.hopper import prepare
 

@@ -59,7 +59,8 @@ class BlockwiseBackend(Backend):
         if q.is_cpu and all(is_of_width(x, x.shape[3]) for x in (q, k, v)):
             blocks = self._blocks(q, k, options)
             if len(blocks) == 1 and blocks[0].rows is None:
-                return OneBlock(self, blocks[0])
+                plain = blocks[0] == Block(None, None, blocks[0].causal) and options.softcap is None
+                return Whole(self, blocks[0].causal) if plain else OneBlock(self, blocks[0])
         return self
 
     def forward(
@@ -99,7 +100,10 @@ class BlockwiseBackend(Backend):
 
     def forward_of(self, block: Block, q: Tensor, k: Tensor, v: Tensor, options: Options) -> tuple[Tensor, Tensor]:
         bias = _bias(block, q, k, options)
-        q, k, v = _some(q, block.rows), _some(k, block.keys), _some(v, block.keys)
+        if block.rows is not None:
+            q = _some(q, block.rows)
+        if block.keys is not None:
+            k, v = _some(k, block.keys), _some(v, block.keys)
         if options.softcap is not None:
             return matmuls.forward(q, k, v, bias, options.scale, options.softcap)
         if bias is None:
@@ -185,6 +189,25 @@ class OneBlock:
         return out, lse, None
 
 
+class Whole:
+    """A prepared call that the kernel takes as it is, without a bias."""
+
+    def __init__(self, backend: BlockwiseBackend, causal: bool) -> None:
+        self._backend, self._causal = backend, causal
+
+    def forward(
+        self, q: Tensor, k: Tensor, v: Tensor, log_n: float | Tensor | None, options: Options
+    ) -> tuple[Tensor, Tensor, Tensor | None]:
+        out, lse = self._backend.kernel_forward(q, k, v, self._causal, None, options.scale)
+        return out, lse, None
+
+    def backward(self, grads: Grads, saved: Saved, options: Options) -> Gradients:
+        # Hooks of saved tensors may have changed the strides of what the forward got, and dout may have any.
+        if grads.dlse is None and all([is_of_width(x, x.shape[3]) for x in (grads.dout, *saved[:4])]):
+            return self._backend.kernel_backward(grads.dout, saved, self._causal, None, options.scale)
+        return self._backend.backward(grads, saved, options)
+
+
 class Block(NamedTuple):
     """A rectangle of the logits: it is full, or causal from its top-left corner, or it has a dense bias.
 
@@ -245,7 +268,7 @@ def _causal_blocks(len_q: int, len_k: int, right: int) -> tuple[Block, ...]:
 
 def _some(x: Tensor, span: tuple[int, int] | None) -> Tensor:
     """Return these rows of `(B, H, L, ...)`."""
-    return x if span is None else x[:, :, span[0] : span[1]]
+    return x if span is None else x.narrow(2, span[0], span[1] - span[0])
 
 
 def _bias(block: Block, q: Tensor, k: Tensor, options: Options) -> Tensor | None:
@@ -276,4 +299,4 @@ def _nothing(q: Tensor, width_v: int) -> tuple[Tensor, Tensor]:
 
 
 def _accumulator(q: Tensor) -> torch.dtype:
-    return torch.promote_types(q.dtype, torch.float32)
+    return torch.float64 if q.dtype is torch.float64 else torch.float32

@@ -49,7 +49,7 @@ class FlashAttention(FlashBackend):
         full_or_causal = unbounded or (options.causal and q.shape[2] <= k.shape[2])
         if prepared is self or not full_or_causal or options.dropout_p or changed_operator(*Batch.signatures):
             return prepared
-        return Batch(prepared)
+        return Batch(prepared, options.causal)
 
     def kernel_forward(self, q: Tensor, k: Tensor, v: Tensor, options: Options) -> tuple[Tensor, Tensor, Tensor | None]:
         lengths = sequences(options, q, k)
@@ -84,17 +84,16 @@ class Batch:
         " cum_seq_k, max_q, max_k, dropout_p, is_causal, philox_seed, philox_offset, *, scale) -> 3",
     )
 
-    def __init__(self, otherwise: Prepared) -> None:
+    def __init__(self, otherwise: Prepared, causal: bool) -> None:
         self._otherwise = otherwise  # serves what is not aligned, and the gradient of lse
+        self._causal = causal
 
     def forward(
         self, q: Tensor, k: Tensor, v: Tensor, log_n: float | Tensor | None, options: Options
     ) -> tuple[Tensor, Tensor, Tensor | None]:
         if not aligned(q, k, v):
             return self._otherwise.forward(q, k, v, log_n, options)
-        out, lse, *_ = torch._scaled_dot_product_flash_attention(
-            q, k, v, 0.0, options.causal, False, scale=options.scale
-        )
+        out, lse, *_ = torch._scaled_dot_product_flash_attention(q, k, v, 0.0, self._causal, False, scale=options.scale)
         return out, lse, None
 
     def backward(self, grads: Grads, saved: Saved, options: Options) -> Gradients:
@@ -103,7 +102,7 @@ class Batch:
             return self._otherwise.backward(grads, saved, options)
         no_dropout = q.new_empty(2, dtype=torch.uint64)
         dq, dk, dv = torch.ops.aten._scaled_dot_product_flash_attention_backward.default(
-            dout, q, k, v, out, lse, None, None, q.shape[2], k.shape[2], 0.0, options.causal, no_dropout, no_dropout,
+            dout, q, k, v, out, lse, None, None, q.shape[2], k.shape[2], 0.0, self._causal, no_dropout, no_dropout,
             scale=options.scale,
         )  # fmt: skip
         return Gradients(dq, dk, dv)

@@ -34,12 +34,13 @@ class HopperCall:
         out, lse, launches = self._out(), self._lse(), self._launches
         sinks, number = (log_n, None) if isinstance(log_n, Tensor) else (None, log_n)
         queries, keys = _extents(options)
-        table = list_of_tiles(launches, q, queries, keys)
+        table = list_of_tiles(launches, q, queries, keys) if launches.table else None
         launches.main(q, k, v, out, lse, sinks, number, *queries[:2], *keys, table)
         return out, lse, None
 
     def backward(self, grads: Grads, saved: Saved, options: Options) -> Gradients:
-        (dout, dlse, *_), (q, k, v, out, lse, *_), log_n = grads, saved, log_n_of(grads, saved)
+        (dout, dlse, *_), (q, k, v, out, lse, *_) = grads, saved
+        log_n = None if grads.of_n is None else log_n_of(grads, saved)
         if torch.are_deterministic_algorithms_enabled() or not aligned(q, k, v):
             return portable.call_for(q, k, v, saved.log_n, options).backward(grads, saved, options)
         # The gradient of a sum is expanded, and that of a slice may be unaligned.
@@ -51,13 +52,13 @@ class HopperCall:
         dq, dk, dv, workspace = ready.dq(), ready.dk(), ready.dv(), ready.workspace()
         dq_sum = Part(workspace, 0, launches.dq_sum)
         stats = Part(workspace, launches.dq_sum, launches.stats)
-        shares = shares_of_n(grads, log_n, ready.shares)
+        shares = None if grads.of_n is None else shares_of_n(log_n, ready.shares)
         a_row = log_n is not None and log_n.dim() > 1  # then `shares` is the gradient
         dn = None if shares is None or a_row else ready.dn()
         if shares is not None and shares.dim() == 2:  # varlen rows may belong to no sequence
             shares.zero_()
         queries, keys = _extents(options)
-        table = list_of_tiles(launches, q, keys, queries)
+        table = list_of_tiles(launches, q, keys, queries) if launches.table else None
         filled = (dq, dk, dv) if options.padded else (None, None, None)  # with zeros in the rows that do not exist
         into: tuple[Tensor, ...] = dk, dv
         if launches.postprocess_kv:

@@ -97,13 +97,11 @@ def _strides(key: KernelKey, *each: Strides) -> tuple[Strides, ...]:
 Extents = tuple[Tensor | None, Tensor | None, Tensor | None]  # the tensors of `schedule.Extents`
 
 
-def list_of_tiles(launches: Forward | Backward, like: Tensor, of_tiles: Extents, of_others: Extents) -> Tensor | None:
-    """Return the table of `schedule.py`, or for batches its counter alone; None where programs take tiles in turn.
+def list_of_tiles(launches: Forward | Backward, like: Tensor, of_tiles: Extents, of_others: Extents) -> Tensor:
+    """Return the table of `schedule.py`, or for batches its counter alone.
 
     These are tiles of the rows that the first extents say; the others are those that each sequence meets.
     """
-    if not launches.table:
-        return None
     if launches.schedule is None:
         return torch.zeros(launches.table, dtype=torch.int32, device=like.device)
     table = torch.empty(launches.table, dtype=torch.int32, device=like.device)

@@ -52,7 +52,8 @@ class PortableCall:
         return out, lse, rng_state
 
     def backward(self, grads: Grads, saved: Saved, options: Options) -> Gradients:
-        (dout, dlse, *_), (q, k, v, out, lse, _, rng_state), log_n = grads, saved, log_n_of(grads, saved)
+        (dout, dlse, *_), (q, k, v, out, lse, _, rng_state) = grads, saved
+        log_n = None if grads.of_n is None else log_n_of(grads, saved)
         if dout.stride(-1) != 1:  # as the gradient of a sum: it is loaded many times, so that one copy pays
             dout = dout.contiguous()
         lse, dlse = lse.contiguous(), None if dlse is None else dlse.contiguous()
@@ -67,7 +68,7 @@ class PortableCall:
         lse_log2, delta = Part(workspace, 0, rows), Part(workspace, rows, rows)
         lost = Part(workspace, 2 * rows, rows) if self.key.float_mask else None
         extras = _extras(rng_state, options)
-        shares = shares_of_n(grads, log_n, ready.shares)
+        shares = None if grads.of_n is None else shares_of_n(log_n, ready.shares)
         ends = options.varlen or options.seqused_q is not None
         if shares is not None and ends:  # a program beyond the end of a sequence stores nothing
             shares.zero_()
@@ -86,7 +87,8 @@ class PortableCall:
             dmask = allocate(options.mask.shape, dtype=options.mask.dtype, device=q.device)
             ready.dmask(q, k, v, dout, lse_log2, delta, lost, dmask, *extras)
         dslopes = None if of_slopes is None else of_slopes.sum(2)
-        return Gradients(dq, dk, dv, gradient_of_n(shares, log_n), dmask, dslopes)
+        dn = None if shares is None else gradient_of_n(shares, log_n)
+        return Gradients(dq, dk, dv, dn, dmask, dslopes)
 
     def _backward(self, tensors: tuple[Tensor, ...], log_n: Tensor | None, options: Options, of_mask: bool) -> Backward:
         *_, out, dout = tensors
@@ -210,16 +212,14 @@ def log_n_of(grads: Grads, saved: Saved) -> Tensor | None:
     return saved.log_n if grads.of_n == "log n" and isinstance(saved.log_n, Tensor) else None
 
 
-def shares_of_n(grads: Grads, log_n: Tensor | None, allocate: Allocation) -> Tensor | None:
+def shares_of_n(log_n: Tensor | None, allocate: Allocation) -> Tensor:
     """Return memory for the gradient of n: of each row if there is one log n a row, or the share of each program."""
-    if grads.of_n is None:
-        return None
     return torch.empty_like(log_n) if log_n is not None and log_n.dim() > 1 else allocate()
 
 
-def gradient_of_n(shares: Tensor | None, log_n: Tensor | None) -> Tensor | None:
+def gradient_of_n(shares: Tensor, log_n: Tensor | None) -> Tensor:
     """Return the gradient from what the kernels stored in `shares_of_n`."""
-    if shares is None or (log_n is not None and log_n.dim() > 1):
+    if log_n is not None and log_n.dim() > 1:
         return shares
     return shares.sum((0, 2))
 
