@@ -49,19 +49,18 @@ from attn_n.backends.triton.hopper.backward_rings import (
     FIELDS,
     allocate_rings,
     begin_matmul,
+    gradients_of_keys,
     in_order,
     row_vector,
-    store_tile,
-    visible,
+    weights,
+    write_gradients,
 )
 from attn_n.backends.triton.hopper.gluon_compat import async_reduce_add, reinterpret
 from attn_n.backends.triton.hopper.mailbox import mailbox_read
-from attn_n.backends.triton.hopper.ptx import add_accumulator, arrive_named, cast_operand, recomputed, wait_named
+from attn_n.backends.triton.hopper.ptx import arrive_named, cast_operand, recomputed, wait_named
 from attn_n.backends.triton.hopper.rings import State, consumer_release, consumer_wait, wait_turn
 from attn_n.backends.triton.hopper.schedule import Extents
 from attn_n.backends.triton.hopper.scheduler import Sequences
-from attn_n.backends.triton.hopper.tma import tile_descriptor
-from attn_n.backends.triton.portable.tile import LOG2E, tanh
 
 # Named barriers, each of the threads of both consumers; 0 to 7 are left to the compiler.
 DS_FULL = gl.constexpr(8)  # of each consumer
@@ -87,12 +86,7 @@ def consume(
     sum_desc = tma.make_tensor_descriptor(
         dq_sum, [batches * heads * rows, E], [E, 1], [TILE_Q, E], gl.NVMMASharedLayout(0, 32)
     )
-    if SPEC.teams == 1:
-        batch_dim = batches if sequences.table is None else None
-        heads_kv = heads // SPEC.team_heads
-        dk_desc = tile_descriptor(dk, batch_dim, heads_kv, len_k, strides_dk, 64, SPEC.widths.head_dim, E)
-        dv_desc = tile_descriptor(dv, batch_dim, heads_kv, len_k, strides_dv, 64, SPEC.widths.head_dim_v, E)
-    factor = (scale if softcap is None else softcap) * LOG2E
+    into = gradients_of_keys(dk, dv, strides_dk, strides_dv, sizes, SPEC)
     turn, slot = 0, 0  # as in the producer
     consumer_wait(rings.kv, State(0, slot))
     steps = mailbox_read(rings.mailbox, slot, FIELDS, "steps")
@@ -114,19 +108,12 @@ def consume(
         for step in range(1, steps * SPEC.team_heads + 1):
             stage = turn & 1
             q_tile, dout_tile = queries.q.index(stage), queries.dout.index(stage)  # [TILE_Q, E]
-            # (1) P^T = exp2(S^T - lse). P is masked, or with softcap, whose derivative needs S again, S is: either way
-            # few registers stay alive.
+            # (1) P^T = exp2(S^T - lse), masked.
             edge = (row < full_begin) | (row >= full_end)
-            if softcap is not None:
-                s = tanh(s * (scale / softcap))
-                if edge:
-                    s = gl.where(visible(rings, slot, row, len_k, left, right, CONSUMER, TILE_Q, S), s, float("-inf"))
-            p = gl.exp2(s * factor - row_vector(queries.lse.index(stage), S))  # [64, TILE_Q]
-            if softcap is None and edge:
-                p = gl.where(visible(rings, slot, row, len_k, left, right, CONSUMER, TILE_Q, S), p, 0.0)
-            p_operand = cast_operand(p, OPERAND, dtype)
-            if softcap is not None:
-                p *= gl.maximum(1 - s * s, 0.0)  # not -inf where s is
+            p_operand, p = weights(
+                s, row_vector(queries.lse.index(stage), S), edge, rings, slot, row, len_k, left, right, scale, softcap,
+                dtype, CONSUMER, TILE_Q, S, OPERAND,
+            )  # fmt: skip
             # (2) dV += P^T dO begins.
             dp = warpgroup_mma_wait(0, deps=[dp])
             dv_acc = warpgroup_mma(p_operand, dout_tile, dv_acc, is_async=True)
@@ -171,15 +158,8 @@ def consume(
         # The buffer of dQ has to be free for dV and dK of both.
         tma.store_wait(0)
         wait_named(TILE_END, 256)
-        if SPEC.teams > 1:
-            key_row = mailbox_read(rings.mailbox, slot, FIELDS, "key_row")
-            of_sums = (key_row + 64 * CONSUMER).to(gl.int64) * E
-            add_accumulator(dv + of_sums, dv_acc, DKV)
-            add_accumulator(dk + of_sums, dk_acc, DKV)
-        else:
-            buffer = dq_buffers.index(CONSUMER)
-            store_tile(dv_acc, buffer, rings, slot, dv_desc, sequences, 64 * CONSUMER, 0)
-            store_tile(dk_acc * scale, buffer, rings, slot, dk_desc, sequences, 64 * CONSUMER, 0)
+        buffer = dq_buffers.index(CONSUMER)
+        write_gradients(dk_acc, dv_acc, into, buffer, rings, slot, scale, sequences, CONSUMER, DKV, SPEC)
         slot ^= 1
         consumer_wait(rings.kv, State(0, slot))
         steps = mailbox_read(rings.mailbox, slot, FIELDS, "steps")

@@ -54,19 +54,18 @@ from attn_n.backends.triton.hopper.backward_rings import (
     Rings,
     allocate_tiles,
     begin_matmul,
+    gradients_of_keys,
     in_order,
     row_vector,
-    store_tile,
-    visible,
+    weights,
+    write_gradients,
 )
 from attn_n.backends.triton.hopper.gluon_compat import async_reduce_add, reinterpret
 from attn_n.backends.triton.hopper.mailbox import mailbox_read, mailbox_write, new_mailbox
-from attn_n.backends.triton.hopper.ptx import add_accumulator, arrive_named, cast_operand, recomputed, wait_named
+from attn_n.backends.triton.hopper.ptx import arrive_named, cast_operand, recomputed, wait_named
 from attn_n.backends.triton.hopper.rings import Ring, barriers, consumer_release, consumer_wait, state_of
 from attn_n.backends.triton.hopper.schedule import Extents
 from attn_n.backends.triton.hopper.scheduler import Sequences, next_item
-from attn_n.backends.triton.hopper.tma import tile_descriptor
-from attn_n.backends.triton.portable.tile import LOG2E, tanh
 
 STAGES = gl.constexpr(3)  # buffers of a tile of queries
 SLOTS = gl.constexpr(3)  # buffers of dS of each consumer
@@ -122,7 +121,7 @@ def consume(
     CONSUMER: gl.constexpr, rings, shared, sizes, dk, dv, strides_dk, strides_dv, scale, softcap, SPEC: gl.constexpr,
 ):  # fmt: skip
     """A consumer warpgroup computes dK and dV of its 64 keys of each tile, and hands dS to dQ."""
-    batches, heads, _len_q, len_k, _sum_rows, left, right, _swizzle, sequences = sizes
+    _batches, _heads, _len_q, len_k, _sum_rows, left, right, _swizzle, sequences = sizes
     E: gl.constexpr = SPEC.widths.tile
     TILE_Q: gl.constexpr = SPEC.tile_q
     kv, queries = rings.kv.buffers, rings.queries.buffers
@@ -131,12 +130,7 @@ def consume(
     DKV: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, E, 16])
     OPERAND: gl.constexpr = gl.DotOperandLayout(0, DKV, 2)
     KEYS: gl.constexpr = gl.DotOperandLayout(0, S, 2)
-    if SPEC.teams == 1:
-        batch_dim = batches if sequences.table is None else None
-        heads_kv = heads // SPEC.team_heads
-        dk_desc = tile_descriptor(dk, batch_dim, heads_kv, len_k, strides_dk, 64, SPEC.widths.head_dim, E)
-        dv_desc = tile_descriptor(dv, batch_dim, heads_kv, len_k, strides_dv, 64, SPEC.widths.head_dim_v, E)
-    factor = (scale if softcap is None else softcap) * LOG2E
+    into = gradients_of_keys(dk, dv, strides_dk, strides_dv, sizes, SPEC)
     turn, t = 0, 0  # as in the producer
     consumer_wait(rings.kv, state_of(0, KV))
     steps = mailbox_read(rings.mailbox, 0, FIELDS, "steps")
@@ -161,18 +155,12 @@ def consume(
         for step in range(1, steps * SPEC.team_heads + 1):
             stage, place = turn % STAGES, turn % SLOTS
             q_tile, dout_tile = queries.q.index(stage), queries.dout.index(stage)  # [TILE_Q, E]
-            # (1) P^T = exp2(S^T - lse), masked; see `backward`.
+            # (1) P^T = exp2(S^T - lse), masked.
             edge = (row < full_begin) | (row >= full_end)
-            if softcap is not None:
-                s = tanh(s * (scale / softcap))
-                if edge:
-                    s = gl.where(visible(rings, slot, row, len_k, left, right, CONSUMER, TILE_Q, S), s, float("-inf"))
-            p = gl.exp2(s * factor - row_vector(queries.lse.index(stage), S))  # [64, TILE_Q]
-            if softcap is None and edge:
-                p = gl.where(visible(rings, slot, row, len_k, left, right, CONSUMER, TILE_Q, S), p, 0.0)
-            p_operand = cast_operand(p, OPERAND, dtype)
-            if softcap is not None:
-                p *= gl.maximum(1 - s * s, 0.0)  # not -inf where s is
+            p_operand, p = weights(
+                s, row_vector(queries.lse.index(stage), S), edge, rings, slot, row, len_k, left, right, scale, softcap,
+                dtype, CONSUMER, TILE_Q, S, OPERAND,
+            )  # fmt: skip
             # (2) dV += P^T dO begins; dS^T = P^T * dP^T, for dQ.
             dp = warpgroup_mma_wait(0, deps=[dp])
             dv_acc = warpgroup_mma(p_operand, dout_tile, dv_acc, is_async=True)
@@ -198,15 +186,8 @@ def consume(
             if SPEC.team_heads > 1 and row == end:  # the next query head
                 row = begin
         dp = warpgroup_mma_wait(0, deps=[dp])
-        if SPEC.teams > 1:
-            key_row = mailbox_read(rings.mailbox, slot, FIELDS, "key_row")
-            of_sums = (key_row + 64 * CONSUMER).to(gl.int64) * E
-            add_accumulator(dv + of_sums, dv_acc, DKV)
-            add_accumulator(dk + of_sums, dk_acc, DKV)
-        else:
-            buffer = shared.out.index(CONSUMER)
-            store_tile(dv_acc, buffer, rings, slot, dv_desc, sequences, 64 * CONSUMER, 0)
-            store_tile(dk_acc * scale, buffer, rings, slot, dk_desc, sequences, 64 * CONSUMER, 0)
+        buffer = shared.out.index(CONSUMER)
+        write_gradients(dk_acc, dv_acc, into, buffer, rings, slot, scale, sequences, CONSUMER, DKV, SPEC)
         t += 1
         consumer_wait(rings.kv, state_of(t, KV))
         steps = mailbox_read(rings.mailbox, t % MAILS, FIELDS, "steps")

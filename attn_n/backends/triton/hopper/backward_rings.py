@@ -1,4 +1,4 @@
-"""What the backward kernels for Hopper share: the rings between producer and consumers, and how consumers use them."""
+"""What the backward kernels for Hopper share: the rings between producer and consumers, and the steps of consumers."""
 
 from typing import NamedTuple
 
@@ -8,8 +8,10 @@ from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared,
 
 from attn_n.backends.triton.hopper.gluon_compat import reinterpret
 from attn_n.backends.triton.hopper.mailbox import mailbox_read, new_mailbox
+from attn_n.backends.triton.hopper.ptx import add_accumulator, cast_operand
 from attn_n.backends.triton.hopper.rings import Ring, barriers
-from attn_n.backends.triton.hopper.tma import Rows, tma_store
+from attn_n.backends.triton.hopper.tma import Descriptor, Rows, tile_descriptor, tma_store
+from attn_n.backends.triton.portable.tile import LOG2E, tanh
 
 
 class KvBuffers(NamedTuple):
@@ -34,6 +36,13 @@ class Rings(NamedTuple):
     kv: Ring
     queries: Ring
     mailbox: gl.shared_memory_descriptor  # of this tile of keys and of the last ones; kv.full publishes it
+
+
+class KeyGradients(NamedTuple):
+    """These are TMA descriptors, or where several programs share a KV head the pointers of float32 sums."""
+
+    dk: Descriptor
+    dv: Descriptor
 
 
 # What the producer tells the consumers of a tile of keys; it spares them registers.
@@ -130,6 +139,60 @@ def visible(
     if left is not None:
         seen = seen & (behind + left >= constant)
     return seen
+
+
+@gluon.jit
+def weights(
+    s, lse, edge, rings, slot, row, len_k, left, right, scale, softcap, dtype: gl.constexpr,
+    PART: gl.constexpr, TILE_Q: gl.constexpr, S: gl.constexpr, OPERAND: gl.constexpr,
+):  # fmt: skip
+    """Return P^T = exp2(S^T - lse) `[64, TILE_Q]` as an operand, and P^T times the derivative of softcap.
+
+    At an edge P is masked, or with softcap, whose derivative needs S again, S is: either way few registers stay alive.
+    """
+    factor = (scale if softcap is None else softcap) * LOG2E
+    if softcap is not None:
+        s = tanh(s * (scale / softcap))
+        if edge:
+            s = gl.where(visible(rings, slot, row, len_k, left, right, PART, TILE_Q, S), s, float("-inf"))
+    p = gl.exp2(s * factor - lse)
+    if softcap is None and edge:
+        p = gl.where(visible(rings, slot, row, len_k, left, right, PART, TILE_Q, S), p, 0.0)
+    p_operand = cast_operand(p, OPERAND, dtype)
+    if softcap is not None:
+        p *= gl.maximum(1 - s * s, 0.0)  # not -inf where s is
+    return p_operand, p
+
+
+@gluon.jit
+def gradients_of_keys(dk, dv, strides_dk, strides_dv, sizes, SPEC: gl.constexpr):
+    """Return where consumers with 64 keys each write dK and dV."""
+    if SPEC.teams > 1:
+        return KeyGradients(dk, dv)
+    else:
+        batch = sizes.batches if sizes.sequences.table is None else None
+        heads_kv = sizes.heads // SPEC.team_heads
+        E: gl.constexpr = SPEC.widths.tile
+        return KeyGradients(
+            tile_descriptor(dk, batch, heads_kv, sizes.len_k, strides_dk, 64, SPEC.widths.head_dim, E),
+            tile_descriptor(dv, batch, heads_kv, sizes.len_k, strides_dv, 64, SPEC.widths.head_dim_v, E),
+        )
+
+
+@gluon.jit
+def write_gradients(
+    dk_acc, dv_acc, into, buffer, rings, slot, scale, sequences,
+    PART: gl.constexpr, DKV: gl.constexpr, SPEC: gl.constexpr,
+):  # fmt: skip
+    """Store dK and dV of a part of 64 keys, or add them where several programs share a KV head."""
+    if SPEC.teams > 1:
+        key_row = mailbox_read(rings.mailbox, slot, FIELDS, "key_row")
+        of_sums = (key_row + 64 * PART).to(gl.int64) * SPEC.widths.tile
+        add_accumulator(into.dv + of_sums, dv_acc, DKV)
+        add_accumulator(into.dk + of_sums, dk_acc, DKV)
+    else:
+        store_tile(dv_acc, buffer, rings, slot, into.dv, sequences, 64 * PART, 0)
+        store_tile(dk_acc * scale, buffer, rings, slot, into.dk, sequences, 64 * PART, 0)
 
 
 @gluon.jit

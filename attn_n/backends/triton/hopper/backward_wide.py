@@ -36,7 +36,7 @@ from attn_n.backends.triton.hopper.backward_rings import (
     allocate_rings,
     row_vector,
     store_tile,
-    visible,
+    weights,
 )
 from attn_n.backends.triton.hopper.gluon_compat import reinterpret
 from attn_n.backends.triton.hopper.mailbox import mailbox_read
@@ -53,7 +53,6 @@ from attn_n.backends.triton.hopper.rings import State, consumer_release, consume
 from attn_n.backends.triton.hopper.schedule import Extents
 from attn_n.backends.triton.hopper.scheduler import Sequences
 from attn_n.backends.triton.hopper.tma import tile_descriptor
-from attn_n.backends.triton.portable.tile import LOG2E, tanh
 
 VALUES = gl.constexpr(0)  # the consumers
 KEYS = gl.constexpr(1)
@@ -108,7 +107,7 @@ def consume(
                 wait_turn(rings.queries.full, turn)
                 if CONSUMER == VALUES:
                     x = queries.dout.index(stage)  # [TILE_Q, TILE_V]
-                    operand = weights(
+                    operand = weights_for_both(
                         rings, p_buffer, slot, stage, row, len_k, left, right, scale, softcap, SPEC, S, OPERAND
                     )
                 else:
@@ -178,7 +177,7 @@ def begin_matmul(of_keys, of_queries, acc, USE_ACC: gl.constexpr, E: gl.constexp
 
 
 @gluon.jit
-def weights(
+def weights_for_both(
     rings, p_buffer, slot, stage, row, len_k, left, right, scale, softcap,
     SPEC: gl.constexpr, S: gl.constexpr, OPERAND: gl.constexpr,
 ):  # fmt: skip
@@ -186,26 +185,16 @@ def weights(
     kv, queries = rings.kv.buffers, rings.queries.buffers
     dtype: gl.constexpr = kv.k.dtype
     TILE_Q: gl.constexpr = SPEC.tile_q
-    factor = (scale if softcap is None else softcap) * LOG2E
     s = gl.zeros([64, TILE_Q], gl.float32, S)
     s = begin_matmul(kv.k.index(recomputed(0)), queries.q.index(stage), s, False, SPEC.widths.head_dim)
     lse = row_vector(queries.lse.index(stage), S)
     s = warpgroup_mma_wait(0, deps=[s])
     full_begin = mailbox_read(rings.mailbox, slot, FIELDS, "full_begin")
     edge = (row < full_begin) | (row >= mailbox_read(rings.mailbox, slot, FIELDS, "full_end"))
-    # P is masked, or with softcap, whose derivative needs S again, S is: either way few registers stay alive.
-    if softcap is not None:
-        s = tanh(s * (scale / softcap))
-        if edge:
-            s = gl.where(visible(rings, slot, row, len_k, left, right, 0, TILE_Q, S), s, float("-inf"))
-    p = gl.exp2(s * factor - lse)
-    if softcap is None and edge:
-        p = gl.where(visible(rings, slot, row, len_k, left, right, 0, TILE_Q, S), p, 0.0)
-    p_operand = cast_operand(p, OPERAND, dtype)
-    if softcap is None:
-        handed = gl.convert_layout(p_operand, S, assert_trivial=True)
-    else:
-        handed = cast_operand(p * gl.maximum(1 - s * s, 0.0), S, dtype)  # not -inf where s is
+    p_operand, p = weights(
+        s, lse, edge, rings, slot, row, len_k, left, right, scale, softcap, dtype, 0, TILE_Q, S, OPERAND
+    )
+    handed = gl.convert_layout(p_operand, S, assert_trivial=True) if softcap is None else cast_operand(p, S, dtype)
     by_threads(p_buffer, TILE_Q).store(handed)
     announce_p()
     return p_operand
