@@ -82,7 +82,7 @@ def cases(models: dict[str, Tiny], *fast: str) -> list[Any]:
     ("name", "kind"),
     cases(
         DECODERS, *(f"gpt_oss {kind}" for kind in KINDS), "mimo_v2_flash left", "gemma2 none", "llama4 left",
-        "deepseek_v4 left",
+        "deepseek_v4 left", "hy_v4 left",
     ),
 )  # fmt: skip
 def test_decoders(name: str, kind: str, calls: list[dict[str, Any]]) -> None:
@@ -95,7 +95,7 @@ def test_decoders(name: str, kind: str, calls: list[dict[str, Any]]) -> None:
     if DECODERS[name].sinks:
         assert any(call["sinks"] is not None for call in calls)
         assert any("sink" in parameter for parameter in truth)
-    if name not in ("deepseek_v4", "llama4", "inkling2"):  # with masks of their own, chunks, and a position bias
+    if not DECODERS[name].dense:
         masks = [call["attn_mask"] for call in calls]
         assert all(x is None or x.shape[2] == 1 for x in masks), "a mask of L x S"
         assert kind == "holes" or masks == [None] * len(calls)
@@ -122,7 +122,7 @@ def test_float32(name: str) -> None:
     )  # fmt: skip
     for key, x in truth.items():
         error, allowed = ((y[key].double() - x).abs().max() / x.abs().max().clamp_min(1e-3) for y in (found, eager))
-        assert float(error) <= 2 * float(allowed) + 1e-4, key
+        assert float(error) <= 2 * float(allowed) + 10 * DECODERS[name].tolerance, key
 
 
 # The ways to decode: keywords of generate.
@@ -155,7 +155,7 @@ def test_generate(name: str, way: str, calls: list[dict[str, Any]]) -> None:
     assert found[0].shape[1] == LENGTH + 8
     assert torch.equal(*found)
     assert len(calls) == 8 * model.config.num_hidden_layers
-    if name != "llama4":
+    if not DECODERS[name].dense:
         assert all(call["attn_mask"] is None for call in calls)
 
 
@@ -425,6 +425,8 @@ def test_what_is_refused() -> None:
         adapter.attention(module, *some(3, 5), attention_mask(1, 3, 4))
     with pytest.raises(ValueError, match="expected one of s_aux, sinks"):
         adapter.attention(module, *some(), None, s_aux=torch.zeros(2), sinks=torch.zeros(1, 2, 3, 1))
+    with pytest.raises(ValueError, match=r"expected a mask \(N, 1, L, S\) together with indices"):
+        adapter.attention(module, *some(), None, indices=torch.zeros(1, 3, 1, dtype=torch.int32))
     starts = torch.tensor([0, 3])
     with pytest.raises(ValueError, match="expected None together with cu_seq_lens_q"):
         adapter.attention(module, *some(), torch.ones(1, 1, 3, 3, dtype=torch.bool), cu_seq_lens_q=starts)
