@@ -13,6 +13,8 @@ from torch import Tensor, nn
 from tests.ranks import Pools
 from tests.tiny_models import DECODERS, LENGTH, make, tokens
 
+pytest.importorskip("transformers", "5.17")
+
 from attn_n.integrations.transformers import get_softmax_n, register, set_softmax_n
 
 pytestmark = pytest.mark.slow
@@ -56,7 +58,9 @@ def trained_by_fsdp(name: str, hybrid: bool) -> None:
     for (key, one), other in zip(whole.named_parameters(), sharded.parameters(), strict=True):
         assert (other.to_local().numel() < one.numel()) != hybrid
         if one.grad is not None:
-            torch.testing.assert_close(other.grad.full_tensor() * size, one.grad, msg=lambda text, of=key: f"{of}: {text}")
+            torch.testing.assert_close(
+                other.grad.full_tensor() * size, one.grad, msg=lambda text, of=key: f"{of}: {text}"
+            )
             learned += "sinks" in key or "log_n" in key
     assert learned == 2
     for model, rate in ((whole, 1e-3), (sharded, size * 1e-3)):
