@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from attn_n.call.errors import UnsupportedError
 from attn_n.functional import flash_attention_n, flash_attention_n_varlen
 from attn_n.integrations.transformers import paged
+from attn_n.integrations.transformers.layers import of_this_rank
 from attn_n.integrations.transformers.masks import packed_by
 from attn_n.integrations.transformers.pattern import MaskPattern, Visible, Window
 
@@ -129,12 +130,11 @@ def attention(
 def _sinks(module: nn.Module, query: Tensor, s_aux: Tensor | None, sinks: Tensor | None) -> Tensor | None:
     """Return the sinks of a call in our form: `(Hq,)`, or one a row `(N, Hq, L)`."""
     softmax_n = getattr(module, "softmax_n", None)
-    given = [x for x in (s_aux, sinks) if x is not None]
+    given = [of_this_rank(x, query) for x in (s_aux, sinks) if x is not None]
     if len(given) + (softmax_n is not None) > 1:
         raise ValueError("sinks: expected one of s_aux, sinks and set_softmax_n, got several")
     if softmax_n is not None:
-        found: Tensor = softmax_n(query)
-        return found
+        return of_this_rank(softmax_n(query), query)
     if not given:
         return None
     if given[0].dim() == 4 and given[0].shape[-1] == 1:
