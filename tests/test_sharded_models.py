@@ -1,9 +1,10 @@
-"""Models of transformers over several processes: FSDP2 and tensor parallelism."""
+"""Models of transformers over several processes: FSDP2, tensor and context parallelism."""
 
 from __future__ import annotations
 
 import copy
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -12,10 +13,11 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from tests.ranks import Pools
-from tests.tiny_models import DECODERS, LENGTH, make, tokens
+from tests.tiny_models import DECODERS, LENGTH, VOCABULARY, make, tokens
 
-pytest.importorskip("transformers", "5.17")
+transformers = pytest.importorskip("transformers", "5.17")
 
+from attn_n import UnsupportedError
 from attn_n.integrations.transformers import get_softmax_n, register, set_softmax_n
 
 pytestmark = pytest.mark.slow
@@ -151,3 +153,74 @@ def refused_once_sharded() -> None:
 
 def test_n_is_set_before_parameters_are_sharded(pools: Pools) -> None:
     pools(2).run(refused_once_sharded)
+
+
+def context_parallel(name: str, hooks: bool) -> None:
+    """Within PyTorch's context_parallel, as accelerate enters it, each rank has its rows of the whole."""
+    from accelerate.big_modeling import _attach_context_parallel_hooks
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.tensor.experimental import context_parallel as within
+
+    whole = model_of(name)
+    ranks, sharded = dist.get_world_size(), copy.deepcopy(whole)
+    mesh = init_device_mesh("cpu", (ranks,), mesh_dim_names=("cp",))
+    if hooks:
+        _attach_context_parallel_hooks(sharded)
+    ids = tokens(2, 12)
+    weights = torch.randn(2, 12, VOCABULARY, dtype=torch.float64)
+    positions = torch.arange(12).repeat(2, 1)
+    (whole(ids, use_cache=False).logits * weights).sum().backward()
+    with within(mesh, buffers=[ids, positions, weights], buffer_seq_dims=[1, 1, 1]):
+        out = sharded(ids, position_ids=positions, use_cache=False).logits
+        assert out.shape[1] == 12 // ranks
+        (out * weights).sum().backward()
+    for (key, one), other in zip(whole.named_parameters(), sharded.parameters(), strict=True):
+        if one.grad is not None:
+            dist.all_reduce(other.grad)
+            bound = DECODERS[name].tolerance * max(float(one.grad.abs().max()), 1.0)
+            torch.testing.assert_close(
+                other.grad, one.grad, atol=bound, rtol=0, msg=lambda text, of=key: f"{of}: {text}"
+            )
+
+
+def refused_in_context_parallel() -> None:
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.tensor.experimental import context_parallel as within
+
+    model, mesh = model_of("gpt_oss"), init_device_mesh("cpu", (2,))
+    positions, packed = torch.arange(12)[None], torch.tensor([[0, 1, 2, 3, 4, 5, 0, 1, 2, 3, 4, 5]])
+    for length, given, error, message in (
+        (12, {}, RuntimeError, "position_ids: attn_n expected those of one sequence"),  # of the tokens 0 to 5
+        (12, {"position_ids": packed}, RuntimeError, "Packed sequences have no place in it"),
+        (
+            12,
+            {"position_ids": positions, "attention_mask": torch.arange(12)[None] % 5 > 0},
+            UnsupportedError,
+            "without pad",
+        ),
+        (10, {"position_ids": positions[:, :10]}, UnsupportedError, "a length of 10, which 4 does not divide"),
+    ):
+        buffers = [tokens(1, length), *(x.clone() for x in given.values())]
+        with (
+            within(mesh, buffers=buffers, buffer_seq_dims=[1] * len(buffers)),
+            pytest.raises(error, match=message),
+        ):
+            model(buffers[0], use_cache=False, **dict(zip(given, buffers[1:], strict=True)))
+
+
+def test_what_context_parallel_refuses(pools: Pools) -> None:
+    pools(2).run(refused_in_context_parallel)
+
+
+def test_trainer_refuses_context_parallel() -> None:
+    """By itself: its context parallelism is for "sdpa" alone."""
+    config = SimpleNamespace(cp_enabled=True, cp_backend="torch")
+    trainer: Any = SimpleNamespace(accelerator=SimpleNamespace(parallelism_config=config))
+    with pytest.raises(ValueError, match="only with SDPA attention, you are using attn_n"):
+        transformers.Trainer._prepare_context_parallel_inputs(trainer, model_of("llama"), {"input_ids": tokens()})
+
+
+# accelerate takes masks away, and refuses models with windows; those that do not look at positions need no hooks.
+@pytest.mark.parametrize(("name", "hooks"), [("llama", True), ("gpt_oss", False)])
+def test_context_parallel(pools: Pools, name: str, hooks: bool) -> None:
+    pools(2).run(context_parallel, name, hooks)

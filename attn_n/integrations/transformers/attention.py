@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from attn_n.call.errors import UnsupportedError
 from attn_n.functional import flash_attention_n, flash_attention_n_varlen
-from attn_n.integrations.transformers import paged
+from attn_n.integrations.transformers import context_parallel, paged
 from attn_n.integrations.transformers.layers import of_this_rank
 from attn_n.integrations.transformers.masks import packed_by
 from attn_n.integrations.transformers.pattern import MaskPattern, Visible, Window
@@ -96,6 +96,12 @@ def attention(
         lengths = paged.Lengths(cu_seq_lens_q, cu_seq_lens_k, max_length_q, max_length_k)
         return paged.attention(module, query, key, value, sliding_window, lengths, others, common), None
     causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
+    if context_parallel.entered():
+        if any(x is not None for x in (position_bias, indices, cu_seq_lens_q, cu_seq_lens_k)):
+            raise UnsupportedError("context_parallel: position_bias, indices and cu_seq_lens_q have no place in it")
+        bounds = _rule(None, bool(causal), sliding_window)
+        positions = others.get("position_ids")
+        return context_parallel.attention(query, key, value, attention_mask, positions, **bounds, common=common), None
     if indices is not None and indices.shape[-1] < key.shape[2]:
         attention_mask = _sparse(attention_mask, indices, key.shape[2])
     if cu_seq_lens_q is not None or cu_seq_lens_k is not None:
