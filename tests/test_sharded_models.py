@@ -139,6 +139,34 @@ def test_tensor_parallel(pools: Pools, name: str, how: str, tmp_path: Path) -> N
     pools(2).run(tensor_parallel, name, how, str(tmp_path))
 
 
+def parallelized() -> None:
+    """By a plan of PyTorch, which knows nothing of n: it is sharded by hand, or refused."""
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.tensor import Shard, distribute_tensor
+    from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
+
+    whole = model_of("llama")
+    sharded, mesh = copy.deepcopy(whole), init_device_mesh("cpu", (dist.get_world_size(),))
+    plan = {f"model.layers.*.self_attn.{name}_proj": ColwiseParallel() for name in "qkv"}
+    parallelize_module(sharded, mesh, plan | {"model.layers.*.self_attn.o_proj": RowwiseParallel()})
+    with pytest.raises(ValueError, match="one number for each of the layer's 2 heads, got 4"):
+        sharded(tokens())
+    for n in layers_of_n(sharded):
+        n.log_n = nn.Parameter(distribute_tensor(n.log_n.detach(), mesh, [Shard(0)]))
+    for model in (whole, sharded):
+        loss_of(model, slice(0, 4)).backward()
+    for one, other in zip(layers_of_n(whole), layers_of_n(sharded), strict=True):
+        torch.testing.assert_close(other.log_n.grad.full_tensor(), one.log_n.grad)
+
+
+def layers_of_n(model: Any) -> list[Any]:
+    return [layer.self_attn.softmax_n for layer in model.model.layers]
+
+
+def test_plan_of_pytorch(pools: Pools) -> None:
+    pools(2).run(parallelized)
+
+
 def refused_once_sharded() -> None:
     from torch.distributed.fsdp import fully_shard
 

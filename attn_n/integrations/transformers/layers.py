@@ -41,8 +41,8 @@ class SoftmaxN(nn.Module):
         if log_n.shape[0] != query.shape[1]:
             raise ValueError(
                 f"softmax_n: expected one number for each of the layer's {query.shape[1]} heads, got {log_n.shape[0]}."
-                "\nTo do: where a plan of tensor parallelism of your own shards the heads, let it shard n alike:"
-                ' {"model.layers.*.self_attn.softmax_n": "attn_n_heads"}.'
+                "\nTo do: where a plan of your own shards the heads, let it shard n alike: in a tp_plan of transformers"
+                ' {"model.layers.*.self_attn.softmax_n": "attn_n_heads"}, else make log_n a DTensor, Shard(0).'
             )
         return log_n
 
