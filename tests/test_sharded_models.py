@@ -139,6 +139,29 @@ def test_tensor_parallel(pools: Pools, name: str, how: str, tmp_path: Path) -> N
     pools(2).run(tensor_parallel, name, how, str(tmp_path))
 
 
+def both_parallel(folder: str) -> None:
+    """FSDP2 divides by rows of the batch what tensor parallelism has divided by heads."""
+    from transformers.distributed import DistributedConfig
+
+    whole = model_of("llama")
+    if dist.get_rank() == 0:
+        whole.save_pretrained(folder)
+    dist.barrier()
+    config = DistributedConfig(tp_size=2, fsdp_size=2)
+    sharded = type(whole).from_pretrained(folder, dtype=torch.float64, distributed_config=config).train()
+    loss_of(whole, slice(0, 4)).backward()
+    half = dist.get_rank() // 2
+    loss_of(sharded, slice(2 * half, 2 * half + 2)).backward()
+    for (key, one), other in zip(whole.named_parameters(), sharded.parameters(), strict=True):
+        if "log_n" in key:
+            assert other.to_local().shape == (1,)
+            torch.testing.assert_close(other.grad.full_tensor() * 2, one.grad)
+
+
+def test_fsdp_and_tensor_parallel(pools: Pools, tmp_path: Path) -> None:
+    pools(4).run(both_parallel, str(tmp_path))
+
+
 def parallelized() -> None:
     """By a plan of PyTorch, which knows nothing of n: it is sharded by hand, or refused."""
     from torch.distributed.device_mesh import init_device_mesh

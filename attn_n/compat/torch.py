@@ -29,9 +29,9 @@ def scaled_dot_product_attention(
     serve several query heads. A row that sees no key is zero. Jagged NestedTensors `(N, H, j, E)` are served as they
     are.
 
-    PyTorch's own tests of its function pass through this one, but for: the type of errors (here ValueError and
-    TypeError, there mostly RuntimeError), TorchScript, which cannot compile keyword-only arguments, heads of size 0,
-    and `dropout_p=1`.
+    PyTorch's own tests of its function pass through this one, but for the type of errors (here ValueError and
+    TypeError, there mostly RuntimeError), TorchScript, which cannot compile it, and heads of size 0, which are refused.
+    So is `dropout_p=1`.
 
     Raises:
         ValueError: `is_causal` together with a mask or with NestedTensors of two lengths, or heads that need
