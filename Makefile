@@ -26,7 +26,8 @@ lint: .venv/dev
 test: lint
 	$(BIN)/pytest -n auto --dist worksteal -m "not slow"
 
-test-all: lint
+# With what no other target needs: TRL and its data sets (200 MB).
+test-all: .venv/trainers lint
 	$(BIN)/pytest -n auto --dist worksteal
 
 bench: .venv/dev

@@ -169,6 +169,33 @@ def test_scaled_dot_product_attention(of_q: tuple[int, ...], of_k: tuple[int, ..
     assert torch.allclose(found, expected, atol=1e-5)
 
 
+@pytest.mark.parametrize("lengths", [(6, 6), (4, 6), (6, 4)], ids=str)
+def test_causal_in_one_graph(lengths: tuple[int, int]) -> None:
+    q, k = torch.randn(1, 2, lengths[0], 8), torch.randn(1, 2, lengths[1], 8)
+    torch._dynamo.reset()
+    compiled = torch.compile(scaled_dot_product_attention, backend="eager", fullgraph=True)
+    assert torch.allclose(compiled(q, k, k, is_causal=True), F.scaled_dot_product_attention(q, k, k, is_causal=True))
+
+
+@pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors")
+def test_nested_tensors() -> None:
+    def made(*lengths: int, layout: torch.layout = torch.jagged) -> Tensor:
+        rows = [torch.randn(n, 4, 8, generator=torch.Generator().manual_seed(n)) for n in lengths]
+        return torch.nested.nested_tensor(rows, layout=layout).transpose(1, 2)
+
+    q = made(3, 5)
+    for is_causal in (False, True):
+        found = scaled_dot_product_attention(q, q, q, is_causal=is_causal, sm_n=2.0)
+        for row, x in zip(found.unbind(), q.unbind(), strict=True):
+            assert torch.allclose(row, scaled_dot_product_attention(x, x, x, is_causal=is_causal, sm_n=2.0), atol=1e-6)
+    k = made(4, 7)
+    assert scaled_dot_product_attention(q, k, k).shape == q.shape
+    with pytest.raises(ValueError, match="is_causal: expected False for NestedTensors of two lengths"):
+        scaled_dot_product_attention(q, k, k, is_causal=True)
+    with pytest.raises(TypeError, match=r"got a NestedTensor of layout torch.strided"):
+        scaled_dot_product_attention(*3 * [made(3, 5, layout=torch.strided)])
+
+
 def test_masks_and_groups() -> None:
     q, k, v, mask = torch.randn(2, 4, 5, 8), torch.randn(2, 2, 7, 8), torch.randn(2, 2, 7, 8), torch.rand(5, 7) > 0.3
     expected = F.scaled_dot_product_attention(q, k, v, mask, enable_gqa=True)

@@ -73,10 +73,11 @@ def tensor_parallel(compile: bool, data_parallel: bool, heads_kv: int) -> None:
         mine = x.chunk(size // 2)[mesh["data"].get_local_rank()]
     if of_kv is None:
         mine = DTensor.from_local(mine, mesh["tensor"], [Replicate()])
-    run = torch.compile(parallel, backend="aot_eager") if compile else parallel
-    with collectives() as exchanged:
+    run = torch.compile(parallel, backend="aot_eager", fullgraph=not data_parallel) if compile else parallel
+    alone = not compile and not data_parallel
+    with collectives() if alone else contextlib.nullcontext() as exchanged:  # the mode would prevent compilation
         out = run(mine)
-        if not compile and not data_parallel:
+        if alone:
             forward = exchanged.get_total_counts()
             assert forward == 1, exchanged.get_comm_counts()  # the all-reduce of wo
     loss = (out.full_tensor() if isinstance(out, DTensor) else out).square().sum()

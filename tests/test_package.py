@@ -58,6 +58,8 @@ def test_torch_is_the_only_hard_dependency(built: tuple[Path, Path]) -> None:
         metadata = message_from_bytes(archive.read(f"attn_n-{attn_n.__version__}.dist-info/METADATA"))
     required = metadata.get_all("Requires-Dist", [])
     assert [each for each in required if "extra ==" not in each] == ["torch>=2.8"]
-    extras = {"triton", "flash-attn", "xformers", "transformers", "demo", "bench", "docs", "test", "dev"}
+    extras = {
+        "triton", "flash-attn", "xformers", "transformers", "trainers", "demo", "bench", "docs", "test", "dev",
+    }  # fmt: skip
     assert set(metadata.get_all("Provides-Extra", [])) == extras
     assert metadata["Requires-Python"] == ">=3.10"

@@ -82,7 +82,7 @@ def cases(models: dict[str, Tiny], *fast: str) -> list[Any]:
     ("name", "kind"),
     cases(
         DECODERS, *(f"gpt_oss {kind}" for kind in KINDS), "mimo_v2_flash left", "gemma2 none", "llama4 left",
-        "deepseek_v4 left",
+        "deepseek_v4 left", "hy_v4 left",
     ),
 )  # fmt: skip
 def test_decoders(name: str, kind: str, calls: list[dict[str, Any]]) -> None:
@@ -95,7 +95,7 @@ def test_decoders(name: str, kind: str, calls: list[dict[str, Any]]) -> None:
     if DECODERS[name].sinks:
         assert any(call["sinks"] is not None for call in calls)
         assert any("sink" in parameter for parameter in truth)
-    if name not in ("deepseek_v4", "llama4", "inkling2"):  # with masks of their own, chunks, and a position bias
+    if not DECODERS[name].dense:
         masks = [call["attn_mask"] for call in calls]
         assert all(x is None or x.shape[2] == 1 for x in masks), "a mask of L x S"
         assert kind == "holes" or masks == [None] * len(calls)
@@ -122,7 +122,7 @@ def test_float32(name: str) -> None:
     )  # fmt: skip
     for key, x in truth.items():
         error, allowed = ((y[key].double() - x).abs().max() / x.abs().max().clamp_min(1e-3) for y in (found, eager))
-        assert float(error) <= 2 * float(allowed) + 1e-4, key
+        assert float(error) <= 2 * float(allowed) + 10 * DECODERS[name].tolerance, key
 
 
 # The ways to decode: keywords of generate.
@@ -132,6 +132,7 @@ WAYS: dict[str, dict[str, Any]] = {
     "without cache": {"use_cache": False},
     "beams": {"num_beams": 3},
     "static beams": {"num_beams": 2, "cache_implementation": "static"},
+    "prompt in parts": {"prefill_chunk_size": 5},
 }
 
 
@@ -154,9 +155,22 @@ def test_generate(name: str, way: str, calls: list[dict[str, Any]]) -> None:
         found.append(model.generate(tokens(), attention_mask=mask.long(), **keywords))
     assert found[0].shape[1] == LENGTH + 8
     assert torch.equal(*found)
-    assert len(calls) == 8 * model.config.num_hidden_layers
-    if name != "llama4":
+    steps = 10 if way == "prompt in parts" else 8
+    assert len(calls) == steps * model.config.num_hidden_layers
+    if not DECODERS[name].dense:
         assert all(call["attn_mask"] is None for call in calls)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("cache", ["offloaded", "offloaded_static"])
+def test_offloaded_cache(cache: str) -> None:
+    """Keys and values of other layers are in the host's memory meanwhile."""
+    model, mask, found = make(DECODERS["gpt_oss"]).cuda(), padding("left"), []
+    for implementation in ("eager", "attn_n"):
+        model.set_attn_implementation(implementation)
+        keywords = {"max_new_tokens": 8, "do_sample": False, "cache_implementation": cache}
+        found.append(model.generate(tokens().cuda(), attention_mask=mask.long().cuda(), **keywords))
+    assert torch.equal(*found)
 
 
 @slow
@@ -218,15 +232,39 @@ def test_gradient_checkpointing(reentrant: bool) -> None:
 
 
 @slow
-@pytest.mark.parametrize("kind", ["none", "left"])
-def test_torch_compile(kind: str) -> None:
-    """In one graph. Of gpt-oss's experts `batched_mm` compiles; the loop of `eager` breaks the graph."""
+@pytest.mark.parametrize(("kind", "backend"), [("none", "aot_eager"), ("left", "aot_eager"), ("left", "inductor")])
+def test_torch_compile(kind: str, backend: str) -> None:
+    """A step in one graph. Of gpt-oss's experts `batched_mm` compiles; the loop of `eager` breaks the graph."""
     model, mask = make(DECODERS["gpt_oss"], torch.float32), padding(kind)
     model.set_experts_implementation("batched_mm")
     truth = run(model, "attn_n", mask, use_cache=False)
     torch._dynamo.reset()
-    model.forward = torch.compile(model.forward, backend="aot_eager", fullgraph=True)
+    model.forward = torch.compile(model.forward, backend=backend, fullgraph=True)
     assert_close(run(model, "attn_n", mask, use_cache=False), truth, 1e-3)
+
+
+@slow
+@pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
+def test_packed_sequences_when_compiled(backend: str) -> None:
+    """Compiled code cannot look at positions. What it may not ignore is an error, and lengths are the remedy."""
+
+    def attend(x: Tensor, positions: Tensor, padded: Tensor | None, starts: Tensor | None) -> Tensor:
+        mask = attention_mask(1, LENGTH, LENGTH, attention_mask=padded)
+        lengths = dict.fromkeys(("cu_seq_lens_q", "cu_seq_lens_k"), starts)
+        return adapter.attention(module, x, x, x, mask, position_ids=positions, **lengths)[0]
+
+    module, x = nn.Module(), torch.randn(1, 2, LENGTH, 8, requires_grad=True)
+    packed = torch.cat([torch.arange(n) for n in PARTS])[None]
+    starts = torch.tensor([0, 5, 11, 13], dtype=torch.int32)
+    behind = torch.arange(LENGTH)[None] >= 4
+    torch._dynamo.reset()
+    compiled = torch.compile(attend, backend=backend, fullgraph=True)
+    in_order = torch.arange(LENGTH)[None]
+    for given in ((in_order, None, None), (packed, None, starts), ((in_order - 4).clamp_min(0), behind, None)):
+        assert torch.allclose(compiled(x, *given), attend(x, *given), atol=1e-5)
+    for padded in (None, torch.ones(1, LENGTH, dtype=torch.bool)):
+        with pytest.raises(RuntimeError, match="cannot look for packed sequences in compiled code"):
+            compiled(x, packed, padded, None)
 
 
 @slow
@@ -425,6 +463,8 @@ def test_what_is_refused() -> None:
         adapter.attention(module, *some(3, 5), attention_mask(1, 3, 4))
     with pytest.raises(ValueError, match="expected one of s_aux, sinks"):
         adapter.attention(module, *some(), None, s_aux=torch.zeros(2), sinks=torch.zeros(1, 2, 3, 1))
+    with pytest.raises(ValueError, match=r"expected a mask \(N, 1, L, S\) together with indices"):
+        adapter.attention(module, *some(), None, indices=torch.zeros(1, 3, 1, dtype=torch.int32))
     starts = torch.tensor([0, 3])
     with pytest.raises(ValueError, match="expected None together with cu_seq_lens_q"):
         adapter.attention(module, *some(), torch.ones(1, 1, 3, 3, dtype=torch.bool), cu_seq_lens_q=starts)

@@ -20,6 +20,7 @@ class Tiny(NamedTuple):
     sinks: bool = False
     dtype: torch.dtype = torch.float64
     tolerance: float = 1e-5
+    dense: bool = False  # its masks are dense ones, of its own or because no window says what they say
 
 
 SMALL: dict[str, Any] = {
@@ -29,6 +30,13 @@ SMALL: dict[str, Any] = {
 GROUPED = SMALL | {"num_key_value_heads": 2}
 MOE = {"num_experts_per_tok": 2}
 BOTH = ["sliding_attention", "full_attention"]
+# Each query sees the five keys that its indexer chooses.
+SPARSE = SMALL | MOE | {
+    "num_key_value_heads": 4,
+    "q_lora_rank": 16, "kv_lora_rank": 16, "qk_nope_head_dim": 8, "qk_rope_head_dim": 8, "v_head_dim": 16,
+    "index_topk": 5, "index_head_dim": 16, "index_n_heads": 2, "n_routed_experts": 4, "moe_intermediate_size": 16,
+    "n_group": 1, "topk_group": 1, "mlp_layer_types": ["dense", "sparse"],
+}  # fmt: skip
 
 DECODERS = {
     "gpt_oss": Tiny(
@@ -59,7 +67,7 @@ DECODERS = {
         GROUPED | {
             "intermediate_size_mlp": 24, "attention_chunk_size": 4, "head_dim": 8, "num_local_experts": 2,
             "layer_types": ["chunked_attention", "full_attention"],
-        },
+        }, dense=True,
     ),
     "deepseek_v4": Tiny(
         "DeepseekV4ForCausalLM", "DeepseekV4Config",
@@ -67,11 +75,16 @@ DECODERS = {
             "num_key_value_heads": 1, "head_dim": 16, "q_lora_rank": 16, "n_routed_experts": 4,
             "moe_intermediate_size": 16, "sliding_window": 4, "o_groups": 2, "o_lora_rank": 8, "index_n_heads": 2,
             "index_head_dim": 16, "index_topk": 4, "num_hidden_layers": 3, "hc_mult": 2, "num_nextn_predict_layers": 0,
-        }, sinks=True,
+        }, sinks=True, dense=True,
     ),
+    "hy_v4": Tiny(  # the gradient of attn_hc.scale is a small sum of large numbers
+        "HYV4ForCausalLM", "HYV4Config", SPARSE | {"hc_mult": 2}, sinks=True, tolerance=3e-5, dense=True
+    ),
+    "deepseek_v32": Tiny("DeepseekV32ForCausalLM", "DeepseekV32Config", SPARSE, dense=True),
     "flint": Tiny("FlintForCausalLM", "FlintConfig", GROUPED | {"sliding_window": 4}, sinks=True),
     "inkling2": Tiny(
-        "Inkling2ForCausalLM", "Inkling2TextConfig", GROUPED, sinks=True, dtype=torch.float32, tolerance=1e-3
+        "Inkling2ForCausalLM", "Inkling2TextConfig", GROUPED, sinks=True, dtype=torch.float32, tolerance=1e-3,
+        dense=True,
     ),
 }  # fmt: skip
 

@@ -9,7 +9,8 @@ from torch import Tensor, nn
 
 from attn_n.call.errors import UnsupportedError
 from attn_n.functional import flash_attention_n, flash_attention_n_varlen
-from attn_n.integrations.transformers import paged
+from attn_n.integrations.transformers import context_parallel, paged
+from attn_n.integrations.transformers.layers import of_this_rank
 from attn_n.integrations.transformers.masks import packed_by
 from attn_n.integrations.transformers.pattern import MaskPattern, Visible, Window
 
@@ -23,7 +24,6 @@ IRRELEVANT = {
     "output_router_logits",
     "num_items_in_batch",
     "logits_to_keep",
-    "indices",  # of sparse attention, which the mask has too
     "seq_idx",  # of state-space layers
 }
 
@@ -43,6 +43,7 @@ def attention(
     s_aux: Tensor | None = None,
     sinks: Tensor | None = None,
     position_bias: Tensor | None = None,
+    indices: Tensor | None = None,
     cu_seq_lens_q: Tensor | None = None,
     cu_seq_lens_k: Any = None,
     max_length_q: int | Tensor | None = None,
@@ -61,6 +62,8 @@ def attention(
         sliding_window: how many keys a query sees, itself among them, where there is no mask.
         s_aux: sinks `(Hq,)`; sinks: `(N, Hq, L, 1)`, one a token.
         position_bias: added to the logits, `(N or 1, Hq, L, S)`, differentiable.
+        indices: `(N, L, k)`, different ones: each query sees these keys alone, of those that the mask lets it see
+            (the sparse attention of DeepSeek V3.2 and Hunyuan 4, whose indices only we get, and not their masks).
         cu_seq_lens_q: `(sequences + 1,)` packed sequences, as FlashAttention has them, with the three others.
 
     Raises:
@@ -88,11 +91,19 @@ def attention(
             " might give wrong numbers"
         )
     if serving:
-        if position_bias is not None:
-            raise UnsupportedError("position_bias: continuous batching has none")
+        if position_bias is not None or indices is not None:
+            raise UnsupportedError("position_bias, indices: continuous batching has none")
         lengths = paged.Lengths(cu_seq_lens_q, cu_seq_lens_k, max_length_q, max_length_k)
         return paged.attention(module, query, key, value, sliding_window, lengths, others, common), None
     causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
+    if context_parallel.entered():
+        if any(x is not None for x in (position_bias, indices, cu_seq_lens_q, cu_seq_lens_k)):
+            raise UnsupportedError("context_parallel: position_bias, indices and cu_seq_lens_q have no place in it")
+        bounds = _rule(None, bool(causal), sliding_window)
+        positions = others.get("position_ids")
+        return context_parallel.attention(query, key, value, attention_mask, positions, **bounds, common=common), None
+    if indices is not None and indices.shape[-1] < key.shape[2]:
+        attention_mask = _sparse(attention_mask, indices, key.shape[2])
     if cu_seq_lens_q is not None or cu_seq_lens_k is not None:
         rule = _rule(attention_mask, bool(causal), sliding_window)
         sequences = cu_seq_lens_q, cu_seq_lens_k, max_length_q, max_length_k
@@ -125,17 +136,26 @@ def attention(
 def _sinks(module: nn.Module, query: Tensor, s_aux: Tensor | None, sinks: Tensor | None) -> Tensor | None:
     """Return the sinks of a call in our form: `(Hq,)`, or one a row `(N, Hq, L)`."""
     softmax_n = getattr(module, "softmax_n", None)
-    given = [x for x in (s_aux, sinks) if x is not None]
+    given = [of_this_rank(x, query) for x in (s_aux, sinks) if x is not None]
     if len(given) + (softmax_n is not None) > 1:
         raise ValueError("sinks: expected one of s_aux, sinks and set_softmax_n, got several")
     if softmax_n is not None:
-        found: Tensor = softmax_n(query)
-        return found
+        return of_this_rank(softmax_n(query), query)
     if not given:
         return None
     if given[0].dim() == 4 and given[0].shape[-1] == 1:
         return given[0].squeeze(-1)
     return given[0]
+
+
+def _sparse(mask: Tensor | None, indices: Tensor, len_k: int) -> Tensor:
+    """Return the mask `(N, 1, L, S)` without the keys that `indices` `(N, L, k)` do not name."""
+    if mask is None or mask.dim() != 4:
+        raise ValueError("attention_mask: expected a mask (N, 1, L, S) together with indices, which are not causal")
+    dense = mask.dense() if isinstance(mask, MaskPattern) else mask
+    named = torch.zeros(*indices.shape[:2], len_k, dtype=torch.bool, device=indices.device)
+    named = named.scatter(-1, indices.long(), True)[:, None]
+    return dense & named if dense.dtype == torch.bool else dense.masked_fill(~named, -torch.inf)
 
 
 def _without_pattern(

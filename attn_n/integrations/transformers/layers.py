@@ -1,18 +1,13 @@
-"""n in the attention layers of a model, and its return when the model is loaded."""
+"""n in the attention layers of a model."""
 
 from __future__ import annotations
 
-import functools
 import inspect
-import logging
 from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedModel
-
-logger = logging.getLogger(__name__)
 
 NAMES: set[str] = set()  # of attn_n among the attention implementations
 FIELD = "softmax_n"  # of a model's config, and the child of each attention layer
@@ -26,6 +21,7 @@ class SoftmaxN(nn.Module):
     """
 
     log_n: Tensor
+    part: tuple[int, int] | None = None  # (rank, ranks) of tensor parallelism, where n is not learned
 
     def __init__(self, log_n: Tensor, learnable: bool) -> None:
         super().__init__()
@@ -36,13 +32,19 @@ class SoftmaxN(nn.Module):
             self.register_buffer("log_n", log_n)
 
     def forward(self, query: Tensor) -> Tensor:
-        """Return the sinks `(Hq,)` for a query `(N, Hq, L, E)`."""
-        if self.log_n.shape[0] != query.shape[1]:
+        """Return the sinks `(Hq,)` for a query `(N, Hq, L, E)`, of one rank's heads if these are sharded."""
+        log_n = self.log_n
+        if log_n.shape[0] != query.shape[1]:
+            if self.part is not None:
+                log_n = log_n.chunk(self.part[1])[self.part[0]]
+            log_n = of_this_rank(log_n, query)
+        if log_n.shape[0] != query.shape[1]:
             raise ValueError(
-                f"softmax_n: expected one number for each of the layer's {query.shape[1]} heads,"
-                f" got {self.log_n.shape[0]}; heads that are sharded need their part of it"
+                f"softmax_n: expected one number for each of the layer's {query.shape[1]} heads, got {log_n.shape[0]}."
+                "\nTo do: where a plan of your own shards the heads, let it shard n alike: in a tp_plan of transformers"
+                ' {"model.layers.*.self_attn.softmax_n": "attn_n_heads"}, else make log_n a DTensor, Shard(0).'
             )
-        return self.log_n
+        return log_n
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> SoftmaxN:
         kept = self.log_n
@@ -50,6 +52,14 @@ class SoftmaxN(nn.Module):
         if not self.learnable and self.log_n.dtype != kept.dtype:  # a model in half precision has the n it was given
             self.log_n = kept.to(self.log_n.device)
         return self
+
+
+def of_this_rank(x: Tensor, query: Tensor) -> Tensor:
+    """Return the local part of a DTensor beside a query that is one."""
+    if hasattr(x, "to_local") and not hasattr(query, "to_local"):
+        local: Tensor = x.to_local()
+        return local
+    return x
 
 
 def attention_layers(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
@@ -91,34 +101,3 @@ def _check_implementation(layer: nn.Module, args: Any) -> None:
             f" {config._attn_implementation!r} would ignore.\n"
             'To do: model.set_attn_implementation("attn_n"), or strip_softmax_n(model).'
         )
-
-
-@functools.cache
-def restore_on_loading() -> None:
-    """Give models whose config has n their layers of n, before their weights are loaded."""
-    post_init = PreTrainedModel.post_init
-
-    @functools.wraps(post_init)
-    def restoring(self: Any, *args: Any, **kwargs: Any) -> Any:
-        result = post_init(self, *args, **kwargs)
-        if kept := getattr(self.config, FIELD, None):
-            _restore(self, kept["n"], kept["learnable"])
-        return result
-
-    PreTrainedModel.post_init = restoring
-
-
-def _restore(model: PreTrainedModel, by_name: dict[str, list[float]], learnable: bool) -> None:
-    found = False
-    for name, layer in attention_layers(model):
-        # A part of the model that was saved has shorter names, a larger model has longer ones.
-        alike = [x for x in by_name if x == name or x.endswith(f".{name}") or name.endswith(f".{x}")]
-        found = found or bool(alike)
-        kept = name if name in by_name else alike[0] if len(alike) == 1 else None
-        if kept is not None:
-            attach(layer, torch.tensor(by_name[kept]), learnable)
-    if not found:
-        logger.warning("the config of %s has softmax_n for layers that it does not have", type(model).__name__)
-    elif model.config._attn_implementation not in NAMES:
-        logger.warning("%s has softmax_n: its attn_implementation is attn_n", type(model).__name__)
-        model.set_attn_implementation("attn_n")

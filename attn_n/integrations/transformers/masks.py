@@ -231,21 +231,41 @@ def packed_by(mask: MaskPattern, position_ids: Tensor | None) -> Visible | None:
     """Return what is seen if `position_ids` `(N or 1, L)` say that rows hold several sequences, or None.
 
     Some models do not show them to the mask function (gpt-oss: its sequences would see each other). They are read once
-    for each mask, by the first layer.
+    for each mask, by the first layer. Where nothing can be read, it is an error that rows hold several sequences.
     """
     rule, visible = mask.rule, mask.visible
     batch, _, len_q, len_k = mask.shape
     if position_ids is None or rule is None or not rule.causal or rule.chunk is not None or visible is None:
         return None
-    alone = all(x is None for x in visible[2:-1])  # no padding, no cache
-    if not alone or len_q != len_k or len_q == 1 or not _readable(position_ids):
+    alone = all(x is None for x in visible._replace(key_mask=None)[2:-1])  # no padding, no cache
+    if not alone or len_q != len_k or len_q == 1:
         return None
     if position_ids.dim() != 2 or position_ids.shape[1] != len_q or position_ids.shape[0] not in (1, batch):
+        return None
+    if not _readable(position_ids):
+        if mask.packed is None:
+            mask.packed = position_ids, None
+            _assert_one_sequence(position_ids, visible.key_mask)
+        return None
+    if visible.key_mask is not None:
         return None
     if mask.packed is None or mask.packed[0] is not position_ids:
         sequences = masking_utils.find_packed_sequence_indices(position_ids.expand(batch, -1))
         mask.packed = position_ids, None if sequences is None else _packed(rule, sequences)
     return mask.packed[1]
+
+
+def _assert_one_sequence(position_ids: Tensor, key_mask: Tensor | None) -> None:
+    """Let it be an error, of the device, if positions `(N or 1, L)` of neighbouring tokens are not consecutive."""
+    consecutive = position_ids.diff(dim=1) == 1
+    if key_mask is not None:
+        tokens = key_mask[:, 0, 0]
+        consecutive = consecutive | ~(tokens[:, 1:] & tokens[:, :-1])
+    torch._assert_async(
+        consecutive.all(),
+        "position_ids: attn_n cannot look for packed sequences in compiled code or a CUDA graph; pass cu_seq_lens_q,"
+        " cu_seq_lens_k, max_length_q and max_length_k too",
+    )
 
 
 def _chunked(

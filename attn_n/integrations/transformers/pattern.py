@@ -47,7 +47,7 @@ class MaskPattern(Tensor):
 
     rule: Rule | None
     visible: Visible | None
-    packed: tuple[Tensor, Visible | None] | None = None  # position_ids, and what they say
+    packed: tuple[Tensor, Visible | None] | None  # position_ids, and what they say
     build: Callable[[], Tensor]
 
     @staticmethod
@@ -61,7 +61,7 @@ class MaskPattern(Tensor):
         # For one query it has its memory: torch.compile's guards do not take an input that is expanded.
         size = shape if shape[2] == 1 else ()
         pattern = torch.zeros(size, dtype=torch.bool, device=device).expand(*shape).as_subclass(MaskPattern)
-        pattern.rule, pattern.visible, pattern.build = rule, visible, build
+        pattern.rule, pattern.visible, pattern.packed, pattern.build = rule, visible, None, build
         return pattern
 
     def dense(self) -> Tensor:

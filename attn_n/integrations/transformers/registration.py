@@ -10,8 +10,10 @@ from transformers import modeling_flash_attention_utils as flash_utils
 
 from attn_n.compat import flash_attn
 from attn_n.integrations.transformers.attention import attention
-from attn_n.integrations.transformers.layers import NAMES, restore_on_loading
+from attn_n.integrations.transformers.layers import NAMES
+from attn_n.integrations.transformers.loading import restore_on_loading
 from attn_n.integrations.transformers.masks import attention_mask
+from attn_n.integrations.transformers.sharding import register_style
 
 
 def register(name: str = "attn_n") -> None:
@@ -35,6 +37,7 @@ def register(name: str = "attn_n") -> None:
             NAMES.add(key)
     _let_flash_names_pass()
     restore_on_loading()
+    register_style()
 
 
 @functools.cache

@@ -12,6 +12,7 @@ from transformers import PreTrainedModel
 
 from attn_n.integrations.transformers.layers import FIELD, NAMES, attach, attention_layers, detach, heads
 from attn_n.integrations.transformers.registration import register
+from attn_n.integrations.transformers.sharding import check_unsharded, follow_heads, stay_whole
 
 Number: TypeAlias = float | Tensor
 
@@ -28,10 +29,11 @@ def set_softmax_n(
 
     The model runs by attn_n from now on, and refuses to run by anything else, which would ignore n. n is kept in the
     config too, so that `from_pretrained` restores it once `register()` was called; without it transformers warns of
-    weights that it does not know.
+    weights that it does not know. Where transformers shards the heads (`tp_plan`), it shards n alike.
 
     Raises:
-        ValueError: the model has sinks of its own, or none of its layers is known to take n, or n is not as above.
+        ValueError: the model has sinks of its own, or none of its layers is known to take n, or n is not as above; or
+            n is learned and the model is sharded already, by FSDP2 or `parallelize_module`.
     """
     layers = dict(attention_layers(model))
     if not layers:
@@ -41,6 +43,8 @@ def set_softmax_n(
             raise ValueError(
                 f"model: expected plain softmax, {name} of {type(model).__name__} has sinks of its own; set these"
             )
+    if learnable:
+        check_unsharded(model)
     by_layer = {name: _checked(layers[name], x, learnable) for name, x in _by_layer(layers, n).items()}
     register()
     if model.config._attn_implementation not in NAMES:
@@ -48,6 +52,7 @@ def set_softmax_n(
     strip_softmax_n(model)
     for name, x in by_layer.items():
         attach(layers[name], x, learnable)
+    follow_heads(model)
     setattr(model.config, FIELD, {"n": {name: x.tolist() for name, x in by_layer.items()}, "learnable": learnable})
     return model
 
@@ -65,6 +70,7 @@ def strip_softmax_n(model: PreTrainedModel) -> PreTrainedModel:
     """Return the model with plain softmax again: what `set_softmax_n` has added is gone."""
     for _, layer in attention_layers(model):
         detach(layer)
+    stay_whole(model)
     if hasattr(model.config, FIELD):
         delattr(model.config, FIELD)
     return model
