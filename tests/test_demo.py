@@ -108,7 +108,7 @@ def test_fewer_steps_where_time_runs_short(of_step: float, steps: int, monkeypat
 @pytest.mark.skipif(shutil.which("make") is None, reason="needs make")
 def test_make_demo_says_first_how_long_it_takes():
     def commands(target: str) -> list[str]:
-        command = ["make", "--dry-run", "--always-make", target]
+        command = ["make", "--no-print-directory", "--dry-run", "--always-make", target]
         root = Path(__file__).parent.parent
         return subprocess.run(command, cwd=root, capture_output=True, text=True, check=True).stdout.splitlines()
 

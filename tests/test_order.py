@@ -216,7 +216,10 @@ MANY_ROWS = ("flash_attn:3", "triton:decode", "triton")
     [
         # by the number of keys
         (sized(1, 4095, **WITH_N), OURS, sized(1, 4096, **WITH_N), ONE_QUERY),
-        (sized(1, 4095, **INFERENCE), ONE_QUERY, sized(1, 4096, **INFERENCE), ("triton:decode", "sdpa:flash")),
+        (
+            sized(1, 4095, **INFERENCE), ("sdpa:flash", "triton:decode"),
+            sized(1, 4096, **INFERENCE), ("triton:decode", "sdpa:flash"),
+        ),
         (sized(4, 1024, **INFERENCE, **WITH_N), OURS, sized(4, 1025, **INFERENCE, **WITH_N), order.FEW_ROWS),
         (sized(500, 5999, 128, **WITH_N), OURS, sized(500, 6000, 128, **WITH_N), FA_4),
         (sized(500, 1499, **WITH_N, **CAUSAL), OURS, sized(500, 1500, **WITH_N, **CAUSAL), BOTH),

@@ -96,6 +96,7 @@ SM_90 = (
     Row(False, True, 256, 0, ("triton:decode", "triton"), queries=ONE),
     Row(None, None, 256, 4096, ("sdpa:flash", "flash_attn:3", "flash_attn:4", "triton"), queries=ONE),
     Row(None, True, 256, 0, ("triton",), queries=ONE),
+    Row(False, False, 256, 0, ("sdpa:flash", "triton:decode", "flash_attn:3", "triton"), queries=ONE),
     Row(None, False, 256, 0, ("sdpa:flash", "flash_attn:3", "flash_attn:4", "triton"), queries=ONE),
     Row(False, None, 256, MANY_KEYS, FEW_ROWS, queries=FEW, short=True),
     Row(False, None, 256, MANY_KEYS, ("flash_attn:3", "triton:decode", "triton"), queries=FEW, many_rows=True),
