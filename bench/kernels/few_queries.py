@@ -7,8 +7,8 @@ without gradients, device time with a cold L2. Each result is first compared wit
 from __future__ import annotations
 
 import argparse
+import functools
 import json
-from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
@@ -63,7 +63,7 @@ def measure(width: int, shape: Shape, n: float, clock: CudaClock) -> dict[str, A
     runs, truth = dict[str, Run](), exact(q, k, v, n)
     line: dict[str, Any] = {"E": width, **shape._asdict(), "n": n, "not timed": {}}
     for name in BACKENDS:
-        run: Callable[[], Any] = lambda name=name: flash_attention_n(q, k, v, True, sm_n=n, backend=name)  # noqa: E731
+        run = functools.partial(flash_attention_n, q, k, v, True, sm_n=n, backend=name)
         try:
             error = ((run().double() - truth).norm() / truth.norm()).item()
         except UnsupportedError as reason:
