@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any, Literal, NoReturn, TypedDict, overload
 
 from torch import Tensor
 
+from attn_n import inference
 from attn_n.backends import registry
 from attn_n.call import Request, canonical, checks, jagged
 from attn_n.dispatch import explanation, run
@@ -219,9 +220,17 @@ def backends() -> list[str]:
 def explain(q: Tensor, k: Tensor, v: Tensor, *args: Any, **kwargs: Any) -> explanation.Explanation:
     """Print and return which backend would serve this call, with the reason or the rank of each of them.
 
-    Takes what `flash_attention_n` takes, or what `flash_attention_n_varlen` takes if that has `cu_seqlens_q`. The call
-    is validated and not run.
+    Takes what `flash_attention_n` takes, or what `flash_attention_n_varlen` takes if that has `cu_seqlens_q`, or what
+    `flash_attention_n_with_kvcache` takes if that has `cache_seqlens` or another argument of a cache. The call is
+    validated and not run, and nothing is written into a cache.
     """
+    if not inference.OF_CACHE.isdisjoint(kwargs):
+        call, backend, copied = inference.described(q, k, v, *args, **kwargs)
+        if copied:
+            print("the cache is copied first, because no backend reads it in place; then")
+        explained = explanation.explain(call, backend)
+        print(explained)
+        return explained
     by_name = "cu_seqlens_q" in kwargs or "cu_seqlens_k" in kwargs
     varlen = by_name or (len(args) > 1 and isinstance(args[1], Tensor))  # args[0] alone may be a mask, as SDPA has it
     function: Callable[..., Any] = flash_attention_n

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Literal, TypedDict, overload
+import inspect
+from typing import TYPE_CHECKING, Any, Literal, TypedDict, overload
 
 from torch import Tensor
 
-from attn_n.call import CacheRequest, Request
+from attn_n.call import AttentionCall, CacheRequest, Request
 from attn_n.dispatch import over_cache
 
 if TYPE_CHECKING:
@@ -125,3 +126,21 @@ def flash_attention_n_with_kvcache(
         v_descale, num_splits,
     )  # fmt: skip
     return over_cache.attend(q, k_cache, v_cache, request, cache)
+
+
+# What tells this function's arguments from those of `flash_attention_n`.
+OF_CACHE = {"cache_leftpad", *CacheRequest._fields} - {"k", "v"}
+
+
+def described(*args: Any, **kwargs: Any) -> tuple[AttentionCall, str | None, bool]:
+    """Return, for the arguments of `flash_attention_n_with_kvcache`, the call that backends are asked for.
+
+    With it come the backend that is named, and whether the cache is copied first, as nobody reads it in place.
+    """
+    bound = inspect.signature(flash_attention_n_with_kvcache).bind(*args, **kwargs)
+    bound.apply_defaults()
+    given = bound.arguments | {"attn_mask": None, "dropout_p": 0.0, "leftpad_k": bound.arguments["cache_leftpad"]}
+    request = Request(**{name: given[name] for name in Request._fields if name in given})
+    cache = CacheRequest(**{name: given[name] for name in CacheRequest._fields})
+    call, copied = over_cache.described(given["q"], given["k_cache"], given["v_cache"], request, cache)
+    return call, request.backend, copied

@@ -502,3 +502,22 @@ def test_nothing_is_read_on_the_host(case: Case) -> None:
     finally:
         torch.cuda.set_sync_debug_mode("default")
     assert torch.allclose(out.double().cpu(), call.exact()[0], atol=2e-2)
+
+
+@pytest.mark.parametrize("kind", ["lengths", "a number", "paged", "float8"])
+def test_who_reads_a_cache_is_explained(kind: str, ran: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    q, k, v = torch.randn(2, 8, 1, 64), torch.randn(2, 2, 1, 64), torch.randn(2, 2, 1, 64)
+    caches, keywords = torch.zeros(2, 2, 2, 64, 64), {"cache_seqlens": int32(17, 30), "sm_n": 1.0}
+    if kind == "a number":
+        keywords["cache_seqlens"] = 17
+    if kind == "paged":
+        caches, keywords["block_table"] = torch.zeros(2, 8, 2, 16, 64), torch.arange(8, dtype=torch.int32).view(2, 4)
+    if kind == "float8":
+        caches = caches.to(torch.float8_e4m3fn)
+    explained = attn_n.explain(q, *caches, k, v, **keywords)
+    assert not caches.float().any()
+    assert ran == []
+    assert ("copied first" in capsys.readouterr().out) == (kind in ("paged", "float8"))
+    flash_attention_n_with_kvcache(q, *caches, k, v, **keywords)
+    assert ran == [f"forward {explained.chosen}"]
+    assert explained.call.k_shape[2] == (18 if kind == "a number" else 64)

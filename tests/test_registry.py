@@ -589,3 +589,21 @@ def test_importing_is_light() -> None:
     assert "attn_n.functional" in loaded
     assert not [name for name in loaded if any(name == one or name.startswith(f"{one}.") for one in heavy)]
     assert not [name for name in loaded if not name.startswith("attn_n")]
+
+
+def test_a_backend_says_what_it_honours_by_known_names() -> None:
+    class Mistaken(Backend):
+        name = "mistaken"
+        honours = ("causal", "causall")
+
+    with pytest.raises(ValueError, match=r"backend: expected honours of causal, .*; got 'causall'"):
+        attn_n.register_backend(Mistaken())
+    assert "mistaken" not in registry.names()
+
+
+def test_a_backend_without_a_backward_refuses_to_train() -> None:
+    class ForwardOnly(Backend):
+        name = "forward only"
+
+    assert ForwardOnly().refusal(gpu_call(needs_grad=False)) is None
+    assert ForwardOnly().refusal(gpu_call()) == "has no backward"

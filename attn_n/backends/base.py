@@ -77,7 +77,13 @@ class Backend:
         if not asked.issubset(self.honours):
             missing = [words for feature, words in FEATURES.items() if feature in asked and feature not in self.honours]
             return f"has no {', no '.join(missing)}"
+        if call.needs_grad and self._is_forward_only():
+            return "has no backward"
         return self.why_not(call)
+
+    def _is_forward_only(self) -> bool:
+        kind = type(self)
+        return kind.backward is Backend.backward and kind.prepare is Backend.prepare and not self.differentiates
 
     def why_not(self, call: AttentionCall) -> str | None:
         """Return the reason why it does not serve a call that its attributes allow; None if it does.

@@ -12,6 +12,7 @@ import warnings
 from collections.abc import Callable
 
 from attn_n.backends.base import Backend, Family
+from attn_n.call import FEATURES
 from attn_n.call.errors import UnsupportedError
 from attn_n.compilation import constant_when_compiled
 
@@ -95,7 +96,8 @@ def register_backend(backend: Backend) -> None:
 
     Raises:
         TypeError: `backend` is not an instance of `attn_n.Backend`, or has no name.
-        ValueError: its name is empty or has a colon, which separates a family from its member.
+        ValueError: its name is empty or has a colon, which separates a family from its member, or it honours what is
+            not in `attn_n.FEATURES`.
     """
     if not isinstance(backend, Backend):
         raise TypeError(f"backend: expected an instance of attn_n.Backend, got {type(backend).__name__}")
@@ -104,6 +106,8 @@ def register_backend(backend: Backend) -> None:
         raise TypeError(f"backend: expected an attribute name that is a str, got {type(name).__name__}")
     if not name or ":" in name:
         raise ValueError(f"backend: expected a name without a colon, got {name!r}")
+    if unknown := sorted(set(backend.honours) - FEATURES.keys()):
+        raise ValueError(f"backend: expected honours of {', '.join(FEATURES)}; got {', '.join(map(repr, unknown))}")
     with _lock:
         _entries[name] = _Entry(lambda: backend)
         _changed()

@@ -55,6 +55,29 @@ def attend(
         return run.attend(prepared, request, _keeper(key, writer) if as_it_came else None, chosen)
 
 
+def described(
+    q: Tensor, k_cache: Tensor, v_cache: Tensor, request: Request, cache: CacheRequest
+) -> tuple[AttentionCall, bool]:
+    """Return the call that backends are asked for, and whether the cache is copied first, as nobody reads it in place.
+
+    Nothing is written.
+    """
+    layout, new, before = checks.arguments(q, k_cache, v_cache, cache, request.leftpad_k)
+    moved = cache.block_table is not None or cache.cache_batch_idx is not None or k_cache.dtype != q.dtype
+    if not (moved or cache.num_splits or isinstance(cache.cache_seqlens, Tensor)):
+        end = layout.most if before is None else before + new
+        return canonical.batch(q, k_cache[:, :, :end], v_cache[:, :, :end], request).call, False
+    used = cache.cache_seqlens
+    if not isinstance(used, Tensor):
+        used = torch.full(q.shape[:1], layout.most if used is None else used, dtype=torch.int32, device=q.device)
+    request = request._replace(seqused_k=used + new)
+    call = canonical.cached(q, k_cache, v_cache, request, cache).call
+    if not moved or choose.chosen(call, request.backend) is not None:
+        return call, False
+    keys, values = (q.new_empty(()).expand(q.shape[0], x.shape[1], layout.most, x.shape[3]) for x in (k_cache, v_cache))
+    return canonical.batch(q, keys, values, request).call, True
+
+
 def _keeper(key: call_cache.Key | None, writer: append.Append | None) -> run.Keep | None:
     """Return what keeps a call by its key; None if it is not kept."""
     if key is None:
