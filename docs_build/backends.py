@@ -17,7 +17,7 @@ FEATURES = {
     "softcap": ("softcap",),
     "mask": ("mask",),
     "ALiBi": ("alibi",),
-    "gradient of both": ("mask gradient", "alibi gradient"),
+    "gradient of mask and ALiBi": ("mask gradient", "alibi gradient"),
     "dropout": ("dropout",),
     "varlen": ("varlen",),
     "padding": ("seqused", "leftpad"),
