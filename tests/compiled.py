@@ -43,7 +43,7 @@ def varlen_forward(width: int) -> None:
         kernel(True, scale=0.1, window_right=0, softcap=3.0),
     ):
         said = resources(found, "sm_90")
-        assert said.spills <= 128, said  # a window over heads of 256, outside of the loop over keys
+        assert said.spills <= 160, said  # with a window, outside of the loop over keys; 148 at 192 by Triton 3.7
         assert not said.warnings, said
     assert kernel(False, scale=0.1, window_left=9) is kernel(False, scale=1.0, window_left=16)
 

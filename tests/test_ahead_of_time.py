@@ -23,6 +23,8 @@ with_gluon = pytest.mark.skipif(hopper.release() < hopper.FIRST, reason="this Tr
 
 # What Triton 3.4 compiles is right but slower: it spills more in float32, and its ptxas serialises one matmul on sm_90.
 BOUNDED = not triton.__version__.startswith("3.4.")
+# The ptxas of Triton 3.7 serialises one, too.
+SERIALISED = {("dv", 256)} if triton.__version__.startswith("3.7.") else set()
 
 
 def compiling(module: str, *arguments: object) -> str:
@@ -44,9 +46,9 @@ def test_ahead_of_time(target: str, part: str) -> None:
     assert len(lines) >= 18
     for line in lines:
         assert line["shared"] <= TARGETS[target].shared, line
-        most = 256 if line["dtype"] == "torch.bfloat16" else 1024
+        most = 256 if line["dtype"] == "torch.bfloat16" else 2048
         assert not BOUNDED or line["spills"] <= most, line
-        assert not BOUNDED or not line["warnings"], line
+        assert not BOUNDED or not line["warnings"] or (line["kernel"], line["width"]) in SERIALISED, line
 
 
 def test_numbers_compile_nothing() -> None:
