@@ -46,7 +46,7 @@ def _whole_grid() -> str:
         f" fastest backend with n has {span(pairs.times_faster)} times the speed of the fastest other library, with"
         f" or without n. It is at least as fast in {ahead}. In `triton:hopper`, n = 1 costs at most {most['forward']}"
         f" forward and {most['backward']} backward. The host, which bounds short calls, takes"
-        f" {ours[_FORWARD]:.0f} us for its forward without gradients and {ours[_BOTH]:.0f} us for both passes (PyTorch's SDPA:"
-        f" {torchs[_FORWARD]:.0f} and {torchs[_BOTH]:.0f})."
+        f" {ours[_FORWARD]:.0f} us for its forward without gradients and {ours[_BOTH]:.0f} us for both passes"
+        f" (PyTorch's SDPA: {torchs[_FORWARD]:.0f} and {torchs[_BOTH]:.0f})."
     )
     return filled(said)
