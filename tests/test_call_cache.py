@@ -169,6 +169,9 @@ def test_a_returned_lse_is_another_call() -> None:
         def forward(self, q: Tensor, k: Tensor, v: Tensor, log_n: object, options: attn_n.Options) -> Any:
             return *attention_n(q, k, v), None
 
+        def backward(self, *_: object) -> attn_n.Gradients:
+            raise AssertionError
+
     attn_n.register_backend(WithoutLse())
     q, k, v = (x.requires_grad_() for x in inputs())
     flash_attention_n(q, k, v, backend="without lse")
