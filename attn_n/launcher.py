@@ -46,7 +46,7 @@ def compiling_only(pool: Executor) -> Iterator[Compilations]:
 
 
 class Compilations:
-    """What is compiled in a pool, each kernel once."""
+    """This compiles launches in the threads of a pool, each kernel once."""
 
     def __init__(self, pool: Executor) -> None:
         self.futures: list[Future[Any]] = []

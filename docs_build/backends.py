@@ -85,8 +85,8 @@ def orders() -> str:
     rows.append(["any other device", _names(order.ELSEWHERE)])
     in_place = "without gradients over a KV cache, or with `seqused_k` or `leftpad_k`"
     rows.append([in_place, _names(order.IN_PLACE)])
-    many = f"as before, from {order.MANY_ROWS} queries of a KV head on, over {order.SHORT:.0e} operations"
-    rows.append([many.replace("e+", "e"), _names(order.IN_PLACE_MANY_ROWS)])
+    many = f"as before, from {order.MANY_ROWS} queries of a KV head on, over {order.OPERATIONS}"
+    rows.append([many, _names(order.IN_PLACE_MANY_ROWS)])
     return table(["device or call", "tried in this order"], rows)
 
 

@@ -52,7 +52,7 @@ def ratios() -> str:
 
 
 def portable() -> str:
-    """The same for the portable kernels, beside the peers that run on every GPU."""
+    """The portable kernels, and the peers that run on every GPU, at two lengths of the grid."""
     there = of_suite(newest("grid"), "grid")
     lengths = [2048, LENGTH]
     names = PORTABLE, FLEX, TORCHS_FA2

@@ -20,9 +20,9 @@ RESULTS = ROOT / "bench" / "results"
 PASSES = ("forward", "backward")
 
 
-def newest(kind: str) -> Path:
-    """Return the newest file of a kind, such as "grid", measured on an H100."""
-    return sorted(RESULTS.glob(f"h100-????-??-??-{kind}.json"))[-1]
+def newest(kind: str, machine: str = "h100") -> Path:
+    """Return the newest file of a kind, such as "grid", measured on an H100, or on another machine by its pattern."""
+    return sorted(RESULTS.glob(f"{machine}-????-??-??-{kind}.json"))[-1]
 
 
 def newest_of_cpu() -> Path:

@@ -12,7 +12,6 @@ from bench.reporting.decoding import tables as decode_tables
 from docs_build.blocks import table
 from docs_build.measured import (
     PASSES,
-    RESULTS,
     headed,
     newest,
     newest_of_cpu,
@@ -98,9 +97,8 @@ def bias() -> str:
 def padding() -> str:
     """A training step of a padded batch, beside the same sequences without padding."""
     path = newest("padding")
-    stored = json.loads(path.read_text())
     rows = []
-    for line in stored["lines"]:
+    for line in json.loads(path.read_text())["lines"]:
         ms, over = line["ms"], line["speed over"]
         cells = [f"{ms[name]:.2f} ms" for name in ("padded", "varlen", "full")]
         rows.append([f"`{line['backend']}`, E = {line['E']}", *cells, f"{over['varlen']:.2f}"])
@@ -126,7 +124,7 @@ def _of_model(line: dict[str, Any]) -> str:
 
 def distributed() -> str:
     """Attention of two GPUs together, by their efficiency over one."""
-    path = sorted(RESULTS.glob("*x2-????-??-??-distributed.json"))[-1]
+    path = newest("distributed", "*x2")
     stored = json.loads(path.read_text())
     rows = []
     for line in stored["lines"]:

@@ -521,3 +521,10 @@ def test_who_reads_a_cache_is_explained(kind: str, ran: list[str], capsys: pytes
     flash_attention_n_with_kvcache(q, *caches, k, v, **keywords)
     assert ran == [f"forward {explained.chosen}"]
     assert explained.call.k_shape[2] == (18 if kind == "a number" else 64)
+
+
+def test_a_full_cache_is_explained_without_lengths() -> None:
+    q, caches = torch.randn(2, 8, 1, 64), torch.zeros(2, 8, 2, 16, 64)
+    table = torch.arange(8, dtype=torch.int32).view(2, 4)
+    assert not attn_n.explain(q, *caches, block_table=table).call.seqused
+    assert attn_n.explain(q, *caches, block_table=table, cache_seqlens=5).call.seqused

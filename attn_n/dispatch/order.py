@@ -40,6 +40,7 @@ MANY_KEYS = 1025
 MANY_ROWS = 65  # queries of all query heads of a KV head: from here on to multiply takes longer than to load keys
 
 SHORT = 1e10  # operations of a forward: they take an H100 about 20 us, less than any backend takes the host
+OPERATIONS = f"{SHORT:.0e} operations".replace("e+", "e")
 
 
 class Row(NamedTuple):
@@ -61,7 +62,7 @@ class Row(NamedTuple):
         """The kinds of calls that the row is for, but for the pass and n."""
         kinds = {
             "varlen": self.varlen, self.queries: self.queries != MANY, "causal": self.causal,
-            f"at most {SHORT:.0e} operations".replace("e+", "e"): self.short,
+            f"at most {OPERATIONS}": self.short,
             f"from {MANY_ROWS} queries of a KV head on": self.many_rows,
         }  # fmt: skip
         return [name for name, is_so in kinds.items() if is_so]

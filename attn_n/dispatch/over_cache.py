@@ -28,19 +28,17 @@ def attend(
     used, leftpad, table, rows = dense = [_dense(x) for x in given]
     request = request._replace(leftpad_k=leftpad)
     cache = cache._replace(cache_seqlens=used, block_table=table, cache_batch_idx=rows)
-    moved = table is not None or rows is not None or k_cache.dtype != q.dtype
-    one_length = not (moved or cache.num_splits or isinstance(used, Tensor))
+    moved, one_length = _kind(q, k_cache, cache)
     writer = None
     with torch.no_grad():
         if isinstance(used, int) and (new or not one_length):
-            used = torch.full(q.shape[:1], used, dtype=torch.int32, device=q.device)
+            used = _for_each(used, q)
         if new:
             bounded = flag("causal", request.causal) or window(request.window) != (None, None)
             writer = append.prepare(q, k_cache, v_cache, cache, bounded)
             q, used = writer(q, k_cache, v_cache, used, cache)
         if one_length:
-            end = layout.most if before is None else before + new
-            return run.batch(q, k_cache[:, :, :end], v_cache[:, :, :end], request)
+            return run.batch(q, *_in_use(k_cache, v_cache, before, new), request)
         request = request._replace(seqused_k=used)
         prepared = canonical.cached(q, k_cache, v_cache, request, cache)
         chosen = choose.chosen(prepared.call, request.backend)
@@ -63,19 +61,32 @@ def described(
     Nothing is written.
     """
     layout, new, before = checks.arguments(q, k_cache, v_cache, cache, request.leftpad_k)
-    moved = cache.block_table is not None or cache.cache_batch_idx is not None or k_cache.dtype != q.dtype
-    if not (moved or cache.num_splits or isinstance(cache.cache_seqlens, Tensor)):
-        end = layout.most if before is None else before + new
-        return canonical.batch(q, k_cache[:, :, :end], v_cache[:, :, :end], request).call, False
-    used = cache.cache_seqlens
-    if not isinstance(used, Tensor):
-        used = torch.full(q.shape[:1], layout.most if used is None else used, dtype=torch.int32, device=q.device)
-    request = request._replace(seqused_k=used + new)
+    moved, one_length = _kind(q, k_cache, cache)
+    if one_length:
+        return canonical.batch(q, *_in_use(k_cache, v_cache, before, new), request).call, False
+    used = None if before is None else (before if isinstance(before, Tensor) else _for_each(before, q)) + new
+    request = request._replace(seqused_k=used)
     call = canonical.cached(q, k_cache, v_cache, request, cache).call
     if not moved or choose.chosen(call, request.backend) is not None:
         return call, False
     keys, values = (q.new_empty(()).expand(q.shape[0], x.shape[1], layout.most, x.shape[3]) for x in (k_cache, v_cache))
     return canonical.batch(q, keys, values, request).call, True
+
+
+def _kind(q: Tensor, k_cache: Tensor, cache: CacheRequest) -> tuple[bool, bool]:
+    """Return whether the keys do not lie as a batch in the dtype of q, and if they do, whether it has one length."""
+    moved = cache.block_table is not None or cache.cache_batch_idx is not None or k_cache.dtype != q.dtype
+    return moved, not (moved or cache.num_splits or isinstance(cache.cache_seqlens, Tensor))
+
+
+def _in_use(k_cache: Tensor, v_cache: Tensor, before: Any, new: int) -> tuple[Tensor, Tensor]:
+    """Return the keys and values of a batch of one length, an int; None is all of them."""
+    end = None if before is None else before + new
+    return k_cache[:, :, :end], v_cache[:, :, :end]
+
+
+def _for_each(length: int, q: Tensor) -> Tensor:
+    return torch.full(q.shape[:1], length, dtype=torch.int32, device=q.device)
 
 
 def _keeper(key: call_cache.Key | None, writer: append.Append | None) -> run.Keep | None:

@@ -5,8 +5,8 @@ Tensors are `(B, H, L, E)`. The gradient of one direction is the other direction
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, NamedTuple, TypeAlias
 
 import torch
 import torch.distributed as dist
@@ -15,6 +15,8 @@ from torch import Tensor
 from attn_n.backends.base import empty_in_order, memory_order
 from attn_n.distributed.groups import Ranks
 from attn_n.distributed.layout import chunks_of, length_of
+
+_Direction: TypeAlias = Callable[..., Tensor]
 
 
 class Heads(NamedTuple):
@@ -40,36 +42,27 @@ class Heads(NamedTuple):
 
 def to_heads(x: Tensor, heads: Heads, total: int, ranks: Ranks) -> Tensor:
     """Return all tokens of this rank's heads, of a tensor with all heads of this rank's tokens."""
-    exchanged: Tensor = _ToHeads.apply(x, heads, total, ranks)  # type: ignore[no-untyped-call]
+    exchanged: Tensor = _Exchange.apply(x, _to_heads, _to_tokens, heads, total, ranks)  # type: ignore[no-untyped-call]
     return exchanged
 
 
 def to_tokens(x: Tensor, heads: Heads, total: int, ranks: Ranks) -> Tensor:
     """Return all heads of this rank's tokens, of a tensor with all tokens of this rank's heads."""
-    exchanged: Tensor = _ToTokens.apply(x, heads, total, ranks)  # type: ignore[no-untyped-call]
+    exchanged: Tensor = _Exchange.apply(x, _to_tokens, _to_heads, heads, total, ranks)  # type: ignore[no-untyped-call]
     return exchanged
 
 
-class _ToHeads(torch.autograd.Function):
+class _Exchange(torch.autograd.Function):
+    """One exchange; its gradient goes `back` by the other one."""
+
     @staticmethod
-    def forward(ctx: Any, x: Tensor, heads: Heads, total: int, ranks: Ranks) -> Tensor:
-        ctx.rest = heads, total, ranks
-        return _to_heads(x, heads, total, ranks)
+    def forward(ctx: Any, x: Tensor, there: _Direction, back: _Direction, *layout: Any) -> Tensor:
+        ctx.back, ctx.layout = back, layout
+        return there(x, *layout)
 
     @staticmethod
     def backward(ctx: Any, dx: Tensor) -> Any:
-        return _to_tokens(dx, *ctx.rest), None, None, None
-
-
-class _ToTokens(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, heads: Heads, total: int, ranks: Ranks) -> Tensor:
-        ctx.rest = heads, total, ranks
-        return _to_tokens(x, heads, total, ranks)
-
-    @staticmethod
-    def backward(ctx: Any, dx: Tensor) -> Any:
-        return _to_heads(dx, *ctx.rest), None, None, None
+        return ctx.back(dx, *ctx.layout), None, None, *(None for _ in ctx.layout)
 
 
 def _to_heads(x: Tensor, heads: Heads, total: int, ranks: Ranks) -> Tensor:

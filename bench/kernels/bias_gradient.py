@@ -8,9 +8,7 @@ inputs is read.
 
 from __future__ import annotations
 
-import argparse
-import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -20,9 +18,9 @@ from torch.nn.attention import SDPBackend, flex_attention, sdpa_kernel
 from torch.nn.functional import scaled_dot_product_attention
 
 from attn_n import flash_attention_n
+from bench.kernels import lines
 from bench.method import interleaved
 from bench.method.clocks import CudaClock
-from bench.method.machine import commit, machine
 from bench.method.memory import allocated
 from tests.oracle import attention_n
 
@@ -108,19 +106,11 @@ def measure(shape: str, clock: CudaClock) -> dict[str, Any]:
     return line
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("out")
-    parser.add_argument("--quick", action="store_true", help="fewer rounds")
-    options = parser.parse_args()
+def measured(clock: CudaClock) -> Iterator[dict[str, Any]]:
     torch.manual_seed(0)
-    lines = []
     for shape in SHAPES:
-        lines.append(measure(shape, CudaClock(options.quick)))
-        print(json.dumps(lines[-1], indent=1), flush=True)
-    with open(options.out, "w") as file:
-        json.dump({"machine": machine("cuda"), "commit": commit(), "lines": lines}, file, indent=1)
+        yield measure(shape, clock)
 
 
 if __name__ == "__main__":
-    main()
+    lines.main(__doc__, measured, indent=1)

@@ -6,9 +6,8 @@ without gradients, device time with a cold L2. Each result is first compared wit
 
 from __future__ import annotations
 
-import argparse
 import functools
-import json
+from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import torch
@@ -17,9 +16,9 @@ from torch import Tensor
 from attn_n import flash_attention_n
 from attn_n.call.errors import UnsupportedError
 from bench.contenders.library import one_line
+from bench.kernels import lines
 from bench.method import interleaved
 from bench.method.clocks import CudaClock, Run
-from bench.method.machine import commit, machine
 from tests.oracle import attention_n
 
 HEADS, WIDTHS = 32, (64, 128)
@@ -77,20 +76,12 @@ def measure(width: int, shape: Shape, n: float, clock: CudaClock) -> dict[str, A
     return line
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("out")
-    parser.add_argument("--quick", action="store_true", help="fewer rounds")
-    options = parser.parse_args()
-    lines = []
+def measured(clock: CudaClock) -> Iterator[dict[str, Any]]:
     for width in WIDTHS:
         for shape in SHAPES:
             for n in (0.0, 1.0):
-                lines.append(measure(width, shape, n, CudaClock(options.quick)))
-                print(json.dumps(lines[-1]), flush=True)
-    with open(options.out, "w") as file:
-        json.dump({"machine": machine("cuda"), "commit": commit(), "lines": lines}, file, indent=1)
+                yield measure(width, shape, n, clock)
 
 
 if __name__ == "__main__":
-    main()
+    lines.main(__doc__, measured)

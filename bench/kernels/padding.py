@@ -7,18 +7,17 @@ the operations. First the padded results are compared with float64, and have to 
 
 from __future__ import annotations
 
-import argparse
-import json
 import random
+from collections.abc import Iterator
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from attn_n import flash_attention_n, flash_attention_n_varlen
+from bench.kernels import lines
 from bench.method import interleaved
 from bench.method.clocks import CudaClock, Run
-from bench.method.machine import commit, machine
 from bench.workloads import Workload, make_inputs
 from tests.oracle import attention_n
 
@@ -88,20 +87,11 @@ def measure(width: int, backend: str, clock: CudaClock) -> dict[str, Any]:
     return line
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("out")
-    parser.add_argument("--quick", action="store_true", help="fewer rounds")
-    options = parser.parse_args()
-    lines = []
+def measured(clock: CudaClock) -> Iterator[dict[str, Any]]:
     for width in WIDTHS:
         for backend in BACKENDS:
-            lines.append(measure(width, backend, CudaClock(options.quick)))
-            print(json.dumps(lines[-1]), flush=True)
-    with open(options.out, "w") as file:
-        found = {"machine": machine("cuda"), "commit": commit(), "lengths": lengths(), "lines": lines}
-        json.dump(found, file, indent=1)
+            yield measure(width, backend, clock)
 
 
 if __name__ == "__main__":
-    main()
+    lines.main(__doc__, measured, lengths=lengths())

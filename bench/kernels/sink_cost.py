@@ -7,9 +7,6 @@ forward and backward at logits where n weighs as much as all keys, and forward a
 
 from __future__ import annotations
 
-import argparse
-import itertools
-import json
 from collections.abc import Iterator
 from typing import Any
 
@@ -19,25 +16,17 @@ from attn_n import UnsupportedError, flash_attention_n
 from attn_n.backends import registry
 from attn_n.backends.base import Family
 from attn_n.sink import fused
+from bench.kernels import lines
 from bench.method import interleaved
 from bench.method.clocks import CudaClock, Run
-from bench.method.machine import commit, machine
 from bench.workloads import Inputs, Workload, make_inputs
 
 TOKENS, HIDDEN, LENGTH = 16384, 2048, 8192
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("out")
-    parser.add_argument("--quick", action="store_true", help="fewer rounds")
-    args = parser.parse_args()
-    clock, found = CudaClock(args.quick), []
-    for line in itertools.chain(_alone(clock), _behind_kernels(clock)):
-        print(json.dumps(line), flush=True)
-        found.append(line)
-    with open(args.out, "w") as file:
-        json.dump({"machine": machine("cuda"), "commit": commit(), "lines": found}, file, indent=1)
+def measured(clock: CudaClock) -> Iterator[dict[str, Any]]:
+    yield from _alone(clock)
+    yield from _behind_kernels(clock)
 
 
 def _alone(clock: CudaClock) -> Iterator[dict[str, Any]]:
@@ -131,4 +120,4 @@ def _serves(run: Run) -> bool:
 
 
 if __name__ == "__main__":
-    main()
+    lines.main(__doc__, measured)
